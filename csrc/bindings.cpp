@@ -1,0 +1,340 @@
+// bindings.cpp: the core as a Python module: numpy arrays in and out, the GIL released while C runs, C's errors raised as
+// tinyllm's. No logic. Includes tinyllm.h only; backends.py is the one importer.
+#include "tinyllm.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+using Floats = py::array_t<float, py::array::c_style>;
+using Ints = py::array_t<int32_t, py::array::c_style>;
+
+namespace {
+
+[[noreturn]] void raise(tl_status status, const tl_message &message) {
+    const char *name = status == TL_CANCELLED ? "CancelledError" : status == TL_MEMORY ? "MemoryLimitError"
+                       : status == TL_IO ? "FormatError" : status == TL_UNSUPPORTED ? "UnsupportedError" : "ArgumentError";
+    PyErr_SetString(py::module_::import("tinyllm.errors").attr(name).ptr(), message.text);
+    throw py::error_already_set();
+}
+
+[[noreturn]] void raise_argument(const std::string &text) {
+    tl_message message;
+    raise(tl_fail(&message, TL_ARGUMENT, "%s", text.c_str()), message);
+}
+
+const tl_format *format_of(int id) {
+    const tl_format *format = tl_format_of(id);
+    if (!format) raise_argument("no format has the id " + std::to_string(id));
+    return format;
+}
+
+// What the core asks before each layer, passed on to Python at most every 20 ms: the caller's should_stop and, on the main
+// thread, Python's signals. An exception ends the call and is raised again after it.
+struct Watch {
+    py::object should_stop;
+    bool main_thread, raised = false;
+    std::chrono::steady_clock::time_point last{};
+
+    static int ask(void *data) {
+        auto *self = static_cast<Watch *>(data);
+        auto now = std::chrono::steady_clock::now();
+        if ((self->should_stop.is_none() && !self->main_thread) || now - self->last < std::chrono::milliseconds(20)) return 0;
+        self->last = now;
+        py::gil_scoped_acquire gil;
+        if (self->main_thread && PyErr_CheckSignals() != 0) return self->raised = true;
+        if (self->should_stop.is_none()) return 0;
+        PyObject *answer = PyObject_CallNoArgs(self->should_stop.ptr());
+        int stop = answer ? PyObject_IsTrue(answer) : -1;
+        Py_XDECREF(answer);
+        self->raised = stop < 0;
+        return stop != 0;
+    }
+};
+
+bool on_main_thread() {
+    py::object threading = py::module_::import("threading");
+    return threading.attr("get_ident")().equal(threading.attr("main_thread")().attr("ident"));
+}
+
+struct Cache {
+    std::shared_ptr<tl_cache> p;
+
+    tl_cache *get() const {
+        if (!p) raise_argument("the cache is closed");
+        return p.get();
+    }
+    template <class F, class... A> void call(F f, A... arguments) {
+        std::shared_ptr<tl_cache> keep = (get(), p);
+        tl_message message;
+        tl_status status;
+        {
+            py::gil_scoped_release released;
+            status = f(keep.get(), arguments..., &message);
+        }
+        if (status != TL_OK) raise(status, message);
+    }
+};
+
+struct Model {
+    std::shared_ptr<tl_model> p;
+
+    explicit Model(const py::dict &c) {
+        Floats factors;
+        tl_config config{};
+        auto integer = [&](const char *name) { return c[name].cast<int>(); };
+        config.n_layers = integer("n_layers");
+        config.dim = integer("dim");
+        config.n_heads = integer("n_heads");
+        config.n_kv_heads = integer("n_kv_heads");
+        config.head_dim = integer("head_dim");
+        config.ff_dim = integer("ff_dim");
+        config.vocab_size = integer("vocab_size");
+        config.context = integer("context");
+        config.rope_dim = integer("rope_dim");
+        config.norm_eps = c["norm_eps"].cast<float>();
+        config.attention_scale = c["attention_scale"].cast<float>();
+        config.rope_theta = c["rope_theta"].cast<double>();
+        config.rope_scale = c["rope_scale"].cast<float>();
+        if (!c["rope_factors"].is_none()) {
+            factors = c["rope_factors"].cast<Floats>();
+            if (factors.size() != config.rope_dim / 2) raise_argument("rope_factors must have rope_dim / 2 numbers");
+            config.rope_factors = factors.data();
+        }
+        tl_model *model = nullptr;
+        tl_message message;
+        tl_status status = tl_model_create(&model, &config, &tl_backend_cpu, &message);
+        if (status != TL_OK) raise(status, message);
+        p.reset(model, tl_model_free);
+    }
+
+    tl_model *get() const {
+        if (!p) raise_argument("the model is closed");
+        return p.get();
+    }
+
+    void upload(const std::string &name, int layer, int fd, uint64_t offset, py::object memory, int source_format,
+                int format, const py::object &row_order, int threads) {
+        std::shared_ptr<tl_model> keep = (get(), p);
+        tl_source source{format_of(source_format), fd, offset, nullptr, nullptr};
+        py::buffer_info buffer;
+        if (!memory.is_none()) {
+            buffer = py::buffer(memory).request();
+            source.memory = static_cast<const uint8_t *>(buffer.ptr);
+            source.fd = -1;
+        }
+        Ints order;
+        if (!row_order.is_none()) source.row_order = (order = row_order.cast<Ints>()).data();
+        const tl_format *keep_as = format_of(format);
+        tl_message message;
+        tl_status status;
+        {
+            py::gil_scoped_release released;
+            status = tl_model_upload(keep.get(), name.c_str(), layer, &source, keep_as, threads, &message);
+        }
+        if (status != TL_OK) raise(status, message);
+    }
+
+    void check() {
+        tl_message message;
+        tl_status status = tl_model_check(get(), &message);
+        if (status != TL_OK) raise(status, message);
+    }
+
+    Floats forward(Cache &cache, const py::object &tokens, const py::object &x, const Ints &positions, const Ints &sequences,
+                   const Ints &page_tables, const Ints &rows, int first_layer, int last_layer, bool logits, int threads,
+                   const py::object &should_stop) {
+        std::shared_ptr<tl_model> model = (get(), p);
+        std::shared_ptr<tl_cache> pages = (cache.get(), cache.p);
+        const tl_config &config = model->config;
+        tl_batch batch{};
+        Ints token_array;
+        Floats x_array;
+        batch.n = static_cast<int>(positions.size());
+        if (!tokens.is_none()) batch.tokens = (token_array = tokens.cast<Ints>()).data();
+        if (!x.is_none()) batch.x = (x_array = x.cast<Floats>()).data();
+        if ((batch.tokens && token_array.size() != batch.n) || sequences.size() != batch.n ||
+            (batch.x && x_array.size() != static_cast<py::ssize_t>(batch.n) * config.dim))
+            raise_argument("tokens (or x [n, dim]), positions and sequences must be of one length");
+        if (page_tables.ndim() != 2) raise_argument("page_tables must be [n_sequences, max_pages]");
+        batch.positions = positions.data();
+        batch.sequences = sequences.data();
+        batch.n_sequences = static_cast<int>(page_tables.shape(0));
+        batch.max_pages = static_cast<int>(page_tables.shape(1));
+        batch.page_tables = page_tables.data();
+        batch.first_layer = first_layer;
+        batch.last_layer = last_layer;
+        batch.n_rows = static_cast<int>(rows.size());
+        batch.rows = rows.data();
+        batch.threads = threads;
+        Floats out({static_cast<py::ssize_t>(logits ? batch.n_rows : batch.n),
+                    static_cast<py::ssize_t>(logits ? config.vocab_size : config.dim)});
+        (logits ? batch.logits : batch.activations) = out.mutable_data();
+        Watch watch{should_stop, on_main_thread()};
+        batch.stop = Watch::ask;
+        batch.stop_data = &watch;
+        tl_message message;
+        tl_status status;
+        {
+            py::gil_scoped_release released;
+            status = tl_forward(model.get(), pages.get(), &batch, &message);
+        }
+        if (watch.raised) throw py::error_already_set();
+        if (status != TL_OK) raise(status, message);
+        return out;
+    }
+
+    Floats unpack(const std::string &name, int layer) {
+        const tl_matrix *matrix = tl_model_matrix(get(), name.c_str(), layer);
+        if (!matrix) raise_argument("there is no matrix \"" + name + "\" in layer " + std::to_string(layer));
+        Floats out({matrix->rows, matrix->k});
+        tl_message message;
+        tl_model_unpack(get(), name.c_str(), layer, out.mutable_data(), &message);
+        return out;
+    }
+
+    Cache cache(int type, int max_pages) {
+        tl_cache *cache = nullptr;
+        tl_message message;
+        tl_status status = tl_cache_create(&cache, get(), type, max_pages, &message);
+        if (status != TL_OK) raise(status, message);
+        return Cache{std::shared_ptr<tl_cache>(cache, tl_cache_free)};
+    }
+};
+
+py::list formats() {
+    py::list all;
+    for (const tl_format *f = tl_formats; f->name; f++)
+        all.append(py::make_tuple(f->id, f->name, f->block, f->block_bytes, f->quantize != nullptr, f->panel_bytes));
+    return all;
+}
+
+Floats pack_unpack(const py::bytes &data, int format, int rows, int k) {
+    std::string bytes = data;
+    const tl_format *f = format_of(format);
+    if (rows < 1 || k < 1 || k % f->block ||
+        bytes.size() != static_cast<size_t>(rows) * static_cast<size_t>(k / f->block) * static_cast<size_t>(f->block_bytes))
+        raise_argument("data is not rows x k numbers of this format");
+    tl_matrix matrix{f, rows, k, nullptr, 0, nullptr};
+    tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr};
+    Floats out({rows, k});
+    tl_message message;
+    tl_pool_enter();
+    tl_status status = tl_backend_cpu.upload(&matrix, &source, 1, &message);
+    tl_pool_leave();
+    if (status != TL_OK) raise(status, message);
+    tl_backend_cpu.unpack(&matrix, out.mutable_data());
+    tl_backend_cpu.free(matrix.data);
+    return out;
+}
+
+py::bytes quantize(const Floats &x, int format) {
+    const tl_format *f = format_of(format);
+    if (!f->quantize) raise_argument(std::string(f->name) + " cannot be written");
+    if (x.ndim() != 2 || x.shape(1) % f->block) raise_argument("x must be [rows, k], k a multiple of the block");
+    size_t row_bytes = static_cast<size_t>(x.shape(1) / f->block) * static_cast<size_t>(f->block_bytes);
+    std::string out(row_bytes * static_cast<size_t>(x.shape(0)), '\0');
+    for (py::ssize_t i = 0; i < x.shape(0); i++)
+        f->quantize(reinterpret_cast<uint8_t *>(&out[row_bytes * static_cast<size_t>(i)]), x.data(i, 0),
+                    static_cast<size_t>(x.shape(1)));
+    return out;
+}
+
+py::tuple sample(const Floats &logits, float temperature, int top_k, float top_p, float min_p, float typical_p,
+                 float repetition_penalty, float presence_penalty, float frequency_penalty, const Ints &bias_tokens,
+                 const Floats &bias, const Ints &history, uint64_t seed, uint64_t position) {
+    if (bias_tokens.size() != bias.size()) raise_argument("bias_tokens and bias must be of one length");
+    tl_sampling sampling{temperature, top_k, top_p, min_p, typical_p, repetition_penalty, presence_penalty,
+                         frequency_penalty, static_cast<int>(bias.size()), bias_tokens.data(), bias.data()};
+    int n = static_cast<int>(logits.size());
+    std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n)]); // uninitialized on purpose: it is large
+    tl_sampled sampled{};
+    tl_message message;
+    tl_status status;
+    {
+        py::gil_scoped_release released;
+        status = tl_sample(&sampled, logits.data(), n, &sampling, history.data(), static_cast<int>(history.size()), seed,
+                           position, scratch.get(), &message);
+    }
+    if (status != TL_OK) raise(status, message);
+    return py::make_tuple(sampled.token, sampled.logprob);
+}
+
+py::tuple top_logprobs(const Floats &logits, int k) {
+    int n = static_cast<int>(logits.size());
+    if (k < 0 || k > n) raise_argument("k must be in 0.." + std::to_string(n));
+    Ints tokens(k);
+    Floats logprobs(k);
+    std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n)]); // uninitialized on purpose: it is large
+    tl_message message;
+    tl_status status = tl_top_logprobs(tokens.mutable_data(), logprobs.mutable_data(), k, logits.data(), n, scratch.get(),
+                                       &message);
+    if (status != TL_OK) raise(status, message);
+    return py::make_tuple(tokens, logprobs);
+}
+
+float logprob(const Floats &logits, int32_t token) {
+    if (token < 0 || token >= logits.size()) raise_argument("token " + std::to_string(token) + " is out of range");
+    return tl_logprob(logits.data(), static_cast<int>(logits.size()), token);
+}
+
+} // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "tinyllm's C core. Use it through tinyllm.backends.";
+    m.attr("version") = TINYLLM_VERSION;
+
+    py::class_<Cache>(m, "Cache")
+        .def("grow", [](Cache &c, int n) { c.call(tl_cache_grow, n); }, py::arg("n_pages"))
+        .def("clear_page", [](Cache &c, int page) { c.call(tl_cache_clear_page, page); }, py::arg("page"))
+        .def("copy_page", [](Cache &c, int to, int from, int n) { c.call(tl_cache_copy_page, to, from, n); },
+             py::arg("to"), py::arg("source"), py::arg("n_tokens"))
+        .def_property_readonly("n_pages", [](Cache &c) { return c.get()->n_pages; })
+        .def_property_readonly("max_pages", [](Cache &c) { return c.get()->max_pages; })
+        .def_property_readonly("page_bytes", [](Cache &c) { return c.get()->page_bytes; })
+        .def("close", [](Cache &c) { c.p.reset(); });
+
+    py::class_<Model>(m, "Model")
+        .def(py::init<const py::dict &>(), py::arg("config"))
+        .def("upload", &Model::upload, py::arg("name"), py::arg("layer"), py::arg("fd"), py::arg("offset"),
+             py::arg("memory"), py::arg("source_format"), py::arg("format"), py::arg("row_order"), py::arg("threads"))
+        .def("tie", [](Model &model) { tl_model_tie(model.get()); })
+        .def("check", &Model::check)
+        .def("forward", &Model::forward, py::arg("cache"), py::arg("tokens"), py::arg("x"), py::arg("positions"),
+             py::arg("sequences"), py::arg("page_tables"), py::arg("rows"), py::arg("first_layer"), py::arg("last_layer"),
+             py::arg("logits"), py::arg("threads"), py::arg("should_stop"))
+        .def("unpack", &Model::unpack, py::arg("name"), py::arg("layer"))
+        .def("cache", &Model::cache, py::arg("type"), py::arg("max_pages"))
+        .def_property_readonly("weight_bytes", [](Model &model) { return model.get()->weight_bytes; })
+        .def_property_readonly("token_bytes", [](Model &model) { return tl_model_token_bytes(model.get()); })
+        .def("close", [](Model &model) { model.p.reset(); });
+
+    m.def("formats", &formats);
+    m.def("pack_unpack", &pack_unpack, py::arg("data"), py::arg("format"), py::arg("rows"), py::arg("k"));
+    m.def("quantize", &quantize, py::arg("x"), py::arg("format"));
+    m.def("sample", &sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+          py::arg("min_p"), py::arg("typical_p"), py::arg("repetition_penalty"), py::arg("presence_penalty"),
+          py::arg("frequency_penalty"), py::arg("bias_tokens"), py::arg("bias"), py::arg("history"), py::arg("seed"),
+          py::arg("position"));
+    m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"));
+    m.def("logprob", &logprob, py::arg("logits"), py::arg("token"));
+    m.def("random", &tl_random, py::arg("seed"), py::arg("position"));
+    m.def("live_allocations", [] {
+        size_t blocks, bytes;
+        tl_memory_live(&blocks, &bytes);
+        return py::make_tuple(blocks, bytes);
+    });
+    m.def("isa_names", [] {
+        std::vector<std::string> names;
+        for (const char *const *n = tl_isa_names(); *n; n++) names.emplace_back(*n);
+        return names;
+    });
+    m.def("isa_name", [] { return std::string(tl_isa_name()); });
+    m.def("select_isa", [](const std::string &name) { return tl_isa_select(name.c_str()) == 0; }, py::arg("name"));
+}

@@ -1,0 +1,99 @@
+// cpu_run.c: a call's state on the CPU: its buffers in one arena, its queries cut into tiles, its rotations. Includes cpu.h,
+// numeric.h.
+#include "cpu.h"
+#include "numeric.h"
+#include <string.h>
+
+// Gives every buffer its place behind base (or only adds them up, where base is NULL); returns the bytes.
+static size_t place_buffers(tl_cpu_run *r, char *base) {
+    const tl_config *c = &r->base.model->config;
+    const tl_batch *b = r->base.batch;
+    const size_t n = (size_t)b->n, width = (size_t)c->n_heads * (size_t)c->head_dim;
+    const size_t kv = (size_t)c->n_kv_heads * (size_t)c->head_dim, ff = (size_t)c->ff_dim, dim = (size_t)c->dim;
+    const size_t k = ff > width ? (ff > dim ? ff : dim) : (width > dim ? width : dim);
+    size_t used = 0;
+#define PLACE(field, type, count)                                                                                      \
+    r->field = (type *)(void *)(base + used);                                                                          \
+    used += ((size_t)(count) * sizeof(type) + 63) / 64 * 64
+    PLACE(base.x, float, n * dim);
+    PLACE(base.q, float, n * width);
+    PLACE(base.attended, float, n * width);
+    PLACE(base.hidden, float, n * ff);
+    PLACE(up, float, n * ff);
+    PLACE(k, float, n * kv);
+    PLACE(v, float, n * kv);
+    PLACE(normed, float, n * dim);
+    PLACE(cos, float, n * (size_t)c->rope_dim / 2);
+    PLACE(sin, float, n * (size_t)c->rope_dim / 2);
+    PLACE(in.q, int8_t, n * k);
+    PLACE(in.scale, float, n * (k / TL_Q));
+    PLACE(in.sums, int16_t, n * (k / TL_Q * 2));
+    PLACE(tiles, tl_tile, n * (size_t)r->group);
+    PLACE(partial, float, n * (size_t)c->n_heads * (size_t)r->n_splits * ((size_t)r->v_stride + 16));
+    PLACE(part, float, (size_t)b->threads * TL_COLUMNS * (size_t)r->v_stride);
+    return used;
+}
+
+// Cuts the queries into tiles of up to 8 columns that share a sequence and a kv head's keys; tiles of all kv heads are alike.
+static void place_tiles(tl_cpu_run *r) {
+    const tl_batch *b = r->base.batch;
+    r->n_tiles = 0;
+    for (int t = 0, end; t < b->n; t = end) {
+        for (end = t + 1; end < b->n && b->sequences[end] == b->sequences[t];) end++;
+        for (int c = 0; c < (end - t) * r->group; c += TL_COLUMNS) {
+            int n = tl_min(TL_COLUMNS, (end - t) * r->group - c), last = t + (c + n - 1) / r->group;
+            r->tiles[r->n_tiles++] = (tl_tile){t, c, n, b->positions[last] / TL_SEGMENT + 1};
+        }
+    }
+}
+
+static void rotations(void *data, int t, int thread) {
+    (void)thread;
+    tl_cpu_run *r = data;
+    const tl_config *c = &r->base.model->config;
+    for (int i = 0, half = c->rope_dim / 2; i < half; i++) {
+        double sin, cos;
+        tl_sincos(r->base.batch->positions[t] * r->base.model->rope_frequencies[i], &sin, &cos);
+        r->cos[t * half + i] = (float)cos * c->rope_scale;
+        r->sin[t * half + i] = (float)sin * c->rope_scale;
+    }
+}
+
+tl_status tl_cpu_begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *b, tl_message *message) {
+    tl_cpu_run *r = (tl_cpu_run *)*run;
+    if (!r && !(r = tl_alloc(sizeof *r))) return tl_fail(message, TL_MEMORY, "no memory for a call");
+    *run = &r->base;
+    r->base.model = model;
+    r->base.cache = cache;
+    r->base.batch = b;
+    r->group = model->config.n_heads / model->config.n_kv_heads;
+    r->v_stride = cache->v_stride;
+    int longest = 0;
+    for (int t = 0; t < b->n; t++) longest = tl_max(longest, b->positions[t] / TL_SEGMENT + 1);
+    int n_units = (b->n * r->group + TL_COLUMNS - 1) / TL_COLUMNS * model->config.n_kv_heads;
+    r->n_splits = n_units < TL_UNITS_THREAD * b->threads ? longest : 1;
+    size_t needed = place_buffers(r, NULL);
+    if (needed > r->arena_bytes) {
+        tl_free(r->arena);
+        r->arena = tl_alloc(needed);
+        r->arena_bytes = r->arena ? needed : 0;
+        if (!r->arena) return tl_fail(message, TL_MEMORY, "no memory for the %zu bytes that %d tokens need", needed, b->n);
+    }
+    place_buffers(r, r->arena);
+    place_tiles(r);
+    tl_parallel(b->n > 8 ? b->threads : 1, b->n, rotations, r);
+    return TL_OK;
+}
+
+tl_status tl_cpu_end(tl_run *run, tl_message *message) {
+    (void)message;
+    const tl_batch *b = run->batch;
+    size_t dim = (size_t)run->model->config.dim;
+    if (b->activations) memcpy(b->activations, run->x, (size_t)b->n * dim * sizeof(float));
+    return TL_OK;
+}
+
+void tl_cpu_release(tl_run *run) {
+    tl_free(((tl_cpu_run *)run)->arena);
+    tl_free(run);
+}

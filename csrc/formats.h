@@ -1,0 +1,61 @@
+// formats.h: the one table of formats. A row here is a format everywhere: its numbers in the file (pack.c), its panel
+// layout (pack.c), its fragment (formats.inc) and its instantiation of the matrix product (matmul.inc).
+#ifndef TINYLLM_FORMATS_H
+#define TINYLLM_FORMATS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+// X(name, id in GGUF, numbers a block, bytes a block in the file, bytes of 16 rows' blocks in a panel, is_float, quantize or NULL)
+#define TL_FORMATS(X)                                                                                                  \
+    X(f32, 0, 1, 4, 64, 1, tl_quantize_f32)                                                                            \
+    X(f16, 1, 1, 2, 32, 1, tl_quantize_f16)                                                                            \
+    X(bf16, 30, 1, 2, 32, 1, tl_quantize_bf16)                                                                         \
+    X(q8_0, 8, 32, 34, 512 + 32, 0, tl_quantize_q8_0)                                                                  \
+    X(q4_0, 2, 32, 18, 256 + 32, 0, tl_quantize_q4_0)                                                                  \
+    X(q4_1, 3, 32, 20, 256 + 64, 0, NULL)                                                                              \
+    X(q5_0, 6, 32, 22, 256 + 64 + 32, 0, NULL)                                                                         \
+    X(q5_1, 7, 32, 24, 256 + 64 + 64, 0, NULL)                                                                         \
+    X(q2_k, 10, 256, 84, 64 + 8 * (128 + 32), 0, NULL)                                                                 \
+    X(q3_k, 11, 256, 110, 32 + 8 * (128 + 64 + 32), 0, NULL)                                                           \
+    X(q4_k, 12, 256, 144, 64 + 8 * (256 + 32), 0, NULL)                                                                \
+    X(q5_k, 13, 256, 176, 64 + 8 * (256 + 64 + 32), 0, NULL)                                                           \
+    X(q6_k, 14, 256, 210, 32 + 8 * (256 + 128 + 32), 0, NULL)                                                          \
+    X(iq4_nl, 20, 32, 18, 256 + 32, 0, NULL)                                                                           \
+    X(iq4_xs, 23, 256, 136, 32 + 8 * (256 + 16), 0, NULL)                                                              \
+    X(mxfp4, 39, 32, 17, 256 + 16, 0, NULL)
+
+// For each: its place in the table, numbers a block, bytes of a panel's block.
+enum {
+#define X(name, ...) TL_INDEX_##name,
+    TL_FORMATS(X)
+#undef X
+        TL_N_FORMATS
+};
+#define X(name, id, block, block_bytes, panel_bytes, ...) TL_BLOCK_##name = block, TL_PANEL_##name = panel_bytes,
+enum { TL_FORMATS(X) };
+#undef X
+
+// Half and bfloat16 to float and back (rounded half to even); exact scalar code, the same on every machine.
+float tl_f16_to_f32(unsigned short h);
+unsigned short tl_f32_to_f16(float x);
+float tl_bf16_to_f32(unsigned short h);
+unsigned short tl_f32_to_bf16(float x);
+
+// MXFP4's block scale 2^(e - 127), halved because its numbers are kept doubled; every e is a number, 0 and 1 subnormal.
+static inline float tl_e8m0_half(uint8_t e) {
+    uint32_t bits = e < 2 ? 0x00200000u << e : (e - 1u) << 23;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// k floats (a multiple of the format's block) -> blocks of the file (quantize.c).
+void tl_quantize_f32(uint8_t *blocks, const float *x, size_t k);
+void tl_quantize_f16(uint8_t *blocks, const float *x, size_t k);
+void tl_quantize_bf16(uint8_t *blocks, const float *x, size_t k);
+void tl_quantize_q8_0(uint8_t *blocks, const float *x, size_t k);
+void tl_quantize_q4_0(uint8_t *blocks, const float *x, size_t k);
+
+#endif

@@ -1,0 +1,123 @@
+// avx2.h: the primitives (see scalar.h for what each means) on pairs of 256-bit registers: lanes 0..7 and 8..15.
+// Needs FMA and F16C beside AVX2. With TINYLLM_AVX_VNNI the dot product is the VEX-coded VPDPBUSD.
+#ifndef TINYLLM_AVX2_H
+#define TINYLLM_AVX2_H
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef struct { __m256 a, b; } vf;
+typedef struct { __m256i a, b; } vi;
+typedef struct { __m256i a, b; } vb;
+
+static inline vf vf_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline void vf_store(float *p, vf x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+static inline vf vf_set1(float x) { return (vf){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+static inline vf vf_add(vf x, vf y) { return (vf){_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+static inline vf vf_sub(vf x, vf y) { return (vf){_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+static inline vf vf_mul(vf x, vf y) { return (vf){_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+static inline vf vf_div(vf x, vf y) { return (vf){_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+static inline vf vf_fma(vf x, vf y, vf z) { return (vf){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+static inline vf vf_max(vf x, vf y) { return (vf){_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+static inline vf vf_min(vf x, vf y) { return (vf){_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+static inline vf vf_abs(vf x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return (vf){_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+static inline __m256i v_load16(const uint8_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline vf vf_load_f16(const uint8_t *p) {
+    return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 16)))};
+}
+static inline vf vf_load_bf16(const uint8_t *p) {
+    return (vf){_mm256_castsi256_ps(_mm256_slli_epi32(v_load16(p), 16)),
+                _mm256_castsi256_ps(_mm256_slli_epi32(v_load16(p + 16), 16))};
+}
+static inline void vf_store_f16(uint8_t *p, vf x) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i *)(p + 16), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+static inline vi vi_set1(int32_t x) { return (vi){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+static inline vi vi_add(vi x, vi y) { return (vi){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+static inline vi vi_mul(vi x, vi y) { return (vi){_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+static inline vi vi_load_u8(const uint8_t *p) {
+    return (vi){_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)),
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
+}
+static inline vi vi_load_s8(const uint8_t *p) {
+    return (vi){_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)),
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
+}
+static inline void vi_store_s8(int8_t *p, vi x) {
+    int32_t lanes[16];
+    _mm256_storeu_si256((__m256i *)lanes, x.a);
+    _mm256_storeu_si256((__m256i *)(lanes + 8), x.b);
+    for (int i = 0; i < 16; i++) p[i] = (int8_t)lanes[i];
+}
+static inline int32_t vi_sum(vi x) {
+    int32_t lanes[8], sum = 0;
+    _mm256_storeu_si256((__m256i *)lanes, _mm256_add_epi32(x.a, x.b));
+    for (int i = 0; i < 8; i++) sum += lanes[i];
+    return sum;
+}
+static inline vf vf_from_vi(vi x) { return (vf){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+static inline vi vi_round(vf x) { return (vi){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+static inline __m256 v_pow2(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+static inline vf vf_pow2(vi n) { return (vf){v_pow2(n.a), v_pow2(n.b)}; }
+
+static inline vb vb_load(const uint8_t *p) {
+    return (vb){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))};
+}
+static inline vb vb_or(vb x, vb y) { return (vb){_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+static inline __attribute__((always_inline)) __m256i v_bits(__m256i x, const int right, const int left, const int mask) {
+    __m256i moved = right ? _mm256_srli_epi16(x, right) : left ? _mm256_slli_epi16(x, left) : x;
+    return _mm256_and_si256(moved, _mm256_set1_epi8((char)mask)); // the mask drops what came from the neighbour byte
+}
+static inline __attribute__((always_inline)) vb vb_bits(vb x, const int right, const int left, const int mask) {
+    return (vb){v_bits(x.a, right, left, mask), v_bits(x.b, right, left, mask)};
+}
+static inline vb vb_lookup(vb x, const uint8_t table[16]) {
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), low = _mm256_set1_epi8(15);
+    return (vb){_mm256_shuffle_epi8(values, _mm256_and_si256(x.a, low)),
+                _mm256_shuffle_epi8(values, _mm256_and_si256(x.b, low))};
+}
+
+static inline __m256i v_quad(const int8_t *a) { // a token's 4 activations in every lane
+    int32_t quad;
+    memcpy(&quad, a, 4);
+    return _mm256_set1_epi32(quad);
+}
+#ifdef TINYLLM_AVX_VNNI
+static inline vi vi_dot(vi sum, vb w, const int8_t *a) {
+    const __m256i quad = v_quad(a);
+    return (vi){_mm256_dpbusd_avx_epi32(sum.a, w.a, quad), _mm256_dpbusd_avx_epi32(sum.b, w.b, quad)};
+}
+#define V_OFFSET 128
+static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) { return vi_dot(sum, w, a); }
+#else
+static inline __m256i v_pairs(__m256i w, __m256i a) { // u8 x s8, added in fours; exact while a pair fits 16 bits
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1));
+}
+static inline vi vi_dot(vi sum, vb w, const int8_t *a) {
+    const __m256i quad = v_quad(a);
+    return (vi){_mm256_add_epi32(sum.a, v_pairs(w.a, quad)), _mm256_add_epi32(sum.b, v_pairs(w.b, quad))};
+}
+#define V_OFFSET 0 // the offset is taken off here: |w| x (a with w's sign)
+static inline __m256i v_signed(__m256i w, __m256i a) {
+    const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80));
+    return v_pairs(_mm256_abs_epi8(s), _mm256_sign_epi8(a, s));
+}
+static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) {
+    const __m256i quad = v_quad(a);
+    return (vi){_mm256_add_epi32(sum.a, v_signed(w.a, quad)), _mm256_add_epi32(sum.b, v_signed(w.b, quad))};
+}
+#endif
+
+#endif

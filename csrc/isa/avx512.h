@@ -1,0 +1,80 @@
+// avx512.h: the primitives (see scalar.h for what each means) on 512-bit registers; one register a vector.
+// With TINYLLM_VNNI the dot product is VPDPBUSD; without it, pairs in VPMADDUBSW, which saturates only above 6-bit weights.
+#ifndef TINYLLM_AVX512_H
+#define TINYLLM_AVX512_H
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __m512i vb;
+
+static inline vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+static inline vf vf_set1(float x) { return _mm512_set1_ps(x); }
+static inline vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static inline vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+static inline vf vf_load_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline vf vf_load_bf16(const uint8_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+static inline void vf_store_f16(uint8_t *p, vf a) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+static inline vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+static inline vi vi_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline vi vi_load_s8(const uint8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline void vi_store_s8(int8_t *p, vi a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
+static inline int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32(a); }
+static inline vf vf_from_vi(vi a) { return _mm512_cvtepi32_ps(a); }
+static inline vi vi_round(vf a) { return _mm512_cvtps_epi32(a); }
+static inline vf vf_pow2(vi n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+}
+
+static inline vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+static inline vb vb_or(vb a, vb b) { return _mm512_or_si512(a, b); }
+static inline __attribute__((always_inline)) vb vb_bits(vb a, const int right, const int left, const int mask) {
+    vb moved = right ? _mm512_srli_epi16(a, right) : left ? _mm512_slli_epi16(a, left) : a;
+    return _mm512_and_si512(moved, _mm512_set1_epi8((char)mask)); // the mask drops what came from the neighbour byte
+}
+static inline vb vb_lookup(vb a, const uint8_t table[16]) {
+    vb values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    return _mm512_shuffle_epi8(values, _mm512_and_si512(a, _mm512_set1_epi8(15)));
+}
+
+static inline vi v_quad(const int8_t *a) { // a token's 4 activations in every lane
+    int32_t quad;
+    memcpy(&quad, a, 4);
+    return _mm512_set1_epi32(quad);
+}
+#ifdef TINYLLM_VNNI
+static inline vi vi_dot(vi sum, vb w, const int8_t *a) { return _mm512_dpbusd_epi32(sum, w, v_quad(a)); }
+#define V_OFFSET 128
+static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) { return vi_dot(sum, w, a); }
+#else
+static inline vi v_pairs(vb w, vi a) { // u8 x s8, added in fours; exact while a pair fits 16 bits
+    return _mm512_madd_epi16(_mm512_maddubs_epi16(w, a), _mm512_set1_epi16(1));
+}
+static inline vi vi_dot(vi sum, vb w, const int8_t *a) { return _mm512_add_epi32(sum, v_pairs(w, v_quad(a))); }
+#define V_OFFSET 0 // the offset is taken off here: |w| x (a with w's sign)
+static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) {
+    vi quad = v_quad(a), s = _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80));
+    vi signed_quad = _mm512_mask_sub_epi8(quad, _mm512_movepi8_mask(s), _mm512_setzero_si512(), quad);
+    return _mm512_add_epi32(sum, v_pairs(_mm512_abs_epi8(s), signed_quad));
+}
+#endif
+
+#endif

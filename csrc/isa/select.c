@@ -1,0 +1,45 @@
+// select.c: the one place that knows which instruction sets there are and which one is in use. Best first.
+#include "isa.h"
+#include <string.h>
+
+extern const tl_kernels tl_kernels_scalar;
+#ifdef __x86_64__
+extern const tl_kernels tl_kernels_avx512vnni, tl_kernels_avx512, tl_kernels_avx2vnni, tl_kernels_avx2;
+#endif
+
+static const tl_kernels *const built[] = {
+#ifdef __x86_64__
+    &tl_kernels_avx512vnni, &tl_kernels_avx512, &tl_kernels_avx2vnni, &tl_kernels_avx2,
+#endif
+    &tl_kernels_scalar,
+};
+#define N_BUILT (sizeof built / sizeof built[0])
+
+static const tl_kernels *current;
+
+static const tl_kernels *best(void) {
+    for (size_t i = 0; i < N_BUILT; i++)
+        if (built[i]->usable()) return built[i];
+    return &tl_kernels_scalar;
+}
+
+const tl_kernels *tl_isa(void) { return current ? current : (current = best()); }
+
+const char *tl_isa_name(void) { return tl_isa()->name; }
+
+const char *const *tl_isa_names(void) {
+    static const char *names[N_BUILT + 1];
+    size_t n = 0;
+    for (size_t i = 0; i < N_BUILT; i++)
+        if (built[i]->usable()) names[n++] = built[i]->name;
+    return names;
+}
+
+int tl_isa_select(const char *name) {
+    for (size_t i = 0; i < N_BUILT; i++)
+        if (!strcmp(built[i]->name, name) && built[i]->usable()) {
+            current = built[i];
+            return 0;
+        }
+    return -1;
+}

@@ -1,0 +1,34 @@
+// model.c: THE forward pass, the same page for every data type, instruction set and device: it knows only the operations
+// of a backend (tinyllm.h, "the seam"). Includes tinyllm.h only. Read backend_cpu.c next.
+#include "tinyllm.h"
+
+static tl_status forward(tl_model *model, tl_cache *cache, const tl_batch *batch, tl_message *message) {
+    const tl_backend *be = model->backend;
+    tl_run *run = model->scratch;
+    tl_status status = be->begin(&run, model, cache, batch, message);
+    model->scratch = run;
+    if (status == TL_REPLAYED) return be->end(run, message);
+    if (status != TL_OK) return status;
+
+    be->embed(run);
+    for (int l = batch->first_layer; l < batch->last_layer; l++) {
+        if (batch->stop && batch->stop(batch->stop_data)) return tl_fail(message, TL_CANCELLED, "cancelled");
+        const tl_layer *layer = &model->layers[l];
+        be->qkv(run, l);
+        be->attend(run, l);
+        be->linear_add(run, run->attended, &layer->wo);
+        be->norm_glu(run, l);
+        be->linear_add(run, run->hidden, &layer->w_down);
+    }
+    if (batch->logits) be->norm_linear(run, &model->output_norm, &model->output);
+    return be->end(run, message);
+}
+
+tl_status tl_forward(tl_model *model, tl_cache *cache, const tl_batch *batch, tl_message *message) {
+    tl_status status = tl_batch_check(model, cache, batch, message);
+    if (status != TL_OK || batch->n == 0) return status;
+    tl_pool_enter(); // calls queue here
+    status = forward(model, cache, batch, message);
+    tl_pool_leave();
+    return status;
+}

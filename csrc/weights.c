@@ -1,0 +1,172 @@
+// weights.c: a model's life around its forward pass: created from a configuration, filled tensor by tensor, checked, freed.
+// The table below is the one place that knows which weights there are. Includes tinyllm.h, numeric.h.
+#include "numeric.h"
+#include "tinyllm.h"
+#include <string.h>
+
+enum { HIDDEN = 1, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY };
+enum { MATRIX, BIAS, VECTOR };
+
+typedef struct slot {
+    const char *name;
+    int kind, in_layer, required;
+    size_t offset;  // of the tl_matrix or the float pointer in tl_model or tl_layer
+    int rows, k;    // which of the configuration's sizes
+} slot;
+
+#define IN_MODEL(field) 0, 1, offsetof(tl_model, field)
+#define IN_LAYER(field) 1, 1, offsetof(tl_layer, field)
+#define BIAS_OF(field)  1, 0, offsetof(tl_layer, field.bias)
+
+static const slot slots[] = {
+    {"embedding", MATRIX, IN_MODEL(embedding), VOCABULARY, HIDDEN},
+    {"output", MATRIX, IN_MODEL(output), VOCABULARY, HIDDEN},
+    {"output_norm", VECTOR, IN_MODEL(output_norm.weight), HIDDEN, 0},
+    {"attention_norm", VECTOR, IN_LAYER(attention_norm.weight), HIDDEN, 0},
+    {"wq", MATRIX, IN_LAYER(wq), HEADS, HIDDEN},
+    {"wk", MATRIX, IN_LAYER(wk), KV_HEADS, HIDDEN},
+    {"wv", MATRIX, IN_LAYER(wv), KV_HEADS, HIDDEN},
+    {"wo", MATRIX, IN_LAYER(wo), HIDDEN, HEADS},
+    {"ffn_norm", VECTOR, IN_LAYER(ffn_norm.weight), HIDDEN, 0},
+    {"w_gate", MATRIX, IN_LAYER(w_gate), FEED_FORWARD, HIDDEN},
+    {"w_up", MATRIX, IN_LAYER(w_up), FEED_FORWARD, HIDDEN},
+    {"w_down", MATRIX, IN_LAYER(w_down), HIDDEN, FEED_FORWARD},
+    {"bq", BIAS, BIAS_OF(wq), HEADS, 0},
+    {"bk", BIAS, BIAS_OF(wk), KV_HEADS, 0},
+    {"bv", BIAS, BIAS_OF(wv), KV_HEADS, 0},
+    {"bo", BIAS, BIAS_OF(wo), HIDDEN, 0},
+    {"b_gate", BIAS, BIAS_OF(w_gate), FEED_FORWARD, 0},
+    {"b_up", BIAS, BIAS_OF(w_up), FEED_FORWARD, 0},
+    {"b_down", BIAS, BIAS_OF(w_down), HIDDEN, 0},
+};
+#define N_SLOTS (sizeof slots / sizeof slots[0])
+
+static int size_of(const tl_config *c, int which) {
+    switch (which) {
+    case HIDDEN: return c->dim;
+    case HEADS: return c->n_heads * c->head_dim;
+    case KV_HEADS: return c->n_kv_heads * c->head_dim;
+    case FEED_FORWARD: return c->ff_dim;
+    case VOCABULARY: return c->vocab_size;
+    default: return 1;
+    }
+}
+
+static const slot *find_slot(const tl_model *model, const char *name, int layer) {
+    for (size_t i = 0; i < N_SLOTS; i++)
+        if (!strcmp(slots[i].name, name))
+            return !slots[i].in_layer || (layer >= 0 && layer < model->config.n_layers) ? &slots[i] : NULL;
+    return NULL;
+}
+
+static void *slot_at(const tl_model *model, const slot *s, int layer) {
+    char *base = s->in_layer ? (char *)&model->layers[layer] : (char *)(uintptr_t)model;
+    return base + s->offset;
+}
+
+tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_backend *backend, tl_message *message) {
+    tl_status status = tl_config_check(config, message);
+    if (status != TL_OK) return status;
+    tl_model *model = tl_alloc(sizeof *model);
+    if (!model) return tl_fail(message, TL_MEMORY, "no memory for a model");
+    model->config = *config;
+    model->config.rope_factors = NULL; // they go into the frequencies
+    model->backend = backend;
+    model->layers = tl_alloc((size_t)config->n_layers * sizeof(tl_layer));
+    model->rope_frequencies = tl_alloc((size_t)config->rope_dim * sizeof(double));
+    if (!model->layers || !model->rope_frequencies) {
+        tl_model_free(model);
+        return tl_fail(message, TL_MEMORY, "no memory for %d layers", config->n_layers);
+    }
+    for (int i = 0; i < config->rope_dim / 2; i++) { // RoFormer, arXiv 2104.09864: theta^(-2i/d)
+        double f = tl_pow(config->rope_theta, -2.0 * i / config->rope_dim);
+        model->rope_frequencies[i] = config->rope_factors ? f / (double)config->rope_factors[i] : f;
+    }
+    model->output_norm.eps = config->norm_eps;
+    for (int l = 0; l < config->n_layers; l++)
+        model->layers[l].attention_norm.eps = model->layers[l].ffn_norm.eps = config->norm_eps;
+    *out = model;
+    return TL_OK;
+}
+
+tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl_source *source,
+                          const tl_format *format, int threads, tl_message *message) {
+    const slot *s = find_slot(model, name, layer);
+    if (!s) return tl_fail(message, TL_ARGUMENT, "there is no weight \"%s\" in layer %d", name, layer);
+    int rows = size_of(&model->config, s->rows), k = size_of(&model->config, s->k);
+    void *at = slot_at(model, s, layer);
+    tl_status status;
+    tl_pool_enter();
+    if (s->kind != MATRIX) {
+        float **floats = at;
+        if (*floats || !source->format->is_float)
+            status = tl_fail(message, TL_ARGUMENT, "%s of layer %d is %s", name, layer,
+                             *floats ? "there already" : "a vector, which must be F32, F16 or BF16");
+        else
+            status = model->backend->upload_floats(floats, source, rows, message);
+        if (status == TL_OK) model->weight_bytes += (size_t)rows * sizeof(float);
+    } else {
+        tl_matrix *matrix = at;
+        if (matrix->data)
+            status = tl_fail(message, TL_ARGUMENT, "%s of layer %d is there already", name, layer);
+        else if (source->format != format && (!source->format->is_float || !format->quantize))
+            status = tl_fail(message, TL_UNSUPPORTED, "%s cannot be turned into %s while loading", source->format->name,
+                             format->name);
+        else if (k % format->block || k % source->format->block)
+            status = tl_fail(message, TL_ARGUMENT, "rows of %d numbers are no multiple of %s's block of %d", k,
+                             format->name, format->block);
+        else {
+            matrix->format = format;
+            matrix->rows = rows;
+            matrix->k = k;
+            status = model->backend->upload(matrix, source, threads, message);
+        }
+        if (status == TL_OK) model->weight_bytes += matrix->n_bytes;
+    }
+    tl_pool_leave();
+    return status;
+}
+
+void tl_model_tie(tl_model *model) { model->output = model->embedding; }
+
+tl_status tl_model_check(const tl_model *model, tl_message *message) {
+    for (size_t i = 0; i < N_SLOTS; i++)
+        for (int l = 0; l < (slots[i].in_layer ? model->config.n_layers : 1); l++) {
+            void *at = slot_at(model, &slots[i], l);
+            int there = slots[i].kind == MATRIX ? ((tl_matrix *)at)->data != NULL : *(float **)at != NULL;
+            if (slots[i].required && !there)
+                return tl_fail(message, TL_ARGUMENT, "weight %s of layer %d is missing", slots[i].name, l);
+        }
+    return TL_OK;
+}
+
+const tl_matrix *tl_model_matrix(const tl_model *model, const char *name, int layer) {
+    const slot *s = find_slot(model, name, layer);
+    const tl_matrix *matrix = s && s->kind == MATRIX ? slot_at(model, s, layer) : NULL;
+    return matrix && matrix->data ? matrix : NULL;
+}
+
+tl_status tl_model_unpack(const tl_model *model, const char *name, int layer, float *out, tl_message *message) {
+    const tl_matrix *matrix = tl_model_matrix(model, name, layer);
+    if (!matrix) return tl_fail(message, TL_ARGUMENT, "there is no matrix \"%s\" in layer %d", name, layer);
+    return model->backend->unpack(matrix, out);
+}
+
+size_t tl_model_token_bytes(const tl_model *model) {
+    int tied = model->output.data == model->embedding.data;
+    return model->weight_bytes - (tied ? 0 : model->embedding.n_bytes);
+}
+
+void tl_model_free(tl_model *model) {
+    if (!model) return;
+    if (model->output.data == model->embedding.data) model->output = (tl_matrix){0};
+    for (size_t i = 0; i < N_SLOTS && model->layers; i++)
+        for (int l = 0; l < (slots[i].in_layer ? model->config.n_layers : 1); l++) {
+            void *at = slot_at(model, &slots[i], l);
+            model->backend->free(slots[i].kind == MATRIX ? ((tl_matrix *)at)->data : *(void **)at);
+        }
+    if (model->scratch) model->backend->release(model->scratch);
+    tl_free(model->layers);
+    tl_free(model->rope_frequencies);
+    tl_free(model);
+}

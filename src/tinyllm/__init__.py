@@ -1,0 +1,87 @@
+"""tinyllm: run open language models (Llama family, quantized or not) from GGUF and safetensors files.
+
+    import tinyllm
+    llm = tinyllm.load("stories")
+    print(llm("Once upon a time", max_tokens=100))
+
+What users import is here; llm.py is the interface behind it. Importing opens no file and no connection.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    ArgumentError,
+    CancelledError,
+    ContextError,
+    Error,
+    FormatError,
+    MemoryLimitError,
+    ModelClosedError,
+    NotFoundError,
+    ReadError,
+    TemplateError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from .backends import info
+    from .backends import version as __version__
+    from .engine import Piece
+    from .llm import LLM, Completion, Score, Session, load
+    from .sampling import SamplingParams
+    from .tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "LLM",
+    "ArgumentError",
+    "CancelledError",
+    "Completion",
+    "ContextError",
+    "Error",
+    "FormatError",
+    "MemoryLimitError",
+    "ModelClosedError",
+    "NotFoundError",
+    "Piece",
+    "ReadError",
+    "SamplingParams",
+    "Score",
+    "Session",
+    "TemplateError",
+    "Tokenizer",
+    "UnsupportedError",
+    "__version__",
+    "info",
+    "load",
+    "load_tokenizer",
+]
+
+# Where the other names live: imported when first used, so that `import tinyllm` is quick.
+_HOMES = {
+    "LLM": "llm",
+    "Completion": "llm",
+    "Piece": "engine",
+    "SamplingParams": "sampling",
+    "Score": "llm",
+    "Session": "llm",
+    "Tokenizer": "tokenizer",
+    "info": "backends",
+    "load": "llm",
+    "load_tokenizer": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "__version__":
+        return import_module(".backends", __name__).version
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

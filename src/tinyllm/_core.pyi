@@ -1,0 +1,92 @@
+"""The built module's types (csrc/bindings.cpp). tests/test_boundary.py compares this file with the module."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+version: str
+
+class Cache:
+    """Pages of the KV cache."""
+
+    def grow(self, n_pages: int) -> None: ...
+    def clear_page(self, page: int) -> None: ...
+    def copy_page(self, to: int, source: int, n_tokens: int) -> None: ...
+    @property
+    def n_pages(self) -> int: ...
+    @property
+    def max_pages(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
+    def close(self) -> None: ...
+
+class Model:
+    """Packed weights and the forward pass over them."""
+
+    def __init__(self, config: Mapping[str, object]) -> None: ...
+    def upload(
+        self,
+        name: str,
+        layer: int,
+        fd: int,
+        offset: int,
+        memory: bytes | NDArray[np.generic] | None,
+        source_format: int,
+        format: int,
+        row_order: NDArray[np.int32] | None,
+        threads: int,
+    ) -> None: ...
+    def tie(self) -> None: ...
+    def check(self) -> None: ...
+    def forward(
+        self,
+        cache: Cache,
+        tokens: NDArray[np.int32] | None,
+        x: NDArray[np.float32] | None,
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        page_tables: NDArray[np.int32],
+        rows: NDArray[np.int32],
+        first_layer: int,
+        last_layer: int,
+        logits: bool,
+        threads: int,
+        should_stop: Callable[[], bool] | None,
+    ) -> NDArray[np.float32]: ...
+    def unpack(self, name: str, layer: int) -> NDArray[np.float32]: ...
+    def cache(self, type: int, max_pages: int) -> Cache: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def token_bytes(self) -> int: ...
+    def close(self) -> None: ...
+
+def formats() -> list[tuple[int, str, int, int, bool, int]]:
+    """(id, name, numbers a block, bytes a block, can be written, bytes of 16 rows' blocks when packed)."""
+
+def pack_unpack(data: bytes, format: int, rows: int, k: int) -> NDArray[np.float32]: ...
+def quantize(x: NDArray[np.float32], format: int) -> bytes: ...
+def sample(
+    logits: NDArray[np.float32],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    typical_p: float,
+    repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    bias_tokens: NDArray[np.int32],
+    bias: NDArray[np.float32],
+    history: NDArray[np.int32],
+    seed: int,
+    position: int,
+) -> tuple[int, float]: ...
+def top_logprobs(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
+def logprob(logits: NDArray[np.float32], token: int) -> float: ...
+def random(seed: int, position: int) -> float: ...
+def live_allocations() -> tuple[int, int]: ...
+def isa_names() -> list[str]: ...
+def isa_name() -> str: ...
+def select_isa(name: str) -> bool: ...

@@ -1,0 +1,312 @@
+"""The one door to compiled code: models and caches on a device, the machine's facts, sampling's arithmetic.
+
+Only this module imports `_core`. Imports config, errors and the loaders' TensorInfo. Read next: engine.py, which calls `Model`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from .config import ModelConfig
+from .errors import ArgumentError, UnsupportedError
+from .loaders import FORMATS, TensorInfo
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+CacheType = Literal["f16", "f32"]
+
+CACHE_TYPES: dict[str, int] = {"f32": 0, "f16": 1}  # by name: the core's format id
+FORMAT_IDS: dict[str, int] = {name: id for id, name, *_ in _core.formats()}
+WRITABLE: tuple[str, ...] = tuple(name for _, name, _, _, writable, _ in _core.formats() if writable)
+
+sample = _core.sample
+top_logprobs = _core.top_logprobs
+logprob = _core.logprob
+live_allocations = _core.live_allocations  # () -> (blocks, bytes) that the core holds now
+version = _core.version
+
+log = logging.getLogger(__name__)
+
+
+def select_isa(name: str) -> None:
+    """Use one instruction set from now on; the results do not change. Raises UnsupportedError where it is not usable here."""
+    if not _core.select_isa(name):
+        usable = ", ".join(_core.isa_names())
+        raise UnsupportedError(f"instruction set {name!r} is not usable on this machine; there are: {usable}")
+
+
+if os.environ.get("TINYLLM_ISA"):
+    select_isa(os.environ["TINYLLM_ISA"])
+
+
+def device_of(device: str) -> str:
+    """The device that "auto", "cpu" or "cuda[:N]" names here. Raises UnsupportedError for one that is not there."""
+    if device in ("auto", "cpu"):
+        return "cpu"
+    if device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit()):
+        raise UnsupportedError(f"device {device!r} asked for, but {cuda_reason()}; use device='cpu'")
+    raise ArgumentError(f"device is {device!r}; it is 'auto', 'cpu', 'cuda' or 'cuda:N'")
+
+
+def cuda_reason() -> str:
+    """Why CUDA is not used."""
+    return "this version of tinyllm has no CUDA backend"
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        text = Path(path).read_text().split()
+        return int(text[0]) if text and text[0].isdigit() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _cgroup_cpus() -> float | None:
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        quota_us = _read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+        period_us = _read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+        return quota_us / period_us if quota_us and period_us else None
+
+
+def default_threads() -> int:
+    """The physical cores this process may use: its affinity mask, one thread a core, capped by the cgroup's quota."""
+    try:
+        cpus = sorted(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        cpus = list(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in cpus:
+        try:
+            siblings = (
+                Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+            )
+        except OSError:
+            siblings = str(cpu)
+        cores.add(siblings)
+    quota = _cgroup_cpus()
+    n = len(cores) if quota is None else min(len(cores), int(quota))
+    return max(1, min(n, MAX_THREADS))
+
+
+MAX_THREADS = 256
+
+
+def free_memory() -> int:
+    """Bytes this process can still take: what the system calls available, or what the cgroup leaves if that is less."""
+    free = 1 << 62
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    except OSError:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        most, now = _read_number(limit), _read_number(used)
+        if most is not None and now is not None:
+            free = min(free, max(0, most - now))
+    return free
+
+
+def info() -> dict[str, Any]:
+    """Version, instruction sets (in use, usable), default threads, and whether CUDA is there and if not why."""
+    return {
+        "version": version,
+        "isa": _core.isa_name(),
+        "isa_usable": _core.isa_names(),
+        "threads": default_threads(),
+        "cuda": False,
+        "cuda_reason": cuda_reason(),
+        "formats": list(FORMAT_IDS),
+        "formats_writable": list(WRITABLE),
+    }
+
+
+def packed_bytes(shape: tuple[int, ...], format: int) -> int:
+    """Bytes a tensor [rows, k] takes once packed; vectors are kept as float32."""
+    if len(shape) < 2:
+        return 4 * int(np.prod(shape))
+    rows, k = shape[-2:]
+    block = FORMATS[format].block
+    panel_bytes = next(row[5] for row in _core.formats() if row[0] == format)
+    return -(-rows // 16) * (-(-k // block)) * panel_bytes
+
+
+class PagePool:
+    """The memory of a KV cache: pages of 64 tokens, growing up to max_pages. Owned through kvcache.py."""
+
+    def __init__(self, core: _core.Cache) -> None:
+        self._core = core
+        self.page_bytes: int = core.page_bytes
+        self.max_pages: int = core.max_pages
+
+    @property
+    def n_pages(self) -> int:
+        """Pages that exist so far."""
+        return self._core.n_pages
+
+    def grow(self, n_pages: int) -> None:
+        """At least n_pages exist from now on. Raises MemoryLimitError, ArgumentError past max_pages."""
+        self._core.grow(n_pages)
+
+    def clear_page(self, page: int) -> None:
+        """Zeroes a page; do it when it is handed out."""
+        self._core.clear_page(page)
+
+    def copy_page(self, to: int, source: int, n_tokens: int) -> None:
+        """Copies a page's first n_tokens tokens, rounded up to a multiple of 16."""
+        self._core.copy_page(to, source, n_tokens)
+
+    def close(self) -> None:
+        """Frees the pages, once no call uses them any more."""
+        self._core.close()
+
+
+class Model:
+    """One model's packed weights on one device. Not a text interface: see `tinyllm.load`."""
+
+    def __init__(self, config: ModelConfig, *, device: str = "auto", threads: int | None = None) -> None:
+        self.config = config
+        self.device = device_of(device)
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise ArgumentError(f"threads is {threads}, not in 1..{MAX_THREADS}")
+        self.threads = threads or default_threads()
+        values = asdict(config)
+        if config.rope_factors is not None:
+            values["rope_factors"] = np.asarray(config.rope_factors, np.float32)
+        self._core = _core.Model(values)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return _core.isa_name()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights."""
+        return self._core.weight_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of weights that one token reads."""
+        return self._core.token_bytes
+
+    def upload(
+        self,
+        name: str,
+        layer: int | None,
+        info: TensorInfo,
+        *,
+        row_order: I32 | None = None,
+        format: int | None = None,
+    ) -> None:
+        """Packs one tensor from its file; `format`: an id to quantize a float tensor to.
+
+        Raises FormatError when the file ends early, MemoryLimitError, UnsupportedError, ArgumentError.
+        """
+        fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            target = info.format if format is None else format
+            self._core.upload(
+                name,
+                -1 if layer is None else layer,
+                fd,
+                info.offset,
+                None,
+                info.format,
+                target,
+                row_order,
+                self.threads,
+            )
+            if hasattr(os, "posix_fadvise"):  # the packed copy is what is read from now on
+                os.posix_fadvise(fd, info.offset, info.n_bytes, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+    def tie(self) -> None:
+        """The output matrix is the embedding."""
+        self._core.tie()
+
+    def check(self) -> None:
+        """Raises ArgumentError naming the first missing weight."""
+        self._core.check()
+
+    def unpack(self, name: str, layer: int | None = None) -> F32:
+        """A matrix as float32 [rows, k], exactly the numbers its format means."""
+        return self._core.unpack(name, -1 if layer is None else layer)
+
+    def cache(self, type: CacheType = "f16", max_pages: int | None = None) -> PagePool:
+        """A page pool for this model; max_pages None: one sequence of the whole context."""
+        if type not in CACHE_TYPES:
+            raise ArgumentError(f"cache type is {type!r}; it is one of {', '.join(CACHE_TYPES)}")
+        pages = -(-self.config.context // 64) if max_pages is None else max_pages
+        return PagePool(self._core.cache(CACHE_TYPES[type], pages))
+
+    def forward(
+        self,
+        tokens_or_x: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        sequences: npt.ArrayLike,
+        page_tables: npt.ArrayLike,
+        *,
+        rows: npt.ArrayLike | None = None,
+        layers: tuple[int, int] | None = None,
+        cache: PagePool,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> F32:
+        """One call of the model for n tokens of any sequences.
+
+        tokens_or_x: token ids int [n], or activations float32 [n, dim]. positions, sequences: int [n]; a sequence's tokens
+        stand together in order, sequences ascend. page_tables: int [n_sequences, max_pages], page ids of `cache`.
+        layers: (first, last), default all. should_stop: asked before each layer (at most every 20 ms), True cancels.
+        Returns float32 logits [len(rows), vocab_size] of the tokens that `rows` lists (None: all), or, where the last
+        layer is not the model's last, activations [n, dim]. Raises ArgumentError for what does not fit, CancelledError.
+        """
+        first, last = layers if layers is not None else (0, self.config.n_layers)
+        given = np.asarray(tokens_or_x)
+        is_x = given.ndim == 2
+        tokens = None if is_x else _integers("tokens", given)
+        x = np.ascontiguousarray(given, np.float32) if is_x else None
+        position = _integers("positions", positions)
+        chosen = np.arange(len(position), dtype=np.int32) if rows is None else _integers("rows", rows)
+        return self._core.forward(
+            cache._core,
+            tokens,
+            x,
+            position,
+            _integers("sequences", sequences),
+            _integers("page_tables", page_tables),
+            chosen,
+            first,
+            last,
+            last == self.config.n_layers,
+            self.threads,
+            should_stop,
+        )
+
+    def close(self) -> None:
+        """Frees the weights, once no call uses them any more."""
+        self._core.close()
+
+
+def _integers(name: str, values: npt.ArrayLike) -> I32:
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, not {array.dtype}")
+    if array.size and (array.min() < -(1 << 31) or array.max() >= 1 << 31):
+        raise ArgumentError(f"{name} has a value past 32 bits")
+    return np.ascontiguousarray(array, np.int32)

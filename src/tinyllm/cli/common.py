@@ -1,0 +1,312 @@
+"""What the commands share: exit codes and one-line errors, option groups, the progress bar, how numbers are
+written.
+
+Imports tinyllm only inside functions that need it, so that `--help` and usage errors are instant. Read next:
+run.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from tinyllm import LLM
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+EXIT_CODES = """exit codes:
+  0    all went well (also when the reader of the output closes it early)
+  1    the model or the machine: no such file, not a model, unsupported, truncated, out of memory
+  2    the command: an unknown option, a value out of range, no prompt
+  130  interrupted with Ctrl-C"""
+
+
+class UsageError(Exception):
+    """The command makes no sense as typed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, and help that keeps its line breaks."""
+
+    def __init__(self, prog: str, usage: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=prog,
+            usage=f"%(prog)s {usage}",
+            description=description,
+            epilog=epilog,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def run_command(prog: str, command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
+    """Runs a command and turns whatever goes wrong into an exit code and one line on stderr."""
+    _use_utf8(sys.stdout)
+    try:
+        code = command([_as_utf8(arg) for arg in (sys.argv[1:] if argv is None else argv)])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader is gone. Python flushes stdout once more as it exits; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except KeyboardInterrupt:
+        _say(prog, "interrupted")
+        return EXIT_INTERRUPTED
+    except UsageError as e:
+        _say(prog, f"{e} ({prog} --help explains the options)")
+        return EXIT_USAGE
+    except Exception as e:
+        return _report(prog, e)
+
+
+def _use_utf8(stream: TextIO) -> None:
+    """Files and pipes get UTF-8 in every locale; a terminal that cannot show a character gets a question mark."""
+    if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+        if stream.isatty():
+            stream.reconfigure(errors="replace")
+        else:
+            stream.reconfigure(encoding="utf-8", errors="strict")
+
+
+def _as_utf8(arg: str) -> str:
+    """An argument as its bytes read in UTF-8, where the locale made something else of them."""
+    return arg if arg.isascii() else os.fsencode(arg).decode("utf-8", "surrogateescape")
+
+
+def _report(prog: str, error: Exception) -> int:
+    from tinyllm.errors import ArgumentError, Error
+
+    if os.environ.get("TINYLLM_DEBUG"):
+        raise error
+    if isinstance(error, MemoryError) and not isinstance(error, Error):
+        _say(prog, "out of memory")
+    elif isinstance(error, OSError) and error.filename is not None:
+        _say(prog, f"{error.filename}: {error.strerror}")
+    elif isinstance(error, (Error, OSError)):
+        _say(prog, str(error))
+    else:
+        text = (
+            f"internal error: {type(error).__name__}: {error} (TINYLLM_DEBUG=1 shows where; please report it)"
+        )
+        _say(prog, text)
+    return EXIT_USAGE if isinstance(error, ArgumentError) else EXIT_ERROR
+
+
+def _say(prog: str, message: str) -> None:
+    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+
+
+# Options
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number, 1 or more."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `load_model` reads."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-c",
+        "--context",
+        type=positive,
+        metavar="N",
+        help="room for N tokens of prompt and answer (default: the model's own)",
+    )
+    group.add_argument(
+        "-t",
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="processor threads (default: the physical cores); never changes the result",
+    )
+    group.add_argument(
+        "--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
+    group.add_argument(
+        "--cache-type",
+        default="f16",
+        metavar="T",
+        help="numbers of the attention cache: f16 or f32 (default: f16)",
+    )
+    group.add_argument(
+        "--weights",
+        metavar="F",
+        help="quantize a float model while loading, to q8_0 or q4_0: smaller, faster, less exact",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `sampling_fields` reads. Defaults are left to the model and the library."""
+    group = parser.add_argument_group(
+        "sampling",
+        "How the next token is chosen. Where you say nothing the model's makers do, else the values here.",
+    )
+    group.add_argument(
+        "-n",
+        "--max-tokens",
+        type=positive,
+        metavar="N",
+        help="stop after N tokens (default: at the end of the text)",
+    )
+    group.add_argument(
+        "--temp",
+        dest="temperature",
+        type=float,
+        metavar="X",
+        help="how adventurous: near 0 it nearly always takes the likeliest token, above 1 it takes risks; "
+        "0 always takes the likeliest (0.8)",
+    )
+    group.add_argument(
+        "--top-k", type=int, metavar="K", help="choose among the K likeliest tokens only; 0 for no limit (40)"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="choose among the likeliest tokens that together have probability P; 1 for no limit (0.95)",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="drop tokens less likely than P times the likeliest; 0 for no limit (0.05)",
+    )
+    group.add_argument(
+        "--repeat-penalty",
+        dest="repetition_penalty",
+        type=float,
+        metavar="X",
+        help="make tokens of the last text less likely again, by this factor; 1 for none (1)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="the same seed gives the same text (default: a new one each time)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the text before this string; may be given several times",
+    )
+
+
+_SAMPLING = "max_tokens temperature top_k top_p min_p repetition_penalty seed stop"
+
+
+def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of SamplingParams that were given."""
+    fields = {name: getattr(args, name) for name in _SAMPLING.split()}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def load_model(path: str, args: argparse.Namespace, **settings: Any) -> LLM:
+    """`tinyllm.load` with the model options, and a progress bar where it takes long. `settings` win over
+    `args`."""
+    import tinyllm
+
+    names = ("device", "threads", "context", "cache_type", "weights")
+    options = {name: getattr(args, name) for name in names} | settings
+    with progress_bar("loading") as progress:
+        return tinyllm.load(path, **options, progress=progress)
+
+
+# Output
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function (done, total) that draws a bar on stderr: on a terminal, once more than a second has
+    passed."""
+    bar: Any = None
+    task: Any = None
+    start = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar, task
+        if bar is None:
+            if not sys.stderr.isatty() or time.monotonic() - start < 1:
+                return
+            from rich.console import Console
+            from rich.progress import Progress
+
+            bar = Progress(console=Console(stderr=True), transient=True)
+            task = bar.add_task(what, total=total)
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+BOLD, DIM = "\x1b[1m", "\x1b[2m"
+
+
+def styled(text: str, style: str, stream: TextIO) -> str:
+    """`text` in a style where `stream` is a terminal that has styles (https://no-color.org)."""
+    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain or not text else f"{style}{text}\x1b[0m"
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """A model's text for `stream`: on a terminal, control characters (which could drive it) become
+    visible."""
+    if not stream.isatty():
+        return text
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"<{ord(m[0]):02x}>", text)
+
+
+def note(text: str) -> None:
+    """A line about the work, on stderr, faint."""
+    print(styled(text, DIM, sys.stderr), file=sys.stderr, flush=True)
+
+
+def seconds(s: float) -> str:
+    return f"{s:.1f} s" if s >= 10 else f"{s:.2f} s" if s >= 1 else f"{s * 1000:.0f} ms"
+
+
+def size(n_bytes: float) -> str:
+    """Decimal units, as file managers show them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
+def rate(n: float, s: float) -> float:
+    """n a second; 0 where no time passed."""
+    return n / s if s > 0 else 0.0
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process held at once."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,131 @@
+"""Results as JSON, batches of prompts, and the replay of earlier results.
+
+A result carries all that made it: the exact ids of its prompt, its parameters and seed, and the settings of
+the model that may change a token (threads are not among them). Imports common.py and, for prompts, run.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllm.cli.common import (
+    EXIT_ERROR,
+    EXIT_OK,
+    load_model,
+    note,
+    peak_memory_bytes,
+    rate,
+    sampling_fields,
+    seconds,
+)
+
+if TYPE_CHECKING:
+    from tinyllm import LLM, Completion, SamplingParams
+
+SETTINGS = ("context", "cache_type", "device")
+
+
+def as_json(llm: LLM, prompt: str, completion: Completion, args: argparse.Namespace) -> str:
+    """One line of JSON."""
+    from tinyllm.cli.run import is_chat
+
+    result: dict[str, Any] = {
+        "model": args.model,
+        "prompt": prompt,
+        "chat": is_chat(llm, args),
+        "text": completion.text,
+        "tokens": completion.tokens,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "seed": completion.seed,
+        "timings": {**asdict(completion.timings), "peak_memory_bytes": peak_memory_bytes()},
+        "parameters": {**sampling_fields(args), "seed": completion.seed},
+        "settings": {name: getattr(llm, name) for name in SETTINGS} | {"weights": args.weights},
+        "prompt_ids": completion.prompt_tokens,
+    }
+    if completion.reasoning is not None:
+        result["reasoning"] = completion.reasoning
+    if args.logprobs is not None:
+        result["logprobs"] = completion.logprobs
+        result["top_logprobs"] = completion.top_logprobs
+    return json.dumps(result, ensure_ascii=False)
+
+
+def run_batch(args: argparse.Namespace, prompts: list[str], params: SamplingParams) -> int:
+    """Continues all prompts in one batch and prints a JSON line for each, in their order."""
+    from tinyllm.cli.run import as_prompt
+
+    with load_model(args.model, args) as llm:
+        start = time.perf_counter()
+        completions = llm([as_prompt(llm, prompt, args) for prompt in prompts], params)
+        elapsed = time.perf_counter() - start
+        for prompt, completion in zip(prompts, completions, strict=True):
+            print(as_json(llm, prompt, completion, args))
+        n = sum(completion.timings.generated_tokens for completion in completions)
+        note(f"{len(prompts)} prompts, {n} tokens in {seconds(elapsed)}: {rate(n, elapsed):.1f} tok/s in all")
+    return EXIT_OK
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Generates the results in a file of --json or --prompts again; says of each whether every token is the
+    same."""
+    results = _read_results(Path(args.replay).expanduser())
+    first = results[0]
+    settings = {name: first["settings"].get(name) for name in ("context", "cache_type", "weights")}
+    n_same = 0
+    with load_model(args.model or first["model"], args, **settings) as llm:
+        for number, result in enumerate(results, 1):
+            completion = llm(result["prompt_ids"], **result["parameters"])
+            verdict = _compare(llm, result["tokens"], completion.tokens)
+            n_same += verdict.startswith("same")
+            print(f"result {number}: {verdict}" if len(results) > 1 else verdict)
+    return EXIT_OK if n_same == len(results) else EXIT_ERROR
+
+
+def _compare(llm: LLM, before: list[int], now: list[int]) -> str:
+    if before == now:
+        return f"same: all {len(now)} tokens"
+
+    def name(tokens: list[int], i: int) -> str:
+        if i >= len(tokens):
+            return "the end"
+        return f"{tokens[i]} ({llm.tokenizer.token_text(tokens[i])!r})" if llm.tokenizer else str(tokens[i])
+
+    i = next(
+        (i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now))
+    )
+    return f"different: token {i + 1} of {len(before)} was {name(before, i)} and is {name(now, i)}"
+
+
+_KINDS: dict[str, type] = {
+    "model": str,
+    "prompt_ids": list,
+    "tokens": list,
+    "parameters": dict,
+    "settings": dict,
+}
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    """The results in a file: one object, or one a line."""
+    from tinyllm.errors import FormatError
+
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        results = [json.loads(line) for line in lines]
+    except ValueError as e:
+        raise FormatError(f"{path} is not what --json writes: {e}") from None
+    for result in results or [None]:
+        missing = [
+            key
+            for key, kind in _KINDS.items()
+            if not isinstance(result, dict) or not isinstance(result.get(key), kind)
+        ]
+        if missing:
+            raise FormatError(f"{path} is not what --json writes: it has no {', '.join(missing)}")
+    return results

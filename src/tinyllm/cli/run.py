@@ -1,0 +1,359 @@
+"""tinyllm-run: continue a text or answer a question, once, in a batch, as JSON, or in a conversation.
+
+Text goes to stdout, everything about it to stderr. Imports common.py; results.py (JSON and replay) and
+interactive.py (the terminal conversation) are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllm.cli.common import (
+    BOLD,
+    DIM,
+    EXIT_CODES,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    Parser,
+    UsageError,
+    add_model_options,
+    add_sampling_options,
+    load_model,
+    note,
+    peak_memory_bytes,
+    positive,
+    rate,
+    run_command,
+    sampling_fields,
+    seconds,
+    shown,
+    size,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from tinyllm import LLM, Completion, SamplingParams
+    from tinyllm.engine import Piece
+    from tinyllm.llm import Stream
+
+PROG = "tinyllm-run"
+
+DESCRIPTION = """Runs a language model from a file on this machine.
+
+A base model continues PROMPT; a model made for chat answers it. Without a prompt, on a terminal, you get a
+conversation. A prompt can also come through a pipe."""
+
+EPILOG = f"""examples:
+  {PROG} stories "Once upon a time"              the small model that comes with tinyllm
+  {PROG} model.gguf                              a conversation; /help there lists its commands
+  {PROG} model.gguf "What is RoPE?" --temp 0     the likeliest answer, the same every time
+  cat notes.txt | {PROG} model.gguf --system "Summarize this text."
+  {PROG} stories "Lily" -n 50 --seed 7 --json > out.json
+  {PROG} --replay out.json                       does this machine give the very same tokens?
+  {PROG} stories --prompts beginnings.txt        one prompt a line, as one batch, JSON lines out
+
+{EXIT_CODES}"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(PROG, _run, argv)
+
+
+def _run(argv: list[str]) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    if args.version or args.info:
+        return _print_info(args.info)
+    _check(args)
+    if args.replay is not None:
+        from tinyllm.cli.results import replay
+
+        return replay(args)
+    from tinyllm.sampling import SamplingParams
+
+    top_logprobs = {"logprobs": True, "top_logprobs": args.logprobs} if args.logprobs is not None else {}
+    params = SamplingParams(**sampling_fields(args), **top_logprobs)
+    if args.prompts is not None:
+        from tinyllm.cli.results import run_batch
+
+        return run_batch(args, _read_prompts(args), params)
+    prompt = _read_prompt(args)
+    with load_model(args.model, args) as llm:
+        if prompt is None:
+            from tinyllm.cli.interactive import Chat, Text, interact
+
+            chats = is_chat(llm, args)
+            return interact(
+                llm, Chat(llm, params, args.system, args.chat_template) if chats else Text(llm, params)
+            )
+        return _run_once(llm, prompt, params, args)
+
+
+# Options
+
+
+def _parser() -> Parser:
+    parser = Parser(PROG, "MODEL [PROMPT] [options]", DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a .gguf file, a Hugging Face directory, or stories, the model that comes with tinyllm",
+    )
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text; - reads it from a pipe")
+
+    text = parser.add_argument_group("prompt")
+    text.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
+    text.add_argument(
+        "-e", "--escapes", action="store_true", help=r"\n, \t, \\ and \" in the prompt mean what they do in C"
+    )
+    text.add_argument(
+        "--system", metavar="TEXT", help="how a chat model should behave, told before the first message"
+    )
+    chat = text.add_mutually_exclusive_group()
+    chat.add_argument(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="use the model's chat template (default: where it has one)",
+    )
+    chat.add_argument("--no-chat", dest="chat", action="store_false", help="continue the prompt as it stands")
+    chat.add_argument(
+        "--chat-template",
+        type=_read,
+        metavar="FILE",
+        help="chat with this Jinja template in place of the model's",
+    )
+    text.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line (a .jsonl file: one JSON string a line), all as one batch; - for a pipe. "
+        "The results are JSON lines, in that order",
+    )
+
+    add_sampling_options(parser)
+    add_model_options(parser)
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", action="store_true", help="one JSON object: text, tokens, finish_reason, seed, timings..."
+    )
+    output.add_argument(
+        "--logprobs",
+        type=_count,
+        metavar="K",
+        help="show each token's log probability, and the K likeliest tokens in its place",
+    )
+    output.add_argument(
+        "--replay",
+        metavar="OUT.json",
+        help="generate what --json wrote once more and say whether every token is the same",
+    )
+    output.add_argument("--version", action="store_true", help="version, instruction set, threads, CUDA")
+    output.add_argument("--info", action="store_true", help="all that tinyllm knows about this machine")
+    return parser
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UsageError for options that do not go together."""
+    sources = {"PROMPT": args.prompt, "--file": args.file, "--prompts": args.prompts, "--replay": args.replay}
+    given = [name for name, value in sources.items() if value is not None]
+    if args.model is None and args.replay is None:
+        raise UsageError("no MODEL given: a .gguf file, a directory, or stories")
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} cannot be used together")
+    if args.system is not None and args.chat is False:
+        raise UsageError("--system is for chat; it cannot be used with --no-chat")
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        if math.isnan(getattr(args, name) or 0.0):
+            raise UsageError(f"{name} is not a number")
+
+
+def _print_info(all_of_it: bool) -> int:
+    import tinyllm
+
+    info = tinyllm.info()
+    if not all_of_it:
+        cuda = "CUDA" if info["cuda"] else f"no CUDA: {info['cuda_reason']}"
+        print(f"tinyllm {info['version']} ({info['isa']}, {info['threads']} threads; {cuda})")
+        return EXIT_OK
+    for key, value in info.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        print(f"{key:<18}{text}")
+    return EXIT_OK
+
+
+# Prompts
+
+
+def _read_prompt(args: argparse.Namespace) -> str | None:
+    """The prompt; None on a terminal without one, which asks for a conversation."""
+    if args.file is not None:
+        text = _read(args.file)
+    elif args.prompt == "-" or (args.prompt is None and not sys.stdin.isatty()):
+        text = _read("-")
+        if not text:
+            raise UsageError("there is no PROMPT, and standard input is empty")
+    elif args.prompt is None:
+        if args.json or args.logprobs is not None or not sys.stdout.isatty():
+            raise UsageError("there is no PROMPT")
+        return None
+    else:
+        return unescaped(args.prompt) if args.escapes else str(args.prompt)
+    text = text.removesuffix("\n").removesuffix("\r")
+    return unescaped(text) if args.escapes else text
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    lines = [line for line in _read(args.prompts).splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"{args.prompts} has no prompts")
+    if not args.prompts.endswith(".jsonl"):
+        return [unescaped(line) if args.escapes else line for line in lines]
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, str):
+            raise UsageError(f"{args.prompts}, prompt {number}: not a JSON string")
+        prompts.append(value)
+    return prompts
+
+
+def _read(path: str) -> str:
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        name = "standard input" if path == "-" else path
+        raise UsageError(f"{name} is not UTF-8 text: byte {e.start} is 0x{data[e.start]:02x}") from None
+
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", '"': '"', "'": "'", "\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    r"""`text` with \n, \t and the like replaced; an unknown one stays as it is."""
+    out, rest = "", text
+    while "\\" in rest:
+        before, _, rest = rest.partition("\\")
+        known = _ESCAPES.get(rest[:1])
+        out += before + (known if known is not None else "\\" + rest[:1])
+        rest = rest[1:]
+    return out + rest
+
+
+def is_chat(llm: LLM, args: argparse.Namespace) -> bool:
+    """Whether prompts go through the chat template: as asked, else where the model has one."""
+    if args.chat is not None:
+        return bool(args.chat)
+    has_template = llm.chat_template is not None or args.chat_template is not None
+    if args.system is not None and not has_template:
+        raise UsageError(f"--system is for chat models, and {llm.name} has no chat template")
+    return has_template
+
+
+def as_prompt(llm: LLM, text: str, args: argparse.Namespace) -> str | list[int]:
+    """What the model gets: the text, or a chat model's whole prompt as ids."""
+    if not is_chat(llm, args):
+        return text
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    messages = [*system, {"role": "user", "content": text}]
+    return llm.chat_ids(messages, chat_template=args.chat_template)
+
+
+# Runs
+
+
+def _run_once(llm: LLM, text: str, params: SamplingParams, args: argparse.Namespace) -> int:
+    prompt = as_prompt(llm, text, args)
+    if args.json:
+        from tinyllm.cli.results import as_json
+
+        completion = llm(prompt, params)
+        print(as_json(llm, text, completion, args))
+    elif args.logprobs is not None:
+        completion = llm(prompt, params)
+        _print_logprobs(llm, completion)
+    else:
+        if not isinstance(prompt, list) and sys.stdout.isatty():
+            print(styled(shown(text, sys.stdout), BOLD, sys.stdout), end="", flush=True)
+        completion = print_stream(llm.stream(prompt, params))
+    _print_figures(llm, completion)
+    return EXIT_INTERRUPTED if completion.finish_reason == "cancelled" else EXIT_OK
+
+
+def print_stream(stream: Stream) -> Completion:
+    """Prints a text as it comes, and a line break at its end. Ctrl-C ends it there."""
+    ends_line = True
+    with stream:
+        try:
+            for piece in stream:
+                print_piece(piece)
+                ends_line = piece.text.endswith("\n") if piece.text else ends_line
+        except KeyboardInterrupt:
+            ends_line = False
+    if not ends_line:
+        print(flush=True)
+    return stream.completion
+
+
+def print_piece(piece: Piece) -> None:
+    text = shown(piece.text, sys.stdout)
+    print(styled(text, DIM, sys.stdout) if piece.kind != "text" else text, end="", flush=True)
+
+
+def _print_logprobs(llm: LLM, completion: Completion) -> None:
+    """A line a token: its text, log probability and probability, and the likeliest tokens in its place."""
+
+    def name(token: int) -> str:
+        return repr(llm.tokenizer.token_text(token)) if llm.tokenizer else str(token)
+
+    tops = completion.top_logprobs or [[] for _ in completion.tokens]
+    for token, logprob, top in zip(completion.tokens, completion.logprobs or [], tops, strict=True):
+        others = "  ".join(f"{name(t)} {math.exp(p):.1%}" for t, p in top)
+        print(f"{name(token):<20} {logprob:9.4f} {math.exp(logprob):7.2%}   {others}".rstrip())
+
+
+def _print_figures(llm: LLM, completion: Completion) -> None:
+    t = completion.timings
+    note(
+        f"{llm.name}: loaded in {seconds(llm.load_s)}, {size(llm.model.weight_bytes)} of weights, "
+        f"context {llm.context}, {llm.device}, {llm.model.threads} threads; "
+        f"peak memory {size(peak_memory_bytes())}"
+    )
+    prompt_rate, token_rate = rate(t.prompt_tokens, t.prompt_s), rate(t.generated_tokens, t.generate_s)
+    note(f"prompt     {t.prompt_tokens:5} tokens in {seconds(t.prompt_s):>7}  {prompt_rate:8.1f} tok/s")
+    note(
+        f"generated  {t.generated_tokens:5} tokens in {seconds(t.generate_s):>7}  {token_rate:8.1f} tok/s  "
+        f"{token_rate * llm.model.token_bytes / 1e9:.2f} GB/s of weights"
+    )
+    note(f"{finish(llm, completion)}; seed {completion.seed}")
+
+
+def finish(llm: LLM, completion: Completion) -> str:
+    """Why the text ended, in words."""
+    if completion.finish_reason == "cancelled":
+        return "stopped by Ctrl-C"
+    if completion.finish_reason == "length":
+        used = len(completion.prompt_tokens) + len(completion.tokens)
+        if used >= llm.context:
+            return f"the context is full: {used} of {llm.context} tokens"
+        return f"ended after {len(completion.tokens)} tokens, as asked"
+    if isinstance(completion.stop_reason, str):
+        return f"ended before {completion.stop_reason!r}, as asked"
+    return "ended by the model"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,399 @@
+"""Runs sequences: builds the batches for the model, and continues texts token by token.
+
+`Engine.step` makes one call of the model for everything that any thread waits for, whoever comes first
+doing it for all. `Engine.generate` is the loop above it: it samples in the caller's own thread, so a
+sampler may be any Python code. Imports `kvcache`, `sampling` and `errors`. Read next: llm.py,
+the interface.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import MemoryLimitError, ModelClosedError
+from .kvcache import KVCache, Sequence
+from .sampling import Sampled, StopStrings
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+
+CHUNK = 512  # tokens of a call; more would only make it longer
+MAX_LOGITS_BYTES = 64 << 20  # of a call
+
+log = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """What the engine asks of a model; `backends.Model` is one."""
+
+    def forward(
+        self,
+        tokens_or_x: npt.NDArray[Any],
+        positions: I32,
+        sequences: I32,
+        page_tables: I32,
+        *,
+        rows: I32 | None = None,
+        cache: Any,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> F32: ...
+
+
+class Job:
+    """A sequence to bring up to date, and what came of it in the last step.
+
+    first_row: the position of the first token whose logits are wanted; None: the sequence's last. cancel:
+    asked before each layer; True ends the job. It runs while the model is locked, so it must not use the
+    model.
+    """
+
+    def __init__(
+        self, sequence: Sequence, *, first_row: int | None = None, cancel: Callable[[], bool] | None = None
+    ) -> None:
+        self.sequence = sequence
+        self.logits: F32 | None = None  # [rows, vocab_size], of the wanted tokens that the last step computed
+        self.is_done = False  # all tokens are computed
+        self.is_cancelled = False
+        self.error: Exception | None = None  # why it cannot go on
+        self._first_row = first_row
+        self._cancel = cancel
+        self._advanced = False
+
+    @property
+    def first_row(self) -> int:
+        return len(self.sequence.tokens) - 1 if self._first_row is None else self._first_row
+
+    @property
+    def has_news(self) -> bool:
+        return self._advanced or self.is_cancelled or self.error is not None
+
+    def start(self) -> None:
+        """Forgets the last step."""
+        self.logits, self.is_done, self._advanced = None, False, False
+
+    def advance(self, logits: F32) -> None:
+        self.logits, self.is_done, self._advanced = logits, self.sequence.n_pending == 0, True
+
+    def wants_to_stop(self) -> bool:
+        if self._cancel is not None and not self.is_cancelled and self.error is None:
+            try:
+                self.is_cancelled = bool(self._cancel())
+            except Exception as error:
+                self.error = error
+        return self.is_cancelled or self.error is not None
+
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token of a stream as it comes. `str(piece)` is its text, which can be empty: characters and what
+    may become a stop string are held back until they are certain.
+
+    token, logprob: None on a last piece that only brings held-back text. logprob is the model's own, a
+    natural logarithm.
+    """
+
+    text: str
+    token: int | None = None
+    logprob: float | None = None
+    kind: Literal["text"] = "text"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(eq=False)
+class Generation:
+    """One text in the making, and all that is known of it.
+
+    sequence: its prompt, to be continued; None for one that forks the first of its group.
+    text_of: the characters that a token completes; of None, what is left. context: how many tokens the
+    sequence may hold.
+    """
+
+    sequence: Sequence | None
+    sampler: Callable[[F32, list[int], int], Sampled]
+    stops: StopStrings
+    text_of: Callable[[int | None], str]
+    context: int
+    max_tokens: int | None = None
+    eos_ids: frozenset[int] = frozenset()
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the string or the id that ended the text
+    started: float = field(default_factory=time.perf_counter)
+    prompt_done: float | None = None  # when the prompt was computed
+    ended: float | None = None
+
+    def accept(self, logits: F32) -> Piece | None:
+        """Chooses the next token. logits float32 [vocab_size]. Returns what there is to show."""
+        assert self.sequence is not None
+        if self.prompt_done is None:
+            self.prompt_done = time.perf_counter()
+        tokens = self.sequence.tokens
+        sampled = self.sampler(logits, tokens, len(tokens))
+        if sampled.token in self.eos_ids:
+            return self.finish("stop", sampled.token)
+        tokens.append(sampled.token)
+        self.tokens.append(sampled.token)
+        self.logprobs.append(sampled.logprob)
+        self.top_logprobs.append(sampled.top)
+        text = self.stops.feed(self.text_of(sampled.token))
+        self.text += text
+        if self.stops.found is not None:
+            self.finish("stop", self.stops.found)
+        elif len(self.tokens) == self.max_tokens or len(tokens) >= self.context:
+            rest = self.finish("length")
+            text += rest.text if rest else ""
+        return Piece(text, sampled.token, sampled.logprob)
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> Piece | None:
+        """Ends the text. Returns the held-back rest, if there is any."""
+        rest = ""
+        if self.stops.found is None:
+            rest = self.stops.feed(self.text_of(None))
+            rest += self.stops.flush()
+        self.text += rest
+        if self.stops.found is not None:
+            reason, stop_reason = "stop", self.stops.found
+        self.finish_reason, self.stop_reason, self.ended = reason, stop_reason, time.perf_counter()
+        return Piece(rest) if rest else None
+
+    def close(self) -> None:
+        if self.sequence is not None:
+            self.sequence.close()
+
+
+@dataclass(eq=False)
+class _Call:
+    """One thread's wait for news about its jobs."""
+
+    jobs: list[Job]
+    is_done: bool = False
+    is_abandoned: bool = False
+
+
+@dataclass
+class _Part:
+    """A job's share of a call of the model: its next n tokens, of which the last n_rows leave logits."""
+
+    job: Job
+    n: int
+    n_rows: int
+
+
+class Engine:
+    """One model with its cache, shared by any number of threads."""
+
+    def __init__(self, model: Model, cache: KVCache, *, vocab_size: int, chunk: int = CHUNK) -> None:
+        self.model, self.cache = model, cache
+        self.is_closed = False
+        self._chunk = chunk
+        self._max_rows = max(1, MAX_LOGITS_BYTES // (4 * vocab_size))
+        self._calls: list[_Call] = []
+
+    def sequence(self, tokens: Iterable[int] = ()) -> Sequence:
+        """A new sequence, nothing of it computed yet. The tokens must be ids of the vocabulary."""
+        return self.cache.sequence(tokens)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A second sequence with the same tokens, sharing what is computed. Where there is no page left for
+        the copy of the last one, it starts with nothing and is computed again once there is room.
+        """
+        with self.cache.lock:
+            self.cache.collect()
+            try:
+                return self.cache.fork(sequence)
+            except MemoryLimitError:
+                return self.cache.sequence(sequence.tokens)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Has all of a sequence computed again, but for what others share."""
+        with self.cache.lock:
+            self.cache.drop(sequence)
+
+    def step(self, jobs: list[Job]) -> None:
+        """Calls the model until there is news about one of `jobs`: logits, a cancellation or an error.
+
+        Decoding sequences go first, then prompts in chunks, the oldest first; a call takes what other
+        threads wait for as well. An exception from the model is raised and leaves every sequence as it was.
+        Raises ModelClosedError.
+        """
+        for job in jobs:
+            assert job.sequence.n_pending, "nothing to compute"
+            job.start()
+        call = _Call(jobs)
+        self._calls.append(call)
+        try:
+            with self.cache.lock:
+                while jobs and not call.is_done:
+                    self._run()
+        finally:
+            call.is_abandoned = True  # for a call of the model that another thread still makes for it
+            self._calls.remove(call)
+
+    def evaluate(self, job: Job) -> Iterator[F32]:
+        """Steps until the job is done. Yields the wanted logits, [rows, vocab_size] at a time, in order."""
+        while not job.is_done:
+            self.step([job])
+            if job.error is not None:
+                raise job.error
+            if job.is_cancelled:
+                return
+            if job.logits is not None and len(job.logits):
+                yield job.logits
+
+    def generate(
+        self, groups: Iterable[list[Generation]], cancel: Callable[[], bool] | None = None
+    ) -> Iterator[tuple[Generation, Piece]]:
+        """Continues texts until each has its finish reason, in one batch. Those of a group share a prompt,
+        which is computed once. Yields every piece with the text it belongs to, and frees a text's pages at
+        its end; all of them when it is closed early or something raises.
+        """
+        siblings = {group[0]: group[1:] for group in groups}
+        everything = [generation for first, rest in siblings.items() for generation in (first, *rest)]
+        jobs: dict[Generation, Job] = {}
+
+        def start(generation: Generation) -> None:
+            assert generation.sequence is not None
+            jobs[generation] = Job(generation.sequence, cancel=cancel)
+
+        try:
+            for first in siblings:
+                start(first)
+            while jobs:
+                self.step(list(jobs.values()))
+                for first, job in list(jobs.items()):
+                    if job.error is not None:
+                        raise job.error
+                    if not job.is_cancelled and not job.is_done:
+                        continue
+                    texts = [first, *siblings.pop(first, ())]
+                    for generation in texts[1:]:
+                        generation.sequence = self.fork(job.sequence)
+                        start(generation)
+                    for generation in texts:
+                        if job.is_cancelled:
+                            piece = generation.finish("cancelled")
+                        else:
+                            assert job.logits is not None
+                            piece = generation.accept(job.logits[-1])
+                        if generation.finish_reason is not None:
+                            del jobs[generation]
+                            generation.close()
+                        if piece is not None:
+                            yield generation, piece
+        finally:
+            for generation in everything:
+                if generation.finish_reason is None:
+                    generation.finish("cancelled")
+                generation.close()
+
+    def close(self) -> None:
+        """Waits for the running call, then refuses all others."""
+        with self.cache.lock:
+            self.is_closed = True
+
+    def _run(self) -> None:
+        """One call of the model for all who wait. The lock is held."""
+        if self.is_closed:
+            raise ModelClosedError("the model is closed")
+        self.cache.collect()
+        calls = [call for call in list(self._calls) if not call.is_done and not call.is_abandoned]
+        jobs = [job for call in calls for job in call.jobs]
+        parts = self._plan(self._admit(jobs))
+        stopped = False
+
+        def stop() -> bool:
+            nonlocal stopped
+            wishes = [part.job.wants_to_stop() for part in parts]
+            stopped = stopped or any(wishes) or any(call.is_abandoned for call in calls)
+            return stopped
+
+        # Asking costs a layer its pause for the interpreter, so only where somebody could answer.
+        asks = len(calls) > 1 or any(part.job._cancel is not None for part in parts)
+        try:
+            logits = self._forward(parts, stop if asks else None) if parts else None
+        except Exception:
+            if not stopped:
+                raise
+            logits = None
+        if logits is not None:
+            end = 0
+            for part in parts:
+                start, end = end, end + part.n_rows
+                self.cache.commit(part.job.sequence, part.n)
+                part.job.advance(logits[start:end])
+        for call in calls:
+            call.is_done = any(job.has_news for job in call.jobs)
+
+    def _admit(self, jobs: list[Job]) -> list[Job]:
+        """The jobs that have all the pages they need, the oldest first. Raises nothing: a job that can
+        never get them has an error, one that has to wait for older ones is left out.
+        """
+        admitted: list[Job] = []
+        for job in sorted(jobs, key=lambda job: job.sequence.order):
+            if job.wants_to_stop():
+                continue
+            try:
+                self.cache.adopt(job.sequence, job.first_row)
+                self.cache.reserve(job.sequence)
+            except MemoryLimitError as error:
+                if admitted:
+                    break
+                job.error = error
+                continue
+            admitted.append(job)
+        return admitted
+
+    def _plan(self, jobs: list[Job]) -> list[_Part]:
+        """Which tokens the next call computes."""
+        parts = []
+        n_tokens, n_rows = self._chunk, self._max_rows
+        for job in sorted(jobs, key=lambda job: job.sequence.n_pending > 1):
+            sequence = job.sequence
+            n = min(sequence.n_pending, n_tokens)
+            n_unwanted = max(0, job.first_row - sequence.n_cached)  # leading tokens whose logits nobody needs
+            n = min(n, n_unwanted + n_rows)
+            if n > 0:
+                parts.append(_Part(job, n, max(0, n - n_unwanted)))
+                n_tokens -= n
+                n_rows -= parts[-1].n_rows
+        return parts
+
+    def _forward(self, parts: list[_Part], should_stop: Callable[[], bool] | None) -> F32:
+        """The logits of the wanted tokens, in the order of `parts`: float32 [rows, vocab_size]."""
+        sequences = [part.job.sequence for part in parts]
+        n = np.array([part.n for part in parts])
+        starts = np.cumsum(n) - n
+        tokens = np.empty(n.sum(), dtype=np.int32)
+        positions = np.empty_like(tokens)
+        tables = np.zeros((len(parts), max(len(s.pages) for s in sequences)), dtype=np.int32)
+        rows: list[int] = []
+        for i, (part, s) in enumerate(zip(parts, sequences, strict=True)):
+            here = slice(starts[i], starts[i] + part.n)
+            tokens[here] = s.tokens[s.n_cached : s.n_cached + part.n]
+            positions[here] = np.arange(s.n_cached, s.n_cached + part.n)
+            tables[i, : len(s.pages)] = s.pages
+            rows.extend(range(here.stop - part.n_rows, here.stop))
+        return self.model.forward(
+            tokens,
+            positions,
+            np.repeat(np.arange(len(parts), dtype=np.int32), n),
+            tables,
+            rows=np.array(rows, dtype=np.int32),
+            cache=self.cache.pool,
+            should_stop=should_stop,
+        )

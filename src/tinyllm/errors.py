@@ -1,0 +1,65 @@
+"""The exceptions of tinyllm: one base, one class a kind of cause.
+
+Whatever a file, an argument or the machine causes is an `Error`; where Python has a built-in exception for
+the same cause, the class inherits it too. Wrong Python types stay `TypeError`. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Error(Exception):
+    """Base of everything that tinyllm raises on purpose."""
+
+
+class FormatError(Error):
+    """A file is broken, truncated or contradicts itself."""
+
+
+class UnsupportedError(Error):
+    """A file is well formed, but asks for something that tinyllm does not do."""
+
+
+class NotFoundError(Error, FileNotFoundError):
+    """A file or folder does not exist."""
+
+
+class ReadError(Error, OSError):
+    """A file exists but the system does not let us read it (permissions, a device error, not a regular
+    file)."""
+
+
+class ArgumentError(Error, ValueError):
+    """An argument has a value that makes no sense."""
+
+
+class ContextError(Error):
+    """A prompt or a sequence does not fit into the context."""
+
+
+class MemoryLimitError(Error, MemoryError):
+    """The weights or the cache do not fit into the memory that is there."""
+
+
+class ModelClosedError(Error):
+    """A model is used after `close()`."""
+
+
+class CancelledError(Error):
+    """A call was stopped before its next layer; its positions count as unwritten."""
+
+
+class TemplateError(Error):
+    """A chat template is missing, broken, or went past its limits."""
+
+
+@contextmanager
+def located(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put `path` before the message of a FormatError or UnsupportedError from code that knows no path."""
+    try:
+        yield
+    except (FormatError, UnsupportedError) as error:
+        raise type(error)(f"{os.fspath(path)}: {error}") from None

@@ -1,0 +1,723 @@
+"""The interface: `load` a model, call it, stream from it, chat, score, open a session.
+
+Thin by intent: prompts become sequences here and results become dataclasses; engine.py does the work.
+Imports `engine`, `kvcache`, `sampling`, `modelfiles`, `backends`, `chat` and `errors`. Read engine.py next.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict, dataclass, replace
+from types import TracebackType
+from typing import Any, Literal, TypeGuard, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from . import backends
+from .chat import ChatTemplate, require
+from .config import GenerationDefaults, ModelConfig
+from .engine import Engine, FinishReason, Generation, Job, Piece
+from .errors import ArgumentError, ContextError, MemoryLimitError
+from .kvcache import PAGE, KVCache, Sequence, root_key
+from .loaders import BF16, F16, F32, FORMATS
+from .loaders.names import Weights
+from .modelfiles import read_model
+from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
+from .tokenizer import Tokenizer
+
+Prompt = str | SequenceOf[int]
+Logits = npt.NDArray[np.float32]
+CacheType = Literal["f16", "f32"]
+Cancel = Callable[[], bool]
+
+CACHE_BYTES = {"f16": 2, "f32": 4}  # of a number
+QUANTIZED = {"q8_0": 8, "q4_0": 2}  # what `weights=` can ask for, by GGML's type numbers
+MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
+MAX_PAGES = 1 << 24  # of a pool, the core's limit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time went. `generate_s` runs from the end of the prompt; in a batch, each text has its own
+    clock.
+    """
+
+    load_s: float
+    prompt_tokens: int
+    prompt_s: float
+    generated_tokens: int
+    generate_s: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A generated text. `str(completion)` is its text.
+
+    text: the new text only, without the prompt and without the stop string. tokens: its ids, a stop
+    string's included, an end-of-text token not. logprobs: the model's own log probability (natural) of each
+    token, where asked for; top_logprobs: for each the most likely (id, log probability). finish_reason:
+    "stop" (stop_reason is the string or the id), "length" (max_tokens or the context's end) or "cancelled".
+    seed: alone with it, the same prompt gives the same text. reasoning: None so far.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float] | None
+    top_logprobs: list[list[tuple[int, float]]] | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    seed: int
+    prompt_tokens: list[int]
+    timings: Timings
+    device: str
+    reasoning: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a text is. logprobs[i] is the natural log probability of tokens[i + 1] after those before
+    it; the first token has none.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+
+    @property
+    def total(self) -> float:
+        """The sum of the log probabilities, in nats."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of minus their mean; NaN for a single token."""
+        return math.exp(-self.total / len(self.logprobs)) if self.logprobs else math.nan
+
+
+class Stream(Iterator[Piece]):
+    """A text while it is made: iterate over its pieces. Leaving early, or `close`, frees what it holds."""
+
+    def __init__(self, pieces: Generator[Piece, None, None], completion: Callable[[], Completion]) -> None:
+        self._pieces, self._completion = pieces, completion
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the text here."""
+        self._pieces.close()
+
+    @property
+    def completion(self) -> Completion:
+        """What there is so far, at the end all of it; a text that was left early counts as cancelled."""
+        return self._completion()
+
+
+class LLM:
+    """A loaded model. Made by `load`; any number of threads may use one.
+
+    model: the layer below, with `model.forward`. tokenizer: None for a model that takes and gives ids only.
+    chat_template: None for a base model. context: how many tokens a sequence may hold. load_s: seconds of
+    loading.
+    """
+
+    def __init__(
+        self,
+        model: backends.Model,
+        tokenizer: Tokenizer | None = None,
+        chat_template: ChatTemplate | None = None,
+        defaults: GenerationDefaults | None = None,
+        *,
+        name: str = "the model",
+        cache_type: CacheType = "f16",
+        max_pages: int | None = None,
+        load_s: float = 0.0,
+    ) -> None:
+        """max_pages: how far the cache may grow; None: one full context."""
+        config = model.config
+        self.model, self.tokenizer, self.chat_template, self.config = model, tokenizer, chat_template, config
+        self.name, self.cache_type, self.load_s = name, cache_type, load_s
+        self.device, self.context = model.device, config.context
+        defaults = defaults or GenerationDefaults()
+        self.eos_ids = frozenset(defaults.eos_ids) | (tokenizer.eos_ids if tokenizer else frozenset())
+        self._defaults = asdict(defaults)
+        n_pages = -(-config.context // PAGE)
+        max_pages = max_pages or n_pages
+        self._cache = KVCache(
+            model.cache(cache_type, max_pages),
+            max_pages,
+            root_key(repr(config), cache_type),
+            max_unused=n_pages,
+            free_bytes=backends.free_memory,
+        )
+        self._engine = Engine(model, self._cache, vocab_size=config.vocab_size)
+
+    @overload
+    def __call__(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, n: None = None, **options: Any
+    ) -> Completion: ...
+
+    @overload
+    def __call__(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, n: int, **options: Any
+    ) -> list[Completion]: ...
+
+    @overload
+    def __call__(
+        self, prompt: SequenceOf[Prompt], params: SamplingParams | None = None, **options: Any
+    ) -> list[Any]: ...
+
+    def __call__(
+        self,
+        prompt: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        special: bool = False,
+        cancel: Cancel | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Continues a prompt, or several in one batch.
+
+        prompt: a text, a list of ids, or a list of such prompts. n: how many samples of each, sharing what
+        is computed for the prompt; sample i has the seed `stream_seed(seed, i)`. special: whether the text
+        of special tokens ("<|eot_id|>") means these tokens. cancel: asked before each layer, True ends the
+        call with what there is; it must not use the model. The rest are fields of SamplingParams, in place
+        of `params` or over it.
+
+        Returns a Completion; with `n`, a list of n; for a list of prompts, a list with one of these for
+        each, equal to a loop with the same seed. Raises ArgumentError, ContextError (no room for an answer)
+        and MemoryLimitError (the cache is full) before anything is computed; ModelClosedError.
+
+            llm("Once upon a time", max_tokens=50, temperature=0).text
+        """
+        if n is not None and operator.index(n) < 1:
+            raise ArgumentError(f"n is {n}, expected 1 or more")
+        prompts = [prompt] if _is_prompt(prompt) else list(cast("SequenceOf[Prompt]", prompt))
+        given = _merge(params, sampling)
+        requests: list[list[_Request]] = []
+        for one in prompts:
+            ids, resolved = self._prompt(one, special), given.resolve(self._defaults)
+            first = self._request(resolved, ids, self._engine.sequence(ids))
+            others = (_derive(resolved, i) for i in range(1, n or 1))
+            requests.append([first, *(self._request(other, ids, None) for other in others)])
+        for _ in self._engine.generate([[r.generation for r in group] for group in requests], cancel):
+            pass
+        results = [[self._completion(request) for request in group] for group in requests]
+        shaped: list[Any] = [group[0] if n is None else group for group in results]
+        return shaped[0] if _is_prompt(prompt) else shaped
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        special: bool = False,
+        cancel: Cancel | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """Like a call with one prompt, but yields the text piece by piece, whole characters only.
+
+        for piece in llm.stream("Once upon a time"): print(piece, end="", flush=True)
+        """
+        if not _is_prompt(prompt):
+            raise ArgumentError("stream takes one prompt; call the model with a list of them")
+        ids, resolved = self._prompt(prompt, special), _merge(params, sampling).resolve(self._defaults)
+        request = self._request(resolved, ids, self._engine.sequence(ids))
+
+        def pieces() -> Generator[Piece, None, None]:
+            for _, piece in self._engine.generate([[request.generation]], cancel):
+                yield piece
+
+        return Stream(pieces(), lambda: self._completion(request))
+
+    @overload
+    def chat(
+        self, messages: SequenceOf[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: SequenceOf[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+    ) -> Stream: ...
+
+    def chat(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Answers a conversation, as the model's own chat template puts it.
+
+        messages: dicts with "role" and "content". stream: returns a Stream instead of a Completion. tools:
+        JSON schemas of functions. chat_template: a Jinja template in place of the model's. template_args:
+        further variables for it. The rest is as in a call. Raises TemplateError where there is no template,
+        or it refuses.
+
+            llm.chat([{"role": "user", "content": "What is 2 + 2?"}]).text
+        """
+        ids = self.chat_ids(messages, tools=tools, chat_template=chat_template, template_args=template_args)
+        return self.stream(ids, **options) if stream else self(ids, **options)
+
+    def chat_ids(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The ids of the prompt that `chat` makes of a conversation."""
+        own = self.chat_template
+        if chat_template is None:
+            template = require(own, self.name)
+        else:
+            bos, eos = (own.bos_token, own.eos_token) if own else ("", "")
+            template = ChatTemplate(chat_template, bos_token=bos, eos_token=eos)
+        text = template.render(messages, tools=tools, **(template_args or {}))
+        return self._text_ids(text, bos=False, special=True)  # the template writes its own BOS
+
+    def session(self, *, seed: int | None = None) -> Session:
+        """A text that grows step by step and can be forked. Close it when done, or use it in `with`.
+
+        seed: for samples that are given none; None draws one.
+        """
+        resolved = SamplingParams(seed=seed).resolve()
+        assert resolved.seed is not None
+        return Session(self, self._engine.sequence(), resolved.seed)
+
+    def score(self, prompt: Prompt, *, special: bool = False) -> Score:
+        """How likely a text (or ids) is, token by token. Raises ContextError when it is longer than the
+        context.
+
+        llm.score("The cat sat on the mat.").perplexity
+        """
+        ids = self._fit(self._ids(prompt, special))
+        logprobs: list[float] = []
+        for rows in self._rows(ids[:-1]):
+            for row in rows:
+                logprobs.append(backends.logprob(row, ids[len(logprobs) + 1]))
+        return Score(ids, logprobs)
+
+    def logits(self, prompt: Prompt, *, special: bool = False) -> Logits:
+        """The logits after each of n tokens (ids, or a text): float32 [n, vocab_size].
+
+        Raises ContextError when there are more tokens than the context holds, MemoryLimitError when the
+        result does not fit into the free memory.
+        """
+        ids = self._fit(self._ids(prompt, special))
+        n_bytes, free = 4 * len(ids) * self.config.vocab_size, backends.free_memory()
+        if n_bytes > free:
+            raise MemoryLimitError(
+                f"the logits of {len(ids)} tokens take {_size(n_bytes)}, {_size(free)} are free; "
+                "ask for fewer tokens at once"
+            )
+        out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
+        end = 0
+        for rows in self._rows(ids):
+            start, end = end, end + len(rows)
+            out[start:end] = rows
+        return out
+
+    def close(self) -> None:
+        """Frees the weights and the cache. Waits for a running call; later ones raise ModelClosedError."""
+        self._engine.close()
+        self._cache.pool.close()
+        self.model.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<LLM {self.name}: {self.config.architecture} on {self.device}, context {self.context}>"
+
+    def _text_ids(self, text: str, *, bos: bool | None, special: bool) -> list[int]:
+        if self.tokenizer is None:
+            raise ArgumentError(f"{self.name} has no tokenizer: give token ids instead of text")
+        return self.tokenizer.encode(text, bos=bos, special=special)
+
+    def _ids(self, prompt: Prompt, special: bool, bos: bool | None = None) -> list[int]:
+        """The ids of a text, or ids checked: each is in the vocabulary, and there is at least one."""
+        if isinstance(prompt, str):
+            ids = self._text_ids(prompt, bos=bos, special=special)
+        else:
+            ids = [operator.index(i) for i in prompt]
+        if not ids:
+            raise ArgumentError("the prompt is empty: it has no token")
+        for i in ids:
+            if not 0 <= i < self.config.vocab_size:
+                raise ArgumentError(
+                    f"token id {i} is not in the vocabulary, 0 to {self.config.vocab_size - 1}"
+                )
+        return ids
+
+    def _fit(self, ids: list[int], room: int = 0) -> list[int]:
+        if len(ids) + room > self.context:
+            what = " with room for an answer" if room else ""
+            raise ContextError(
+                f"{len(ids)} tokens do not fit into the context of {self.context}{what}; "
+                "shorten the text, or load the model with a larger context="
+            )
+        return ids
+
+    def _prompt(self, prompt: Prompt, special: bool) -> list[int]:
+        return self._fit(self._ids(prompt, special), room=1)
+
+    def _request(self, params: SamplingParams, prompt: list[int], sequence: Sequence | None) -> _Request:
+        """params: resolved. sequence: holds the prompt; None: will be forked from the first of its group."""
+        generation = Generation(
+            sequence,
+            Sampler(params, self.config.vocab_size),
+            StopStrings(params.stop),
+            self._text_stream(prompt[-1]),
+            context=self.context,
+            max_tokens=params.max_tokens,
+            eos_ids=self.eos_ids,
+        )
+        return _Request(generation, params, prompt)
+
+    def _text_stream(self, after: int) -> Callable[[int | None], str]:
+        """Turns the ids that follow `after` into text, whole characters at a time; None asks for the rest."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return lambda token: ""
+        # A model's vocabulary may be padded beyond its tokenizer's; such ids have no text.
+        n = tokenizer.vocab_size
+        stream = tokenizer.stream(after=after if after < n else None)
+
+        def text_of(token: int | None) -> str:
+            if token is None:
+                return stream.flush()
+            return stream.push(token) if token < n else ""
+
+        return text_of
+
+    def _completion(self, request: _Request) -> Completion:
+        g, params = request.generation, request.params
+        now = time.perf_counter()
+        prompt_done, ended = g.prompt_done or g.ended or now, g.ended or now
+        assert params.seed is not None
+        return Completion(
+            g.text,
+            list(g.tokens),
+            list(g.logprobs) if params.logprobs or params.top_logprobs else None,
+            list(g.top_logprobs) if params.top_logprobs else None,
+            g.finish_reason or "cancelled",
+            g.stop_reason,
+            params.seed,
+            list(request.prompt),
+            Timings(
+                self.load_s, len(request.prompt), prompt_done - g.started, len(g.tokens), ended - prompt_done
+            ),
+            self.device,
+        )
+
+    def _rows(self, ids: list[int]) -> Iterator[Logits]:
+        """The logits after each token, a chunk at a time."""
+        if not ids:
+            return
+        sequence = self._engine.sequence(ids)
+        try:
+            yield from self._engine.evaluate(Job(sequence, first_row=0))
+        finally:
+            sequence.close()
+
+
+class Session:
+    """A text that grows step by step. Made by `LLM.session` and `fork`; for one thread at a time.
+
+    tokens so far are in `tokens`, the logits after the last one in `logits`. Forks share what is computed.
+
+        with llm.session() as session:
+            session.append("Once upon a time")
+            a, b = session.fork(), session.fork()
+            print(a.generate(max_tokens=20), b.generate(max_tokens=20))
+    """
+
+    def __init__(self, llm: LLM, sequence: Sequence, seed: int) -> None:
+        self.seed = seed
+        self._llm, self._sequence = llm, sequence
+        self._logits: Logits | None = None
+        self._n_logits = 0  # how many tokens they follow
+        self._n_forks = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids of the whole text (a copy)."""
+        return list(self._sequence.tokens)
+
+    @property
+    def text(self) -> str:
+        """The whole text; empty without a tokenizer."""
+        return self._llm.tokenizer.decode(self._sequence.tokens) if self._llm.tokenizer else ""
+
+    @property
+    def logits(self) -> Logits:
+        """The logits after the last token: float32 [vocab_size]. Raises ArgumentError while there is no
+        token.
+        """
+        return np.array(self._certain())
+
+    def append(self, prompt: Prompt, *, special: bool = False) -> None:
+        """Adds a text or ids and computes them. A text that comes first gets what the tokenizer puts in
+        front (BOS).
+
+        Raises ContextError, and adds nothing, when the context is too short. After any other error the
+        tokens are there, and the next use computes them.
+        """
+        tokens = self._sequence.tokens
+        bos = False if tokens else None
+        self._llm._fit(tokens + (ids := self._llm._ids(prompt, special, bos)))
+        tokens += ids
+        self._evaluate()
+
+    def sample(self, params: SamplingParams | None = None, **sampling: Any) -> int:
+        """Chooses the next token, adds it and returns it. Fields of SamplingParams as in `LLM.__call__`."""
+        tokens = self._sequence.tokens
+        self._llm._fit(tokens, room=1)
+        sampler = Sampler(self._params(params, sampling), self._llm.config.vocab_size)
+        token = sampler(self._certain(), tokens, len(tokens)).token
+        tokens.append(token)
+        return token
+
+    def stream(
+        self, params: SamplingParams | None = None, *, cancel: Cancel | None = None, **sampling: Any
+    ) -> Stream:
+        """Continues the text, as `LLM.stream` does. What was sampled stays in the session, but for an
+        end-of-text token.
+        """
+        prompt = self._llm._fit(self.tokens, room=1)
+        if not prompt:
+            raise ArgumentError("the session is empty: append something first")
+        request = self._llm._request(self._params(params, sampling), prompt, self._sequence)
+        generation = request.generation
+
+        def pieces() -> Generator[Piece, None, None]:
+            while generation.finish_reason is None:
+                logits = self._evaluate(cancel)
+                piece = generation.finish("cancelled") if logits is None else generation.accept(logits)
+                if piece is not None:
+                    yield piece
+
+        return Stream(pieces(), lambda: self._llm._completion(request))
+
+    def generate(
+        self, params: SamplingParams | None = None, *, cancel: Cancel | None = None, **sampling: Any
+    ) -> Completion:
+        """`stream` to its end."""
+        stream = self.stream(params, cancel=cancel, **sampling)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def fork(self) -> Session:
+        """A second session that goes on from here. The i-th fork, from 1, gets the seed `stream_seed(seed,
+        i)`.
+        """
+        self._n_forks += 1
+        llm = self._llm
+        child = Session(llm, llm._engine.fork(self._sequence), stream_seed(self.seed, self._n_forks))
+        child._logits, child._n_logits = self._logits, self._n_logits
+        return child
+
+    def close(self) -> None:
+        """Frees the session's part of the cache."""
+        self._sequence.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _params(self, params: SamplingParams | None, sampling: Mapping[str, Any]) -> SamplingParams:
+        merged = _merge(params, sampling)
+        if merged.seed is None:
+            merged = replace(merged, seed=self.seed)
+        return merged.resolve(self._llm._defaults)
+
+    def _evaluate(self, cancel: Cancel | None = None) -> Logits | None:
+        """The logits after the last token; None when cancelled."""
+        tokens = self._sequence.tokens
+        if not tokens:
+            raise ArgumentError("the session is empty: append something first")
+        if self._n_logits != len(tokens):
+            engine = self._llm._engine
+            if not self._sequence.n_pending:  # an interrupt came after the call, before the logits were kept
+                engine.forget(self._sequence)
+            rows = list(engine.evaluate(Job(self._sequence, cancel=cancel)))
+            if self._sequence.n_pending:
+                return None
+            self._logits, self._n_logits = np.array(rows[-1][-1]), len(tokens)
+        return self._logits
+
+    def _certain(self) -> Logits:
+        logits = self._evaluate()
+        assert logits is not None, "nothing can cancel this"
+        return logits
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A text that was asked for: how, after what, and how far it is. params are resolved."""
+
+    generation: Generation
+    params: SamplingParams
+    prompt: list[int]
+
+
+def _is_prompt(prompt: Prompt | SequenceOf[Prompt]) -> TypeGuard[Prompt]:
+    """Whether it is one prompt, not a list of them. An empty list is a list of no prompts."""
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
+
+
+def _merge(params: SamplingParams | None, sampling: Mapping[str, Any]) -> SamplingParams:
+    return SamplingParams(**sampling) if params is None else replace(params, **sampling)
+
+
+def _derive(params: SamplingParams, i: int) -> SamplingParams:
+    """The parameters of sample i."""
+    assert params.seed is not None, "params are resolved"
+    return replace(params, seed=stream_seed(params.seed, i))
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    cache_type: CacheType = "f16",
+    weights: str | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> LLM:
+    """Loads a model.
+
+    path: a GGUF file (of a split set the first), a directory with config.json and *.safetensors, a
+    .safetensors file in one, or "stories", the model that comes with tinyllm. device: "auto" or "cpu".
+    threads: None for one a physical core. context: how many tokens a sequence may hold; None: what the
+    model was trained for, or less where only less fits into 80 % of the free memory. cache_type: the
+    numbers of the KV cache, "f16" or "f32". weights: a format ("q8_0", "q4_0") to quantize float matrices
+    to while loading. progress: called with (bytes done, bytes in all).
+
+    Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
+    with the numbers, before anything big is allocated.
+
+        with tinyllm.load("model.gguf") as llm: print(llm("Once upon a time"))
+    """
+    started = time.perf_counter()
+    if context is not None and operator.index(context) < 1:
+        raise ArgumentError(f"context is {context}, expected 1 or more")
+    if cache_type not in CACHE_BYTES:
+        raise ArgumentError(f"cache_type is {cache_type!r}, expected one of {', '.join(CACHE_BYTES)}")
+    files = read_model(path)
+    name = str(files.path)
+    formats = _formats(files.weights, weights, name)
+    weight_bytes = sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
+    context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name)
+    model = backends.Model(replace(files.config, context=context), device=device, threads=threads)
+    try:
+        done, total = 0, sum(info.n_bytes for info in files.weights.values())
+        for (weight, layer), info in files.weights.items():
+            format = formats[weight, layer] if formats[weight, layer] != info.format else None
+            model.upload(weight, layer, info, row_order=files.weights.row_order(weight), format=format)
+            done += info.n_bytes
+            if progress is not None:
+                progress(done, total)
+        if files.config.tied:
+            model.tie()
+        model.check()
+        return LLM(
+            model,
+            files.tokenizer,
+            files.template,
+            files.defaults,
+            name=name,
+            cache_type=cache_type,
+            max_pages=max_pages,
+            load_s=time.perf_counter() - started,
+        )
+    except BaseException:
+        model.close()
+        raise
+
+
+def _formats(weights: Weights, quantize_to: str | None, name: str) -> dict[tuple[str, int | None], int]:
+    """The format to keep each tensor in."""
+    formats = {key: info.format for key, info in weights.items()}
+    if quantize_to is None:
+        return formats
+    if quantize_to not in backends.WRITABLE:
+        raise ArgumentError(f"weights is {quantize_to!r}, expected one of {', '.join(backends.WRITABLE)}")
+    target = backends.FORMAT_IDS[quantize_to]
+    block = FORMATS[target].block
+    matrices = {k: t for k, t in weights.items() if len(t.shape) == 2 and t.format in (F32, F16, BF16)}
+    if not matrices:
+        raise ArgumentError(f"{name} is quantized already; weights= is for float models")
+    for key, tensor in matrices.items():
+        if tensor.shape[1] % block == 0:
+            formats[key] = target
+        else:
+            log.info("%s stays a float matrix: %d is no multiple of %d", tensor.name, tensor.shape[1], block)
+    return formats
+
+
+def _fit_memory(
+    config: ModelConfig, cache_type: CacheType, weight_bytes: int, context: int | None, name: str
+) -> tuple[int, int]:
+    """(context, most pages of the cache) for the memory there is, or MemoryLimitError."""
+    free = backends.free_memory()
+    v_stride = -(-config.head_dim // 16) * 16  # tl_cache in tinyllm.h
+    numbers = config.n_layers * config.n_kv_heads * PAGE * (config.head_dim + v_stride)
+    page_bytes = numbers * CACHE_BYTES[cache_type]
+    wanted = -(-(context or config.context) // PAGE)
+    # A context that was asked for may take all that is free; one that we choose leaves some.
+    budget = int(MEMORY_SHARE * free) if context is None else free
+    fitting = (budget - weight_bytes) // page_bytes
+    if fitting < (1 if context is None else wanted):
+        hint = f"; a context of {fitting * PAGE} would fit" if fitting > 0 else ""
+        raise MemoryLimitError(
+            f"{name} does not fit into memory: its weights take {_size(weight_bytes)}, a context of "
+            f"{context or config.context} takes {_size(wanted * page_bytes)}, {_size(free)} are free{hint}"
+        )
+    if context is None:
+        context = min(config.context, fitting * PAGE)
+        if context < config.context:
+            log.warning("context %d instead of %d: more does not fit into memory", context, config.context)
+    elif context > config.context:
+        log.warning("context %d is more than the %d the model was trained for", context, config.context)
+    return context, min(max(wanted, fitting), MAX_PAGES)

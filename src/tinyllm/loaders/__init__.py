@@ -1,0 +1,282 @@
+"""What every loader shares: the description of a tensor in a file, the table of formats, bounded reading.
+
+Model files come from strangers. Nothing here trusts a size that a file states: reading goes through
+`FileReader`, which uses pread in bounded chunks (never mmap, so a file cut meanwhile cannot fault) and knows
+the real size. Imports only `errors`. Read next: gguf.py and safetensors.py (the files), names.py (what the
+tensors are called).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import FormatError, NotFoundError, ReadError, UnsupportedError
+
+CHUNK_BYTES = 1 << 20
+MAX_JSON_BYTES = (
+    100_000_000  # the safetensors library's own limit of a header; ample for any config or tokenizer
+)
+MAX_JSON_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class Format:
+    """One tensor format: `block` consecutive elements of a row take `block_bytes` bytes."""
+
+    name: str
+    block: int
+    block_bytes: int
+
+
+# By GGML type number. The core keeps the same table beside its kernels (loaders may not import the core);
+# tests/test_gguf.py compares the two.
+FORMATS: dict[int, Format] = {
+    0: Format("F32", 1, 4),
+    1: Format("F16", 1, 2),
+    2: Format("Q4_0", 32, 18),
+    3: Format("Q4_1", 32, 20),
+    6: Format("Q5_0", 32, 22),
+    7: Format("Q5_1", 32, 24),
+    8: Format("Q8_0", 32, 34),
+    10: Format("Q2_K", 256, 84),
+    11: Format("Q3_K", 256, 110),
+    12: Format("Q4_K", 256, 144),
+    13: Format("Q5_K", 256, 176),
+    14: Format("Q6_K", 256, 210),
+    20: Format("IQ4_NL", 32, 18),
+    23: Format("IQ4_XS", 256, 136),
+    30: Format("BF16", 1, 2),
+    39: Format("MXFP4", 32, 17),
+}
+F32, F16, BF16 = 0, 1, 30
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `n_bytes` bytes at `offset` of `path`, checked to be inside the file.
+
+    `shape` is in numpy's order, so a matrix is (rows, k) and its rows are contiguous; `format` is a key of
+    `FORMATS`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: int
+    path: Path
+    offset: int
+    n_bytes: int
+
+    def read_f32(self) -> npt.NDArray[np.float32]:
+        """The values as float32, of this shape. For small float tensors; raises UnsupportedError for
+        blocks."""
+        return read_tensor_f32(self)
+
+
+def read_tensor_f32(info: TensorInfo) -> npt.NDArray[np.float32]:
+    """Read a whole F32, F16 or BF16 tensor as float32 (exact in all three cases)."""
+    if info.format not in (F32, F16, BF16):
+        raise UnsupportedError(
+            f"{info.path}: tensor {show(info.name)} is {FORMATS[info.format].name}, not F32, F16 or BF16"
+        )
+    with FileReader(info.path) as file:
+        raw = file.read_at(info.offset, info.n_bytes)
+    if info.format == F32:
+        values = np.frombuffer(raw, "<f4").astype(np.float32)
+    elif info.format == F16:
+        values = np.frombuffer(raw, "<f2").astype(np.float32)
+    else:
+        values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return values.reshape(info.shape)
+
+
+class FileReader:
+    """A regular file opened for bounded reads; a context manager.
+
+    Raises NotFoundError or ReadError on opening, FormatError for a range outside the file or a short read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFoundError(f"{self.path}: no such file") from None
+        except (OSError, ValueError) as error:
+            raise ReadError(f"{self.path}: cannot be opened: {error}") from None
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._fd)
+            raise ReadError(f"{self.path}: not a regular file")
+        self.size = status.st_size
+
+    def __enter__(self) -> FileReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
+
+    def read_at(self, offset: int, n_bytes: int) -> bytes:
+        """Exactly `n_bytes` bytes at `offset`."""
+        if offset < 0 or n_bytes < 0 or offset + n_bytes > self.size:
+            raise FormatError(
+                f"{self.path}: needs {n_bytes} bytes at offset {offset}, but the file has {self.size} bytes; "
+                "is it a truncated download?"
+            )
+        parts = []
+        while n_bytes:
+            try:
+                part = os.pread(self._fd, min(n_bytes, CHUNK_BYTES), offset)
+            except OSError as error:
+                raise ReadError(f"{self.path}: reading at offset {offset} failed: {error}") from None
+            if not part:
+                raise FormatError(
+                    f"{self.path}: {n_bytes} bytes at offset {offset} are gone; was the file cut meanwhile?"
+                )
+            parts.append(part)
+            offset += len(part)
+            n_bytes -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def show(text: str, limit: int = 100) -> str:
+    """A name from a file for a message: quoted, unprintable characters escaped, cut to about `limit`
+    characters."""
+    return repr(text if len(text) <= limit else text[:limit] + "...")
+
+
+def show_some(items: Sequence[str], limit: int = 8) -> str:
+    """The first `limit` of `items` for a message, and how many were left out."""
+    more = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def parse_json(raw: bytes, where: str) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or Infinity, depth at most `MAX_JSON_DEPTH`.
+
+    `where` opens the messages. Raises FormatError.
+    """
+
+    def fail(what: str) -> NoReturn:
+        raise FormatError(f"{where}: {what}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    fail(f"the key {show(key)} appears twice in one object")
+                seen.add(key)
+        return table
+
+    try:
+        value = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=lambda c: fail(f"{c} is no JSON")
+        )
+    except UnicodeDecodeError as error:
+        fail(f"not UTF-8 at byte {error.start}")
+    except RecursionError:
+        fail("nested too deeply")
+    except ValueError as error:
+        fail(f"not valid JSON: {error}")
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_JSON_DEPTH:
+            fail(f"nested deeper than {MAX_JSON_DEPTH} levels")
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner.extend(v for v in item.values() if isinstance(v, (dict, list)))
+            elif isinstance(item, list):
+                inner.extend(v for v in item if isinstance(v, (dict, list)))
+        level = inner
+    return value
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON file that holds one object (config.json and its like), with the checks of `parse_json`."""
+    with FileReader(path) as file:
+        if file.size > MAX_JSON_BYTES:
+            raise FormatError(
+                f"{file.path}: {file.size} bytes are too many for a JSON file here ({MAX_JSON_BYTES})"
+            )
+        raw = file.read_at(0, file.size)
+    value = parse_json(raw, str(path))
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def list_directory(path: Path) -> list[str]:
+    """The names in a directory, sorted."""
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be listed: {error}") from None
+
+
+ModelKind = Literal["gguf", "safetensors", "directory"]
+_EXPECTED = "expected a GGUF file or a directory with config.json and *.safetensors"
+_LEGACY_GGML = (b"lmgg", b"fmgg", b"tjgg", b"algg")
+
+
+def find_model(path: str | os.PathLike[str]) -> ModelKind:
+    """Tell what kind of model `path` is, by content and never by extension.
+
+    "gguf" and "safetensors" are files, "directory" is a folder with a config.json. Raises NotFoundError,
+    ReadError, or FormatError with a hint for what people commonly mistake for a model.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        return _find_in_directory(path)
+    with FileReader(path) as file:
+        head = file.read_at(0, min(file.size, 64))
+        size = file.size
+    if head[:4] == b"GGUF":
+        return "gguf"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return "safetensors"
+    raise FormatError(f"{path}: not a model: {_hint(head)}; {_EXPECTED}")
+
+
+def _find_in_directory(path: Path) -> ModelKind:
+    if os.path.exists(path / "config.json"):
+        return "directory"
+    found = list_directory(path)
+    ggufs = [show(name) for name in found if name.endswith(".gguf")]
+    if ggufs:
+        raise FormatError(f"{path}: this directory holds GGUF files; name one of them: {show_some(ggufs)}")
+    raise FormatError(f"{path}: not a model: the directory has no config.json; {_EXPECTED}")
+
+
+def _hint(head: bytes) -> str:
+    text = head.lstrip().lower()
+    if not head:
+        return "the file is empty"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return (
+            "it is a web page, probably a login or error page saved in place of the file; download it again"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
+    if head[:4] == b"PK\x03\x04" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return "it is a PyTorch pickle, which can run code when opened; convert it to safetensors"
+    if head[:4] in _LEGACY_GGML:
+        return "it is a GGML file from before GGUF; convert the original model again"
+    if text.startswith(b"{"):
+        return "it is a JSON file; name the directory that holds it"
+    return f"the file starts with {head[:8]!r}"

@@ -1,0 +1,41 @@
+"""Text to token ids and back, with the vocabulary that a model's own files hold.
+
+`load_tokenizer(path)` is what users call. core.py has `Tokenizer` itself, from_gguf.py and from_directory.py
+build one from what people have, pretokenizers.py is the table of BPE splitting rules, spm.py the
+SentencePiece side. Imports errors and the GGUF reader; the `tokenizers` and `sentencepiece` packages do the
+merging.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tinyllm.errors import FormatError, NotFoundError
+from tinyllm.loaders.gguf import read_gguf
+from tinyllm.tokenizer.core import Tokenizer, TokenStream
+from tinyllm.tokenizer.from_directory import tokenizer_from_directory
+from tinyllm.tokenizer.from_gguf import tokenizer_from_gguf
+
+__all__ = ["TokenStream", "Tokenizer", "load_tokenizer", "tokenizer_from_directory", "tokenizer_from_gguf"]
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a GGUF file (also one that holds only a vocabulary) or of a Hugging Face directory.
+
+    Raises NotFoundError when `path` does not exist or is a directory without a tokenizer, FormatError when a
+    file is broken or of another kind, UnsupportedError for a kind of tokenizer that tinyllm does not know.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        tokenizer = tokenizer_from_directory(path)
+        if tokenizer is None:
+            raise NotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in this directory")
+        return tokenizer
+    if not path.exists():
+        raise NotFoundError(f"{path}: no such file or directory")
+    metadata = read_gguf(path).metadata
+    try:
+        return tokenizer_from_gguf(metadata)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error

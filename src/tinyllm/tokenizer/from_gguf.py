@@ -1,0 +1,286 @@
+"""A tokenizer from the metadata of a GGUF file: tokens, scores or merges, token types and a handful of ids.
+
+Metadata is untrusted: wrong types, lengths and ids are FormatErrors; kinds of tokenizer that are not known,
+UnsupportedErrors. Imports errors and the siblings core, bpe, spm, pretokenizers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, models
+
+from tinyllm.errors import FormatError, UnsupportedError
+from tinyllm.tokenizer.bpe import BPEEncoder
+from tinyllm.tokenizer.core import Encoder, Speller, Tokenizer, byte_of, spell_byte_level, spell_sentencepiece
+from tinyllm.tokenizer.pretokenizers import PRE_TOKENIZERS
+from tinyllm.tokenizer.spm import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    SentencePieceEncoder,
+    build_model,
+    load_processor,
+)
+
+_log = logging.getLogger(__name__)
+
+_KEY = "tokenizer.ggml."
+_NO_TOKEN = 0xFFFFFFFF
+
+# Tokens that end a text or a turn in the chat formats that are around; files name only one or two of them by
+# id.
+_END_TOKENS = [
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<eos>",
+    "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+]
+
+
+def tokenizer_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that GGUF metadata (key -> Python value; arrays as lists or numpy arrays) describes.
+
+    Raises FormatError when the entries are missing or contradict each other, UnsupportedError for a kind of
+    tokenizer (`tokenizer.ggml.model`) or pre-tokenizer (`tokenizer.ggml.pre`) that tinyllm does not know.
+    """
+    model = metadata.get(_KEY + "model")
+    if model is None:
+        raise FormatError(f"the metadata has no {_KEY}model: this file holds no tokenizer")
+    if model == "llama":
+        return _sentencepiece(metadata)
+    if model == "gpt2":
+        return _bpe(metadata)
+    raise UnsupportedError(
+        f"{_KEY}model is {model!r}; tinyllm reads 'llama' (SentencePiece BPE) and 'gpt2' (byte-level BPE)"
+    )
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What both kinds share. Types are corrected: tokens that begin or end a text are control tokens."""
+
+    tokens: list[str]
+    types: list[int]
+    ids: dict[str, int]
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    eos_ids: frozenset[int]
+
+    def of_type(self, *types: int) -> dict[str, int]:
+        return {self.tokens[i]: i for i, kind in enumerate(self.types) if kind in types}
+
+
+def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
+    tokens = _strings(metadata, "tokens")
+    types = _numbers(metadata, "token_type", len(tokens), "iu")
+    if types is None:
+        types = [NORMAL if byte_of(text) is None else BYTE for text in tokens]
+    for i, text in enumerate(tokens):
+        if not text:  # files have them where a vocabulary was padded; they can stand for nothing
+            tokens[i], types[i] = f"[EMPTY_{i}]", UNUSED
+    ids = {text: i for i, text in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        i, text = next((i, text) for i, text in enumerate(tokens) if ids[text] != i)
+        raise FormatError(f"{_KEY}tokens: {text!r} stands there twice, as {i} and {ids[text]}")
+
+    bos_id, eos_id, eot_id, eom_id, unk_id = (
+        _token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")
+    )
+    if metadata[_KEY + "model"] == "llama":  # without ids, the names that SentencePiece gives them
+        bos_id, eos_id, unk_id = (
+            ids.get(text) if i is None else i
+            for i, text in ((bos_id, "<s>"), (eos_id, "</s>"), (unk_id, "<unk>"))
+        )
+    ends = {i for i in (eos_id, eot_id, eom_id) if i is not None}
+    ends |= {ids[text] for text in _END_TOKENS if text in ids and types[ids[text]] in (CONTROL, USER_DEFINED)}
+    if {"<|return|>", "<|call|>", "<|end|>"} <= ids.keys():
+        ends.discard(ids["<|end|>"])  # there it ends a message, not the turn
+    for i in ends | ({bos_id} if bos_id is not None else set()):
+        types[i] = CONTROL
+    if unk_id is not None:
+        types[unk_id] = UNKNOWN
+    return _Vocabulary(tokens, types, ids, bos_id, eos_id, unk_id, frozenset(ends))
+
+
+def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
+    vocabulary = _read_vocabulary(metadata)
+    tokens, types = vocabulary.tokens, vocabulary.types
+    scores = _numbers(metadata, "scores", len(tokens), "fiu")
+    if scores is None:
+        raise FormatError(
+            f"{_KEY}scores is missing; a SentencePiece vocabulary needs the score of each token"
+        )
+    space_prefix = _flag(metadata, "add_space_prefix", True)
+    always = vocabulary.of_type(USER_DEFINED)
+    special = vocabulary.of_type(CONTROL, UNKNOWN)
+
+    # SentencePiece wants exactly one unknown piece; the encoder cuts at user-defined tokens before it gets to
+    # see them, so to SentencePiece they are control pieces.
+    unknown = [i for i, kind in enumerate(types) if kind == UNKNOWN]
+    unk_id = vocabulary.unk_id if vocabulary.unk_id is not None else next(iter(unknown), None)
+    if unk_id is None:
+        raise FormatError(f"no token is of type {UNKNOWN} (unknown) and {_KEY}unknown_token_id is missing")
+    kinds = [CONTROL if kind in (UNKNOWN, USER_DEFINED) else kind for kind in types]
+    kinds[unk_id] = UNKNOWN
+    n_bytes = kinds.count(BYTE)
+    if n_bytes not in (0, 256):
+        raise FormatError(f"{n_bytes} tokens are of type {BYTE} (byte); there must be all 256 or none")
+    model = build_model(
+        zip(tokens, scores, kinds, strict=True),
+        byte_fallback=n_bytes == 256,
+        space_prefix=space_prefix,
+        squeeze_spaces=_flag(metadata, "remove_extra_whitespaces", False),
+    )
+    return _tokenizer(
+        metadata,
+        vocabulary,
+        SentencePieceEncoder(
+            load_processor(model, _KEY + "tokens"), always, special, _rstrip(metadata, always, special)
+        ),
+        spell_sentencepiece,
+        add_bos=True,
+        leading_space=space_prefix,
+    )
+
+
+def _rstrip(metadata: dict[str, Any], always: dict[str, int], special: dict[str, int]) -> set[str]:
+    """Phi-3's special tokens swallow the white space behind them; a GGUF says so by the model's name
+    alone."""
+    name = str(metadata.get("general.name", "")).lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return set()
+    return (always.keys() | special.keys()) - {"<unk>", "<s>", "<|endoftext|>"}
+
+
+def _bpe(metadata: dict[str, Any]) -> Tokenizer:
+    name = metadata.get(_KEY + "pre")
+    if name is None:
+        raise UnsupportedError(
+            f"{_KEY}pre is missing, so the file does not say how its vocabulary splits text; files made "
+            "before May 2024 lack it: convert the model again, or set the key"
+        )
+    rule = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
+    if rule is None:
+        raise UnsupportedError(
+            f"the pre-tokenizer {name!r} ({_KEY}pre) is not one of: {', '.join(PRE_TOKENIZERS)}"
+        )
+    vocabulary = _read_vocabulary(metadata)
+    merges = [merge.partition(" ")[::2] for merge in _strings(metadata, "merges")]
+    for i, (left, right) in enumerate(merges):
+        if not left or not right:
+            raise FormatError(f"{_KEY}merges: entry {i}, {left!r}, is not two tokens with a space between")
+    try:
+        bpe = tokenizers.Tokenizer(
+            models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=rule.ignore_merges)
+        )
+    except Exception as error:  # the package raises bare Exceptions
+        raise FormatError(f"{_KEY}merges do not fit {_KEY}tokens: {error}") from error
+    bpe.pre_tokenizer = rule.build()
+    always = vocabulary.of_type(USER_DEFINED)
+    special = vocabulary.of_type(CONTROL, UNKNOWN)
+    bpe.add_tokens([AddedToken(text, normalized=False) for text in always])
+    bpe.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+    return _tokenizer(metadata, vocabulary, BPEEncoder(bpe), spell_byte_level, add_bos=rule.add_bos)
+
+
+def _tokenizer(
+    metadata: dict[str, Any],
+    vocabulary: _Vocabulary,
+    encoder: Encoder,
+    speller: Speller,
+    *,
+    add_bos: bool,
+    leading_space: bool = False,
+) -> Tokenizer:
+    def around(name: str, token: int | None, default: bool) -> list[int]:
+        if not _flag(metadata, name, default):
+            return []
+        if token is None and _KEY + name in metadata:
+            _log.warning("%s%s is set, but the file names no such token; none is added", _KEY, name)
+        return [] if token is None else [token]
+
+    return Tokenizer(
+        encoder,
+        speller,
+        vocabulary.tokens,
+        special_tokens=vocabulary.of_type(CONTROL, UNKNOWN),
+        literal=vocabulary.of_type(USER_DEFINED).values(),
+        unused=vocabulary.of_type(UNUSED).values(),
+        prefix=around("add_bos_token", vocabulary.bos_id, add_bos),
+        suffix=around("add_eos_token", vocabulary.eos_id, False),
+        bos_id=vocabulary.bos_id,
+        eos_id=vocabulary.eos_id,
+        eos_ids=vocabulary.eos_ids,
+        leading_space=leading_space,
+    )
+
+
+def _strings(metadata: dict[str, Any], name: str) -> list[str]:
+    value = metadata.get(_KEY + name)
+    if value is None:
+        raise FormatError(f"{_KEY}{name} is missing")
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
+        raise FormatError(f"{_KEY}{name} must be an array of strings, not {type(value).__name__}")
+    strings = list(value)
+    for i, text in enumerate(strings):
+        if not isinstance(text, str):
+            raise FormatError(f"{_KEY}{name}: entry {i} must be a string, not {type(text).__name__}")
+    return strings
+
+
+def _numbers(metadata: dict[str, Any], name: str, length: int, kinds: str) -> list[Any] | None:
+    """An array of `length` numbers of the given numpy kinds, as a list; None where the file has none."""
+    value = metadata.get(_KEY + name)
+    if value is None:
+        return None
+    array = np.asarray(value)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in kinds):
+        raise FormatError(
+            f"{_KEY}{name} must be an array of numbers, not of {array.dtype} with shape {array.shape}"
+        )
+    if len(array) != length:
+        raise FormatError(f"{_KEY}{name} has {len(array)} entries, {_KEY}tokens {length}")
+    if not np.isfinite(array).all():
+        raise FormatError(f"{_KEY}{name} has entries that are not finite")
+    return list(array.tolist())
+
+
+def _token_id(metadata: dict[str, Any], name: str, n_tokens: int) -> int | None:
+    key = f"{_KEY}{name}_token_id"
+    value = metadata.get(key)
+    if value is None or value in (_NO_TOKEN, -1):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise FormatError(f"{key} must be an integer, not {type(value).__name__}")
+    if not 0 <= value < n_tokens:
+        raise FormatError(f"{key} is {value}, outside the vocabulary of {n_tokens} tokens")
+    return int(value)
+
+
+def _flag(metadata: dict[str, Any], name: str, default: bool) -> bool:
+    value = metadata.get(_KEY + name, default)
+    if not isinstance(value, bool | np.bool_):
+        raise FormatError(f"{_KEY}{name} must be true or false, not {value!r}")
+    return bool(value)

@@ -1,0 +1,123 @@
+"""SentencePiece: the encoder around a processor, and the few lines of protobuf that rebuild a model from its
+pieces.
+
+A SentencePiece model is a protobuf message, ModelProto; the field numbers below are those of
+sentencepiece_model.proto. Imports errors and core. Used by from_gguf.py and from_directory.py.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Collection, Iterable, Mapping
+
+from sentencepiece import SentencePieceProcessor
+
+from tinyllm.errors import FormatError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, and of GGUF tokens
+
+_BPE = 2  # TrainerSpec.model_type
+_WHITE_SPACE = re.compile(r"\s*")
+
+
+class SentencePieceEncoder:
+    """Text to ids: cuts the text at `always` tokens, and at `special` ones when asked, and encodes what is
+    between.
+
+    Each part is encoded as a text of its own, so it gets a space prefix if the model has one: llama.cpp does
+    the same, and Hugging Face with its default `legacy` tokenizers. `inner`, where given, is the processor
+    for the parts that do not begin the text (Hugging Face with legacy=False). White space after a token in
+    `rstrip` goes.
+    """
+
+    def __init__(
+        self,
+        processor: SentencePieceProcessor,
+        always: Mapping[str, int],
+        special: Mapping[str, int],
+        rstrip: Collection[str] = (),
+        inner: SentencePieceProcessor | None = None,
+    ) -> None:
+        self._first = processor
+        self._inner = inner or processor
+        self._ids = {**always, **special}
+        self._cut = {False: _any_of(always), True: _any_of(self._ids)}
+        self._rstrip = frozenset(rstrip)
+
+    def __call__(self, text: str, special: bool) -> list[int]:
+        cut = self._cut[bool(special)]
+        ids: list[int] = []
+        at = 0
+        while match := cut.search(text, at) if cut else None:
+            ids += self._part(text, at, match.start())
+            ids.append(self._ids[match[0]])
+            at = match.end()
+            if match[0] in self._rstrip:
+                at = _WHITE_SPACE.match(text, at).end()  # type: ignore[union-attr]
+        return ids + self._part(text, at, len(text))
+
+    def _part(self, text: str, start: int, end: int) -> list[int]:
+        if start == end:
+            return []
+        processor = self._inner if start else self._first
+        ids: list[int] = processor.encode(text[start:end])
+        return ids
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """Finds the leftmost of `texts`, the longest where several begin."""
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def load_processor(model: bytes, name: str) -> SentencePieceProcessor:
+    """A processor for a serialized ModelProto; FormatError, naming `name`, for anything else."""
+    try:
+        return SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, OSError) as error:
+        raise FormatError(
+            f"{name}: not a SentencePiece model ({error}); where this is a tiktoken file, put the "
+            "tokenizer.json of the same model next to it"
+        ) from error
+
+
+def build_model(
+    pieces: Iterable[tuple[str, float, int]], *, byte_fallback: bool, space_prefix: bool, squeeze_spaces: bool
+) -> bytes:
+    """A BPE ModelProto from (text, score, type) of each piece, with the identity normalizer."""
+    vocabulary = b"".join(
+        _message(1, _message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind))
+        for text, score, kind in pieces
+    )
+    trainer = _number(3, _BPE) + _number(35, byte_fallback)
+    return (
+        vocabulary
+        + _message(2, trainer)
+        + _message(3, _message(1, b"identity"))
+        + normalizer(space_prefix=space_prefix, squeeze_spaces=squeeze_spaces)
+    )
+
+
+def normalizer(space_prefix: bool | None = None, squeeze_spaces: bool | None = None) -> bytes:
+    """Normalizer settings to append to a ModelProto. Protobuf merges a message that comes again into the
+    first one, so these replace the model's own."""
+    given = ((3, space_prefix), (4, squeeze_spaces))
+    return _message(3, b"".join(_number(field, value) for field, value in given if value is not None))
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _message(field: int, payload: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(payload)) + payload

@@ -1,0 +1,217 @@
+// test_formats.c: every fragment of formats.inc, on the plain C primitives, against unpack of pack.c. Blocks are random;
+// products of a format's scales and codes fit 24 bits, so the comparison is exact. Returns 1 and says where it differs.
+#include "isa/scalar.h"
+#include "formats.inc"
+#include "tinyllm.h"
+#include <stdio.h>
+
+// Where a block's f16 numbers lie in the file.
+static const struct {
+    int id, half[2];
+} halves[] = {{8, {0, -1}},    {2, {0, -1}}, {3, {0, 2}},  {6, {0, -1}},    {7, {0, 2}},   {10, {80, 82}},
+              {11, {108, -1}}, {12, {0, 2}}, {13, {0, 2}}, {14, {208, -1}}, {20, {0, -1}}, {23, {0, -1}}};
+
+static uint32_t state = 1;
+static uint32_t random_bits(void) { // Marsaglia's xorshift32
+    state ^= state << 13;
+    state ^= state >> 17;
+    return state ^= state << 5;
+}
+
+static void random_block(uint8_t *block, const tl_format *f) {
+    for (int i = 0; i < f->block_bytes; i++) block[i] = (uint8_t)(random_bits() >> 13);
+    for (size_t i = 0; i < sizeof halves / sizeof halves[0]; i++)
+        for (int h = 0; h < 2 && halves[i].id == f->id; h++)
+            if (halves[i].half[h] >= 0) block[halves[i].half[h] + 1] &= 0xbf; // |x| < 2, subnormals among them
+}
+
+// A group as the matrix product sees it: row i's number k is scale[k / 16] * code + min[k / 16].
+typedef struct numbers {
+    uint8_t code[32][16];
+    vf scale[2], min[2];
+    int zero, most;
+} numbers;
+
+static void put_codes(numbers *n, const vb w[8], int zero, int offset) {
+    n->zero = zero;
+    n->most = !offset ? 63 : zero == V_OFFSET ? 255 : -1; // what the dot product takes
+    for (int k = 0; k < 32; k++) V_EACH n->code[k][i] = w[k / 4].v[4 * i + k % 4];
+}
+
+#define LOAD(name)                                                                                                     \
+    vb w[8];                                                                                                           \
+    load_##name(w, b, j);                                                                                              \
+    vi (*dot)(vi, vb, const int8_t *) = DOT_##name;                                                                    \
+    put_codes(n, w, ZERO_##name, dot == vi_dot_offset);                                                                \
+    vf scale = scale_##name(b, j)
+#define READ_SCALE32(name)                                                                                             \
+    static int read_##name(numbers *n, const uint8_t *b, int j) {                                                      \
+        LOAD(name);                                                                                                    \
+        for (int h = 0; h < 2; h++) n->scale[h] = scale, n->min[h] = vf_set1(0);                                       \
+        return KIND_##name == SCALE32;                                                                                 \
+    }
+#define READ_SCALE32_MIN(name)                                                                                         \
+    static int read_##name(numbers *n, const uint8_t *b, int j) {                                                      \
+        LOAD(name);                                                                                                    \
+        for (int h = 0; h < 2; h++) n->scale[h] = scale, n->min[h] = min_##name(b, j);                                 \
+        return KIND_##name == SCALE32_MIN;                                                                             \
+    }
+#define READ_SCALE16(name)                                                                                             \
+    static int read_##name(numbers *n, const uint8_t *b, int j) {                                                      \
+        LOAD(name);                                                                                                    \
+        for (int h = 0; h < 2; h++)                                                                                    \
+            n->scale[h] = vf_mul(scale, vf_from_vi(scale16_##name(b, j, h))), n->min[h] = vf_set1(0);                  \
+        return KIND_##name == SCALE16;                                                                                 \
+    }
+#define READ_SCALE16_MIN(name)                                                                                         \
+    static int read_##name(numbers *n, const uint8_t *b, int j) {                                                      \
+        LOAD(name);                                                                                                    \
+        for (int h = 0; h < 2; h++)                                                                                    \
+            n->scale[h] = vf_mul(scale, vf_from_vi(scale16_##name(b, j, h))),                                          \
+            n->min[h] = vf_mul(min_##name(b, j), vf_from_vi(min16_##name(b, j, h)));                                   \
+        return KIND_##name == SCALE16_MIN;                                                                             \
+    }
+
+#define FRAGMENTS(X)                                                                                                   \
+    X(q8_0, SCALE32)                                                                                                   \
+    X(q4_0, SCALE32)                                                                                                   \
+    X(q4_1, SCALE32_MIN)                                                                                               \
+    X(q5_0, SCALE32)                                                                                                   \
+    X(q5_1, SCALE32_MIN)                                                                                               \
+    X(q2_k, SCALE16_MIN)                                                                                               \
+    X(q3_k, SCALE16)                                                                                                   \
+    X(q4_k, SCALE32_MIN)                                                                                               \
+    X(q5_k, SCALE32_MIN)                                                                                               \
+    X(q6_k, SCALE16)                                                                                                   \
+    X(iq4_nl, SCALE32)                                                                                                 \
+    X(iq4_xs, SCALE32)                                                                                                 \
+    X(mxfp4, SCALE32)
+
+#define X(name, kind) READ_##kind(name)
+FRAGMENTS(X)
+#undef X
+
+static const struct {
+    const char *name;
+    int (*read)(numbers *, const uint8_t *, int);
+} fragments[] = {
+#define X(name, kind) {#name, read_##name},
+    FRAGMENTS(X)
+#undef X
+};
+
+// Rows in `present` are random, the others are NULL and must read as zero.
+static int check_fragment(const tl_format *f, int (*read)(numbers *, const uint8_t *, int), uint32_t present) {
+    static uint8_t blocks[16][256], panel[8192];
+    static float truth[16][256];
+    static numbers n;
+    const uint8_t *rows[16];
+    for (int i = 0; i < 16; i++) {
+        random_block(blocks[i], f);
+        rows[i] = present >> i & 1 ? blocks[i] : NULL;
+    }
+    memset(panel, 0xa5, sizeof panel);
+    f->pack(panel, rows);
+    for (size_t i = (size_t)f->panel_bytes; i < sizeof panel; i++)
+        if (panel[i] != 0xa5) return printf("%s: pack wrote past its %d bytes\n", f->name, f->panel_bytes), 1;
+    for (int i = 0; i < 16; i++) f->unpack(truth[i], panel, i);
+
+    for (int j = 0; j < f->block / 32; j++) {
+        if (!read(&n, panel, j)) return printf("%s: not the kind it says\n", f->name), 1;
+        for (int at = 0; at < 16 * 32; at++) {
+            int i = at / 32, k = at % 32;
+            float x = n.scale[k / 16].v[i] * (float)(n.code[k][i] - n.zero) + n.min[k / 16].v[i];
+            float expected = truth[i][32 * j + k];
+            if (!(x == expected) || (!rows[i] && x != 0))
+                return printf("%s: row %d, k %d is %g, not %g\n", f->name, i, 32 * j + k, x, expected), 1;
+            if (n.code[k][i] > n.most) return printf("%s: code %d is over %d\n", f->name, n.code[k][i], n.most), 1;
+        }
+    }
+    return 0;
+}
+
+static int check_floats(int id, vf (*load)(const uint8_t *)) {
+    const tl_format *f = tl_format_of(id);
+    uint8_t numbers[16][4], panel[64];
+    const uint8_t *rows[16];
+    for (int i = 0; i < 16; i++) {
+        for (int j = 0; j < 4; j++) numbers[i][j] = (uint8_t)random_bits() & 0xbf; // finite
+        rows[i] = i % 5 ? numbers[i] : NULL;
+    }
+    f->pack(panel, rows);
+    vf loaded = load(panel);
+    for (int i = 0; i < 16; i++) {
+        float x;
+        f->unpack(&x, panel, i);
+        if (x != loaded.v[i] || (!rows[i] && x != 0))
+            return printf("%s: row %d is %g, not %g\n", f->name, i, loaded.v[i], x), 1;
+    }
+    return 0;
+}
+
+static int check_sizes(void) {
+    int n = 0, n_fragments = 0;
+    for (const tl_format *f = tl_formats; f->name; f++, n++) {
+        if (tl_format_of(f->id) != f) return printf("%s: id %d finds another format\n", f->name, f->id), 1;
+        // A panel keeps at least the file's bits, and at most the 6-bit scales widened to bytes on top of them.
+        int file = 16 * f->block_bytes, most = file + (f->block == 256 ? 16 * 8 : 0);
+        if (f->panel_bytes < file || f->panel_bytes > most)
+            return printf("%s: a panel of %d bytes for %d in the file\n", f->name, f->panel_bytes, file), 1;
+        n_fragments += !f->is_float;
+    }
+    if (n != TL_N_FORMATS || n_fragments != (int)(sizeof fragments / sizeof fragments[0]))
+        return printf("%d formats, %d quantized: not all are tested\n", n, n_fragments), 1;
+    if (tl_format_of(-1) || tl_format_of(4)) return printf("an unknown id finds a format\n"), 1;
+    return 0;
+}
+
+static float half_value(unsigned h) { // the definition of IEEE 754 binary16
+    int exponent = h >> 10 & 31, fraction = h & 1023;
+    float x = exponent ? ldexpf((float)(1024 + fraction), exponent - 25) : ldexpf((float)fraction, -24);
+    if (exponent == 31) x = fraction ? NAN : INFINITY;
+    return h & 0x8000 ? -x : x;
+}
+
+static uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static int check_halves(void) {
+    for (unsigned h = 0; h < 65536; h++) {
+        float x = half_value(h), y = tl_f16_to_f32((unsigned short)h), b = tl_bf16_to_f32((unsigned short)h);
+        unsigned back = tl_f32_to_f16(y), b_back = tl_f32_to_bf16(b);
+        if (isnan(x) ? !isnan(y) || !isnan(tl_f16_to_f32((unsigned short)back)) : bits_of(x) != bits_of(y) || back != h)
+            return printf("half %04x is %g, not %g, and %04x again\n", h, y, x, back), 1;
+        if (bits_of(b) != h << 16 || (isnan(b) ? (b_back | 0x40) != (h | 0x40) : b_back != h))
+            return printf("bfloat16 %04x is %g and %04x again\n", h, b, b_back), 1;
+
+        // Rounding: half way to the next is even, one float32 off either way is the nearer.
+        if ((h & 0x7fff) >= 0x7bff) continue; // the largest has no next
+        float next = half_value(h + 1), middle = 0.5f * (x + next);
+        unsigned low = tl_f32_to_f16(nextafterf(middle, x)), high = tl_f32_to_f16(nextafterf(middle, next));
+        if (tl_f32_to_f16(middle) != h + h % 2 || low != h || high != h + 1)
+            return printf("near %g: %04x, %04x, %04x\n", middle, low, tl_f32_to_f16(middle), high), 1;
+    }
+    if (tl_f32_to_f16(65520.0f) != 0x7c00 || tl_f32_to_f16(nextafterf(65520.0f, 0)) != 0x7bff ||
+        tl_f32_to_f16(-INFINITY) != 0xfc00 || !isnan(tl_f16_to_f32(tl_f32_to_f16(NAN))))
+        return printf("the largest half is rounded wrongly\n"), 1;
+    return 0;
+}
+
+int main(void) {
+    int failed = check_sizes() | check_halves();
+    for (int round = 0; round < 50 && !failed; round++)
+        failed = check_floats(0, load_f32) | check_floats(1, load_f16) | check_floats(30, load_bf16);
+    for (size_t i = 0; i < sizeof fragments / sizeof fragments[0]; i++) {
+        const tl_format *f = tl_formats;
+        while (f->name && strcmp(f->name, fragments[i].name)) f++;
+        if (!f->name) return printf("%s is not a format\n", fragments[i].name), 1;
+        for (int round = 0; round < 50 && !failed; round++) {
+            uint32_t present = round < 10 ? 0xffff : round == 10 ? 0 : random_bits();
+            failed = check_fragment(f, fragments[i].read, present);
+        }
+    }
+    return failed;
+}

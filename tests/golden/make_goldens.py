@@ -1,0 +1,52 @@
+"""Computes golden/logits.npz: what Hugging Face transformers says of the models in specs.json.
+
+Run from anywhere, with an interpreter that has torch and transformers (the tests need neither):
+    python tests/golden/make_goldens.py
+
+transformers runs unmodified with weights in float64, except where it goes to float32 by itself (norms, the
+attention's softmax, rotary angles); `test_reference.py` derives its tolerance from that. logits.npz holds,
+for each model, `NAME.positions` int64 [m] and `NAME.logits` float64 [m, vocab_size]. The prompt is
+`random_ids(config, seed, n_tokens)`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers_models import GOLDEN_DIR, golden_model, golden_specs, random_ids
+
+N_POSITIONS = 16
+# The borders of pages and of attention segments, and a scaled model's original context of 64.
+BORDERS = (0, 1, 2, 62, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+
+
+def main() -> None:
+    arrays: dict[str, Any] = {}
+    for spec in golden_specs():
+        with tempfile.TemporaryDirectory() as folder:
+            path = golden_model(spec, Path(folder))
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float64, attn_implementation="eager"
+            )
+        ids = random_ids(spec.config, spec.seed, spec.n_tokens)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].numpy()
+        borders = [p for p in BORDERS if p < spec.n_tokens]
+        others = sorted(set(range(3, spec.n_tokens)) - set(borders))
+        spread = [others[i] for i in np.linspace(0, len(others) - 1, N_POSITIONS - len(borders)).astype(int)]
+        positions = np.array(sorted(borders + spread))
+        arrays[spec.name + ".positions"] = positions
+        arrays[spec.name + ".logits"] = logits[positions].astype(np.float64)
+        print(f"{spec.name}: {len(positions)} positions, max |logit| {np.abs(logits).max():.2f}")
+    np.savez_compressed(GOLDEN_DIR / "logits.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Writes miniature models as GGUF, under llama.cpp's names, keys and row order, in any format that tinyllm
+reads.
+
+Uses the `gguf` package (the reference writer, quantizer and dequantizer), `reference.py` for rotary
+frequencies. `helpers_models.py` makes the configs and weights; `test_golden.py` shows how the three are used
+together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import reference
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+
+class Scales(NamedTuple):
+    """Where a block of a format keeps its float16 scales, for formats that gguf reads but cannot quantize
+    to."""
+
+    d: int  # byte offset of the scale
+    dmin: int | None = None  # byte offset of the scale of the minimums
+    ratio: float = 0.0  # dmin / d at which uniformly random bits have mean zero: the mean of a quant
+
+
+# Every other byte of these blocks may hold anything.
+RANDOM_BLOCKS = {
+    "Q2_K": Scales(d=80, dmin=82, ratio=1.5),
+    "Q3_K": Scales(d=108),
+    "Q4_K": Scales(d=0, dmin=2, ratio=7.5),
+    "Q5_K": Scales(d=0, dmin=2, ratio=15.5),
+    "Q6_K": Scales(d=208),
+    "IQ4_NL": Scales(d=0),
+    "IQ4_XS": Scales(d=0),
+}
+METADATA_TYPES = {
+    str: gguf.GGUFValueType.STRING,
+    bool: gguf.GGUFValueType.BOOL,
+    int: gguf.GGUFValueType.UINT32,
+    float: gguf.GGUFValueType.FLOAT32,
+}
+FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", *RANDOM_BLOCKS)
+
+
+def block_size(format: str) -> tuple[int, int]:
+    """Numbers and bytes in one block."""
+    n, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]]
+    return n, n_bytes
+
+
+def dequantize(blocks: Array, format: str) -> F32:
+    """float32 [rows, k] that the blocks [rows, bytes] stand for, by gguf."""
+    values: F32 = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[format])
+    return values
+
+
+def random_blocks(format: str, shape: tuple[int, int], std: float, seed: int) -> Bytes:
+    """Random valid blocks of one of RANDOM_BLOCKS, uint8 [rows, bytes], whose values have about mean 0 and
+    deviation `std`.
+
+    `shape` is (rows, k), k a multiple of the block size. Scales differ from block to block by up to a factor
+    of 3, and are negative in half the blocks of formats without a minimum."""
+    rng = np.random.default_rng([seed, *format.encode()])
+    n, n_bytes = block_size(format)
+    rows, k = shape
+    scales = RANDOM_BLOCKS[format]
+    blocks = rng.integers(0, 256, size=(rows * (k // n), n_bytes), dtype=np.uint8)
+
+    def set_scale(offset: int, values: Array) -> None:
+        blocks[:, offset : offset + 2] = values.astype("<f2").view(np.uint8).reshape(-1, 2)
+
+    def set_scales(d: Array) -> None:
+        set_scale(scales.d, d)
+        if scales.dmin is not None:
+            set_scale(scales.dmin, d * scales.ratio)
+
+    set_scales(np.ones(len(blocks)))
+    unit = float(dequantize(blocks, format).std())
+    d = std / unit * rng.uniform(0.5, 1.5, len(blocks))
+    if scales.dmin is None:
+        d *= rng.choice([-1.0, 1.0], len(blocks))
+    set_scales(d)
+    return blocks.reshape(rows, -1)
+
+
+def quantize(w: F32, format: str, seed: int = 0) -> Array:
+    """A matrix [rows, k] as `format` stores it: float32, float16, or blocks uint8 [rows, bytes].
+
+    Formats of RANDOM_BLOCKS keep only the deviation of `w`. Raises ValueError where k is no multiple of the
+    block size."""
+    if w.shape[-1] % block_size(format)[0]:
+        raise ValueError(
+            f"rows of {w.shape[-1]} are not blocks of {block_size(format)[0]}, as {format} needs"
+        )
+    if format == "F16":
+        return w.astype(np.float16)
+    if format in RANDOM_BLOCKS:
+        return random_blocks(format, (w.shape[0], w.shape[1]), float(w.std()), seed)
+    stored: Array = gguf.quants.quantize(w, gguf.GGMLQuantizationType[format])
+    return stored
+
+
+def interleaved_rows(n_rows: int, n_heads: int) -> npt.NDArray[np.intp]:
+    """Row order of q and k in a GGUF of a Llama: row j of the file is row order[j] of Hugging Face's matrix.
+
+    Hugging Face rotates (i, i + d/2) of a head, llama.cpp (2i, 2i + 1), so the halves of every head are
+    interleaved."""
+    d = n_rows // n_heads
+    within = np.arange(d).reshape(2, d // 2).T.ravel()
+    order: npt.NDArray[np.intp] = (np.arange(n_heads)[:, None] * d + within).ravel()
+    return order
+
+
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor that Hugging Face calls `name`."""
+    stem, kind = name.rsplit(".", 1)
+    if stem.startswith("model.layers."):
+        _, _, layer, part = stem.split(".", 3)
+        return f"blk.{layer}.{_NAMES[part]}.{kind}"
+    return f"{_NAMES[stem]}.{kind}"
+
+
+def small_tokenizer(vocab_size: int = 512) -> dict[str, Any]:
+    """A SentencePiece-like vocabulary: <unk>, <s>, </s>, the 256 bytes, characters, then pairs; the earlier,
+    the better.
+
+    `vocab_size` from 350 to 1000. Any text has ids, since bytes stand in for characters it lacks."""
+    letters = "etaoinshrdlcumwfgypbvkjxqz"
+    characters = ["\u2581", *letters, *letters.upper(), *"0123456789", *".,!?'\"-:;()"]
+    pairs = ["\u2581" + c for c in letters] + [a + b for a in letters for b in letters]
+    pieces = (characters + pairs)[: vocab_size - 259]
+    kind = gguf.TokenType
+    return {
+        "tokens": ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces],
+        "scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))],
+        "types": [kind.UNKNOWN, kind.CONTROL, kind.CONTROL] + [kind.BYTE] * 256 + [kind.NORMAL] * len(pieces),
+        "bos": 1,
+        "eos": 2,
+        "unk": 0,
+    }
+
+
+def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Mapping[str, Any] | None) -> None:
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")  # llama.cpp's word for "ids in, ids out"
+        return
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokenizer["tokens"])
+    writer.add_token_scores(tokenizer["scores"])
+    writer.add_token_types(tokenizer["types"])
+    writer.add_bos_token_id(tokenizer["bos"])
+    writer.add_eos_token_id(tokenizer["eos"])
+    writer.add_unk_token_id(tokenizer["unk"])
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(True)
+    if "chat_template" in tokenizer:
+        writer.add_chat_template(tokenizer["chat_template"])
+
+
+def _write_rope(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    settings = reference.rope_settings(config)
+    writer.add_rope_dimension_count(reference.head_dim(config))
+    writer.add_rope_freq_base(settings["rope_theta"])
+    kind = settings["rope_type"]
+    if kind == "llama3":  # no key of its own: the factors are a tensor, by which frequencies are divided
+        unscaled = {**config, "rope_parameters": {"rope_theta": settings["rope_theta"]}}
+        plain, _ = reference.rope_frequencies(unscaled)
+        scaled, _ = reference.rope_frequencies(config)
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
+    elif kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(settings["factor"])
+    elif kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(settings["factor"])
+        writer.add_rope_scaling_orig_ctx_len(settings["original_max_position_embeddings"])
+        if "beta_fast" in settings:
+            writer.add_rope_scaling_yarn_beta_fast(settings["beta_fast"])
+        if "beta_slow" in settings:
+            writer.add_rope_scaling_yarn_beta_slow(settings["beta_slow"])
+        # llama.cpp's converter writes transformers' attention_factor as it is; attn_factor multiplies the
+        # usual magnitude, 0.1 ln(factor) + 1, and so expresses any other.
+        if "attention_factor" in settings:
+            writer.add_rope_scaling_yarn_attn_factor(settings["attention_factor"])
+        elif "mscale_all_dim" in settings:
+            _, magnitude = reference.rope_frequencies(config)
+            writer.add_rope_scaling_attn_factors(magnitude / (0.1 * math.log(settings["factor"]) + 1.0))
+
+
+def write_gguf(
+    path: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, F32],
+    *,
+    format: str = "F32",
+    formats: Mapping[str, str] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, F32]:
+    """Writes a Llama (Hugging Face's config and weights) as a GGUF file.
+
+    path       the file, overwritten
+    format     of every matrix, one of FORMATS; norms and biases are F32, and a matrix whose rows are no
+               multiple of the block size is F16, as llama.cpp falls back
+    formats    exceptions, by Hugging Face's tensor name (a Q4_K_M file has Q6_K matrices); no fallback here
+    tokenizer  see `small_tokenizer` (a "chat_template" may be added), None for ids in, ids out
+    metadata   further keys with strings, bools, ints or floats, such as {"general.sampling.temp": 0.5}
+
+    Returns float32 weights under Hugging Face's names, in Hugging Face's row order: exactly the numbers that
+    the file holds, for `reference.logits`. Formats of RANDOM_BLOCKS take nothing but its deviation from a
+    matrix."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("miniature")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    n_heads = int(config["num_attention_heads"])
+    n_kv_heads = int(config.get("num_key_value_heads") or n_heads)
+    writer.add_head_count(n_heads)
+    writer.add_head_count_kv(n_kv_heads)
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    _write_rope(writer, config)
+    _write_tokenizer(writer, tokenizer)
+    for key, value in (metadata or {}).items():
+        writer.add_key_value(key, value, METADATA_TYPES[type(value)])
+
+    held: dict[str, F32] = {}
+    for i, (name, w) in enumerate(weights.items()):
+        order: npt.NDArray[np.intp] | None = None
+        if ".q_proj." in name:
+            order = interleaved_rows(len(w), n_heads)
+        elif ".k_proj." in name:
+            order = interleaved_rows(len(w), n_kv_heads)
+        rows = w if order is None else w[order]
+        if w.ndim == 1:
+            writer.add_tensor(gguf_name(name), np.ascontiguousarray(rows))
+            held[name] = w
+            continue
+        stored_as = format if w.shape[1] % block_size(format)[0] == 0 else "F16"
+        stored_as = (formats or {}).get(name, stored_as)
+        stored = quantize(rows, stored_as, seed=i)
+        values = dequantize(stored, stored_as)
+        writer.add_tensor(gguf_name(name), stored, raw_dtype=gguf.GGMLQuantizationType[stored_as])
+        held[name] = values if order is None else values[np.argsort(order)]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held

@@ -1,0 +1,174 @@
+"""Miniature random Llama models as Hugging Face directories: specs, weights from a seed, safetensors files.
+
+Imports numpy alone, so that `golden/make_goldens.py` can run it beside torch. `helpers_gguf.py` writes the
+same weights as GGUF, `reference.py` computes their logits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+BF16 = npt.NDArray[np.uint16]  # the upper halves of float32 numbers
+
+GOLDEN_DIR = Path(__file__).parent / "golden"
+
+
+class Spec(NamedTuple):
+    """One golden model: what golden/specs.json says of it."""
+
+    name: str
+    seed: int
+    n_tokens: int  # length of the prompt whose logits are stored
+    config: dict[str, Any]  # Hugging Face's config.json
+
+
+def golden_specs() -> list[Spec]:
+    return [Spec(**entry) for entry in json.loads((GOLDEN_DIR / "specs.json").read_text(encoding="utf-8"))]
+
+
+def golden_spec(name: str) -> Spec:
+    return next(spec for spec in golden_specs() if spec.name == name)
+
+
+def _uniform(seed: int, stream: int, n: int) -> npt.NDArray[np.float64]:
+    """n numbers in [-1, 1), multiples of 2^-23. From raw Philox words, which numpy promises never to change
+    (it does not promise that of its distributions), so a seed means the same weights everywhere."""
+    words = np.random.Philox(key=[seed, stream]).random_raw(n)
+    numbers: npt.NDArray[np.float64] = (words >> np.uint64(40)).astype(np.float64) * 2.0**-23 - 1.0
+    return numbers
+
+
+def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Llama under Hugging Face's name."""
+    dim, ff, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    head_dim = config.get("head_dim") or dim // config["num_attention_heads"]
+    q_dim = config["num_attention_heads"] * head_dim
+    kv_dim = config.get("num_key_value_heads", config["num_attention_heads"]) * head_dim
+    attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, dim)}
+
+    def linear(name: str, n_out: int, n_in: int, bias: bool) -> None:
+        shapes[name + ".weight"] = (n_out, n_in)
+        if bias:
+            shapes[name + ".bias"] = (n_out,)
+
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        shapes[at + "input_layernorm.weight"] = (dim,)
+        linear(at + "self_attn.q_proj", q_dim, dim, attention_bias)
+        linear(at + "self_attn.k_proj", kv_dim, dim, attention_bias)
+        linear(at + "self_attn.v_proj", kv_dim, dim, attention_bias)
+        linear(at + "self_attn.o_proj", dim, q_dim, attention_bias)
+        shapes[at + "post_attention_layernorm.weight"] = (dim,)
+        linear(at + "mlp.gate_proj", ff, dim, mlp_bias)
+        linear(at + "mlp.up_proj", ff, dim, mlp_bias)
+        linear(at + "mlp.down_proj", dim, ff, mlp_bias)
+    shapes["model.norm.weight"] = (dim,)
+    if not config.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = (vocab, dim)
+    return shapes
+
+
+def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
+    """Weights at which every part of the model matters: norms around 1, biases of about half an output,
+    attention scores with a standard deviation of about 2 (far from uniform), logits of about 1.5. float32,
+    the same for a seed everywhere."""
+    weights: dict[str, F32] = {}
+    for stream, (name, shape) in enumerate(weight_shapes(config).items()):
+        u = _uniform(seed, stream, math.prod(shape)).reshape(shape)
+        if name.endswith("norm.weight"):
+            value = 1.0 + 0.5 * u
+        elif name.endswith(".bias"):
+            value = 0.8 * u
+        else:
+            gain = 1.5 if any(part in name for part in ("q_proj", "k_proj", "lm_head", "embed")) else 1.0
+            value = u * math.sqrt(3.0) * gain / math.sqrt(shape[-1])
+        weights[name] = value.astype(np.float32)
+    return weights
+
+
+def random_ids(config: Mapping[str, Any], seed: int, n: int) -> list[int]:
+    """A prompt of n ids, uniform over the vocabulary."""
+    u = (_uniform(seed, 10_000, n) + 1.0) / 2.0
+    return [int(i) for i in np.floor(u * config["vocab_size"])]
+
+
+def to_bf16(x: F32) -> BF16:
+    """bfloat16 bits of finite float32 numbers, rounded half to even."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    halves: BF16 = (nearest >> np.uint32(16)).astype(np.uint16)
+    return halves
+
+
+def from_bf16(bits: BF16) -> F32:
+    x: F32 = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return x
+
+
+def rounded(weights: Mapping[str, F32], dtype: str) -> dict[str, F32]:
+    """The numbers that a file of `dtype` ("F32", "F16" or "BF16") holds, as float32."""
+    if dtype == "F16":
+        return {name: w.astype(np.float16).astype(np.float32) for name, w in weights.items()}
+    if dtype == "BF16":
+        return {name: from_bf16(to_bf16(w)) for name, w in weights.items()}
+    return dict(weights)
+
+
+def write_safetensors(path: Path, weights: Mapping[str, F32], dtype: str = "F32") -> None:
+    """A safetensors file: the header's length as a little-endian uint64, the header in JSON, then the
+    data."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    blobs: list[bytes] = []
+    end = 0
+    for name, w in weights.items():
+        blob = (to_bf16(w) if dtype == "BF16" else w.astype({"F32": "<f4", "F16": "<f2"}[dtype])).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(w.shape), "data_offsets": [end, end + len(blob)]}
+        end += len(blob)
+        blobs.append(blob)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+
+
+def write_hf_directory(
+    path: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, F32],
+    *,
+    dtype: str = "F32",
+    n_shards: int = 1,
+) -> Path:
+    """Writes config.json and the weights as `dtype`, in one file or in shards with their index. Returns
+    `path`."""
+    path.mkdir(parents=True, exist_ok=True)
+    torch_dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
+    text = json.dumps({**config, "torch_dtype": torch_dtype}, indent=2)
+    (path / "config.json").write_text(text, encoding="utf-8")
+    if n_shards == 1:
+        write_safetensors(path / "model.safetensors", weights, dtype)
+        return path
+    names = list(weights)
+    weight_map: dict[str, str] = {}
+    for i in range(n_shards):
+        file = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
+        shard = names[i * len(names) // n_shards : (i + 1) * len(names) // n_shards]
+        write_safetensors(path / file, {name: weights[name] for name in shard}, dtype)
+        weight_map.update(dict.fromkeys(shard, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return path
+
+
+def golden_model(spec: Spec, path: Path, *, dtype: str = "F32", n_shards: int = 1) -> Path:
+    """Writes a golden model as a directory without a tokenizer. Returns `path`."""
+    weights = random_weights(spec.config, spec.seed)
+    return write_hf_directory(path, spec.config, weights, dtype=dtype, n_shards=n_shards)

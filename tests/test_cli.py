@@ -1,0 +1,540 @@
+"""tinyllm-run without a terminal: texts, JSON, batches, replay, and every error line with its exit code.
+
+Most runs call `main` in this process, which is quick; what only a process of its own can show runs in one.
+tests/test_terminal.py has the conversation and everything else that needs a terminal.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import pytest
+
+import tinyllm
+from tinyllm.cli import common
+from tinyllm.cli.run import main, unescaped
+
+RUN = [sys.executable, "-m", "tinyllm.cli.run"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs tinyllm-run in this process, with `stdin` as what a pipe holds."""
+
+    def run(*argv: str | Path, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        code = main([str(arg) for arg in argv])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def chat_file(tmp_path: Path) -> Path:
+    path = tmp_path / "chat.jinja"
+    path.write_text(TEMPLATE)
+    return path
+
+
+# --- texts ----------------------------------------------------------------------------------------------
+
+
+def test_text_to_stdout_and_figures_to_stderr(cli: Cli) -> None:
+    result = cli("stories", "Once upon a time", "-n", "12", "--temp", "0")
+    with tinyllm.load("stories") as llm:
+        completion = llm("Once upon a time", max_tokens=12, temperature=0)
+    assert result.code == 0
+    assert result.out == completion.text + "\n", "the new text only: the prompt is echoed on terminals alone"
+    for figure in (
+        r"loaded in",
+        r"prompt +\d+ tokens",
+        r"generated +12 tokens",
+        "tok/s",
+        "GB/s",
+        "peak memory",
+    ):
+        assert re.search(figure, result.err)
+    assert f"prompt {len(completion.prompt_tokens):9} tokens" in result.err
+    assert "ended after 12 tokens, as asked; seed " in result.err
+    assert "\x1b" not in result.out + result.err
+
+
+def test_reference_tokens(cli: Cli, data_dir: Path) -> None:
+    folder = data_dir / "models/stories260K"
+    reference = json.loads((folder / "reference_numpy_f64.json").read_text(encoding="utf-8"))
+    ids = reference["greedy_from_bos_200"]
+    for path, cache in ((folder / "stories260K.gguf", "f32"), (data_dir / "models/stories260K-hf", "f32")):
+        n = str(len(ids) - 1)
+        result = cli(path, "", "--temp", "0", "-n", n, "--cache-type", cache, "--json")
+        assert result.code == 0
+        assert json.loads(result.out)["tokens"] == ids[1:]
+
+
+def test_the_prompt_from_a_pipe_or_a_file(cli: Cli, tmp_path: Path) -> None:
+    options = ("-n", "5", "--temp", "0")
+    expected = cli("stories", "One day", *options).out
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfOne day\r\n")
+    assert cli("stories", *options, stdin=b"One day\n").out == expected
+    assert cli("stories", "-", *options, stdin=b"One day").out == expected
+    assert cli("stories", "-f", file, *options).out == expected
+    assert json.loads(cli("stories", r"One\nday", "-e", "--json", *options).out)["prompt"] == "One\nday"
+    assert json.loads(cli("stories", r"One\nday", "--json", *options).out)["prompt"] == r"One\nday"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(r"a\nb", "a\nb"), (r"\\n", r"\n"), (r"\t\"", '\t"'), (r"\q", r"\q"), ("\\", "\\"), ("", "")],
+)
+def test_escapes(text: str, expected: str) -> None:
+    assert unescaped(text) == expected
+
+
+def test_the_same_seed_gives_the_same_text(cli: Cli) -> None:
+    options = ("stories", "Lily", "-n", "10", "--temp", "1.5", "--top-k", "0", "--top-p", "1", "--min-p", "0")
+    texts = [cli(*options, "--seed", seed).out for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_stop(cli: Cli) -> None:
+    options = ("stories", "Once upon a time", "--temp", "0", "-n", "40", "--json")
+    text = json.loads(cli(*options).out)["text"]
+    word = text.split()[3]
+    stopped = json.loads(cli(*options, "--stop", "no such words", "--stop", word).out)
+    assert stopped["text"] == text[: text.index(word)]
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", word)
+
+
+def test_logprobs_as_a_table(cli: Cli) -> None:
+    lines = cli("stories", "Once upon a time", "-n", "4", "--temp", "0", "--logprobs", "2").out.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        token, logprob, percent, first = re.fullmatch(
+            r"('.*?') +(-?[\d.]+) +([\d.]+)%   ('.*?') [\d.]+%  '.*?' [\d.]+%", line
+        ).groups()  # type: ignore[union-attr]
+        assert token == first, "greedy takes the likeliest"
+        assert float(logprob) <= 0
+        assert 0 < float(percent) <= 100
+
+
+# --- JSON, batches, replay --------------------------------------------------------------------------------
+
+
+def test_json_has_what_it_promises(cli: Cli) -> None:
+    result = cli("stories", "Once upon a time", "-n", "6", "--seed", "5", "--json", "--logprobs", "2")
+    lines = result.out.splitlines()
+    assert len(lines) == 1
+    value = json.loads(lines[0])
+    assert {"text", "tokens", "finish_reason", "seed", "timings"} <= value.keys()
+    assert set(value["timings"]) == {
+        "load_s",
+        "prompt_tokens",
+        "prompt_s",
+        "generated_tokens",
+        "generate_s",
+        "peak_memory_bytes",
+    }
+    assert value["model"] == "stories"
+    assert value["prompt"] == "Once upon a time"
+    assert not value["text"].startswith("Once")
+    assert value["timings"]["prompt_tokens"] == len(value["prompt_ids"])
+    assert value["timings"]["generated_tokens"] == len(value["tokens"]) == len(value["logprobs"]) == 6
+    assert [len(top) for top in value["top_logprobs"]] == [2] * 6
+    assert value["seed"] == 5
+    assert value["timings"]["peak_memory_bytes"] > 1_000_000
+
+
+def test_json_without_logprobs_has_none(cli: Cli) -> None:
+    value = json.loads(cli("stories", "Lily", "-n", "2", "--json").out)
+    assert "logprobs" not in value
+    assert isinstance(value["seed"], int)
+
+
+def test_prompts_are_one_batch_in_order(cli: Cli, tmp_path: Path) -> None:
+    texts = ["Once upon a time", "Lily had a dog", "The cat"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n\n".join(texts) + "\n")
+    options = ("stories", "-n", "8", "--seed", "9")
+    result = cli(*options, "--prompts", file)
+    values = [json.loads(line) for line in result.out.splitlines()]
+    assert [value["prompt"] for value in values] == texts
+    assert [value["tokens"] for value in values] == [
+        json.loads(cli(*options, text, "--json").out)["tokens"] for text in texts
+    ], "a batch is what each prompt gives alone"
+    assert "3 prompts, 24 tokens" in result.err
+    assert cli(*options, "--prompts", "-", stdin=b"The cat\n").out.count("\n") == 1
+
+
+def test_prompts_as_json_lines(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"two\\nlines"\n"one"\n')
+    values = [json.loads(line) for line in cli("stories", "-n", "1", "--prompts", file).out.splitlines()]
+    assert [value["prompt"] for value in values] == ["two\nlines", "one"]
+
+
+def test_replay_says_same_or_what_differs(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    made = cli(
+        "stories", "Once upon a time", "-n", "9", "--temp", "1.2", "--json", "--stop", "qqq", "-c", "64"
+    )
+    file.write_text(made.out)
+    result = cli("--replay", file)
+    assert (result.code, result.out) == (0, "same: all 9 tokens\n")
+    result = cli("stories", "--replay", file, "-t", "1")
+    assert (result.code, result.out) == (0, "same: all 9 tokens\n"), "threads never matter"
+
+    value = json.loads(made.out)
+    value["tokens"][4] = (value["tokens"][4] + 1) % 2048
+    file.write_text(json.dumps(value))
+    result = cli("--replay", file)
+    assert result.code == 1
+    assert result.out.startswith(f"different: token 5 of 9 was {value['tokens'][4]} (")
+
+    value["tokens"] = json.loads(made.out)["tokens"] + [3]
+    file.write_text(json.dumps(value))
+    assert "token 10 of 10 was 3" in (out := cli("--replay", file).out)
+    assert out.endswith("is the end\n")
+
+
+def test_replay_of_a_batch(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "out.jsonl"
+    file.write_text(cli("stories", "--prompts", "-", "-n", "4", stdin=b"One\nTwo\n").out)
+    result = cli("--replay", file)
+    assert (result.code, result.out) == (0, "result 1: same: all 4 tokens\nresult 2: same: all 4 tokens\n")
+
+
+# --- chat -------------------------------------------------------------------------------------------------
+
+
+def test_chat_template_from_a_file(cli: Cli, chat_file: Path) -> None:
+    options = ("-n", "6", "--temp", "0", "--json")
+    value = json.loads(
+        cli("stories", "Hi", "--chat-template", chat_file, "--system", "Be brief.", *options).out
+    )
+    assert value["chat"] is True
+    with tinyllm.load("stories") as llm:
+        assert llm.tokenizer is not None
+        prompt = llm.tokenizer.encode("system: Be brief.\nuser: Hi\nassistant: ", bos=False, special=True)
+    assert value["prompt_ids"] == prompt
+
+
+def test_models_with_a_template_chat_and_others_do_not(cli: Cli, data_dir: Path, tmp_path: Path) -> None:
+    for file in (data_dir / "models/stories260K-hf").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    options = (tmp_path, "Hello", "-n", "1", "--json")
+    assert json.loads(cli(*options).out)["chat"] is False
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    assert json.loads(cli(*options).out)["chat"] is True
+    assert json.loads(cli(*options, "--no-chat").out)["chat"] is False
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+def broken_models(folder: Path) -> dict[str, Path]:
+    stories = Path(tinyllm.__file__).parent / "data/stories.gguf"
+    truncated = folder / "truncated.gguf"
+    truncated.write_bytes(stories.read_bytes()[:-1000])
+    half_a_header = folder / "header.gguf"
+    half_a_header.write_bytes(stories.read_bytes()[:1000])
+    text = folder / "text.gguf"
+    text.write_text("This is no model.")
+    writer = gguf.GGUFWriter(folder / "other.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (folder / "empty").mkdir()
+    return {
+        "truncated": truncated,
+        "header": half_a_header,
+        "text": text,
+        "other": folder / "other.gguf",
+        "empty": folder / "empty",
+        "missing": folder / "missing.gguf",
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("missing", "no such file"),
+        ("text", "not a model"),
+        ("empty", "not a model"),
+        ("truncated", "bytes"),
+        ("header", "byte"),
+        ("other", "mamba"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_one_line(cli: Cli, tmp_path: Path, model: str, words: str) -> None:
+    path = broken_models(tmp_path)[model]
+    result = cli(path, "Hello")
+    assert_one_line(result, 1)
+    assert str(path) in result.err
+    assert words in result.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("", "no MODEL given"),
+        ("stories", "standard input is empty"),
+        ("stories x --bogus", "--bogus"),
+        ("stories x y", "y"),
+        ("stories x --temp hot", "hot"),
+        ("stories x --temp -1", "temperature is -1"),
+        ("stories x --temp nan", "temperature"),
+        ("stories x --top-p 2", "top_p is 2"),
+        ("stories x --top-k -5", "top_k is -5"),
+        ("stories x --repeat-penalty 0", "repetition_penalty is 0"),
+        ("stories x --seed -1", "seed is -1"),
+        ("stories x -n 0", "'0' is not a whole number of 1 or more"),
+        ("stories x -c 0", "--context"),
+        ("stories x -t none", "--threads"),
+        ("stories x -t 100000", "threads is 100000"),
+        ("stories x --device tpu", "tpu"),
+        ("stories x --cache-type q1", "q1"),
+        ("stories x --weights q17", "q17"),
+        ("stories x --logprobs -1", "--logprobs"),
+        ("stories x --no-chat --chat", "not allowed with"),
+        ("stories x --no-chat --system y", "--system"),
+        ("stories x --system y", "has no chat template"),
+        ("stories x --prompts y", "PROMPT and --prompts cannot be used together"),
+        ("stories x --replay y", "cannot be used together"),
+        ("stories --prompts -", "has no prompts"),
+    ],
+)
+def test_usage_errors_are_one_line_and_2(cli: Cli, argv: str, words: str) -> None:
+    result = cli(*argv.split())
+    assert_one_line(result, 2)
+    assert words in result.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("stories x --chat", "has no chat template"),
+        ("stories x --device cuda", "cuda"),
+        ("stories x -c 99999999999", "does not fit into memory"),
+        ("stories --file /no/such/file", "/no/such/file: No such file"),
+        ("stories --prompts /no/such/file", "/no/such/file: No such file"),
+        ("stories x --chat-template /no/such/file", "/no/such/file: No such file"),
+        ("--replay /no/such/file", "/no/such/file: No such file"),
+    ],
+)
+def test_runtime_errors_are_one_line_and_1(cli: Cli, argv: str, words: str) -> None:
+    if "cuda" in argv and tinyllm.info()["cuda"]:
+        pytest.skip("this machine has CUDA")
+    result = cli(*argv.split())
+    assert_one_line(result, 1)
+    assert words in result.err
+
+
+def test_a_prompt_that_does_not_fit(cli: Cli) -> None:
+    result = cli("stories", "Once upon a time there was a dog", "-c", "4")
+    assert_one_line(result, 1)
+    assert "context of 4" in result.err
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b"\xff", b'{"model": "stories"}', b"null"])
+def test_replay_of_something_else(cli: Cli, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "out.json"
+    file.write_bytes(content)
+    result = cli("--replay", file)
+    assert_one_line(result, 1)
+    assert f"{file} is not what --json writes" in result.err
+
+
+def test_text_that_is_not_utf8(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "latin1.txt"
+    file.write_bytes("caf\xe9".encode("latin-1"))
+    result = cli("stories", "-f", file)
+    assert_one_line(result, 2)
+    assert "byte 3 is 0xe9" in result.err
+    assert_one_line(cli("stories", "caf\udce9"), 2)
+
+
+def test_prompts_file_with_something_else(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"good"\n{"prompt": 3}\n')
+    result = cli("stories", "--prompts", file)
+    assert_one_line(result, 2)
+    assert "prompt 2" in result.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("boom\nboom"), 1, "internal error: RuntimeError: boom boom"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "/x: Permission denied"),
+    ],
+)
+def test_anything_else_that_goes_wrong(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.delenv("TINYLLM_DEBUG", raising=False)
+    monkeypatch.setattr(tinyllm, "load", load)
+    result = cli("stories", "Hello")
+    assert_one_line(result, code)
+    assert words in result.err
+
+
+def test_debug_shows_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYLLM_DEBUG", "1")
+    with pytest.raises(tinyllm.NotFoundError):
+        cli("/no/such/model", "Hello")
+
+
+def assert_one_line(result: Result, code: int) -> None:
+    assert result.code == code
+    assert result.out == ""
+    assert result.err.startswith("tinyllm-run: ")
+    assert result.err.count("\n") == 1
+    assert "Traceback" not in result.err
+
+
+# --- about itself -------------------------------------------------------------------------------------------
+
+
+def test_help_teaches(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for (
+        option
+    ) in """-n -t -c --temp --top-k --top-p --min-p --repeat-penalty --seed --stop --system --chat --no-chat
+        --device --cache-type --weights --logprobs -f -e --prompts --json --replay --version --info""".split():
+        assert re.search(rf"(?m)^  .*{option}\b", text), option
+    for code in ("0", "1", "2", "130"):
+        assert re.search(rf"(?m)^  {code} +\w", text)
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_version_and_info(cli: Cli) -> None:
+    info = tinyllm.info()
+    assert cli("--version").out.startswith(f"tinyllm {info['version']} ({info['isa']}, ")
+    out = cli("--info").out
+    assert all(re.search(rf"(?m)^{key} ", out) for key in info)
+
+
+# --- the progress bar ---------------------------------------------------------------------------------------
+
+
+class FakeTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("seconds", "shows"), [(0.5, False), (1.5, True)])
+def test_the_bar_shows_after_a_second(monkeypatch: pytest.MonkeyPatch, seconds: float, shows: bool) -> None:
+    clock: Iterable[float] = iter([0.0, seconds])
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock, seconds))  # type: ignore[call-overload]
+    monkeypatch.setattr(sys, "stderr", terminal := FakeTerminal())
+    with common.progress_bar("loading") as progress:
+        progress(10, 100)
+    assert ("loading" in terminal.getvalue()) == shows
+
+
+def test_no_bar_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())
+    clock = iter([0.0])
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock, 100.0))
+    with common.progress_bar("loading") as progress:
+        progress(10, 100)
+    assert pipe.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 B"), (999, "999 B"), (3_910_000, "3.91 MB"), (7.5e9, "7.5 GB"), (2e12, "2 TB")]
+)
+def test_sizes(n: float, text: str) -> None:
+    assert common.size(n) == text
+
+
+@pytest.mark.parametrize(("s", "text"), [(0.0123, "12 ms"), (1.234, "1.23 s"), (75.0, "75.0 s")])
+def test_seconds(s: float, text: str) -> None:
+    assert common.seconds(s) == text
+
+
+# --- what only a process can show ------------------------------------------------------------------------------
+
+
+def test_as_a_process() -> None:
+    done = subprocess.run(
+        [*RUN, "stories", "Once upon a time", "-n", "3", "--temp", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0
+    assert done.stdout.strip()
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = [*RUN, "stories", "--prompts", "-", "-n", "1", "--top-k", "1"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.write(b"Once\n" * 50)  # more output than the pipe or Python's buffer would hold
+        process.stdin.close()
+        errors = process.stderr.read().decode()
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert "Broken" not in errors
+
+
+def test_usage_errors_need_no_model_and_no_numpy() -> None:
+    code = "import sys; from tinyllm.cli.run import main; r = main(['--bogus']); print(r, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "2 False\n"
+
+
+def test_an_ascii_locale_does_not_break_the_text() -> None:
+    done = subprocess.run(
+        [*RUN, "stories", "Caf\u00e9", "-n", "2", "--json"],
+        capture_output=True,
+        env={
+            **os.environ,
+            "LC_ALL": "C",
+            "PYTHONUTF8": "0",
+            "PYTHONCOERCECLOCALE": "0",
+        },
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode())["prompt"] == "Café"

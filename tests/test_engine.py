@@ -1,0 +1,436 @@
+"""The engine with a mock model: whatever is batched, chunked, shared, taken away, cancelled or interrupted, every text
+is the one that a plain loop over the model's formula gives."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers_engine import EOS, N_LAYERS, VOCAB, Cancelled, MockModel, MockPool, logits_after
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyllm.engine import Engine, Generation, Job, Piece, _Call
+from tinyllm.errors import MemoryLimitError, ModelClosedError
+from tinyllm.kvcache import PAGE, KVCache
+from tinyllm.sampling import Sampled, StopStrings
+
+CONTEXT = 600
+
+
+def sampler(seed: int) -> Callable[[Any, list[int], int], Sampled]:
+    """One of the five most likely tokens, by (seed, position)."""
+
+    def sample(logits: Any, history: list[int], position: int) -> Sampled:
+        top = np.argsort(-logits, kind="stable")[:5]
+        token = int(top[np.random.Philox(key=[seed, position]).random_raw() % 5])
+        return Sampled(token, float(logits[token]), [])
+
+    return sample
+
+
+def text_of(token: int | None) -> str:
+    return "" if token is None else chr(token)
+
+
+def make_engine(max_pages: int = 64, **options: int) -> Engine:
+    return Engine(MockModel(), KVCache(MockPool(max_pages), max_pages), vocab_size=VOCAB, **options)
+
+
+def generation(engine: Engine | None, prompt: list[int], seed: int = 0, **options: Any) -> Generation:
+    options = {"max_tokens": 20, "context": CONTEXT, "eos_ids": frozenset({EOS}), **options}
+    stops = StopStrings(options.pop("stop", ()))
+    sequence = engine.sequence(prompt) if engine else None
+    return Generation(sequence, sampler(seed), stops, text_of, **options)
+
+
+def run(engine: Engine, groups: Iterable[list[Generation]], **options: Any) -> list[tuple[Generation, Piece]]:
+    return list(engine.generate(groups, **options))
+
+
+def expected(prompt: list[int], seed: int = 0, max_tokens: int = 20) -> list[int]:
+    """The loop."""
+    history, sample = list(prompt), sampler(seed)
+    while len(history) < min(len(prompt) + max_tokens, CONTEXT):
+        token = sample(logits_after(history), history, len(history)).token
+        if token == EOS:
+            break
+        history.append(token)
+    return history[len(prompt) :]
+
+
+def text(n: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 256, n)]
+
+
+def pages_in_use(engine: Engine) -> int:
+    gc.collect()
+    engine.cache.try_collect()
+    return engine.cache.n_used
+
+
+def test_one_text() -> None:
+    engine = make_engine()
+    g = generation(engine, text(10), seed=3)
+    pieces = run(engine, [[g]])
+    assert g.tokens == expected(text(10), seed=3)
+    assert [piece.token for _, piece in pieces] == g.tokens
+    assert "".join(str(piece) for _, piece in pieces) == g.text == "".join(map(chr, g.tokens))
+    assert (g.finish_reason, g.stop_reason) == ("length", None)
+    assert pages_in_use(engine) == 0
+
+
+def test_the_end_of_text_stops_and_is_no_token() -> None:
+    engine = make_engine()
+    seed = next(s for s in range(1000) if len(expected(text(10), s)) < 20)
+    g = generation(engine, text(10), seed)
+    run(engine, [[g]])
+    assert g.tokens == expected(text(10), seed)
+    assert (g.finish_reason, g.stop_reason) == ("stop", EOS)
+
+
+def test_the_context_ends_a_text() -> None:
+    engine = make_engine()
+    g = generation(engine, text(10), context=25, max_tokens=None, eos_ids=frozenset())
+    run(engine, [[g]])
+    assert (len(g.tokens), g.finish_reason) == (15, "length")
+
+
+def test_stop_string_over_a_token_border() -> None:
+    engine = make_engine()
+    whole = "".join(map(chr, expected(text(10))))
+    stop = whole[7:10]
+    g = generation(engine, text(10), stop=[stop])
+    pieces = run(engine, [[g]])
+    assert g.text == whole[: whole.index(stop)] == "".join(piece.text for _, piece in pieces)
+    assert (g.finish_reason, g.stop_reason) == ("stop", stop)
+
+
+def test_what_was_held_back_for_a_stop_string_comes_at_the_end() -> None:
+    engine = make_engine()
+    whole = "".join(map(chr, expected(text(10))))
+    g = generation(engine, text(10), stop=[whole[-2:] + "never"])
+    pieces = run(engine, [[g]])
+    assert g.text == whole == "".join(piece.text for _, piece in pieces)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(1, 200), st.integers(0, 2), st.integers(0, 5)), min_size=1, max_size=6
+    ),
+    chunk=st.sampled_from([1, 3, 64, 100, 512]),
+    max_pages=st.sampled_from([5, 9, 64]),
+    n=st.integers(1, 3),
+)
+def test_batch_chunk_pool_and_siblings_change_nothing(
+    prompts: list[tuple[int, int, int]], chunk: int, max_pages: int, n: int
+) -> None:
+    """With 5 pages, one text of 220 tokens fills the pool, so all others must wait or be computed again."""
+    engine = make_engine(max_pages, chunk=chunk)
+    groups = []
+    for length, prefix, seed in prompts:
+        first = generation(engine, text(length, prefix), seed)
+        groups.append([first, *(generation(None, text(length, prefix), seed + 100 * i) for i in range(1, n))])
+    run(engine, groups)
+    for (length, prefix, seed), group in zip(prompts, groups, strict=True):
+        for i, g in enumerate(group):
+            assert g.tokens == expected(text(length, prefix), seed + 100 * i)
+    assert max(engine.model.calls) <= chunk  # type: ignore[attr-defined]
+    assert pages_in_use(engine) == 0
+
+
+def test_a_shared_prompt_is_computed_once() -> None:
+    engine = make_engine()
+    prompt = text(150)
+    run(engine, [[generation(engine, prompt), *(generation(None, prompt, seed) for seed in range(1, 8))]])
+    model = engine.model
+    assert isinstance(model, MockModel)
+    assert model.calls[0] == 150
+    assert max(model.calls[1:]) <= 8
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    engine = make_engine()
+    run(engine, [[generation(engine, text(150))]])
+    model = engine.model
+    assert isinstance(model, MockModel)
+    model.calls.clear()
+    again = generation(engine, text(150), seed=5)
+    run(engine, [[again]])
+    assert model.calls[0] == 150 - 2 * PAGE
+    assert again.tokens == expected(text(150), seed=5)
+
+
+def test_decoding_does_not_wait_for_a_long_prompt() -> None:
+    engine = make_engine(chunk=64)
+    short, long = generation(engine, text(5)), generation(engine, text(500, seed=1))
+    order = [g for g, _ in run(engine, [[short], [long]])]
+    assert order.index(long) > 5
+    assert (short.tokens, long.tokens) == (expected(text(5)), expected(text(500, seed=1)))
+
+
+def test_logits_of_every_token_in_order() -> None:
+    engine = make_engine(chunk=100)
+    tokens = text(230)
+    run(engine, [[generation(engine, tokens)]])  # leaves its pages to be found, which must not swallow rows
+    rows = np.concatenate(list(engine.evaluate(Job(engine.sequence(tokens), first_row=0))))
+    np.testing.assert_array_equal(rows, [logits_after(tokens[: i + 1]) for i in range(230)])
+
+
+def test_rows_of_a_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinyllm.engine.MAX_LOGITS_BYTES", 7 * 4 * VOCAB)
+    engine = make_engine()
+    chunks = list(engine.evaluate(Job(engine.sequence(text(40)), first_row=0)))
+    assert [len(chunk) for chunk in chunks] == [7, 7, 7, 7, 7, 5]
+    texts = [generation(engine, text(20, seed), seed) for seed in range(12)]
+    run(engine, [[g] for g in texts])
+    assert [g.tokens for g in texts] == [expected(text(20, seed), seed) for seed in range(12)]
+
+
+def test_cancel_within_one_layer() -> None:
+    engine = make_engine()
+    model = engine.model
+    assert isinstance(model, MockModel)
+    wanted = threading.Event()
+
+    def before_layer() -> None:
+        if len(model.calls) == 4 and model.n_layers_run % N_LAYERS == 2:
+            wanted.set()
+
+    model.before_layer = before_layer
+    g = generation(engine, text(10))
+    run(engine, [[g]], cancel=wanted.is_set)
+    assert model.n_layers_run == 3 * N_LAYERS + 2
+    assert (g.finish_reason, g.tokens) == ("cancelled", expected(text(10))[:3])
+    assert pages_in_use(engine) == 0
+
+
+def test_cancel_before_the_prompt_is_done_ends_all_samples() -> None:
+    engine = make_engine()
+    group = [generation(engine, text(10)), generation(None, text(10), 1)]
+    run(engine, [group], cancel=lambda: True)
+    assert [(g.finish_reason, g.tokens) for g in group] == [("cancelled", [])] * 2
+    assert pages_in_use(engine) == 0
+
+
+class Oops(Exception):
+    pass
+
+
+def raise_oops(*_: object) -> Any:
+    raise Oops
+
+
+def works(engine: Engine) -> None:
+    g = generation(engine, text(150))
+    run(engine, [[g]])
+    assert g.tokens == expected(text(150))
+
+
+@pytest.mark.parametrize("error", [Oops, MemoryError, KeyboardInterrupt])
+def test_an_exception_in_the_model_leaves_the_pool_whole(error: type[BaseException]) -> None:
+    engine = make_engine()
+    model = engine.model
+    assert isinstance(model, MockModel)
+
+    def before_layer() -> None:
+        if model.n_layers_run == 10:
+            model.n_layers_run += 1
+            raise error
+
+    model.before_layer = before_layer
+    with pytest.raises(error):
+        run(engine, [[generation(engine, text(100, seed))] for seed in range(3)])
+    assert pages_in_use(engine) == 0
+    works(engine)
+
+
+def test_an_exception_in_a_sampler_or_in_cancel() -> None:
+    engine = make_engine()
+    g = generation(engine, text(100))
+    g.sampler = raise_oops
+    with pytest.raises(Oops):
+        run(engine, [[generation(engine, text(100))], [g]])
+    with pytest.raises(Oops):
+        run(engine, [[generation(engine, text(100))]], cancel=raise_oops)
+    assert pages_in_use(engine) == 0
+    works(engine)
+
+
+def test_a_stream_left_early_frees_its_pages() -> None:
+    engine = make_engine()
+    left, dropped = generation(engine, text(100)), generation(engine, text(100, seed=1))
+    stream, other = engine.generate([[left]]), engine.generate([[dropped]])
+    next(stream)
+    next(other)
+    assert pages_in_use(engine) == 4
+    stream.close()
+    assert left.finish_reason == "cancelled"
+    assert pages_in_use(engine) == 2
+    del other
+    assert pages_in_use(engine) == 0
+
+
+def test_a_prompt_larger_than_the_pool_is_refused_before_anything_runs() -> None:
+    engine = make_engine(max_pages=3)
+    model = engine.model
+    assert isinstance(model, MockModel)
+    with pytest.raises(MemoryLimitError, match="4 more pages of 64 tokens"):
+        run(engine, [[generation(engine, text(200))]])
+    assert model.calls == []
+    assert pages_in_use(engine) == 0
+    works(engine)
+
+
+def test_an_older_text_that_holds_the_pool_refuses_a_younger_one() -> None:
+    engine = make_engine(max_pages=3)
+    held = generation(engine, text(150))
+    stream = engine.generate([[held]])
+    next(stream)
+    with pytest.raises(MemoryLimitError, match="3 are in use"):
+        run(engine, [[generation(engine, text(5, seed=1))]])
+    assert [piece.token for _, piece in stream] == expected(text(150))[1:]
+
+
+def test_an_older_text_takes_the_pages_of_a_paused_younger_one() -> None:
+    engine = make_engine(max_pages=4)
+    old, young = generation(engine, text(60)), generation(engine, text(180, seed=1))
+    first = next(engine_stream := engine.generate([[young]]))
+    run(engine, [[old]])  # grows past its first page
+    assert old.tokens == expected(text(60))
+    assert [first[1].token, *(piece.token for _, piece in engine_stream)] == expected(text(180, seed=1))
+
+
+def test_closed() -> None:
+    engine = make_engine()
+    stream = engine.generate([[generation(engine, text(10))]])
+    next(stream)
+    engine.close()
+    with pytest.raises(ModelClosedError):
+        next(stream)
+
+
+def in_threads(n: int, work: Callable[[int], object]) -> None:
+    """Runs work(0) ... work(n - 1), each in a thread, and raises what one of them raised."""
+    errors: list[BaseException] = []
+
+    def guarded(i: int) -> None:
+        try:
+            work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(i,), daemon=True) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "deadlock"
+    if errors:
+        raise errors[0]
+
+
+def test_threads_get_the_same_texts() -> None:
+    engine = make_engine(max_pages=200)
+    model = engine.model
+    assert isinstance(model, MockModel)
+    model.before_layer = lambda: time.sleep(0.0002)  # lets the other threads in, as a real call does
+
+    def work(i: int) -> None:
+        for j in range(3):
+            seed = 10 * i + j
+            g = generation(engine, text(50 + 20 * i, seed % 3), seed)
+            run(engine, [[g]])
+            assert g.tokens == expected(text(50 + 20 * i, seed % 3), seed)
+
+    in_threads(6, work)
+    assert pages_in_use(engine) == 0
+
+
+def test_one_call_serves_all_threads_that_wait() -> None:
+    engine = make_engine()
+    model = engine.model
+    assert isinstance(model, MockModel)
+    texts = [generation(engine, text(10 + i), i) for i in range(5)]
+    with engine.cache.lock:  # as if a call were running
+        threads = [threading.Thread(target=run, args=(engine, [[g]]), daemon=True) for g in texts]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 30
+        while len(engine._calls) < len(texts) and time.monotonic() < deadline:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert model.calls[0] == 10 + 11 + 12 + 13 + 14
+    assert [g.tokens for g in texts] == [expected(text(10 + i), i) for i in range(5)]
+
+
+def test_threads_that_cancel_close_and_fail_disturb_nobody() -> None:
+    engine = make_engine(max_pages=200)
+
+    def work(i: int) -> None:
+        for j in range(8):
+            seed = 10 * i + j
+            prompt = text(30 + 25 * j, seed % 2)
+            g = generation(engine, prompt, seed)
+            kind = seed % 4
+            if kind == 0:
+                run(engine, [[g]])
+                assert g.tokens == expected(prompt, seed)
+            elif kind == 1:
+                stream = engine.generate([[g]])
+                for _ in range(3):
+                    next(stream, None)
+                stream.close()
+                assert g.tokens == expected(prompt, seed)[:3]
+            elif kind == 2:
+                asked = iter(range(30))
+                run(engine, [[g]], cancel=lambda asked=asked: next(asked, None) is None)
+                assert g.tokens == expected(prompt, seed)[: len(g.tokens)]
+            else:
+                g.sampler = raise_oops
+                with pytest.raises(Oops):
+                    run(engine, [[g]])
+
+    in_threads(6, work)
+    assert pages_in_use(engine) == 0
+
+
+def test_one_thread_is_interrupted_while_another_works_for_it() -> None:
+    """The call in progress ends within a layer, and the other thread's text is whole."""
+    engine = make_engine()
+    model = engine.model
+    assert isinstance(model, MockModel)
+    mine, other = Job(engine.sequence(text(100))), generation(engine, text(100, seed=1))
+    n_at_interrupt = []
+
+    def before_layer() -> None:
+        # The other thread's first call that works for both: as if a signal had ended the wait of `mine`.
+        if not n_at_interrupt and model.calls[-1] == 200:
+            n_at_interrupt.append(model.n_layers_run)
+            next(call for call in engine._calls if mine in call.jobs).is_abandoned = True
+
+    model.before_layer = before_layer
+    engine._calls.append(_Call([mine]))
+    run(engine, [[other]])
+    assert n_at_interrupt == [0]
+    assert mine.sequence.n_cached == 0
+    assert other.tokens == expected(text(100, seed=1))
+
+
+def test_mock_cancels_by_an_exception_of_its_own() -> None:
+    """Which the engine must not let through, whatever its type; the real model has another."""
+    model = MockModel()
+    with pytest.raises(Cancelled):
+        model.forward(
+            *(np.zeros(1, dtype=np.int32) for _ in range(3)),
+            np.zeros((1, 1), dtype=np.int32),
+            cache=type("Pages", (), {"pages": [np.zeros(PAGE, dtype=np.int32)]}),
+            should_stop=lambda: True,
+        )

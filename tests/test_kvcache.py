@@ -1,0 +1,337 @@
+"""Pages and their owners: reference counts, fork, prefixes, eviction, a full pool; with a mock pool whose pages
+hold the tokens themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from helpers_engine import NOTHING, MockPool
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tinyllm.errors import MemoryLimitError
+from tinyllm.kvcache import PAGE, KVCache, Sequence, root_key
+
+
+def make_cache(max_pages: int = 8, **options: int) -> tuple[KVCache, MockPool]:
+    pool = MockPool(max_pages)
+    return KVCache(pool, max_pages, root_key("model", "f16"), **options), pool
+
+
+def write(cache: KVCache, pool: MockPool, sequence: Sequence, n: int | None = None) -> None:
+    """What a call of the model does for a sequence's next n tokens (None: all)."""
+    n = sequence.n_pending if n is None else n
+    for position in range(sequence.n_cached, sequence.n_cached + n):
+        pool.pages[sequence.pages[position // PAGE]][position % PAGE] = sequence.tokens[position]
+    cache.commit(sequence, n)
+
+
+def compute(cache: KVCache, pool: MockPool, tokens: list[int]) -> Sequence:
+    """A new sequence, brought up to date. Its last token is always computed, as its logits would be wanted."""
+    sequence = cache.sequence(tokens)
+    cache.adopt(sequence, len(tokens) - 1)
+    cache.reserve(sequence)
+    write(cache, pool, sequence)
+    return sequence
+
+
+def text(n: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 256, n)]
+
+
+def contents(pool: MockPool, sequence: Sequence) -> list[int]:
+    held = [int(token) for page in sequence.pages for token in pool.pages[page]]
+    return held[: sequence.n_cached]
+
+
+def test_prefix_is_shared_page_by_page() -> None:
+    cache, pool = make_cache()
+    a = compute(cache, pool, text(200))
+    b = cache.sequence(text(200)[:150] + text(50, seed=1))
+    cache.adopt(b, 199)
+    assert b.n_cached == 2 * PAGE
+    assert b.pages == a.pages[:2]
+    assert cache.n_used == 4
+
+
+def test_the_last_token_of_a_known_prompt_is_left_to_compute() -> None:
+    cache, pool = make_cache()
+    compute(cache, pool, text(2 * PAGE))
+    again = cache.sequence(text(2 * PAGE))
+    cache.adopt(again, len(again.tokens) - 1)
+    assert again.n_cached == PAGE
+
+
+def test_a_page_that_was_not_committed_is_not_shared() -> None:
+    cache, pool = make_cache()
+    a = cache.sequence(text(100))
+    cache.reserve(a)
+    pool.pages[a.pages[0]][:] = a.tokens[:PAGE]  # the call wrote, but failed
+    b = cache.sequence(text(100))
+    cache.adopt(b, 99)
+    assert b.n_cached == 0
+
+
+def test_the_same_page_after_another_prefix_is_another_page() -> None:
+    cache, pool = make_cache()
+    compute(cache, pool, text(PAGE) + text(PAGE, seed=1))
+    other = cache.sequence(text(PAGE, seed=2) + text(PAGE, seed=1) + [1])
+    cache.adopt(other, 2 * PAGE)
+    assert other.n_cached == 0
+
+
+def test_keys_depend_on_the_root() -> None:
+    keys = {KVCache(MockPool(1), 1, root_key(*facts)).sequence(text(PAGE)).key(0) for facts in
+            [("model", "f16"), ("model", "f32"), ("other", "f16"), ("modelf", "16")]}  # fmt: skip
+    assert len(keys) == 4
+
+
+def test_two_that_compute_the_same_page_end_up_with_one() -> None:
+    cache, pool = make_cache()
+    a, b = cache.sequence(text(PAGE + 1)), cache.sequence(text(PAGE + 1))
+    for sequence in (a, b):
+        cache.reserve(sequence)
+    assert cache.n_used == 4
+    for sequence in (a, b):
+        write(cache, pool, sequence)
+    assert a.pages[0] == b.pages[0]
+    assert a.pages[1] != b.pages[1]
+    assert cache.n_used == 3
+
+
+def test_fork_shares_full_pages_and_copies_the_last() -> None:
+    cache, pool = make_cache()
+    parent = compute(cache, pool, text(PAGE + 20))
+    child = cache.fork(parent)
+    assert child.pages[0] == parent.pages[0]
+    assert child.pages[1] != parent.pages[1]
+    assert contents(pool, child) == contents(pool, parent) == text(PAGE + 20)
+    child.tokens.append(1)
+    parent.tokens.append(2)
+    write(cache, pool, child)
+    write(cache, pool, parent)
+    assert contents(pool, child) == [*text(PAGE + 20), 1]
+    assert contents(pool, parent) == [*text(PAGE + 20), 2]
+
+
+def test_fork_at_a_page_border_takes_no_page() -> None:
+    cache, pool = make_cache()
+    parent = compute(cache, pool, text(2 * PAGE))
+    child = cache.fork(parent)
+    assert child.pages == parent.pages
+    assert cache.n_used == 2
+
+
+def test_fork_in_a_full_pool_changes_nothing() -> None:
+    cache, pool = make_cache(max_pages=2)
+    parent = compute(cache, pool, text(PAGE + 1))
+    with pytest.raises(MemoryLimitError):
+        cache.fork(parent)
+    assert cache.n_used == 2
+    cache.drop(parent)
+    assert cache.n_used == 0
+
+
+def test_a_page_that_is_handed_out_is_clear() -> None:
+    cache, pool = make_cache(max_pages=1)
+    cache.drop(compute(cache, pool, text(30)))
+    sequence = cache.sequence(text(1))
+    cache.reserve(sequence)
+    assert (pool.pages[sequence.pages[0]] == NOTHING).all()
+
+
+def test_unused_prefixes_go_least_recently_used_first_and_from_their_end() -> None:
+    cache, pool = make_cache(max_pages=4)
+    for seed in (0, 1):
+        cache.drop(compute(cache, pool, text(2 * PAGE, seed)))
+    assert cache.n_used == 0
+
+    def known(seed: int) -> int:
+        probe = cache.sequence([*text(2 * PAGE, seed), 0])
+        cache.adopt(probe, 2 * PAGE)
+        n = len(probe.pages)
+        cache.drop(probe)
+        return n
+
+    assert (known(1), known(0)) == (2, 2)  # which makes 1 the one to go
+    third = compute(cache, pool, text(10, seed=2))
+    assert (known(0), known(1)) == (2, 1)
+    assert contents(pool, third) == text(10, seed=2)
+
+
+def test_unused_pages_have_a_limit() -> None:
+    cache, pool = make_cache(max_pages=8, max_unused=2)
+    for seed in range(4):
+        cache.drop(compute(cache, pool, text(2 * PAGE, seed)))
+    assert pool.n_pages <= 6  # two kept, two in use, in slabs of three
+    probe = cache.sequence([*text(2 * PAGE, 3), 0])
+    cache.adopt(probe, 2 * PAGE)
+    assert probe.n_cached == 2 * PAGE
+
+
+def test_a_full_pool_says_its_numbers_and_takes_nothing() -> None:
+    cache, pool = make_cache(max_pages=3)
+    compute_me = compute(cache, pool, text(PAGE + 1))
+    younger = cache.sequence(text(3 * PAGE))
+    with pytest.raises(
+        MemoryLimitError, match=r"3 more pages of 64 tokens \(1000 bytes each\).* 2 are in use"
+    ):
+        cache.reserve(younger)
+    assert younger.pages == []
+    assert contents(pool, compute_me) == compute_me.tokens
+
+
+def test_the_older_takes_pages_from_the_youngest() -> None:
+    cache, pool = make_cache(max_pages=4)
+    oldest, middle, youngest = (compute(cache, pool, text(PAGE // 2, seed)) for seed in range(3))
+    oldest.tokens += text(2 * PAGE)
+    cache.reserve(oldest)
+    assert (len(oldest.pages), len(middle.pages), len(youngest.pages)) == (3, 1, 0)
+    assert youngest.n_pending == len(youngest.tokens)
+    with pytest.raises(MemoryLimitError):
+        cache.reserve(youngest)
+
+
+def test_nobody_loses_pages_for_what_cannot_fit_anyway() -> None:
+    cache, pool = make_cache(max_pages=4)
+    oldest, younger = (compute(cache, pool, text(PAGE // 2, seed)) for seed in range(2))
+    oldest.tokens += text(5 * PAGE)
+    with pytest.raises(MemoryLimitError):
+        cache.reserve(oldest)
+    assert len(younger.pages) == 1
+
+
+def test_the_pool_grows_only_into_free_memory() -> None:
+    pool = MockPool(max_pages=8, slab=1)
+    free = [2 * pool.page_bytes]
+    cache = KVCache(pool, 8, free_bytes=lambda: free[0])
+    kept = compute(cache, pool, text(2 * PAGE))
+    free[0] = 0
+    with pytest.raises(MemoryLimitError):
+        compute(cache, pool, text(PAGE, seed=1))
+    assert contents(pool, kept) == kept.tokens
+    assert pool.n_pages == 2
+
+
+def test_growing_that_fails_evicts_instead() -> None:
+    class Stingy(MockPool):
+        def grow(self, n_pages: int) -> None:
+            if n_pages > 3:
+                raise MemoryError
+            super().grow(n_pages)
+
+    pool = Stingy(8, slab=1)
+    cache = KVCache(pool, 8)
+    cache.drop(compute(cache, pool, text(3 * PAGE)))
+    sequence = compute(cache, pool, text(2 * PAGE, seed=1))
+    assert contents(pool, sequence) == sequence.tokens
+
+
+def test_close_waits_for_the_lock_and_a_destructor_counts_as_close() -> None:
+    cache, pool = make_cache()
+    a, b = compute(cache, pool, text(10)), compute(cache, pool, text(10, seed=1))
+    with cache.lock:
+        a.close()
+        del b
+        assert cache.n_used == 2
+    cache.try_collect()
+    assert cache.n_used == 0
+
+
+class Pages(RuleBasedStateMachine):
+    """Any order of operations, against what every sequence should hold."""
+
+    @initialize(max_pages=st.integers(1, 9), max_unused=st.integers(0, 9))
+    def start(self, max_pages: int, max_unused: int) -> None:
+        self.cache, self.pool = make_cache(max_pages, max_unused=max_unused)
+        self.sequences: list[Sequence] = []
+
+    def pick(self, i: int) -> Sequence:
+        return self.sequences[i % len(self.sequences)]
+
+    # Few different texts, so that prefixes meet.
+    tokens = st.lists(st.tuples(st.integers(0, 1), st.integers(1, PAGE + 1)), max_size=3).map(
+        lambda runs: [token for token, n in runs for _ in range(n)]
+    )
+
+    @rule(tokens=tokens)
+    def new(self, tokens: list[int]) -> None:
+        self.sequences.append(self.cache.sequence(tokens))
+
+    @precondition(lambda self: self.sequences)
+    @rule(i=st.integers(0, 99), tokens=tokens)
+    def append(self, i: int, tokens: list[int]) -> None:
+        self.pick(i).tokens += tokens
+
+    @precondition(lambda self: self.sequences)
+    @rule(i=st.integers(0, 99), n=st.integers(1, 3 * PAGE))
+    def compute(self, i: int, n: int) -> None:
+        sequence = self.pick(i)
+        if not sequence.n_pending:
+            return
+        before = Counter(page for s in self.sequences if s.order < sequence.order for page in s.pages)
+        self.cache.adopt(sequence, len(sequence.tokens) - 1)
+        assert sequence.n_pending > 0
+        try:
+            self.cache.reserve(sequence)
+        except MemoryLimitError:
+            return
+        after = Counter(page for s in self.sequences if s.order < sequence.order for page in s.pages)
+        assert before == after, "an older sequence lost pages"
+        write(self.cache, self.pool, sequence, min(n, sequence.n_pending))
+
+    @precondition(lambda self: self.sequences)
+    @rule(i=st.integers(0, 99))
+    def fork(self, i: int) -> None:
+        parent = self.pick(i)
+        try:
+            child = self.cache.fork(parent)
+        except MemoryLimitError:
+            return
+        assert child.tokens == parent.tokens
+        assert child.n_cached == parent.n_cached
+        self.sequences.append(child)
+
+    @precondition(lambda self: self.sequences)
+    @rule(i=st.integers(0, 99))
+    def drop(self, i: int) -> None:
+        self.cache.drop(self.pick(i))
+
+    @precondition(lambda self: self.sequences)
+    @rule(i=st.integers(0, 99))
+    def close(self, i: int) -> None:
+        sequence = self.pick(i)
+        self.sequences.remove(sequence)
+        sequence.close()
+
+    @invariant()
+    def contents_are_right(self) -> None:
+        for sequence in self.sequences:
+            assert len(sequence.pages) * PAGE >= sequence.n_cached
+            assert contents(self.pool, sequence) == sequence.tokens[: sequence.n_cached]
+
+    @invariant()
+    def owners_are_counted(self) -> None:
+        cache = self.cache
+        owners = Counter(page for sequence in self.sequences for page in sequence.pages)
+        assert cache._n_owners == owners
+        assert all(n > 0 for n in cache._n_owners.values())
+        for page, n in owners.items():
+            assert n == 1 or page in cache._key_of, "a page is shared that is not full and known"
+        for sequence in self.sequences:
+            assert len(set(sequence.pages)) == len(sequence.pages)
+
+    @invariant()
+    def every_page_is_somewhere_once(self) -> None:
+        cache = self.cache
+        everywhere = [*cache._free, *cache._unused, *cache._n_owners]
+        assert sorted(everywhere) == list(range(self.pool.n_pages))
+        assert set(cache._unused) <= set(cache._key_of)
+        assert {page: key for key, page in cache._page_of.items()} == cache._key_of
+
+
+TestPages = Pages.TestCase
+TestPages.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

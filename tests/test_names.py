@@ -1,0 +1,250 @@
+"""The table of tensor names: both sources map to the same weights, and every mismatch is reported at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tinyllm.config import ModelConfig, config_from_gguf, config_from_json
+from tinyllm.errors import FormatError, UnsupportedError
+from tinyllm.loaders import BF16, FORMATS, TensorInfo, read_json
+from tinyllm.loaders.gguf import read_gguf
+from tinyllm.loaders.names import MAX_PROBLEMS, TABLE, Key, Source, Weights, half_split_order, map_tensors
+from tinyllm.loaders.safetensors import read_safetensors
+
+CONFIG = ModelConfig(
+    architecture="llama",
+    n_layers=2,
+    dim=24,
+    n_heads=3,
+    n_kv_heads=1,
+    head_dim=10,
+    ff_dim=40,
+    vocab_size=50,
+    context=64,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_dim=10,
+    rope_factors=None,
+    rope_scale=1.0,
+    attention_scale=1.0,
+    tied=False,
+)
+F64 = npt.NDArray[np.float64]
+BOTH: list[Source] = ["gguf", "hf"]
+
+
+def tensor(name: str, shape: tuple[int, ...], format: int = 0) -> TensorInfo:
+    return TensorInfo(name, shape, format, Path("x"), 0, int(np.prod(shape)) * 4)
+
+
+def make(config: ModelConfig, source: Source, *, biases: bool = False) -> dict[str, TensorInfo]:
+    """A full set of tensors, named by hand from the two formats' conventions rather than from TABLE."""
+    q, kv, dim, ff = (
+        config.n_heads * config.head_dim,
+        config.n_kv_heads * config.head_dim,
+        config.dim,
+        config.ff_dim,
+    )
+    linear = {
+        ("attn_q", "self_attn.q_proj"): (q, dim),
+        ("attn_k", "self_attn.k_proj"): (kv, dim),
+        ("attn_v", "self_attn.v_proj"): (kv, dim),
+        ("attn_output", "self_attn.o_proj"): (dim, q),
+        ("ffn_gate", "mlp.gate_proj"): (ff, dim),
+        ("ffn_up", "mlp.up_proj"): (ff, dim),
+        ("ffn_down", "mlp.down_proj"): (dim, ff),
+    }
+    norms = {("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")}
+    at = BOTH.index(source)
+    shapes: dict[str, tuple[int, ...]] = {
+        ("token_embd.weight", "model.embed_tokens.weight")[at]: (config.vocab_size, dim),
+        ("output_norm.weight", "model.norm.weight")[at]: (dim,),
+    }
+    if not config.tied:
+        shapes[("output.weight", "lm_head.weight")[at]] = (config.vocab_size, dim)
+    for layer in range(config.n_layers):
+        prefix = (f"blk.{layer}.", f"model.layers.{layer}.")[at]
+        shapes.update({f"{prefix}{norm[at]}.weight": (dim,) for norm in norms})
+        shapes.update({f"{prefix}{names[at]}.weight": shape for names, shape in linear.items()})
+        if biases:
+            shapes.update({f"{prefix}{names[at]}.bias": shape[:1] for names, shape in linear.items()})
+    return {name: tensor(name, shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("source", BOTH)
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_names(source: Source, tied: bool) -> None:
+    config = replace(CONFIG, tied=tied)
+    tensors = make(config, source)
+    weights = map_tensors(tensors, config, source)
+    assert {info.name for info in weights.values()} == set(tensors)
+    assert len(weights) == len(tensors) == 9 * 2 + 3 - tied
+    assert (("output", None) in weights) is not tied
+    assert weights["wq", 1].shape == (30, 24)
+    assert weights["w_down", 0].shape == (24, 40)
+    assert weights.get(("bq", 0)) is None
+
+
+@pytest.mark.parametrize("source", BOTH)
+def test_biases(source: Source) -> None:
+    tensors = make(CONFIG, source, biases=True)
+    weights = map_tensors(tensors, CONFIG, source)
+    assert len(weights) == len(tensors)
+    assert weights["bk", 1].shape == (10,)
+    assert weights["b_gate", 0].shape == (40,)
+    names = {row.canonical: (row.gguf, row.hf)[BOTH.index(source)].format(1) for row in TABLE}
+    del tensors[names["bo"]]
+    with pytest.raises(FormatError, match=f"{names['bo']} is missing, expected with shape \\(24,\\)"):
+        map_tensors(tensors, CONFIG, source)
+
+
+def test_biases_as_the_config_has_them() -> None:
+    with_biases, without = make(CONFIG, "hf", biases=True), make(CONFIG, "hf")
+    needed = replace(CONFIG, attention_bias=True, ffn_bias=True)
+    refused = replace(CONFIG, attention_bias=False, ffn_bias=False)
+    assert len(map_tensors(with_biases, needed, "hf")) == len(with_biases)
+    assert len(map_tensors(without, refused, "hf")) == len(without)
+    with pytest.raises(FormatError, match=r"q_proj\.bias is missing"):
+        map_tensors(without, needed, "hf")
+    with pytest.raises(FormatError, match=r"q_proj\.bias' of shape \(30,\) is not expected"):
+        map_tensors(with_biases, refused, "hf")
+
+
+@pytest.mark.parametrize("source", BOTH)
+def test_each_tensor_matters(source: Source) -> None:
+    tensors = make(CONFIG, source)
+    for name, info in tensors.items():
+        with pytest.raises(FormatError, match=f"{name} is missing"):
+            map_tensors({k: v for k, v in tensors.items() if k != name}, CONFIG, source)
+        wrong = {**tensors, name: tensor(name, (*info.shape[:-1], info.shape[-1] + 1))}
+        with pytest.raises(FormatError, match=f"{name} has shape .*, expected"):
+            map_tensors(wrong, CONFIG, source)
+
+
+def test_all_problems_in_one_error() -> None:
+    tensors = make(CONFIG, "gguf")
+    del tensors["output_norm.weight"]
+    tensors["blk.1.attn_q.weight"] = tensor("blk.1.attn_q.weight", (24, 30))
+    tensors["blk.0.attn_norm.weight"] = tensor("blk.0.attn_norm.weight", (24,), 8)
+    tensors["blk.2.attn_q.weight"] = tensor("blk.2.attn_q.weight", (30, 24))
+    tensors["bad\n\ud800"] = tensor("bad\n\ud800", (1,))
+    with pytest.raises(FormatError) as caught:
+        map_tensors(tensors, CONFIG, "gguf")
+    assert str(caught.value).split("\n  ") == [
+        "the tensors do not fit the config (llama, 2 layers):",
+        "output_norm.weight is missing, expected with shape (24,)",
+        "blk.0.attn_norm.weight is Q8_0; a norm or bias must be F32, F16 or BF16",
+        "blk.1.attn_q.weight has shape (24, 30), expected (30, 24)",
+        r"'bad\n\ud800' of shape (1,) is not expected",
+        "'blk.2.attn_q.weight' of shape (30, 24) is not expected",
+    ]
+
+
+def test_the_list_of_problems_is_bounded() -> None:
+    config = replace(CONFIG, n_layers=1024)
+    with pytest.raises(FormatError) as caught:
+        map_tensors({}, config, "gguf")
+    lines = str(caught.value).split("\n")
+    assert len(lines) == MAX_PROBLEMS + 2
+    assert lines[-1] == f"  and {9 * 1024 + 3 - MAX_PROBLEMS} more"
+
+
+def test_harmless_extras() -> None:
+    old = {
+        name: tensor(name, (5,))
+        for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    }
+    tied = replace(CONFIG, tied=True)
+    output = {"lm_head.weight": tensor("lm_head.weight", (50, 24))}
+    assert len(map_tensors({**make(tied, "hf"), **old, **output}, tied, "hf")) == 20
+    freqs = {"rope_freqs.weight": tensor("rope_freqs.weight", (5,))}
+    assert len(map_tensors({**make(CONFIG, "gguf"), **freqs}, CONFIG, "gguf")) == 21
+
+
+def test_every_float_format_of_a_vector() -> None:
+    for format in FORMATS:
+        tensors = make(CONFIG, "gguf")
+        tensors["output_norm.weight"] = tensor("output_norm.weight", (24,), format)
+        if format in (0, 1, BF16):
+            map_tensors(tensors, CONFIG, "gguf")
+        else:
+            with pytest.raises(FormatError, match="must be F32, F16 or BF16"):
+                map_tensors(tensors, CONFIG, "gguf")
+
+
+# Row order
+
+
+def interleaved_rope(x: F64, angles: F64) -> F64:
+    """RoPE as GGUF's Llama rows expect it: (2i, 2i + 1) are a pair. x [rows], angles [rope_dim / 2]."""
+    out: F64 = x.copy()
+    for i, a in enumerate(angles):
+        u, v = x[2 * i], x[2 * i + 1]
+        out[2 * i], out[2 * i + 1] = u * np.cos(a) - v * np.sin(a), u * np.sin(a) + v * np.cos(a)
+    return out
+
+
+def half_split_rope(x: F64, angles: F64) -> F64:
+    """RoPE as the model does it: (i, i + rope_dim / 2) are a pair."""
+    out: F64 = x.copy()
+    half = len(angles)
+    u, v = x[:half], x[half : 2 * half]
+    out[:half], out[half : 2 * half] = (
+        u * np.cos(angles) - v * np.sin(angles),
+        u * np.sin(angles) + v * np.cos(angles),
+    )
+    return out
+
+
+@pytest.mark.parametrize("rope_dim", [10, 6, 2])
+def test_row_order_keeps_the_scores(rope_dim: int) -> None:
+    """Rotating reordered rows in half-split order is the reordering of rows rotated pair by pair."""
+    config = replace(CONFIG, rope_dim=rope_dim)
+    order = half_split_order(config, 3)
+    assert order.dtype == np.int32
+    assert sorted(order) == list(range(30))
+    rng = np.random.default_rng(0)
+    x, angles = rng.standard_normal((3, 10)), rng.standard_normal(rope_dim // 2)
+    rotated = np.stack([interleaved_rope(head, angles) for head in x]).ravel()[order]
+    reordered = x.ravel()[order].reshape(3, 10)
+    assert np.array_equal(np.stack([half_split_rope(head, angles) for head in reordered]).ravel(), rotated)
+
+
+def test_row_orders_of_weights() -> None:
+    weights = map_tensors(make(CONFIG, "gguf", biases=True), CONFIG, "gguf")
+    reordered = {row.canonical for row in TABLE if weights.row_order(row.canonical) is not None}
+    assert reordered == {"wq", "wk", "bq", "bk"}
+    q, k = weights.row_order("wq"), weights.row_order("wk")
+    assert q is not None
+    assert k is not None
+    assert k.tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]
+    assert q.tolist() == [head * 10 + row for head in range(3) for row in k.tolist()]
+    assert all(
+        map_tensors(make(CONFIG, "hf"), CONFIG, "hf").row_order(row.canonical) is None for row in TABLE
+    )
+    with pytest.raises(UnsupportedError, match="'qwen9'"):
+        map_tensors(make(CONFIG, "gguf"), replace(CONFIG, architecture="qwen9"), "gguf")
+
+
+def test_both_files_of_one_model_hold_the_same_weights(data_dir: Path) -> None:
+    file = read_gguf(data_dir / "models/stories260K/stories260K.gguf")
+    a = map_tensors(file.tensors, config_from_gguf(file.metadata, file.tensors), "gguf")
+    directory = data_dir / "models/stories260K-hf"
+    config = config_from_json(read_json(directory / "config.json"))
+    b = map_tensors(read_safetensors(directory).tensors, config, "hf")
+
+    def values(weights: Weights, key: Key) -> npt.NDArray[np.float32]:
+        order = weights.row_order(key[0])
+        rows = weights[key].read_f32()
+        return rows if order is None else rows[order]
+
+    assert a.keys() - b.keys() == {("output", None)}
+    assert np.array_equal(values(a, ("output", None)), values(b, ("embedding", None)))
+    assert not np.array_equal(a["wq", 0].read_f32(), b["wq", 0].read_f32())
+    for key in b:
+        assert np.array_equal(values(a, key), values(b, key)), key

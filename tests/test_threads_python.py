@@ -1,0 +1,138 @@
+"""Many Python threads on one model, with the core: the same texts as alone, whatever the others do."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
+
+import tinyllm
+from tinyllm import errors
+
+CONFIG = golden_spec("llama3").config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tinyllm.LLM]:
+    path = write_hf_directory(tmp_path_factory.mktemp("model"), CONFIG, random_weights(CONFIG, seed=5))
+    with tinyllm.load(path, threads=2) as loaded:
+        yield loaded
+
+
+def in_threads(n: int, work: Callable[[int], object]) -> None:
+    """Runs work(0) ... work(n - 1), each in a thread, and raises what one of them raised."""
+    raised: list[BaseException] = []
+
+    def guarded(i: int) -> None:
+        try:
+            work(i)
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(i,), daemon=True) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "deadlock"
+    if raised:
+        raise raised[0]
+
+
+def prompt(i: int) -> list[int]:
+    return random_ids(CONFIG, i, 20 + 37 * (i % 5))
+
+
+def test_threads_get_what_they_get_alone(model: tinyllm.LLM) -> None:
+    options: dict[str, Any] = {"max_tokens": 25, "logprobs": True}
+    alone = [model(prompt(i), seed=i, **options) for i in range(12)]
+    logits = model.logits(prompt(99))
+
+    def work(thread: int) -> None:
+        for i in range(thread, 12, 3):
+            c = model(prompt(i), seed=i, **options)
+            assert (c.tokens, c.logprobs) == (alone[i].tokens, alone[i].logprobs)
+            with model.session(seed=i) as session:
+                session.append(prompt(i))
+                assert session.generate(**options).tokens == alone[i].tokens
+            with model.stream(prompt(i), seed=i, **options) as stream:
+                assert [next(stream).token for _ in range(3)] == alone[i].tokens[:3]
+            np.testing.assert_array_equal(model.logits(prompt(99)), logits)
+
+    in_threads(6, work)
+    model._cache.try_collect()
+    assert model._cache.n_used == 0
+
+
+def test_close_while_threads_use_it(tmp_path: Path) -> None:
+    """Each call ends well or with ModelClosedError; nothing is used after it was freed."""
+    path = write_hf_directory(tmp_path / "model", CONFIG, random_weights(CONFIG, seed=6))
+    model = tinyllm.load(path, threads=2)
+    started = threading.Barrier(5)
+
+    def work(i: int) -> None:
+        started.wait()
+        if i == 4:
+            time.sleep(0.05)
+            model.close()
+            return
+        with pytest.raises(errors.ModelClosedError):
+            while True:
+                model(prompt(i), max_tokens=50, temperature=1)
+
+    in_threads(5, work)
+
+
+def test_interrupt_ends_the_main_threads_call_and_no_other(model: tinyllm.LLM) -> None:
+    """As Ctrl-C does: a signal to the process, whose handler raises KeyboardInterrupt in the main thread."""
+    assert threading.current_thread() is threading.main_thread()
+    expected = model(prompt(1), seed=1, max_tokens=200).tokens
+    results: list[list[int]] = []
+    go, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        go.wait()
+        while not done.is_set():
+            results.append(model(prompt(1), seed=1, max_tokens=200).tokens)
+
+    def interrupt(logits: Any, tokens: Any) -> None:
+        go.set()
+        if len(tokens) == len(prompt(2)) + 20:
+            signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=other, daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(2), max_tokens=400, temperature=1, processors=[interrupt], logit_bias={2: -np.inf})
+    finally:
+        go.set()
+        time.sleep(0.05)
+        done.set()
+        thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert results
+    assert all(tokens == expected for tokens in results)
+    model._cache.try_collect()
+    assert model._cache.n_used == 0
+
+
+def test_interrupt_within_a_call_of_the_model(model: tinyllm.LLM) -> None:
+    """The signal comes while the core computes. Long enough for that: logits of 400 tokens, over and over."""
+    ids = random_ids(CONFIG, 3, 400)
+    timer = threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            model.logits(ids)
+    timer.join()
+    model._cache.try_collect()
+    assert model._cache.n_used == 0
+    assert model(prompt(1), seed=1, max_tokens=5).tokens == model(prompt(1), seed=1, max_tokens=5).tokens
