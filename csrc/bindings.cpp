@@ -1,5 +1,5 @@
-// bindings.cpp: the core as a Python module: numpy arrays in and out, the GIL released while C runs, C's errors raised as
-// tinyllm's. No logic. Includes tinyllm.h only; backends.py is the one importer.
+// bindings.cpp: the core as a Python module: numpy arrays in and out, the GIL released while C runs, C's
+// errors raised as tinyllm's. No logic. Includes tinyllm.h only; backends.py is the one importer.
 #include "tinyllm.h"
 
 #include <pybind11/numpy.h>
@@ -18,8 +18,11 @@ using Ints = py::array_t<int32_t, py::array::c_style>;
 namespace {
 
 [[noreturn]] void raise(tl_status status, const tl_message &message) {
-    const char *name = status == TL_CANCELLED ? "CancelledError" : status == TL_MEMORY ? "MemoryLimitError"
-                       : status == TL_IO ? "FormatError" : status == TL_UNSUPPORTED ? "UnsupportedError" : "ArgumentError";
+    const char *name = status == TL_CANCELLED     ? "CancelledError"
+                       : status == TL_MEMORY      ? "MemoryLimitError"
+                       : status == TL_IO          ? "FormatError"
+                       : status == TL_UNSUPPORTED ? "UnsupportedError"
+                                                  : "ArgumentError";
     PyErr_SetString(py::module_::import("tinyllm.errors").attr(name).ptr(), message.text);
     throw py::error_already_set();
 }
@@ -35,8 +38,8 @@ const tl_format *format_of(int id) {
     return format;
 }
 
-// What the core asks before each layer, passed on to Python at most every 20 ms: the caller's should_stop and, on the main
-// thread, Python's signals. An exception ends the call and is raised again after it.
+// What the core asks before each layer, passed on to Python at most every 20 ms: the caller's should_stop
+// and, on the main thread, Python's signals. An exception ends the call and is raised again after it.
 struct Watch {
     py::object should_stop;
     bool main_thread, raised = false;
@@ -45,7 +48,8 @@ struct Watch {
     static int ask(void *data) {
         auto *self = static_cast<Watch *>(data);
         auto now = std::chrono::steady_clock::now();
-        if ((self->should_stop.is_none() && !self->main_thread) || now - self->last < std::chrono::milliseconds(20)) return 0;
+        if ((self->should_stop.is_none() && !self->main_thread) || now - self->last < std::chrono::milliseconds(20))
+            return 0;
         self->last = now;
         py::gil_scoped_acquire gil;
         if (self->main_thread && PyErr_CheckSignals() != 0) return self->raised = true;
@@ -147,9 +151,9 @@ struct Model {
         if (status != TL_OK) raise(status, message);
     }
 
-    Floats forward(Cache &cache, const py::object &tokens, const py::object &x, const Ints &positions, const Ints &sequences,
-                   const Ints &page_tables, const Ints &rows, int first_layer, int last_layer, bool logits, int threads,
-                   const py::object &should_stop) {
+    Floats forward(Cache &cache, const py::object &tokens, const py::object &x, const Ints &positions,
+                   const Ints &sequences, const Ints &page_tables, const Ints &rows, int first_layer, int last_layer,
+                   bool logits, int threads, const py::object &should_stop) {
         std::shared_ptr<tl_model> model = (get(), p);
         std::shared_ptr<tl_cache> pages = (cache.get(), cache.p);
         const tl_config &config = model->config;
@@ -219,7 +223,8 @@ Floats pack_unpack(const py::bytes &data, int format, int rows, int k) {
     std::string bytes = data;
     const tl_format *f = format_of(format);
     if (rows < 1 || k < 1 || k % f->block ||
-        bytes.size() != static_cast<size_t>(rows) * static_cast<size_t>(k / f->block) * static_cast<size_t>(f->block_bytes))
+        bytes.size() !=
+            static_cast<size_t>(rows) * static_cast<size_t>(k / f->block) * static_cast<size_t>(f->block_bytes))
         raise_argument("data is not rows x k numbers of this format");
     tl_matrix matrix{f, rows, k, nullptr, 0, nullptr};
     tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr};
@@ -250,8 +255,17 @@ py::tuple sample(const Floats &logits, float temperature, int top_k, float top_p
                  float repetition_penalty, float presence_penalty, float frequency_penalty, const Ints &bias_tokens,
                  const Floats &bias, const Ints &history, uint64_t seed, uint64_t position) {
     if (bias_tokens.size() != bias.size()) raise_argument("bias_tokens and bias must be of one length");
-    tl_sampling sampling{temperature, top_k, top_p, min_p, typical_p, repetition_penalty, presence_penalty,
-                         frequency_penalty, static_cast<int>(bias.size()), bias_tokens.data(), bias.data()};
+    tl_sampling sampling{temperature,
+                         top_k,
+                         top_p,
+                         min_p,
+                         typical_p,
+                         repetition_penalty,
+                         presence_penalty,
+                         frequency_penalty,
+                         static_cast<int>(bias.size()),
+                         bias_tokens.data(),
+                         bias.data()};
     int n = static_cast<int>(logits.size());
     std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n)]); // uninitialized on purpose: it is large
     tl_sampled sampled{};
@@ -259,8 +273,8 @@ py::tuple sample(const Floats &logits, float temperature, int top_k, float top_p
     tl_status status;
     {
         py::gil_scoped_release released;
-        status = tl_sample(&sampled, logits.data(), n, &sampling, history.data(), static_cast<int>(history.size()), seed,
-                           position, scratch.get(), &message);
+        status = tl_sample(&sampled, logits.data(), n, &sampling, history.data(), static_cast<int>(history.size()),
+                           seed, position, scratch.get(), &message);
     }
     if (status != TL_OK) raise(status, message);
     return py::make_tuple(sampled.token, sampled.logprob);
@@ -273,8 +287,8 @@ py::tuple top_logprobs(const Floats &logits, int k) {
     Floats logprobs(k);
     std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n)]); // uninitialized on purpose: it is large
     tl_message message;
-    tl_status status = tl_top_logprobs(tokens.mutable_data(), logprobs.mutable_data(), k, logits.data(), n, scratch.get(),
-                                       &message);
+    tl_status status =
+        tl_top_logprobs(tokens.mutable_data(), logprobs.mutable_data(), k, logits.data(), n, scratch.get(), &message);
     if (status != TL_OK) raise(status, message);
     return py::make_tuple(tokens, logprobs);
 }
@@ -291,10 +305,13 @@ PYBIND11_MODULE(_core, m) {
     m.attr("version") = TINYLLM_VERSION;
 
     py::class_<Cache>(m, "Cache")
-        .def("grow", [](Cache &c, int n) { c.call(tl_cache_grow, n); }, py::arg("n_pages"))
-        .def("clear_page", [](Cache &c, int page) { c.call(tl_cache_clear_page, page); }, py::arg("page"))
-        .def("copy_page", [](Cache &c, int to, int from, int n) { c.call(tl_cache_copy_page, to, from, n); },
-             py::arg("to"), py::arg("source"), py::arg("n_tokens"))
+        .def(
+            "grow", [](Cache &c, int n) { c.call(tl_cache_grow, n); }, py::arg("n_pages"))
+        .def(
+            "clear_page", [](Cache &c, int page) { c.call(tl_cache_clear_page, page); }, py::arg("page"))
+        .def(
+            "copy_page", [](Cache &c, int to, int from, int n) { c.call(tl_cache_copy_page, to, from, n); },
+            py::arg("to"), py::arg("source"), py::arg("n_tokens"))
         .def_property_readonly("n_pages", [](Cache &c) { return c.get()->n_pages; })
         .def_property_readonly("max_pages", [](Cache &c) { return c.get()->max_pages; })
         .def_property_readonly("page_bytes", [](Cache &c) { return c.get()->page_bytes; })
@@ -307,8 +324,8 @@ PYBIND11_MODULE(_core, m) {
         .def("tie", [](Model &model) { tl_model_tie(model.get()); })
         .def("check", &Model::check)
         .def("forward", &Model::forward, py::arg("cache"), py::arg("tokens"), py::arg("x"), py::arg("positions"),
-             py::arg("sequences"), py::arg("page_tables"), py::arg("rows"), py::arg("first_layer"), py::arg("last_layer"),
-             py::arg("logits"), py::arg("threads"), py::arg("should_stop"))
+             py::arg("sequences"), py::arg("page_tables"), py::arg("rows"), py::arg("first_layer"),
+             py::arg("last_layer"), py::arg("logits"), py::arg("threads"), py::arg("should_stop"))
         .def("unpack", &Model::unpack, py::arg("name"), py::arg("layer"))
         .def("cache", &Model::cache, py::arg("type"), py::arg("max_pages"))
         .def_property_readonly("weight_bytes", [](Model &model) { return model.get()->weight_bytes; })

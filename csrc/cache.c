@@ -1,5 +1,6 @@
-// cache.c: the memory of the paged KV cache: slabs, pages, copies, bounds. Which sequence owns a page is Python's business
-// (kvcache.py). Includes tinyllm.h only; attention.inc reads the layout that tinyllm.h describes.
+// cache.c: the memory of the paged KV cache: slabs, pages, copies, bounds. Which sequence owns a page is
+// Python's business (kvcache.py). Includes tinyllm.h only; attention.inc reads the layout that tinyllm.h
+// describes.
 #include "tinyllm.h"
 #include <string.h>
 
@@ -35,7 +36,8 @@ tl_status tl_cache_create(tl_cache **out, const tl_model *model, int type, int m
 
 tl_status tl_cache_grow(tl_cache *cache, int n_pages, tl_message *message) {
     if (n_pages > cache->max_pages)
-        return tl_fail(message, TL_ARGUMENT, "%d pages asked for, the cache holds at most %d", n_pages, cache->max_pages);
+        return tl_fail(message, TL_ARGUMENT, "%d pages asked for, the cache holds at most %d", n_pages,
+                       cache->max_pages);
     while (cache->n_pages < n_pages) {
         int left = cache->max_pages - cache->n_pages, n = left < cache->pages_per_slab ? left : cache->pages_per_slab;
         void *slab = cache->backend->alloc((size_t)n * cache->page_bytes);

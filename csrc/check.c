@@ -1,4 +1,5 @@
-// check.c: says no before anything runs: configurations and batches whose numbers do not fit. Includes tinyllm.h only.
+// check.c: says no before anything runs: configurations and batches whose numbers do not fit. Includes
+// tinyllm.h only.
 #include "tinyllm.h"
 #include <math.h>
 
@@ -6,13 +7,14 @@ tl_status tl_config_check(const tl_config *c, tl_message *message) {
     const struct {
         const char *name;
         int value, most;
-    } sizes[] = {{"n_layers", c->n_layers, 1 << 12},   {"dim", c->dim, 1 << 20},
-                 {"n_heads", c->n_heads, 1 << 14},     {"n_kv_heads", c->n_kv_heads, 1 << 14},
-                 {"head_dim", c->head_dim, 1 << 12},   {"ff_dim", c->ff_dim, 1 << 22},
+    } sizes[] = {{"n_layers", c->n_layers, 1 << 12},     {"dim", c->dim, 1 << 20},
+                 {"n_heads", c->n_heads, 1 << 14},       {"n_kv_heads", c->n_kv_heads, 1 << 14},
+                 {"head_dim", c->head_dim, 1 << 12},     {"ff_dim", c->ff_dim, 1 << 22},
                  {"vocab_size", c->vocab_size, 1 << 24}, {"context", c->context, 1 << 30}};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
         if (sizes[i].value < 1 || sizes[i].value > sizes[i].most)
-            return tl_fail(message, TL_ARGUMENT, "%s is %d, not in 1..%d", sizes[i].name, sizes[i].value, sizes[i].most);
+            return tl_fail(message, TL_ARGUMENT, "%s is %d, not in 1..%d", sizes[i].name, sizes[i].value,
+                           sizes[i].most);
     if (c->n_heads % c->n_kv_heads)
         return tl_fail(message, TL_ARGUMENT, "%d heads cannot share %d kv heads evenly", c->n_heads, c->n_kv_heads);
     if ((int64_t)c->n_heads * c->head_dim > 1 << 20)
@@ -21,17 +23,21 @@ tl_status tl_config_check(const tl_config *c, tl_message *message) {
         return tl_fail(message, TL_ARGUMENT, "rope_dim is %d, not even and in 0..%d", c->rope_dim, c->head_dim);
     if (!(c->rope_theta > 0) || !isfinite(c->rope_theta) || !(c->norm_eps >= 0) || !isfinite(c->norm_eps) ||
         !isfinite(c->rope_scale) || !isfinite(c->attention_scale))
-        return tl_fail(message, TL_ARGUMENT, "rope_theta, norm_eps, rope_scale or attention_scale is not a usable number");
+        return tl_fail(message, TL_ARGUMENT,
+                       "rope_theta, norm_eps, rope_scale or attention_scale is not a usable number");
     for (int i = 0; c->rope_factors && i < c->rope_dim / 2; i++)
         if (!(c->rope_factors[i] > 0) || !isfinite(c->rope_factors[i]))
             return tl_fail(message, TL_ARGUMENT, "rope factor %d is not a positive number", i);
     return TL_OK;
 }
 
-// Tokens of a sequence stand together and climb by one, so that a call's keys are written before they are read.
-static tl_status check_token(const tl_model *model, const tl_cache *cache, const tl_batch *b, int t, tl_message *message) {
+// Tokens of a sequence stand together and climb by one, so that a call's keys are written before they are
+// read.
+static tl_status check_token(const tl_model *model, const tl_cache *cache, const tl_batch *b, int t,
+                             tl_message *message) {
     if (b->tokens && (b->tokens[t] < 0 || b->tokens[t] >= model->config.vocab_size))
-        return tl_fail(message, TL_ARGUMENT, "token %d is %d, not in 0..%d", t, b->tokens[t], model->config.vocab_size - 1);
+        return tl_fail(message, TL_ARGUMENT, "token %d is %d, not in 0..%d", t, b->tokens[t],
+                       model->config.vocab_size - 1);
     int position = b->positions[t], sequence = b->sequences[t];
     if (sequence < 0 || sequence >= b->n_sequences)
         return tl_fail(message, TL_ARGUMENT, "token %d is of sequence %d of %d", t, sequence, b->n_sequences);
@@ -61,7 +67,8 @@ tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_
     if (b->n < 0 || b->n_sequences < 0 || b->max_pages < 0 || b->n_rows < 0)
         return tl_fail(message, TL_ARGUMENT, "a count is negative");
     if (b->first_layer < 0 || b->first_layer > b->last_layer || b->last_layer > c->n_layers)
-        return tl_fail(message, TL_ARGUMENT, "layers %d to %d are not in 0..%d", b->first_layer, b->last_layer, c->n_layers);
+        return tl_fail(message, TL_ARGUMENT, "layers %d to %d are not in 0..%d", b->first_layer, b->last_layer,
+                       c->n_layers);
     if (b->logits && b->last_layer != c->n_layers)
         return tl_fail(message, TL_ARGUMENT, "logits come after layer %d, not after %d", c->n_layers, b->last_layer);
     if (!b->tokens == !b->x) return tl_fail(message, TL_ARGUMENT, "give either token ids or activations");

@@ -1,5 +1,5 @@
-// cpu.h: what the CPU backend's three files share: backend_cpu.c (the operations), cpu_load.c (weights in), cpu_run.c (a
-// call's buffers and the cutting of its queries into tiles). Includes tinyllm.h, isa/isa.h.
+// cpu.h: what the CPU backend's files share: backend_cpu.c (the operations), cpu_products.c and cpu_attend.c (how their
+// work is cut up), cpu_run.c (a call's buffers), cpu_load.c (weights in). Includes tinyllm.h, isa/isa.h.
 #ifndef TINYLLM_CPU_H
 #define TINYLLM_CPU_H
 
@@ -7,8 +7,11 @@
 #include "tinyllm.h"
 
 #define TL_UNITS_THREAD 8 // units of work a thread at least, so that the last ones to finish are short
+#define TL_FEW_TOKENS   4 // fewer rows than this are not worth waking threads for
+#define TL_MAX_PRODUCTS 3 // that share their activations
 
-typedef struct tl_tile { // queries that share a sequence: columns [first, first + n) of tokens (from `token` on) x group heads
+// Queries that share a sequence and a kv head: columns [first, first + n) of (tokens, from `token` on) x (heads of the group).
+typedef struct tl_tile {
     int token, first, n, n_segments;
 } tl_tile;
 
@@ -16,15 +19,19 @@ typedef struct tl_cpu_run {
     tl_run base;
     void *arena; // every buffer below
     size_t arena_bytes;
-    float *cos, *sin;    // [n, rope_dim / 2]
-    float *k, *v;        // [n, kv heads * head_dim]
-    float *normed;       // [n, dim]
-    float *up;           // [n, ff_dim]
-    tl_activations in;   // what the products read
-    tl_tile *tiles;      // [n_tiles], the same for every kv head
-    float *partial;      // [n, heads, n_splits] of v_stride sums, maximum, sum of weights (16 floats apart)
-    float *part;         // [threads, 8, v_stride] one segment's result
-    int n_tiles, n_splits, group, v_stride; // n_splits: segments computed apart from each other, or 1; group: heads a kv head
+    float *cos, *sin;         // [n, rope_dim / 2]
+    float *k, *v;             // [n, kv heads * head_dim]
+    float *normed;            // [n, dim]
+    float *up;                // [n, ff_dim]
+    tl_activations in;        // what the products read
+    tl_tile *tiles;           // [n_tiles], the same for every kv head
+    float *partial;           // [n, heads, n_splits] of v_stride sums, maximum, sum of weights (16 floats apart)
+    float *part;              // [threads, 8, v_stride] one segment's result
+    size_t q_width, kv_width; // heads * head_dim, kv heads * head_dim
+    int layer;                // that an operation works on
+    int n_tiles, v_stride;
+    int group;    // heads that share a kv head
+    int n_splits; // segments computed apart from each other, or 1
 } tl_cpu_run;
 
 // cpu_load.c
@@ -37,6 +44,14 @@ tl_status tl_cpu_begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_
 tl_status tl_cpu_end(tl_run *run, tl_message *message);
 void tl_cpu_release(tl_run *run);
 
+// cpu_products.c: rows of x (the chosen ones, or the first n), normed where there is a norm, times each product's matrix.
+void tl_cpu_products(tl_cpu_run *run, const float *x, const int32_t *rows, int n, const tl_norm *norm,
+                     tl_product *products, int n_products);
+// cpu_attend.c
+void tl_cpu_tiles(tl_cpu_run *run);
+void tl_cpu_attend(tl_run *run, int layer);
+
+static inline int tl_panels(const tl_matrix *w) { return (w->rows + TL_ROWS - 1) / TL_ROWS; }
 static inline int tl_min(int a, int b) { return a < b ? a : b; }
 static inline int tl_max(int a, int b) { return a > b ? a : b; }
 

@@ -1,5 +1,5 @@
-// cpu_load.c: weights on their way in: read in bounded chunks, put into row order, quantized where asked, packed into panels
-// (pack.c); and back out row by row. Includes cpu.h.
+// cpu_load.c: weights on their way in: read in bounded chunks, put into row order, quantized where asked,
+// packed into panels (pack.c); and back out row by row. Includes cpu.h.
 #define _GNU_SOURCE
 #include "cpu.h"
 #include <string.h>
@@ -81,8 +81,8 @@ tl_status tl_cpu_upload(tl_matrix *m, const tl_source *source, int threads, tl_m
                       .n_panels = (m->rows + TL_ROWS - 1) / TL_ROWS};
     m->n_bytes = (size_t)job.n_panels * (size_t)(m->k / f->block) * (size_t)f->panel_bytes;
     m->data = tl_alloc(m->n_bytes);
-    job.buffers = tl_alloc((size_t)threads * COPY_UNIT *
-                           (job.source_bytes + job.row_bytes + (size_t)m->k * sizeof(float)));
+    job.buffers =
+        tl_alloc((size_t)threads * COPY_UNIT * (job.source_bytes + job.row_bytes + (size_t)m->k * sizeof(float)));
     if (m->data && job.buffers) tl_parallel(threads, (m->rows + COPY_UNIT - 1) / COPY_UNIT, upload_rows, &job);
     int complete = m->data && job.buffers && !job.failed_row;
     tl_free(job.buffers);
@@ -91,8 +91,10 @@ tl_status tl_cpu_upload(tl_matrix *m, const tl_source *source, int threads, tl_m
     tl_free(m->data);
     m->data = NULL;
     if (no_memory) return tl_fail(message, TL_MEMORY, "no memory for a matrix of %zu bytes", m->n_bytes);
-    return tl_fail(message, TL_IO, "row %d of %d, %zu bytes from offset %llu on, could not be read: the file ends there or "
-                   "changed while it was read", job.failed_row - 1, m->rows, job.source_bytes,
+    return tl_fail(message, TL_IO,
+                   "row %d of %d, %zu bytes from offset %llu on, could not be read: the file ends there or "
+                   "changed while it was read",
+                   job.failed_row - 1, m->rows, job.source_bytes,
                    (unsigned long long)(source->offset + (uint64_t)(job.failed_row - 1) * job.source_bytes));
 }
 
@@ -121,7 +123,8 @@ void tl_cpu_unpack_row(const tl_matrix *m, int row, float *out) {
     const tl_format *f = m->format;
     const int n_panels = (m->rows + TL_ROWS - 1) / TL_ROWS, panel = row / TL_ROWS, lead = panel / TL_GROUP * TL_GROUP;
     const size_t side = (size_t)tl_min(TL_GROUP, n_panels - lead) * (size_t)f->panel_bytes;
-    const uint8_t *block = (const uint8_t *)m->data + (size_t)lead * (size_t)(m->k / f->block) * (size_t)f->panel_bytes +
+    const uint8_t *block = (const uint8_t *)m->data +
+                           (size_t)lead * (size_t)(m->k / f->block) * (size_t)f->panel_bytes +
                            (size_t)(panel - lead) * (size_t)f->panel_bytes;
     for (int k = 0; k < m->k; k += f->block, block += side) f->unpack(out + k, block, row % TL_ROWS);
 }

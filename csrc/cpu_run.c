@@ -1,5 +1,5 @@
-// cpu_run.c: a call's state on the CPU: its buffers in one arena, its queries cut into tiles, its rotations. Includes cpu.h,
-// numeric.h.
+// cpu_run.c: a call's state on the CPU: its buffers in one arena, its rotations.
+// Includes cpu.h, numeric.h.
 #include "cpu.h"
 #include "numeric.h"
 #include <string.h>
@@ -8,43 +8,29 @@
 static size_t place_buffers(tl_cpu_run *r, char *base) {
     const tl_config *c = &r->base.model->config;
     const tl_batch *b = r->base.batch;
-    const size_t n = (size_t)b->n, width = (size_t)c->n_heads * (size_t)c->head_dim;
-    const size_t kv = (size_t)c->n_kv_heads * (size_t)c->head_dim, ff = (size_t)c->ff_dim, dim = (size_t)c->dim;
-    const size_t k = ff > width ? (ff > dim ? ff : dim) : (width > dim ? width : dim);
+    const size_t n = (size_t)b->n, width = r->q_width, kv = r->kv_width, dim = (size_t)c->dim, ff = (size_t)c->ff_dim;
+    const size_t widest = dim > width ? dim : width, k = ff > widest ? ff : widest;
     size_t used = 0;
 #define PLACE(field, type, count)                                                                                      \
     r->field = (type *)(void *)(base + used);                                                                          \
     used += ((size_t)(count) * sizeof(type) + 63) / 64 * 64
-    PLACE(base.x, float, n * dim);
-    PLACE(base.q, float, n * width);
-    PLACE(base.attended, float, n * width);
-    PLACE(base.hidden, float, n * ff);
-    PLACE(up, float, n * ff);
-    PLACE(k, float, n * kv);
-    PLACE(v, float, n * kv);
-    PLACE(normed, float, n * dim);
-    PLACE(cos, float, n * (size_t)c->rope_dim / 2);
-    PLACE(sin, float, n * (size_t)c->rope_dim / 2);
-    PLACE(in.q, int8_t, n * k);
-    PLACE(in.scale, float, n * (k / TL_Q));
-    PLACE(in.sums, int16_t, n * (k / TL_Q * 2));
+    PLACE(base.x, float, n *dim);
+    PLACE(base.q, float, n *width);
+    PLACE(base.attended, float, n *width);
+    PLACE(base.hidden, float, n *ff);
+    PLACE(up, float, n *ff);
+    PLACE(k, float, n *kv);
+    PLACE(v, float, n *kv);
+    PLACE(normed, float, n *dim);
+    PLACE(cos, float, n *(size_t)c->rope_dim / 2);
+    PLACE(sin, float, n *(size_t)c->rope_dim / 2);
+    PLACE(in.q, int8_t, n *k);
+    PLACE(in.scale, float, n *(k / TL_Q));
+    PLACE(in.sums, int16_t, n *(k / TL_Q * 2));
     PLACE(tiles, tl_tile, n * (size_t)r->group);
-    PLACE(partial, float, n * (size_t)c->n_heads * (size_t)r->n_splits * ((size_t)r->v_stride + 16));
+    PLACE(partial, float, n *(size_t)c->n_heads *(size_t)r->n_splits *((size_t)r->v_stride + 16));
     PLACE(part, float, (size_t)b->threads * TL_COLUMNS * (size_t)r->v_stride);
     return used;
-}
-
-// Cuts the queries into tiles of up to 8 columns that share a sequence and a kv head's keys; tiles of all kv heads are alike.
-static void place_tiles(tl_cpu_run *r) {
-    const tl_batch *b = r->base.batch;
-    r->n_tiles = 0;
-    for (int t = 0, end; t < b->n; t = end) {
-        for (end = t + 1; end < b->n && b->sequences[end] == b->sequences[t];) end++;
-        for (int c = 0; c < (end - t) * r->group; c += TL_COLUMNS) {
-            int n = tl_min(TL_COLUMNS, (end - t) * r->group - c), last = t + (c + n - 1) / r->group;
-            r->tiles[r->n_tiles++] = (tl_tile){t, c, n, b->positions[last] / TL_SEGMENT + 1};
-        }
-    }
 }
 
 static void rotations(void *data, int t, int thread) {
@@ -68,6 +54,8 @@ tl_status tl_cpu_begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_
     r->base.batch = b;
     r->group = model->config.n_heads / model->config.n_kv_heads;
     r->v_stride = cache->v_stride;
+    r->q_width = (size_t)model->config.n_heads * (size_t)model->config.head_dim;
+    r->kv_width = (size_t)model->config.n_kv_heads * (size_t)model->config.head_dim;
     int longest = 0;
     for (int t = 0; t < b->n; t++) longest = tl_max(longest, b->positions[t] / TL_SEGMENT + 1);
     int n_units = (b->n * r->group + TL_COLUMNS - 1) / TL_COLUMNS * model->config.n_kv_heads;
@@ -77,11 +65,12 @@ tl_status tl_cpu_begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_
         tl_free(r->arena);
         r->arena = tl_alloc(needed);
         r->arena_bytes = r->arena ? needed : 0;
-        if (!r->arena) return tl_fail(message, TL_MEMORY, "no memory for the %zu bytes that %d tokens need", needed, b->n);
+        if (!r->arena)
+            return tl_fail(message, TL_MEMORY, "no memory for the %zu bytes that %d tokens need", needed, b->n);
     }
     place_buffers(r, r->arena);
-    place_tiles(r);
-    tl_parallel(b->n > 8 ? b->threads : 1, b->n, rotations, r);
+    tl_cpu_tiles(r);
+    tl_parallel(b->n < TL_FEW_TOKENS ? 1 : b->threads, b->n, rotations, r);
     return TL_OK;
 }
 

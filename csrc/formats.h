@@ -1,5 +1,6 @@
-// formats.h: the one table of formats. A row here is a format everywhere: its numbers in the file (pack.c), its panel
-// layout (pack.c), its fragment (formats.inc) and its instantiation of the matrix product (matmul.inc).
+// formats.h: the one table of formats. A row here is a format everywhere: its numbers in the file (pack.c),
+// its panel layout (pack.c), its fragment (formats.inc) and its instantiation of the matrix product
+// (matmul.inc).
 #ifndef TINYLLM_FORMATS_H
 #define TINYLLM_FORMATS_H
 
@@ -7,7 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
-// X(name, id in GGUF, numbers a block, bytes a block in the file, bytes of 16 rows' blocks in a panel, is_float, quantize or NULL)
+// X(name, id in GGUF, numbers a block, bytes a block in the file, bytes of 16 rows' blocks in a panel,
+// is_float, quantize or NULL)
 #define TL_FORMATS(X)                                                                                                  \
     X(f32, 0, 1, 4, 64, 1, tl_quantize_f32)                                                                            \
     X(f16, 1, 1, 2, 32, 1, tl_quantize_f16)                                                                            \
@@ -43,7 +45,8 @@ unsigned short tl_f32_to_f16(float x);
 float tl_bf16_to_f32(unsigned short h);
 unsigned short tl_f32_to_bf16(float x);
 
-// MXFP4's block scale 2^(e - 127), halved because its numbers are kept doubled; every e is a number, 0 and 1 subnormal.
+// MXFP4's block scale 2^(e - 127), halved because its numbers are kept doubled; every e is a number, 0 and 1
+// subnormal.
 static inline float tl_e8m0_half(uint8_t e) {
     uint32_t bits = e < 2 ? 0x00200000u << e : (e - 1u) << 23;
     float x;

@@ -1,4 +1,5 @@
-// memory.c: every block the core holds, aligned and counted, and the sentence of an error. Includes tinyllm.h.
+// memory.c: every block the core holds, aligned and counted, and the sentence of an error. Includes
+// tinyllm.h.
 #define _GNU_SOURCE
 #include "tinyllm.h"
 #include <stdarg.h>

@@ -1,5 +1,5 @@
-// numeric.c: pow, sin and cos in float64 from explicit operations (Cody and Waite's reductions, Taylor and atanh series),
-// so that RoPE's angles have the same bits everywhere. Includes numeric.h.
+// numeric.c: pow, sin and cos in float64 from explicit operations (Cody and Waite's reductions, Taylor and
+// atanh series), so that RoPE's angles have the same bits everywhere. Includes numeric.h.
 #include "numeric.h"
 #include <math.h>
 

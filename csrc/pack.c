@@ -1,18 +1,20 @@
-// pack.c: the formats. Half and bfloat16 conversions, the table of formats and, for each format, the way from the file's
-// blocks into panels (pack) and from panels back to floats (unpack, the slow truth). Includes tinyllm.h and formats.h.
-// Read formats.inc next: it takes the same panels apart in registers.
+// pack.c: the formats. Half and bfloat16 conversions, the table of formats and, for each format, the way from
+// the file's blocks into panels (pack) and from panels back to floats (unpack, the slow truth). Includes
+// tinyllm.h and formats.h. Read formats.inc next: it takes the same panels apart in registers.
 //
-// A panel's block holds 16 rows. 32 k of it are a group: eight vectors of 64 bytes, vector v holding k 4v..4v+3 of all
-// rows, byte 4 * row + k % 4. Numbers are kept as unsigned codes, cut into a low and a high slice of 8, 4, 2 or 1 bits.
-// A slice w bits wide takes w vectors: the bits of vector v lie at bit v - v % w of the slice's vector v % w.
+// A panel's block holds 16 rows. 32 k of it are a group: eight vectors of 64 bytes, vector v holding k
+// 4v..4v+3 of all rows, byte 4 * row + k % 4. Numbers are kept as unsigned codes, cut into a low and a high
+// slice of 8, 4, 2 or 1 bits. A slice w bits wide takes w vectors: the bits of vector v lie at bit v - v % w
+// of the slice's vector v % w.
 //   blocks of 32:  [low slice][high slice][16 bytes of scales] [16 f16 d][16 f16 min]
 //   blocks of 256: [16 f16 d][16 f16 min] and 8 groups of [low slice][high slice][16 bytes of scales]...
-// Minimums are kept with the sign that makes them something to add. Machines are little-endian, as the files are.
+// Minimums are kept with the sign that makes them something to add. Machines are little-endian, as the files
+// are.
 #include "formats.h"
 #include "tinyllm.h"
 #include <string.h>
 
-// ---- f16 and bf16 ------------------------------------------------------------------------------------------------------
+// ---- f16 and bf16 --------------------------------------------------------------------------------------------------
 static float as_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, 4);
@@ -60,7 +62,7 @@ static uint16_t half_at(const uint8_t *p) {
     return h;
 }
 
-// ---- panels ------------------------------------------------------------------------------------------------------------
+// ---- panels --------------------------------------------------------------------------------------------------------
 // One row's part of a group.
 typedef struct group {
     uint8_t code[32];
@@ -68,7 +70,8 @@ typedef struct group {
     uint16_t half[2]; // d and the minimum, or 0
 } group;
 
-// How a block is laid out: its groups, the widths of the slices, f16 numbers a row and bytes of scales a row a group.
+// How a block is laid out: its groups, the widths of the slices, f16 numbers a row and bytes of scales a row
+// a group.
 typedef struct layout {
     int groups, low, high, halves, scales;
 } layout;
@@ -130,7 +133,8 @@ static inline void unpack_block(float *out, const uint8_t *panel, int row, const
     }
 }
 
-// Defines pack_ and unpack_ of a format from its layout, read_ (group j of a block in the file) and values_ (a group's 32).
+// Defines pack_ and unpack_ of a format from its layout, read_ (group j of a block in the file) and values_
+// (a group's 32).
 #define QUANTIZED(name, groups, low, high, halves, scales)                                                             \
     _Static_assert(TL_PANEL_##name == (groups) * GROUP_BYTES(low, high, scales) + 32 * (halves), "panel of " #name);   \
     static const layout layout_##name = {groups, low, high, halves, scales};                                           \
@@ -159,7 +163,8 @@ static float min_of(const group *g) { return tl_f16_to_f32(g->half[1]); }
 
 #define EACH_BYTE 0x0101010101010101u
 
-// n bytes, each with a code's bits (mask) at bit `from`; they go to bit `to` of the code. n is a multiple of 8.
+// n bytes, each with a code's bits (mask) at bit `from`; they go to bit `to` of the code. n is a multiple
+// of 8.
 static inline void read_bits(uint8_t *code, const uint8_t *p, int n, int from, unsigned mask, int to) {
     for (int i = 0; i < n; i += 8) {
         uint64_t codes, bytes;
@@ -176,7 +181,8 @@ static inline void read_nibbles(uint8_t code[32], const uint8_t *p) {
     read_bits(code + 16, p, 16, 4, 15, 0);
 }
 
-// 32 bits, one a code. The product puts bit i of seven at bit 8 i: seven copies, each 7 bits further, that do not meet.
+// 32 bits, one a code. The product puts bit i of seven at bit 8 i: seven copies, each 7 bits further, that do
+// not meet.
 static inline void read_fifth_bits(uint8_t code[32], const uint8_t *p) {
     for (int i = 0; i < 4; i++) {
         uint64_t bits = ((p[i] & 127) * 0x0002040810204081u & EACH_BYTE) | (uint64_t)(p[i] >> 7) << 56;
@@ -186,7 +192,7 @@ static inline void read_fifth_bits(uint8_t code[32], const uint8_t *p) {
     }
 }
 
-// ---- blocks of 32 ------------------------------------------------------------------------------------------------------
+// ---- blocks of 32 --------------------------------------------------------------------------------------------------
 static void read_q8_0(group *g, const uint8_t *b, int j) { // d, 32 signed bytes
     (void)j;
     g->half[0] = half_at(b);
@@ -248,8 +254,9 @@ static void values_mxfp4(float *out, const group *g) {
 }
 QUANTIZED(mxfp4, 1, 4, 0, 0, 1)
 
-// ---- blocks of 256 -----------------------------------------------------------------------------------------------------
-static void read_q2_k(group *g, const uint8_t *b, int j) { // 16 bytes of scale | min << 4, 64 of codes, d, dmin
+// ---- blocks of 256 -------------------------------------------------------------------------------------------------
+static void read_q2_k(group *g, const uint8_t *b,
+                      int j) { // 16 bytes of scale | min << 4, 64 of codes, d, dmin
     g->half[0] = half_at(b + 80);
     g->half[1] = half_at(b + 82) ^ 0x8000;
     memcpy(g->scale, b + 2 * j, 2);
@@ -262,7 +269,8 @@ static void values_q2_k(float *out, const group *g) {
 }
 QUANTIZED(q2_k, 8, 2, 0, 2, 2)
 
-static void read_q3_k(group *g, const uint8_t *b, int j) { // third bits, 64 bytes of low bits, 16 6-bit scales, d
+static void read_q3_k(group *g, const uint8_t *b,
+                      int j) { // third bits, 64 bytes of low bits, 16 6-bit scales, d
     g->half[0] = half_at(b + 108);
     read_bits(g->code, b + 32 + 32 * (j / 4), 32, j % 4 * 2, 3, 0);
     read_bits(g->code, b, 32, j, 1, 2);
@@ -276,7 +284,8 @@ static void values_q3_k(float *out, const group *g) {
 }
 QUANTIZED(q3_k, 8, 2, 1, 1, 2)
 
-// d, dmin and 12 bytes: 8 scales and 8 minimums of 6 bits; those of groups 4..7 have their high bits in the bytes of 0..3.
+// d, dmin and 12 bytes: 8 scales and 8 minimums of 6 bits; those of groups 4..7 have their high bits in the
+// bytes of 0..3.
 static void read_q45_k_scales(group *g, const uint8_t *b, int j) {
     const uint8_t *s = b + 4;
     g->half[0] = half_at(b);
@@ -301,7 +310,8 @@ static void read_q5_k(group *g, const uint8_t *b, int j) { // scales, 32 bytes o
 #define values_q5_k values_q4_k
 QUANTIZED(q5_k, 8, 4, 1, 2, 2)
 
-static void read_q6_k(group *g, const uint8_t *b, int j) { // 128 bytes of nibbles, 64 of high pairs, 16 s8 scales, d
+static void read_q6_k(group *g, const uint8_t *b,
+                      int j) { // 128 bytes of nibbles, 64 of high pairs, 16 s8 scales, d
     g->half[0] = half_at(b + 208);
     memcpy(g->scale, b + 192 + 2 * j, 2);
     read_bits(g->code, b + 64 * (j / 4) + 32 * (j % 2), 32, j % 4 / 2 * 4, 15, 0);
@@ -312,7 +322,8 @@ static void values_q6_k(float *out, const group *g) {
 }
 QUANTIZED(q6_k, 8, 4, 2, 1, 2)
 
-static void read_iq4_xs(group *g, const uint8_t *b, int j) { // d, 8 scales: 2 high bits each, 4 low bits each; nibbles
+static void read_iq4_xs(group *g, const uint8_t *b,
+                        int j) { // d, 8 scales: 2 high bits each, 4 low bits each; nibbles
     int low = b[4 + j / 2] >> j % 2 * 4 & 15, high = half_at(b + 2) >> 2 * j & 3;
     g->half[0] = half_at(b);
     g->scale[0] = (uint8_t)((low | high << 4) - 32);
@@ -323,7 +334,7 @@ static void values_iq4_xs(float *out, const group *g) {
 }
 QUANTIZED(iq4_xs, 8, 4, 0, 1, 1)
 
-// ---- floats ------------------------------------------------------------------------------------------------------------
+// ---- floats --------------------------------------------------------------------------------------------------------
 static void pack_f32(uint8_t *panel, const uint8_t *const rows[16]) {
     memset(panel, 0, 64);
     for (int row = 0; row < 16; row++)
@@ -341,7 +352,7 @@ static void unpack_f16(float *out, const uint8_t *panel, int row) { *out = tl_f1
 #define pack_bf16 pack_f16
 static void unpack_bf16(float *out, const uint8_t *panel, int row) { *out = tl_bf16_to_f32(half_at(panel + 2 * row)); }
 
-// ---- the table ---------------------------------------------------------------------------------------------------------
+// ---- the table -----------------------------------------------------------------------------------------------------
 const tl_format tl_formats[TL_N_FORMATS + 1] = {
 #define X(name, id, block, block_bytes, panel_bytes, is_float, quantize)                                               \
     {id, #name, block, block_bytes, panel_bytes, is_float, pack_##name, unpack_##name, quantize},

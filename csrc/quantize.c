@@ -1,5 +1,5 @@
-// quantize.c: floats -> a file's blocks, to the bits of ggml's reference quantizers (they are part of the formats).
-// Includes formats.h only. pack.c reads what is written here.
+// quantize.c: floats -> a file's blocks, to the bits of ggml's reference quantizers (they are part of the
+// formats). Includes formats.h only. pack.c reads what is written here.
 #include "formats.h"
 #include <math.h>
 #include <string.h>

@@ -28,14 +28,11 @@ typedef struct workspace {
     ranked *list, *spare; // [n] each
 } workspace;
 
-static size_t block_count(int n) {
-    return ((size_t)n + BLOCK - 1) / BLOCK;
-}
+static size_t block_count(int n) { return ((size_t)n + BLOCK - 1) / BLOCK; }
 
 size_t tl_sample_scratch(int n) {
     if (n <= 0) return 0;
-    return block_count(n) * sizeof(float) +
-           (size_t)n * (2 * sizeof(float) + sizeof(int32_t) + 2 * sizeof(ranked));
+    return block_count(n) * sizeof(float) + (size_t)n * (2 * sizeof(float) + sizeof(int32_t) + 2 * sizeof(ranked));
 }
 
 static workspace workspace_in(void *scratch, int n) {
@@ -70,9 +67,7 @@ double tl_random(uint64_t seed, uint64_t position) {
 
 // Where exponents stop: e^-87 next to the 1 of the maximum is nothing, even in double, and no number is
 // subnormal.
-static float exponent(float x) {
-    return x < -87.0f ? -87.0f : x;
-}
+static float exponent(float x) { return x < -87.0f ? -87.0f : x; }
 
 // e^x for -87 <= x <= 0, within 2 units in the last place; exactly 1 at 0. x = k ln 2 + r, |r| <= ln 2 / 2,
 // and the Taylor polynomial of e^r to r^7 (the next term is under 2^-27). Without branches, for compilers to
@@ -80,8 +75,7 @@ static float exponent(float x) {
 static float exp_of(float x) {
     float shifted = x * 0x1.715476p0f + 0x1.8p23f; // the low bits now hold k, rounded to nearest
     float k = shifted - 0x1.8p23f;
-    float r = (x - k * 0x1.63p-1f) +
-              k * 0x1.bd0106p-13f; // ln 2 is the difference of the two; k * the first is exact
+    float r = (x - k * 0x1.63p-1f) + k * 0x1.bd0106p-13f; // ln 2 is the difference of the two; k * the first is exact
     float p = 1.0f / 5040;
     p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
@@ -132,9 +126,7 @@ static double exp_sum(const float *x, int n, float max) {
 }
 
 // NaN or +inf; -inf is a masked token.
-static int not_a_logit(float x) {
-    return !(x <= FLT_MAX);
-}
+static int not_a_logit(float x) { return !(x <= FLT_MAX); }
 
 static float block_maximum(const float *x, int length, int *bad) {
     float max[LANES];
@@ -170,12 +162,11 @@ static tl_status scan_checked(float *max, const float *x, int n, float *block_ma
     if (bad) {
         int i = 0;
         while (!not_a_logit(x[i])) i++;
-        return tl_fail(message, TL_ARGUMENT, "the logit of token %d is %s%s: logits must be numbers or -inf",
-                       i, x[i] > 0 ? "+inf" : "NaN", when);
+        return tl_fail(message, TL_ARGUMENT, "the logit of token %d is %s%s: logits must be numbers or -inf", i,
+                       x[i] > 0 ? "+inf" : "NaN", when);
     }
     if (*max == -INFINITY)
-        return tl_fail(message, TL_ARGUMENT, "all %d logits are -inf%s: leave at least one token to choose",
-                       n, when);
+        return tl_fail(message, TL_ARGUMENT, "all %d logits are -inf%s: leave at least one token to choose", n, when);
     return TL_OK;
 }
 
@@ -230,8 +221,7 @@ static int gather(const workspace *w, const float *x, int n, float threshold) {
 
 // ---- the steps ----------------------------------------------------------------------------------------
 
-static tl_status check(int n, const tl_sampling *s, const int32_t *history, int n_history,
-                       tl_message *message) {
+static tl_status check(int n, const tl_sampling *s, const int32_t *history, int n_history, tl_message *message) {
     if (n <= 0) return tl_fail(message, TL_ARGUMENT, "there are %d logits, expected at least 1", n);
     if (!(s->temperature >= 0 && s->temperature <= FLT_MAX))
         return tl_fail(message, TL_ARGUMENT, "temperature is %g, expected 0 or more", (double)s->temperature);
@@ -246,21 +236,19 @@ static tl_status check(int n, const tl_sampling *s, const int32_t *history, int 
         return tl_fail(message, TL_ARGUMENT, "repetition_penalty is %g, expected more than 0",
                        (double)s->repetition_penalty);
     if (!isfinite(s->presence_penalty) || !isfinite(s->frequency_penalty))
-        return tl_fail(message, TL_ARGUMENT,
-                       "presence_penalty is %g and frequency_penalty %g, expected finite numbers",
+        return tl_fail(message, TL_ARGUMENT, "presence_penalty is %g and frequency_penalty %g, expected finite numbers",
                        (double)s->presence_penalty, (double)s->frequency_penalty);
     if (s->n_bias < 0 || n_history < 0)
-        return tl_fail(message, TL_ARGUMENT,
-                       "there are %d biases and %d tokens of history, expected 0 or more", s->n_bias,
-                       n_history);
+        return tl_fail(message, TL_ARGUMENT, "there are %d biases and %d tokens of history, expected 0 or more",
+                       s->n_bias, n_history);
     for (int i = 0; i < s->n_bias; i++)
         if (s->bias_tokens[i] < 0 || s->bias_tokens[i] >= n)
-            return tl_fail(message, TL_ARGUMENT, "the logit bias names token %d, expected 0 to %d",
-                           s->bias_tokens[i], n - 1);
+            return tl_fail(message, TL_ARGUMENT, "the logit bias names token %d, expected 0 to %d", s->bias_tokens[i],
+                           n - 1);
     for (int i = 0; i < n_history; i++)
         if (history[i] < 0 || history[i] >= n)
-            return tl_fail(message, TL_ARGUMENT, "token %d of the history is %d, expected 0 to %d", i,
-                           history[i], n - 1);
+            return tl_fail(message, TL_ARGUMENT, "token %d of the history is %d, expected 0 to %d", i, history[i],
+                           n - 1);
     return TL_OK;
 }
 
@@ -380,9 +368,8 @@ static int32_t first_of(const float *x, const float *block_max, float value) {
     return i;
 }
 
-tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampling *sampling,
-                    const int32_t *history, int n_history, uint64_t seed, uint64_t position, void *scratch,
-                    tl_message *message) {
+tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampling *sampling, const int32_t *history,
+                    int n_history, uint64_t seed, uint64_t position, void *scratch, tl_message *message) {
     tl_status status = check(n, sampling, history, n_history, message);
     if (status) return status;
     workspace w = workspace_in(scratch, n);
@@ -400,8 +387,7 @@ tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampli
     }
     out->token = sampling->temperature > 0 ? draw(&w, x, n, max, sampling, tl_random(seed, position))
                                            : first_of(x, w.block_max, max);
-    out->logprob =
-        (float)((double)logits[out->token] - (double)own_max - log_positive(exp_sum(logits, n, own_max)));
+    out->logprob = (float)((double)logits[out->token] - (double)own_max - log_positive(exp_sum(logits, n, own_max)));
     return TL_OK;
 }
 

@@ -1,5 +1,6 @@
-// threads.c: one pool a process. A job's units are shared out in contiguous ranges; a thread that is done takes from the
-// tails of the others. Waiting threads spin by the clock for a while, then park. Includes tinyllm.h only.
+// threads.c: one pool a process. A job's units are shared out in contiguous ranges; a thread that is done
+// takes from the tails of the others. Waiting threads spin by the clock for a while, then park. Includes
+// tinyllm.h only.
 #define _GNU_SOURCE
 #include "tinyllm.h"
 #include <fenv.h>

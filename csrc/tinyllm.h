@@ -1,8 +1,10 @@
-// tinyllm.h: the C ABI. Every type and function that crosses a boundary: between the core's files, to the Python binding,
-// and to another backend's library. Includes only standard headers. Read model.c next: it is the forward pass.
+// tinyllm.h: the C ABI. Every type and function that crosses a boundary: between the core's files, to the
+// Python binding, and to another backend's library. Includes only standard headers. Read model.c next: it is
+// the forward pass.
 //
-// Conventions. Functions that can fail return a tl_status and, when it is not TL_OK, have written one sentence into the
-// caller's tl_message. Nothing here prints, exits or aborts. Arrays are row-major; [n, dim] means n rows of dim elements.
+// Conventions. Functions that can fail return a tl_status and, when it is not TL_OK, have written one
+// sentence into the caller's tl_message. Nothing here prints, exits or aborts. Arrays are row-major; [n, dim]
+// means n rows of dim elements.
 #ifndef TINYLLM_H
 #define TINYLLM_H
 
@@ -34,15 +36,17 @@ tl_status tl_fail(tl_message *message, tl_status status, const char *format, ...
 #endif
     ;
 
-// ---- memory ------------------------------------------------------------------------------------------------------------
-// Zeroed and aligned to 64 bytes, to 2 MB from there up; NULL when there is none. Every live block is counted.
+// ---- memory --------------------------------------------------------------------------------------------------------
+// Zeroed and aligned to 64 bytes, to 2 MB from there up; NULL when there is none. Every live block is
+// counted.
 void *tl_alloc(size_t n_bytes);
 void tl_free(void *block); // NULL is fine
 void tl_memory_live(size_t *n_blocks, size_t *n_bytes);
 
-// ---- formats -----------------------------------------------------------------------------------------------------------
-// How a tensor's numbers are stored. `id` is the type number GGUF files use. A row of k numbers is k / block blocks of
-// block_bytes each. The core keeps matrices as panels of 16 rows: panel_bytes hold 16 rows x block numbers (formats.h).
+// ---- formats -------------------------------------------------------------------------------------------------------
+// How a tensor's numbers are stored. `id` is the type number GGUF files use. A row of k numbers is k / block
+// blocks of block_bytes each. The core keeps matrices as panels of 16 rows: panel_bytes hold 16 rows x block
+// numbers (formats.h).
 typedef struct tl_format {
     int id;
     const char *name; // lower case, as in "q4_k"
@@ -50,22 +54,24 @@ typedef struct tl_format {
     int block_bytes;  // bytes of a block in the file
     int panel_bytes;  // bytes of 16 rows' blocks in a panel
     int is_float;     // F32, F16, BF16: meets float32 activations; others meet int8 activations
-    // Packs one block of 16 rows; rows[i] is row i's block in the file, NULL for a row of zeros (past the matrix's end).
+    // Packs one block of 16 rows; rows[i] is row i's block in the file, NULL for a row of zeros (past the
+    // matrix's end).
     void (*pack)(uint8_t *panel, const uint8_t *const rows[16]);
     // The slow truth: out[block] = row's numbers in a packed block, exactly what the file's block means.
     void (*unpack)(float *out, const uint8_t *panel, int row);
-    // Rounds k floats (a multiple of block) to the file's blocks; NULL where this library cannot write the format.
+    // Rounds k floats (a multiple of block) to the file's blocks; NULL where this library cannot write the
+    // format.
     void (*quantize)(uint8_t *blocks, const float *x, size_t k);
 } tl_format;
 
-#define TL_ROWS   16 // rows of a panel
-#define TL_GROUP  4  // panels that store their blocks side by side
-#define TL_Q      32 // activations that share a scale
+#define TL_ROWS  16 // rows of a panel
+#define TL_GROUP 4  // panels that store their blocks side by side
+#define TL_Q     32 // activations that share a scale
 
-extern const tl_format tl_formats[]; // one row a format, ends with name == NULL
+extern const tl_format tl_formats[];   // one row a format, ends with name == NULL
 const tl_format *tl_format_of(int id); // NULL if unknown
 
-// ---- matrices ----------------------------------------------------------------------------------------------------------
+// ---- matrices ------------------------------------------------------------------------------------------------------
 // Where a tensor's bytes lie: at `offset` of an open file, or in memory (fd < 0). Rows lie one after another.
 typedef struct tl_source {
     const tl_format *format;
@@ -79,9 +85,9 @@ typedef struct tl_source {
 typedef struct tl_matrix {
     const tl_format *format;
     int rows, k;
-    void *data;         // the backend's; NULL: absent
-    size_t n_bytes;     // of data
-    float *bias;        // [rows] in the backend's memory, or NULL
+    void *data;     // the backend's; NULL: absent
+    size_t n_bytes; // of data
+    float *bias;    // [rows] in the backend's memory, or NULL
 } tl_matrix;
 
 typedef struct tl_norm {
@@ -89,12 +95,12 @@ typedef struct tl_norm {
     float eps;
 } tl_norm;
 
-// ---- the model ---------------------------------------------------------------------------------------------------------
+// ---- the model -----------------------------------------------------------------------------------------------------
 typedef struct tl_config {
     int n_layers, dim, n_heads, n_kv_heads, head_dim, ff_dim, vocab_size;
-    int context;               // positions the cache and RoPE may reach
+    int context; // positions the cache and RoPE may reach
     float norm_eps;
-    float attention_scale;     // q.k is multiplied by it, 1/sqrt(head_dim) for Llama
+    float attention_scale; // q.k is multiplied by it, 1/sqrt(head_dim) for Llama
     double rope_theta;
     int rope_dim;              // dimensions of a head that are rotated, even, <= head_dim
     float rope_scale;          // cos and sin are multiplied by it (YaRN), else 1
@@ -103,8 +109,8 @@ typedef struct tl_config {
 
 typedef struct tl_layer {
     tl_norm attention_norm, ffn_norm;
-    tl_matrix wq, wk, wv, wo;         // [heads * head_dim, dim] x3 (kv_heads for k, v), [dim, heads * head_dim]
-    tl_matrix w_gate, w_up, w_down;   // [ff_dim, dim] x2, [dim, ff_dim]
+    tl_matrix wq, wk, wv, wo;       // [heads * head_dim, dim] x3 (kv_heads for k, v), [dim, heads * head_dim]
+    tl_matrix w_gate, w_up, w_down; // [ff_dim, dim] x2, [dim, ff_dim]
 } tl_layer;
 
 typedef struct tl_backend tl_backend;
@@ -119,17 +125,18 @@ struct tl_model {
     tl_matrix embedding;      // [vocab_size, dim]
     tl_matrix output;         // the same data as embedding where they are tied
     tl_norm output_norm;
-    tl_layer *layers;         // [n_layers]
-    size_t weight_bytes;      // packed bytes uploaded
-    tl_run *scratch;          // the backend's, reused from call to call
+    tl_layer *layers;    // [n_layers]
+    size_t weight_bytes; // packed bytes uploaded
+    tl_run *scratch;     // the backend's, reused from call to call
 };
 
 tl_status tl_config_check(const tl_config *config, tl_message *message);
 // Makes a model with no weights. Checks the configuration (check.c).
 tl_status tl_model_create(tl_model **model, const tl_config *config, const tl_backend *backend, tl_message *message);
-// Packs one tensor. `name` is embedding, output, output_norm or, for a layer, attention_norm, wq, wk, wv, wo, ffn_norm,
-// w_gate, w_up, w_down or a bias: bq, bk, bv, bo, b_gate, b_up, b_down. Vectors (norms, biases) are read as floats.
-// `format` is what to keep matrices in: the source's own, or one to quantize a float source to.
+// Packs one tensor. `name` is embedding, output, output_norm or, for a layer, attention_norm, wq, wk, wv, wo,
+// ffn_norm, w_gate, w_up, w_down or a bias: bq, bk, bv, bo, b_gate, b_up, b_down. Vectors (norms, biases) are
+// read as floats. `format` is what to keep matrices in: the source's own, or one to quantize a float source
+// to.
 tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl_source *source,
                           const tl_format *format, int threads, tl_message *message);
 // The output matrix is the embedding, from now on: one copy serves both.
@@ -143,20 +150,21 @@ tl_status tl_model_unpack(const tl_model *model, const char *name, int layer, fl
 const tl_matrix *tl_model_matrix(const tl_model *model, const char *name, int layer); // NULL if there is none
 void tl_model_free(tl_model *model);
 
-// ---- the KV cache ------------------------------------------------------------------------------------------------------
+// ---- the KV cache --------------------------------------------------------------------------------------------------
 #define TL_PAGE    64  // tokens a page holds
 #define TL_SEGMENT 256 // positions attention adds up at a time (4 pages)
 
-// Pages of 64 tokens in slabs that never move. A page holds every layer: [layer][kv head] a block of keys, each
-// [4][head_dim][16 tokens], then a block of values [64][v_stride]. Who owns a page, and reuse, is Python's (kvcache.py).
+// Pages of 64 tokens in slabs that never move. A page holds every layer: [layer][kv head] a block of keys,
+// each [4][head_dim][16 tokens], then a block of values [64][v_stride]. Who owns a page, and reuse, is
+// Python's (kvcache.py).
 struct tl_cache {
     const tl_backend *backend;
     int type; // format id of the numbers: 0 F32, 1 F16
     int n_layers, n_kv_heads, head_dim;
-    int v_stride;                  // head_dim rounded up to 16
-    size_t number_bytes;           // of one number
-    size_t k_bytes, v_bytes;       // of one layer's one head's keys, values
-    size_t page_bytes;             // of one page, all layers
+    int v_stride;                                    // head_dim rounded up to 16
+    size_t number_bytes;                             // of one number
+    size_t k_bytes, v_bytes;                         // of one layer's one head's keys, values
+    size_t page_bytes;                               // of one page, all layers
     int pages_per_slab, n_slabs, max_pages, n_pages; // n_pages: allocated so far
     void **slabs;
 };
@@ -171,17 +179,17 @@ tl_status tl_cache_copy_page(tl_cache *cache, int to, int from, int n_tokens, tl
 uint8_t *tl_cache_head(const tl_cache *cache, int page, int layer, int kv_head);
 void tl_cache_free(tl_cache *cache);
 
-// ---- the one entry -----------------------------------------------------------------------------------------------------
-// n tokens, each with its position and its sequence. A sequence's tokens stand together, in order, without gaps; sequences
-// ascend.
-// They enter as ids (tokens) or as activations (x), pass layers [first_layer, last_layer), and leave as logits for the
-// chosen rows (last_layer == n_layers) and/or as activations.
+// ---- the one entry
+// ----------------------------------------------------------------------------------------------------- n
+// tokens, each with its position and its sequence. A sequence's tokens stand together, in order, without
+// gaps; sequences ascend. They enter as ids (tokens) or as activations (x), pass layers [first_layer,
+// last_layer), and leave as logits for the chosen rows (last_layer == n_layers) and/or as activations.
 typedef struct tl_batch {
     int n;
-    const int32_t *tokens;     // [n], or NULL
-    const float *x;            // [n, dim], where tokens is NULL
-    const int32_t *positions;  // [n]
-    const int32_t *sequences;  // [n] index into page_tables
+    const int32_t *tokens;    // [n], or NULL
+    const float *x;           // [n, dim], where tokens is NULL
+    const int32_t *positions; // [n]
+    const int32_t *sequences; // [n] index into page_tables
     int n_sequences, max_pages;
     const int32_t *page_tables; // [n_sequences, max_pages] page ids; entries past what a sequence needs are not read
     int first_layer, last_layer;
@@ -198,7 +206,7 @@ tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_
 // Calls on one model queue. Checks the batch, then runs it.
 tl_status tl_forward(tl_model *model, tl_cache *cache, const tl_batch *batch, tl_message *message);
 
-// ---- the seam ----------------------------------------------------------------------------------------------------------
+// ---- the seam ------------------------------------------------------------------------------------------------------
 // A backend is these operations; each is one fused kernel on a GPU. Activations live in the run: x [n, dim],
 // q and attended [n, n_heads * head_dim], hidden [n, ff_dim].
 struct tl_run {
@@ -219,42 +227,45 @@ struct tl_backend {
     tl_status (*unpack)(const tl_matrix *matrix, float *out);
     // A batch starts: buffers for n tokens, cos and sin of its positions. *run stays the model's.
     tl_status (*begin)(tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *batch, tl_message *message);
-    void (*embed)(tl_run *run);                                                    // x = rows of the embedding, or batch->x
-    void (*qkv)(tl_run *run, int layer);                                           // norm, q, k, v, RoPE, k and v into pages
-    void (*attend)(tl_run *run, int layer);                                        // attended = attention(q, pages)
-    void (*linear_add)(tl_run *run, const float *in, const tl_matrix *w);          // x += in @ w.T
-    void (*norm_glu)(tl_run *run, int layer);                                      // hidden = silu(gate) * up of norm(x)
-    void (*norm_linear)(tl_run *run, const tl_norm *norm, const tl_matrix *w);     // logits of the chosen rows
-    tl_status (*end)(tl_run *run, tl_message *message);                            // activations out
-    void (*release)(tl_run *run);                                                  // frees what begin kept
+    void (*embed)(tl_run *run);                                           // x = rows of the embedding, or batch->x
+    void (*qkv)(tl_run *run, int layer);                                  // norm, q, k, v, RoPE, k and v into pages
+    void (*attend)(tl_run *run, int layer);                               // attended = attention(q, pages)
+    void (*linear_add)(tl_run *run, const float *in, const tl_matrix *w); // x += in @ w.T
+    void (*norm_glu)(tl_run *run, int layer);                             // hidden = silu(gate) * up of norm(x)
+    void (*norm_linear)(tl_run *run, const tl_norm *norm, const tl_matrix *w); // logits of the chosen rows
+    tl_status (*end)(tl_run *run, tl_message *message);                        // activations out
+    void (*release)(tl_run *run);                                              // frees what begin kept
 };
 
 extern const tl_backend tl_backend_cpu;
 
-// ---- threads -----------------------------------------------------------------------------------------------------------
-// Runs work(data, unit, thread) for every unit in [0, n_units) on up to `threads` threads (the caller is one) and returns
-// when all are done. Thread i starts on the i-th share of the units and then takes from the tails of the others'.
-// Only inside tl_pool_enter / tl_pool_leave, which queue callers and set the floating-point mode the numbers need.
+// ---- threads -------------------------------------------------------------------------------------------------------
+// Runs work(data, unit, thread) for every unit in [0, n_units) on up to `threads` threads (the caller is one)
+// and returns when all are done. Thread i starts on the i-th share of the units and then takes from the tails
+// of the others'. Only inside tl_pool_enter / tl_pool_leave, which queue callers and set the floating-point
+// mode the numbers need.
 void tl_parallel(int threads, int n_units, void (*work)(void *data, int unit, int thread), void *data);
 void tl_pool_enter(void);
 void tl_pool_leave(void);
 #define TL_MAX_THREADS 256
 
-// ---- instruction sets --------------------------------------------------------------------------------------------------
-// Names of those built in and usable on this machine, best first, ends with NULL.
+// ---- instruction sets
+// -------------------------------------------------------------------------------------------------- Names of
+// those built in and usable on this machine, best first, ends with NULL.
 const char *const *tl_isa_names(void);
 const char *tl_isa_name(void);       // the one in use
 int tl_isa_select(const char *name); // 0, or -1 if it is not usable here
 
-// ---- sampling ----------------------------------------------------------------------------------------------------------
-// The steps, in this order: logit bias, penalties, temperature 0 stops here (greedy), top_k, typical_p, top_p, min_p,
-// temperature, draw. Filters look at the distribution at temperature 1. (sample.c, docs/sampling.md)
+// ---- sampling ------------------------------------------------------------------------------------------------------
+// The steps, in this order: logit bias, penalties, temperature 0 stops here (greedy), top_k, typical_p,
+// top_p, min_p, temperature, draw. Filters look at the distribution at temperature 1. (sample.c,
+// docs/sampling.md)
 typedef struct tl_sampling {
-    float temperature;         // 0: greedy
-    int top_k;                 // 0: off
-    float top_p, min_p;        // 1, 0: off
-    float typical_p;           // 1: off
-    float repetition_penalty;  // 1: off (arXiv 1909.05858)
+    float temperature;                         // 0: greedy
+    int top_k;                                 // 0: off
+    float top_p, min_p;                        // 1, 0: off
+    float typical_p;                           // 1: off
+    float repetition_penalty;                  // 1: off (arXiv 1909.05858)
     float presence_penalty, frequency_penalty; // 0: off
     int n_bias;
     const int32_t *bias_tokens; // [n_bias]
@@ -267,13 +278,14 @@ typedef struct tl_sampled {
 } tl_sampled;
 
 // Chooses the next token. logits [n] are left as they are. history [n_history]: the tokens penalties look at.
-// The draw depends on (seed, position) only. scratch: tl_sample_scratch(n) bytes, aligned to 4; what they hold does not
-// matter. A logit of -inf is a masked token. NaN or +inf among the logits, or nothing but -inf, is TL_ARGUMENT.
+// The draw depends on (seed, position) only. scratch: tl_sample_scratch(n) bytes, aligned to 4; what they
+// hold does not matter. A logit of -inf is a masked token. NaN or +inf among the logits, or nothing but -inf,
+// is TL_ARGUMENT.
 size_t tl_sample_scratch(int n);
 tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampling *sampling, const int32_t *history,
                     int n_history, uint64_t seed, uint64_t position, void *scratch, tl_message *message);
-// The k most likely tokens of the model's own distribution, most likely first (ties: lower id first): tokens [k],
-// logprobs [k], 1 <= k <= n. Errors and scratch as above.
+// The k most likely tokens of the model's own distribution, most likely first (ties: lower id first): tokens
+// [k], logprobs [k], 1 <= k <= n. Errors and scratch as above.
 tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, void *scratch,
                           tl_message *message);
 // Uniform in [0, 1) from a counter-based generator.

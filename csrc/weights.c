@@ -1,5 +1,6 @@
-// weights.c: a model's life around its forward pass: created from a configuration, filled tensor by tensor, checked, freed.
-// The table below is the one place that knows which weights there are. Includes tinyllm.h, numeric.h.
+// weights.c: a model's life around its forward pass: created from a configuration, filled tensor by tensor,
+// checked, freed. The table below is the one place that knows which weights there are. Includes tinyllm.h,
+// numeric.h.
 #include "numeric.h"
 #include "tinyllm.h"
 #include <string.h>
@@ -10,8 +11,8 @@ enum { MATRIX, BIAS, VECTOR };
 typedef struct slot {
     const char *name;
     int kind, in_layer, required;
-    size_t offset;  // of the tl_matrix or the float pointer in tl_model or tl_layer
-    int rows, k;    // which of the configuration's sizes
+    size_t offset; // of the tl_matrix or the float pointer in tl_model or tl_layer
+    int rows, k;   // which of the configuration's sizes
 } slot;
 
 #define IN_MODEL(field) 0, 1, offsetof(tl_model, field)

@@ -1,10 +1,12 @@
-"""A model for tests of the engine that knows nothing but pages: what it answers depends on every token it reads
-back through the page tables, so any mistake with pages, positions or sequences changes the text."""
+"""A model for tests of the engine that knows nothing but pages. Like keys and values, what it keeps for a token
+depends on all tokens before it, and what it answers on all that it reads back through the page tables; so any
+mistake with pages, positions or sequences changes the text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from tinyllm.kvcache import PAGE
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
 
 VOCAB = 260  # the bytes, and four more
 EOS = 256
@@ -22,13 +25,13 @@ NOTHING = -1  # a slot of a page that was cleared
 
 
 class MockPool:
-    """Pages of one number a token: its id."""
+    """Pages of one number a token."""
 
     page_bytes = 1000
 
     def __init__(self, max_pages: int, slab: int = 3) -> None:
         self.max_pages, self._slab = max_pages, slab
-        self.pages: list[I32] = []
+        self.pages: list[I64] = []
         self.is_closed = False
 
     @property
@@ -39,7 +42,7 @@ class MockPool:
         assert n_pages <= self.max_pages
         while len(self.pages) < n_pages:
             n = min(self._slab, self.max_pages - len(self.pages))
-            self.pages += [np.full(PAGE, 7777, dtype=np.int32) for _ in range(n)]
+            self.pages += [np.full(PAGE, 7777, dtype=np.int64) for _ in range(n)]
 
     def clear_page(self, page: int) -> None:
         self.pages[page][:] = NOTHING
@@ -56,11 +59,26 @@ class Cancelled(Exception):
     pass
 
 
+def kept(before: int, token: int) -> int:
+    """What stands in a token's slot, from what stands in the one before it (-1 at the start)."""
+    return ((before + 2) * 6364136223846793005 + token) % (1 << 61)
+
+
+def slots_of(history: list[int]) -> list[int]:
+    """What stands in the slots of a sequence."""
+    slots = list(accumulate(history, kept, initial=-1))
+    return slots[1:]
+
+
 def logits_after(history: list[int]) -> F32:
-    """The model: float32 [VOCAB], a function of all tokens so far. The end of text becomes likely now and then."""
-    key = int.from_bytes(blake2b(np.array(history, dtype="<i4").tobytes(), digest_size=16).digest(), "little")
+    """The model: float32 [VOCAB], a function of all tokens so far. Now and then a text ends."""
+    return logits_from(np.array(slots_of(history)))
+
+
+def logits_from(slots: I64) -> F32:
+    key = int.from_bytes(blake2b(slots.astype("<i8").tobytes(), digest_size=16).digest(), "little")
     noise = np.random.Philox(key=key).random_raw(VOCAB) >> np.uint64(40)
-    logits = (noise.astype(np.float64) * 2.0**-24 * 8.0).astype(np.float32)
+    logits: F32 = (noise.astype(np.float64) * 2.0**-24 * 8.0).astype(np.float32)
     logits[EOS] += 0.2
     return logits
 
@@ -91,7 +109,10 @@ class MockModel:
         assert (np.diff(positions)[np.diff(sequences) == 0] == 1).all()
         self.calls.append(len(tokens))
         for token, position, sequence in zip(tokens, positions, sequences, strict=True):
-            cache.pages[page_tables[sequence, position // PAGE]][position % PAGE] = token
+            table, last = page_tables[sequence], position - 1
+            before = -1 if position == 0 else int(cache.pages[table[last // PAGE]][last % PAGE])
+            assert position == 0 or before != NOTHING, "a token comes after one that nobody wrote"
+            cache.pages[table[position // PAGE]][position % PAGE] = kept(before, int(token))
         for _ in range(N_LAYERS):
             self.before_layer()
             if should_stop is not None and should_stop():
@@ -100,7 +121,7 @@ class MockModel:
         out = []
         for row in range(len(tokens)) if rows is None else rows:
             table = page_tables[sequences[row]][: positions[row] // PAGE + 1]
-            history = np.concatenate([cache.pages[page] for page in table])[: positions[row] + 1]
-            assert (history != NOTHING).all(), "a token was read that nobody wrote"
-            out.append(logits_after(history.tolist()))
+            slots = np.concatenate([cache.pages[page] for page in table])[: positions[row] + 1]
+            assert (slots != NOTHING).all(), "a slot was read that nobody wrote"
+            out.append(logits_from(slots))
         return np.array(out, dtype=np.float32).reshape(-1, VOCAB)

@@ -58,7 +58,7 @@ def chat_file(tmp_path: Path) -> Path:
     return path
 
 
-# --- texts ----------------------------------------------------------------------------------------------
+# --- texts --------------------------------------------------------------------------------------------------
 
 
 def test_text_to_stdout_and_figures_to_stderr(cli: Cli) -> None:
@@ -139,7 +139,7 @@ def test_logprobs_as_a_table(cli: Cli) -> None:
         assert 0 < float(percent) <= 100
 
 
-# --- JSON, batches, replay --------------------------------------------------------------------------------
+# --- JSON, batches, replay ----------------------------------------------------------------------------------
 
 
 def test_json_has_what_it_promises(cli: Cli) -> None:
@@ -225,7 +225,7 @@ def test_replay_of_a_batch(cli: Cli, tmp_path: Path) -> None:
     assert (result.code, result.out) == (0, "result 1: same: all 4 tokens\nresult 2: same: all 4 tokens\n")
 
 
-# --- chat -------------------------------------------------------------------------------------------------
+# --- chat ---------------------------------------------------------------------------------------------------
 
 
 def test_chat_template_from_a_file(cli: Cli, chat_file: Path) -> None:
@@ -250,7 +250,7 @@ def test_models_with_a_template_chat_and_others_do_not(cli: Cli, data_dir: Path,
     assert json.loads(cli(*options, "--no-chat").out)["chat"] is False
 
 
-# --- errors -----------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 def broken_models(folder: Path) -> dict[str, Path]:
@@ -428,10 +428,10 @@ def test_help_teaches(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
         cli("--help")
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for (
-        option
-    ) in """-n -t -c --temp --top-k --top-p --min-p --repeat-penalty --seed --stop --system --chat --no-chat
-        --device --cache-type --weights --logprobs -f -e --prompts --json --replay --version --info""".split():
+    options = """-n -t -c --temp --top-k --top-p --min-p --repeat-penalty --seed --stop --system --chat
+        --no-chat --device --cache-type --weights --logprobs -f -e --prompts --json --replay --version
+        --info"""
+    for option in options.split():
         assert re.search(rf"(?m)^  .*{option}\b", text), option
     for code in ("0", "1", "2", "130"):
         assert re.search(rf"(?m)^  {code} +\w", text)
@@ -484,7 +484,7 @@ def test_seconds(s: float, text: str) -> None:
     assert common.seconds(s) == text
 
 
-# --- what only a process can show ------------------------------------------------------------------------------
+# --- what only a process can show ---------------------------------------------------------------------------
 
 
 def test_as_a_process() -> None:
@@ -518,7 +518,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 def test_usage_errors_need_no_model_and_no_numpy() -> None:
-    code = "import sys; from tinyllm.cli.run import main; r = main(['--bogus']); print(r, 'numpy' in sys.modules)"
+    code = "import sys; from tinyllm.cli.run import main; print(main(['--bogus']), 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "2 False\n"
 

@@ -1,5 +1,5 @@
-"""The engine with a mock model: whatever is batched, chunked, shared, taken away, cancelled or interrupted, every text
-is the one that a plain loop over the model's formula gives."""
+"""The engine with a mock model: whatever is batched, chunked, shared, taken away, cancelled or interrupted,
+every text is the one that a plain loop over the model's formula gives."""
 
 from __future__ import annotations
 
@@ -167,12 +167,18 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     assert again.tokens == expected(text(150), seed=5)
 
 
-def test_decoding_does_not_wait_for_a_long_prompt() -> None:
+def test_decoding_does_not_wait_for_an_older_long_prompt() -> None:
     engine = make_engine(chunk=64)
-    short, long = generation(engine, text(5)), generation(engine, text(500, seed=1))
-    order = [g for g, _ in run(engine, [[short], [long]])]
-    assert order.index(long) > 5
-    assert (short.tokens, long.tokens) == (expected(text(5)), expected(text(500, seed=1)))
+    model = engine.model
+    assert isinstance(model, MockModel)
+    long, short = engine.sequence(text(500)), engine.sequence(text(5, seed=1))
+    list(engine.evaluate(Job(short)))
+    short.tokens.append(1)
+    model.calls.clear()
+    jobs = [Job(long), Job(short)]
+    engine.step(jobs)
+    assert jobs[1].is_done
+    assert (long.n_cached, short.n_pending) == (63, 0)
 
 
 def test_logits_of_every_token_in_order() -> None:
@@ -408,7 +414,7 @@ def test_one_thread_is_interrupted_while_another_works_for_it() -> None:
     model = engine.model
     assert isinstance(model, MockModel)
     mine, other = Job(engine.sequence(text(100))), generation(engine, text(100, seed=1))
-    n_at_interrupt = []
+    n_at_interrupt: list[int] = []
 
     def before_layer() -> None:
         # The other thread's first call that works for both: as if a signal had ended the wait of `mine`.
@@ -427,10 +433,8 @@ def test_one_thread_is_interrupted_while_another_works_for_it() -> None:
 def test_mock_cancels_by_an_exception_of_its_own() -> None:
     """Which the engine must not let through, whatever its type; the real model has another."""
     model = MockModel()
+    pool = MockPool(1)
+    pool.grow(1)
+    zero = np.zeros(1, dtype=np.int32)
     with pytest.raises(Cancelled):
-        model.forward(
-            *(np.zeros(1, dtype=np.int32) for _ in range(3)),
-            np.zeros((1, 1), dtype=np.int32),
-            cache=type("Pages", (), {"pages": [np.zeros(PAGE, dtype=np.int32)]}),
-            should_stop=lambda: True,
-        )
+        model.forward(zero, zero, zero, zero[None], cache=pool, should_stop=lambda: True)

@@ -46,17 +46,22 @@ def in_threads(n: int, work: Callable[[int], object]) -> None:
         raise raised[0]
 
 
+def forever(work: Callable[[], object]) -> None:
+    while True:
+        work()
+
+
 def prompt(i: int) -> list[int]:
     return random_ids(CONFIG, i, 20 + 37 * (i % 5))
 
 
 def test_threads_get_what_they_get_alone(model: tinyllm.LLM) -> None:
-    options: dict[str, Any] = {"max_tokens": 25, "logprobs": True}
-    alone = [model(prompt(i), seed=i, **options) for i in range(12)]
+    options: dict[str, Any] = {"max_tokens": 12, "logprobs": True}
+    alone = [model(prompt(i), seed=i, **options) for i in range(8)]
     logits = model.logits(prompt(99))
 
     def work(thread: int) -> None:
-        for i in range(thread, 12, 3):
+        for i in range(thread, 8, 4):
             c = model(prompt(i), seed=i, **options)
             assert (c.tokens, c.logprobs) == (alone[i].tokens, alone[i].logprobs)
             with model.session(seed=i) as session:
@@ -84,8 +89,7 @@ def test_close_while_threads_use_it(tmp_path: Path) -> None:
             model.close()
             return
         with pytest.raises(errors.ModelClosedError):
-            while True:
-                model(prompt(i), max_tokens=50, temperature=1)
+            forever(lambda: model(prompt(i), max_tokens=50, temperature=1))
 
     in_threads(5, work)
 
@@ -130,8 +134,7 @@ def test_interrupt_within_a_call_of_the_model(model: tinyllm.LLM) -> None:
     timer = threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        while True:
-            model.logits(ids)
+        forever(lambda: model.logits(ids))
     timer.join()
     model._cache.try_collect()
     assert model._cache.n_used == 0

@@ -1,5 +1,5 @@
-// avx2.h: the primitives (see scalar.h for what each means) on pairs of 256-bit registers: lanes 0..7 and 8..15.
-// Needs FMA and F16C beside AVX2. With TINYLLM_AVX_VNNI the dot product is the VEX-coded VPDPBUSD.
+// avx2.h: the primitives (see scalar.h for what each means) on pairs of 256-bit registers: lanes 0..7
+// and 8..15. Needs FMA and F16C beside AVX2. With TINYLLM_AVX_VNNI the dot product is the VEX-coded VPDPBUSD.
 #ifndef TINYLLM_AVX2_H
 #define TINYLLM_AVX2_H
 
@@ -8,9 +8,15 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef struct { __m256 a, b; } vf;
-typedef struct { __m256i a, b; } vi;
-typedef struct { __m256i a, b; } vb;
+typedef struct {
+    __m256 a, b;
+} vf;
+typedef struct {
+    __m256i a, b;
+} vi;
+typedef struct {
+    __m256i a, b;
+} vb;
 
 static inline vf vf_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 static inline void vf_store(float *p, vf x) {
@@ -22,7 +28,9 @@ static inline vf vf_add(vf x, vf y) { return (vf){_mm256_add_ps(x.a, y.a), _mm25
 static inline vf vf_sub(vf x, vf y) { return (vf){_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 static inline vf vf_mul(vf x, vf y) { return (vf){_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 static inline vf vf_div(vf x, vf y) { return (vf){_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
-static inline vf vf_fma(vf x, vf y, vf z) { return (vf){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+static inline vf vf_fma(vf x, vf y, vf z) {
+    return (vf){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
 static inline vf vf_max(vf x, vf y) { return (vf){_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 static inline vf vf_min(vf x, vf y) { return (vf){_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 static inline vf vf_abs(vf x) {
@@ -31,7 +39,8 @@ static inline vf vf_abs(vf x) {
 }
 static inline __m256i v_load16(const uint8_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
 static inline vf vf_load_f16(const uint8_t *p) {
-    return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 16)))};
+    return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+                _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 16)))};
 }
 static inline vf vf_load_bf16(const uint8_t *p) {
     return (vf){_mm256_castsi256_ps(_mm256_slli_epi32(v_load16(p), 16)),
@@ -76,15 +85,18 @@ static inline vb vb_load(const uint8_t *p) {
     return (vb){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))};
 }
 static inline vb vb_or(vb x, vb y) { return (vb){_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
-static inline __attribute__((always_inline)) __m256i v_bits(__m256i x, const int right, const int left, const int mask) {
+static inline __attribute__((always_inline)) __m256i v_bits(__m256i x, const int right, const int left,
+                                                            const int mask) {
     __m256i moved = right ? _mm256_srli_epi16(x, right) : left ? _mm256_slli_epi16(x, left) : x;
-    return _mm256_and_si256(moved, _mm256_set1_epi8((char)mask)); // the mask drops what came from the neighbour byte
+    return _mm256_and_si256(moved,
+                            _mm256_set1_epi8((char)mask)); // the mask drops what came from the neighbour byte
 }
 static inline __attribute__((always_inline)) vb vb_bits(vb x, const int right, const int left, const int mask) {
     return (vb){v_bits(x.a, right, left, mask), v_bits(x.b, right, left, mask)};
 }
 static inline vb vb_lookup(vb x, const uint8_t table[16]) {
-    const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), low = _mm256_set1_epi8(15);
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)),
+                  low = _mm256_set1_epi8(15);
     return (vb){_mm256_shuffle_epi8(values, _mm256_and_si256(x.a, low)),
                 _mm256_shuffle_epi8(values, _mm256_and_si256(x.b, low))};
 }
@@ -102,7 +114,8 @@ static inline vi vi_dot(vi sum, vb w, const int8_t *a) {
 #define V_OFFSET 128
 static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) { return vi_dot(sum, w, a); }
 #else
-static inline __m256i v_pairs(__m256i w, __m256i a) { // u8 x s8, added in fours; exact while a pair fits 16 bits
+static inline __m256i v_pairs(__m256i w,
+                              __m256i a) { // u8 x s8, added in fours; exact while a pair fits 16 bits
     return _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1));
 }
 static inline vi vi_dot(vi sum, vb w, const int8_t *a) {

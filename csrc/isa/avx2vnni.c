@@ -2,9 +2,9 @@
 #define TINYLLM_AVX_VNNI
 #include "avx2.h"
 
-#define V_UNROLL _Pragma("GCC unroll 16")
+#define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(6, 1) X(4, 1) X(2, 2) X(1, 2) // (tokens, panels) that registers hold, widest first
-#define ISA      avx2vnni
+#define ISA        avx2vnni
 
 static int usable(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&

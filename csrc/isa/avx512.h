@@ -1,5 +1,6 @@
 // avx512.h: the primitives (see scalar.h for what each means) on 512-bit registers; one register a vector.
-// With TINYLLM_VNNI the dot product is VPDPBUSD; without it, pairs in VPMADDUBSW, which saturates only above 6-bit weights.
+// With TINYLLM_VNNI the dot product is VPDPBUSD; without it, pairs in VPMADDUBSW, which saturates only above
+// 6-bit weights.
 #ifndef TINYLLM_AVX512_H
 #define TINYLLM_AVX512_H
 
@@ -48,7 +49,8 @@ static inline vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 static inline vb vb_or(vb a, vb b) { return _mm512_or_si512(a, b); }
 static inline __attribute__((always_inline)) vb vb_bits(vb a, const int right, const int left, const int mask) {
     vb moved = right ? _mm512_srli_epi16(a, right) : left ? _mm512_slli_epi16(a, left) : a;
-    return _mm512_and_si512(moved, _mm512_set1_epi8((char)mask)); // the mask drops what came from the neighbour byte
+    return _mm512_and_si512(moved,
+                            _mm512_set1_epi8((char)mask)); // the mask drops what came from the neighbour byte
 }
 static inline vb vb_lookup(vb a, const uint8_t table[16]) {
     vb values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));

@@ -2,13 +2,14 @@
 #define TINYLLM_VNNI
 #include "avx512.h"
 
-#define V_UNROLL _Pragma("GCC unroll 16")
+#define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(6, 2) X(4, 2) X(3, 4) X(2, 4) X(1, 4) // (tokens, panels) that registers hold, widest first
-#define ISA      avx512vnni
+#define ISA        avx512vnni
 
 static int usable(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
 }
 
 #include "target.inc"

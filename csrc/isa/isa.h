@@ -1,13 +1,14 @@
-// isa.h: what an instruction set provides to the CPU backend: one table of kernels. Each target's .c defines one, from
-// its primitives (scalar.h, avx2.h, ...) and the code written once in matmul.inc, attention.inc and rows.inc.
+// isa.h: what an instruction set provides to the CPU backend: one table of kernels. Each target's .c defines
+// one, from its primitives (scalar.h, avx2.h, ...) and the code written once in matmul.inc, attention.inc and
+// rows.inc.
 #ifndef TINYLLM_ISA_H
 #define TINYLLM_ISA_H
 
 #include "../formats.h"
 #include "../tinyllm.h"
 
-// Activations of n tokens: as floats [n, k] and, for quantized weights, as int8 groups of 32 with their scale and the two
-// sums of their halves: q [n, k], scale [n, k / 32], sums [n, k / 16].
+// Activations of n tokens: as floats [n, k] and, for quantized weights, as int8 groups of 32 with their scale
+// and the two sums of their halves: q [n, k], scale [n, k / 32], sums [n, k / 16].
 typedef struct tl_activations {
     const float *x;
     int8_t *q;
@@ -23,17 +24,20 @@ typedef struct tl_product {
     float *out;
     size_t stride;
     int add;
+    struct tl_product *up; // NULL, or the product that out goes with: out = silu(out) * up's, once both are there
 } tl_product;
 
-// Queries that share a kv head and a sequence, against one segment of at most 256 positions. Column c sees positions
-// [from[c], to[c]) of the segment (to > from); its result is unnormalized: out = sum p v, max and sum of the scores.
+// Queries that share a kv head and a sequence, against one segment of at most 256 positions. Column c sees
+// positions [from[c], to[c]) of the segment (to > from); its result is unnormalized: out = sum p v, max and
+// sum of the scores.
 #define TL_COLUMNS 8
 typedef struct tl_segment {
     int n_columns, head_dim, v_stride, type;
     const float *q[TL_COLUMNS]; // [head_dim], scaled
     int from[TL_COLUMNS], to[TL_COLUMNS];
-    const uint8_t *k[TL_SEGMENT / TL_PAGE], *v[TL_SEGMENT / TL_PAGE]; // one head's keys and values, a page each
-    float *out[TL_COLUMNS];     // [v_stride]
+    const uint8_t *k[TL_SEGMENT / TL_PAGE],
+        *v[TL_SEGMENT / TL_PAGE]; // one head's keys and values, a page each
+    float *out[TL_COLUMNS];       // [v_stride]
     float max[TL_COLUMNS], sum[TL_COLUMNS];
 } tl_segment;
 
@@ -43,7 +47,8 @@ typedef struct tl_kernels {
     // Panels [first, last) of the matrix, tokens [from, to).
     void (*matmul[TL_N_FORMATS])(const tl_product *p, int first, int last, int from, int to);
     void (*segment)(tl_segment *s);
-    // Adds a segment's result to a running one (both: out [v_stride], max, sum). Start from max = -inf, sum = 0, out = 0.
+    // Adds a segment's result to a running one (both: out [v_stride], max, sum). Start from max = -inf, sum =
+    // 0, out = 0.
     void (*merge)(float *out, float *max, float *sum, const float *part, float part_max, float part_sum, int n);
     void (*rmsnorm)(float *out, const float *x, const float *weight, float eps, int n);
     void (*quantize)(int8_t *q, float *scale, int16_t *sums, const float *x, int n); // n a multiple of 32
@@ -51,7 +56,8 @@ typedef struct tl_kernels {
     // Rotates n_heads heads in place (half-split pairs), then multiplies by scale.
     void (*rope)(float *x, const float *cos, const float *sin, int n_heads, int head_dim, int rope_dim, float scale);
     // One token's key and value of one head into slot `slot` of a page.
-    void (*store_kv)(uint8_t *k_page, uint8_t *v_page, const float *k, const float *v, int slot, int head_dim, int type);
+    void (*store_kv)(uint8_t *k_page, uint8_t *v_page, const float *k, const float *v, int slot, int head_dim,
+                     int type);
 } tl_kernels;
 
 const tl_kernels *tl_isa(void); // the one in use

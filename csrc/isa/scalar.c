@@ -3,7 +3,7 @@
 
 #define V_UNROLL
 #define V_TILES(X) X(1, 1)
-#define ISA scalar
+#define ISA        scalar
 
 static int usable(void) { return 1; }
 

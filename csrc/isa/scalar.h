@@ -1,5 +1,5 @@
-// scalar.h: the vector primitives in plain C: the reference every other instruction set must equal bit for bit.
-// A vf is 16 floats, a vi 16 int32, a vb 64 bytes: 16 lanes (rows) of 4 consecutive k each.
+// scalar.h: the vector primitives in plain C: the reference every other instruction set must equal bit for
+// bit. A vf is 16 floats, a vi 16 int32, a vb 64 bytes: 16 lanes (rows) of 4 consecutive k each.
 #ifndef TINYLLM_SCALAR_H
 #define TINYLLM_SCALAR_H
 
@@ -8,13 +8,22 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef struct { float v[16]; } vf;
-typedef struct { int32_t v[16]; } vi;
-typedef struct { uint8_t v[64]; } vb;
+typedef struct {
+    float v[16];
+} vf;
+typedef struct {
+    int32_t v[16];
+} vi;
+typedef struct {
+    uint8_t v[64];
+} vb;
 
-#define V_EACH for (int i = 0; i < 16; i++)
+#define V_EACH  for (int i = 0; i < 16; i++)
 #define V_BYTES for (int i = 0; i < 64; i++)
-#define V_OP(type, expression) type r; V_EACH r.v[i] = (expression); return r
+#define V_OP(type, expression)                                                                                         \
+    type r;                                                                                                            \
+    V_EACH r.v[i] = (expression);                                                                                      \
+    return r
 
 static inline vf vf_load(const float *p) { V_OP(vf, p[i]); }
 static inline void vf_store(float *p, vf a) { V_EACH p[i] = a.v[i]; }
@@ -49,27 +58,47 @@ static inline vi vi_mul(vi a, vi b) { V_OP(vi, a.v[i] * b.v[i]); }
 static inline vi vi_load_u8(const uint8_t *p) { V_OP(vi, p[i]); }
 static inline vi vi_load_s8(const uint8_t *p) { V_OP(vi, (int8_t)p[i]); }
 static inline void vi_store_s8(int8_t *p, vi a) { V_EACH p[i] = (int8_t)a.v[i]; } // values fit
-static inline int32_t vi_sum(vi a) { int32_t s = 0; V_EACH s += a.v[i]; return s; }
+static inline int32_t vi_sum(vi a) {
+    int32_t s = 0;
+    V_EACH s += a.v[i];
+    return s;
+}
 static inline vf vf_from_vi(vi a) { V_OP(vf, (float)a.v[i]); }
 static inline vi vi_round(vf a) { V_OP(vi, (int32_t)rintf(a.v[i])); } // half to even, |a| < 2^31
 static inline vf vf_pow2(vi n) {                                      // 2^n, -126 <= n <= 127
     vf r;
-    V_EACH { uint32_t u = (uint32_t)(n.v[i] + 127) << 23; memcpy(&r.v[i], &u, 4); }
+    V_EACH {
+        uint32_t u = (uint32_t)(n.v[i] + 127) << 23;
+        memcpy(&r.v[i], &u, 4);
+    }
     return r;
 }
 
-static inline vb vb_load(const uint8_t *p) { vb r; memcpy(r.v, p, 64); return r; }
-static inline vb vb_or(vb a, vb b) { vb r; V_BYTES r.v[i] = a.v[i] | b.v[i]; return r; }
+static inline vb vb_load(const uint8_t *p) {
+    vb r;
+    memcpy(r.v, p, 64);
+    return r;
+}
+static inline vb vb_or(vb a, vb b) {
+    vb r;
+    V_BYTES r.v[i] = a.v[i] | b.v[i];
+    return r;
+}
 // ((a >> right) << left) & mask in every byte; right and left are constants, at most one of them non-zero.
 static inline vb vb_bits(vb a, int right, int left, int mask) {
     vb r;
     V_BYTES r.v[i] = (uint8_t)(a.v[i] >> right << left & mask);
     return r;
 }
-static inline vb vb_lookup(vb a, const uint8_t table[16]) { vb r; V_BYTES r.v[i] = table[a.v[i] & 15]; return r; }
+static inline vb vb_lookup(vb a, const uint8_t table[16]) {
+    vb r;
+    V_BYTES r.v[i] = table[a.v[i] & 15];
+    return r;
+}
 
-// Adds to each row's lane its 4 weights times the token's 4 activations at a. vi_dot: weights 0..63. vi_dot_offset: weights
-// -128..127 stored +128, for accumulators that started at -V_OFFSET x (sum of the activations).
+// Adds to each row's lane its 4 weights times the token's 4 activations at a. vi_dot: weights 0..63.
+// vi_dot_offset: weights -128..127 stored +128, for accumulators that started at -V_OFFSET x (sum of the
+// activations).
 static inline vi vi_dot(vi sum, vb w, const int8_t *a) {
     V_EACH sum.v[i] += w.v[4 * i] * a[0] + w.v[4 * i + 1] * a[1] + w.v[4 * i + 2] * a[2] + w.v[4 * i + 3] * a[3];
     return sum;

@@ -2,13 +2,17 @@
 #include "isa.h"
 #include <string.h>
 
+#if defined __x86_64__ && !defined TL_SCALAR_ONLY // an option of the build
+#define X86
+#endif
+
 extern const tl_kernels tl_kernels_scalar;
-#ifdef __x86_64__
+#ifdef X86
 extern const tl_kernels tl_kernels_avx512vnni, tl_kernels_avx512, tl_kernels_avx2vnni, tl_kernels_avx2;
 #endif
 
 static const tl_kernels *const built[] = {
-#ifdef __x86_64__
+#ifdef X86
     &tl_kernels_avx512vnni, &tl_kernels_avx512, &tl_kernels_avx2vnni, &tl_kernels_avx2,
 #endif
     &tl_kernels_scalar,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -257,7 +257,7 @@ class Engine:
 
     def generate(
         self, groups: Iterable[list[Generation]], cancel: Callable[[], bool] | None = None
-    ) -> Iterator[tuple[Generation, Piece]]:
+    ) -> Generator[tuple[Generation, Piece], None, None]:
         """Continues texts until each has its finish reason, in one batch. Those of a group share a prompt,
         which is computed once. Yields every piece with the text it belongs to, and frees a text's pages at
         its end; all of them when it is closed early or something raises.

@@ -32,7 +32,7 @@ from .modelfiles import read_model
 from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
 from .tokenizer import Tokenizer
 
-Prompt = str | SequenceOf[int]
+Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
 CacheType = Literal["f16", "f32"]
 Cancel = Callable[[], bool]

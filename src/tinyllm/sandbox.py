@@ -202,8 +202,9 @@ def _tojson(
 
 
 _PLAIN_FILTERS = """
-    abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max
-    min reject rejectattr reverse safe select selectattr sort string title trim truncate unique upper wordcount
+    abs capitalize count d default dictsort e escape first float groupby int items last length list lower map
+    max min reject rejectattr reverse safe select selectattr sort string title trim truncate unique upper
+    wordcount
 """
 _CHECKED_FILTERS: dict[str, Guarded] = {
     "join": _filter_join,
@@ -271,11 +272,13 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-_STR_METHODS = """
+_STR_METHOD_NAMES = """
     capitalize casefold center count endswith find format index isalnum isalpha isascii isdecimal isdigit
-    islower isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace
-    rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill
+    islower isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix
+    replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper
+    zfill
 """
+_STR_METHODS = frozenset(_STR_METHOD_NAMES.split())
 _REACHABLE = (
     *(str, list, tuple, dict),
     *(Namespace, LoopContext, Macro, Cycler, Joiner, Undefined, BlockReference, TemplateReference),
@@ -387,7 +390,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             _current.reset(token)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if not isinstance(obj, _REACHABLE) or (isinstance(obj, str) and attr not in _STR_METHODS.split()):
+        if not isinstance(obj, _REACHABLE) or (isinstance(obj, str) and attr not in _STR_METHODS):
             return False
         return super().is_safe_attribute(obj, attr, value)
 

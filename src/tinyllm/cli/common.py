@@ -77,7 +77,7 @@ def run_command(prog: str, command: Callable[[list[str]], int], argv: list[str] 
 
 
 def _use_utf8(stream: TextIO) -> None:
-    """Files and pipes get UTF-8 in every locale; a terminal that cannot show a character gets a question mark."""
+    """Files and pipes get UTF-8 in every locale; a terminal that lacks a character shows a question mark."""
     if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
         if stream.isatty():
             stream.reconfigure(errors="replace")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from tinyllm.cli.common import BOLD, EXIT_OK, note, rate, shown, styled
@@ -48,7 +49,7 @@ class Chat:
     help = "Type a message and press Enter."
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None, template: str | None) -> None:
-        self.greeting = f"{llm.name}: a chat. /help lists the commands, Ctrl-D leaves."
+        self.greeting = f"{Path(llm.name).name}: a chat. /help lists the commands, Ctrl-D leaves."
         self._llm, self._params, self._system, self._template = llm, params, system, template
         self._messages: list[dict[str, str]] = []
         self._line = ""
@@ -89,8 +90,8 @@ class Text:
 
     def __init__(self, llm: LLM, params: SamplingParams) -> None:
         self.greeting = (
-            f"{llm.name} is a base model: it continues a text rather than answering. Type a beginning; Enter "
-            "alone goes on, /help lists the commands, Ctrl-D leaves."
+            f"{Path(llm.name).name} is a base model: it continues a text rather than answering. Type a "
+            "beginning; Enter alone goes on, /help lists the commands, Ctrl-D leaves."
         )
         self._llm, self._params = llm, params
         self._texts: list[list[int]] = []  # ids, one text more a turn

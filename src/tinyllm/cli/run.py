@@ -328,7 +328,7 @@ def _print_logprobs(llm: LLM, completion: Completion) -> None:
 def _print_figures(llm: LLM, completion: Completion) -> None:
     t = completion.timings
     note(
-        f"{llm.name}: loaded in {seconds(llm.load_s)}, {size(llm.model.weight_bytes)} of weights, "
+        f"{Path(llm.name).name}: loaded in {seconds(llm.load_s)}, {size(llm.model.weight_bytes)} of weights, "
         f"context {llm.context}, {llm.device}, {llm.model.threads} threads; "
         f"peak memory {size(peak_memory_bytes())}"
     )

@@ -1,0 +1,98 @@
+// cpu_attend.c: who computes which part of attention: queries in tiles, positions in segments, and the segments' results
+// put together in ascending order, so that the bits do not depend on who did what. Includes cpu.h; the arithmetic is in
+// attention.inc.
+#include "cpu.h"
+#include <math.h>
+#include <string.h>
+
+// Queries that share a sequence and a kv head's keys, at most 8; the tiles of all kv heads are alike.
+void tl_cpu_tiles(tl_cpu_run *r) {
+    const tl_batch *b = r->base.batch;
+    r->n_tiles = 0;
+    for (int t = 0, end; t < b->n; t = end) {
+        for (end = t + 1; end < b->n && b->sequences[end] == b->sequences[t];) end++;
+        for (int c = 0; c < (end - t) * r->group; c += TL_COLUMNS) {
+            int n = tl_min(TL_COLUMNS, (end - t) * r->group - c), last = t + (c + n - 1) / r->group;
+            r->tiles[r->n_tiles++] = (tl_tile){t, c, n, b->positions[last] / TL_SEGMENT + 1};
+        }
+    }
+}
+
+// A query's running result over a split stands here: [v_stride] sums, then the maximum and the sum of the weights.
+static float *running_result(const tl_cpu_run *r, int token, int head, int split) {
+    const size_t n_heads = (size_t)r->base.model->config.n_heads, stride = (size_t)r->v_stride + 16;
+    return r->partial + (((size_t)token * n_heads + (size_t)head) * (size_t)r->n_splits + (size_t)split) * stride;
+}
+
+static void merge(const tl_cpu_run *r, float *into, const float *out, float max, float sum) {
+    tl_isa()->merge(into, into + r->v_stride, into + r->v_stride + 1, out, max, sum, r->v_stride);
+}
+
+// One tile, one kv head, one split: a segment, or all of them.
+static void attend_unit(void *data, int unit, int thread) {
+    tl_cpu_run *r = data;
+    const tl_config *c = &r->base.model->config;
+    const tl_batch *b = r->base.batch;
+    const tl_cache *cache = r->base.cache;
+    const int split = unit % r->n_splits, kv_head = unit / r->n_splits % c->n_kv_heads;
+    const tl_tile *tile = &r->tiles[unit / r->n_splits / c->n_kv_heads];
+    const int32_t *pages = b->page_tables + (size_t)b->sequences[tile->token] * (size_t)b->max_pages;
+    const float *q[TL_COLUMNS];
+    float *running[TL_COLUMNS];
+    int positions[TL_COLUMNS];
+    for (int i = 0; i < tile->n; i++) {
+        const int token = tile->token + (tile->first + i) / r->group;
+        const int head = kv_head * r->group + (tile->first + i) % r->group;
+        q[i] = r->base.q + ((size_t)token * (size_t)c->n_heads + (size_t)head) * (size_t)c->head_dim;
+        positions[i] = b->positions[token];
+        running[i] = running_result(r, token, head, split);
+        memset(running[i], 0, ((size_t)r->v_stride + 2) * sizeof(float));
+        running[i][r->v_stride] = -INFINITY;
+    }
+    const int first = r->n_splits > 1 ? split : 0, last = r->n_splits > 1 ? split + 1 : tile->n_segments;
+    for (int s = first; s < tl_min(last, tile->n_segments); s++) {
+        tl_segment segment = {.head_dim = c->head_dim, .v_stride = r->v_stride, .type = cache->type};
+        int column[TL_COLUMNS];
+        for (int i = 0; i < tile->n; i++) { // those that see something of the segment
+            const int to = tl_min(positions[i] + 1 - s * TL_SEGMENT, TL_SEGMENT), n = segment.n_columns;
+            if (to <= 0) continue;
+            segment.q[n] = q[i];
+            segment.to[n] = to;
+            segment.out[n] = r->part + ((size_t)thread * TL_COLUMNS + (size_t)n) * (size_t)r->v_stride;
+            column[segment.n_columns++] = i;
+        }
+        const int first_page = s * (TL_SEGMENT / TL_PAGE), last_page = positions[tile->n - 1] / TL_PAGE;
+        for (int i = 0; i < TL_SEGMENT / TL_PAGE && first_page + i <= last_page; i++) { // the last column sees farthest
+            segment.k[i] = tl_cache_head(cache, pages[first_page + i], r->layer, kv_head);
+            segment.v[i] = segment.k[i] + cache->k_bytes;
+        }
+        tl_isa()->segment(&segment);
+        for (int n = 0; n < segment.n_columns; n++)
+            merge(r, running[column[n]], segment.out[n], segment.max[n], segment.sum[n]);
+    }
+}
+
+// A token's heads: the splits merged, then out = sum / weight (+ 0: underflow leaves no negative zeros).
+static void attend_finish(void *data, int t, int thread) {
+    (void)thread;
+    tl_cpu_run *r = data;
+    const tl_config *c = &r->base.model->config;
+    const int n_splits = r->n_splits > 1 ? r->base.batch->positions[t] / TL_SEGMENT + 1 : 1;
+    for (int h = 0; h < c->n_heads; h++) {
+        float *result = running_result(r, t, h, 0);
+        float *out = r->base.attended + ((size_t)t * (size_t)c->n_heads + (size_t)h) * (size_t)c->head_dim;
+        for (int s = 1; s < n_splits; s++) {
+            const float *part = running_result(r, t, h, s);
+            merge(r, result, part, part[r->v_stride], part[r->v_stride + 1]);
+        }
+        for (int d = 0; d < c->head_dim; d++) out[d] = result[d] / result[r->v_stride + 1] + 0.0f;
+    }
+}
+
+void tl_cpu_attend(tl_run *run, int layer) {
+    tl_cpu_run *r = (tl_cpu_run *)run;
+    const int n = run->batch->n, threads = run->batch->threads;
+    r->layer = layer;
+    tl_parallel(threads, r->n_tiles * run->model->config.n_kv_heads * r->n_splits, attend_unit, r);
+    tl_parallel(n < TL_FEW_TOKENS ? 1 : threads, n, attend_finish, r);
+}

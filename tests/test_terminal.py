@@ -1,0 +1,359 @@
+"""tinyllm-run on a terminal: the echo, colours, the conversation and its commands, Ctrl-C and Ctrl-D.
+
+A pseudo-terminal runs the real program as a person would; the texts and commands themselves are tested beside
+it without one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import tinyllm
+from tinyllm import LLM, SamplingParams
+from tinyllm.cli.common import BOLD, shown
+from tinyllm.cli.interactive import Chat, Talk, Text, interact
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+# Takes the terminal over first, so that Ctrl-C is a signal.
+LAUNCH = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from tinyllm.cli.run import main
+sys.exit(main())
+"""
+LIMIT_S = 120  # for something that takes a second; only a hang reaches it
+
+
+class Terminal:
+    """tinyllm-run in a pseudo-terminal of its own."""
+
+    def __init__(self, *argv: str | Path, **env: str) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, b"\x32\x00\x28\x05\x00\x00\x00\x00")  # 50 lines of 1320
+        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "INPUTRC")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, *map(str, argv)],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**environment, "TERM": "xterm", "INPUTRC": os.devnull, **env},
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.seen = ""  # since the last `expect`
+
+    def expect(self, text: str) -> str:
+        """Waits for `text`; what came before it."""
+        deadline = time.monotonic() + LIMIT_S
+        while text not in self.seen:
+            chunk = self._read(deadline)
+            assert chunk, f"the program ended without {text!r}: {self.seen!r}"
+            self.seen += chunk
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def send(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def rest(self) -> str:
+        """Everything until the program ends."""
+        deadline = time.monotonic() + LIMIT_S
+        while chunk := self._read(deadline):
+            self.seen += chunk
+        return self.seen
+
+    def code(self) -> int:
+        return self.process.wait(timeout=LIMIT_S)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+    def _read(self, deadline: float) -> str:
+        ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"nothing comes any more; so far: {self.seen!r}"
+        try:
+            return os.read(self.master, 65536).decode("utf-8", "replace").replace("\r\n", "\n")
+        except OSError:  # how Linux says that the other side is gone
+            return ""
+
+
+Open = Callable[..., Terminal]
+
+
+@pytest.fixture
+def terminal() -> Iterator[Open]:
+    opened: list[Terminal] = []
+
+    def start(*argv: str | Path, **env: str) -> Terminal:
+        opened.append(Terminal(*argv, **env))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()
+
+
+@pytest.fixture
+def chat_file(tmp_path: Path) -> Path:
+    path = tmp_path / "chat.jinja"
+    path.write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with tinyllm.load("stories", context=200) as llm:
+        yield llm
+
+
+# --- one prompt -----------------------------------------------------------------------------------------
+
+
+def test_a_base_models_prompt_is_echoed_before_the_text(terminal: Open, llm: LLM) -> None:
+    text = llm("Once upon a time", max_tokens=8, temperature=0).text
+    out = terminal("stories", "Once upon a time", "-n", "8", "--temp", "0").rest()
+    assert f"{BOLD}Once upon a time\x1b[0m{text}\n" in out
+    assert "8 tokens" in out
+
+
+@pytest.mark.parametrize("env", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_colours_where_not_wanted(terminal: Open, env: dict[str, str]) -> None:
+    out = terminal("stories", "Once upon a time", "-n", "2", **env).rest()
+    assert out.startswith("Once upon a time")
+    assert "\x1b[" not in out
+
+
+def test_json_has_no_echo_and_no_colours(terminal: Open) -> None:
+    out = terminal("stories", "Once upon a time", "-n", "2", "--json").rest()
+    assert out.startswith('{"model": "stories", ')
+
+
+def test_a_chat_prompt_is_not_echoed(terminal: Open, chat_file: Path) -> None:
+    out = terminal("stories", "Once upon a time", "--chat-template", chat_file, "-n", "2").rest()
+    assert "Once upon a time" not in out
+
+
+def test_ctrl_c_ends_the_text(terminal: Open, tmp_path: Path) -> None:
+    # A prompt long enough to keep any machine busy for seconds, and interruptible within a layer.
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Lily had a dog. " * 6000 + "THE END")
+    run = terminal("stories", "-f", prompt, "-c", "100000")
+    run.expect("THE END")
+    time.sleep(0.5)
+    run.send("\x03")
+    out = run.rest()
+    assert run.code() == 130
+    assert "stopped by Ctrl-C" in out
+    assert "Traceback" not in out
+
+
+def test_json_on_a_terminal_needs_a_prompt(terminal: Open) -> None:
+    run = terminal("stories", "--json")
+    assert "tinyllm-run: there is no PROMPT" in run.rest()
+    assert run.code() == 2
+
+
+# --- the conversation -----------------------------------------------------------------------------------
+
+
+def test_a_chat_on_a_terminal(terminal: Open, chat_file: Path) -> None:
+    run = terminal("stories", "--chat-template", chat_file, "-n", "5", "--temp", "0", "--system", "Be kind.")
+    assert "a chat" in run.expect("> ")
+    run.send("Hello\r")
+    answer = run.expect("tok/s; context ")
+    assert answer.startswith("Hello\n")
+    assert "5 tokens, " in answer
+    used = int(run.expect(" of 512"))
+    run.expect("> ")
+
+    run.send('"""first\rsecond\r"""\r')
+    run.expect("tok/s; context ")
+    assert int(run.expect(" of 512")) > used
+    run.expect("> ")
+
+    run.send("/undo\r")
+    run.expect("took back 'first\\nsecond' and its answer")
+    run.expect("> ")
+    run.send("/system\r")
+    run.expect("system prompt: Be kind.")
+    run.expect("> ")
+    run.send("/nonsense\r")
+    run.expect("there is no command /nonsense")
+    run.expect("> ")
+    run.send("/help\r")
+    listing = run.expect("> ")
+    assert all(word in listing for word in ("/clear", "/undo", "/system", '"""', "Ctrl-C"))
+    run.send("\x03")
+    run.expect("Ctrl-D leaves")
+    run.expect("> ")
+    run.send("\x04")
+    run.rest()
+    assert run.code() == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("readline") is None, reason="this Python has no readline")
+def test_the_arrow_key_brings_back_the_last_line(terminal: Open) -> None:
+    run = terminal("stories", "-n", "6", "--temp", "0")
+    assert "is a base model" in run.expect("> ")
+    texts = []
+    for keys in ("One day\r", "\x1b[A\r"):
+        run.send(keys)
+        run.expect(BOLD + "One day\x1b[0m")
+        texts.append(run.expect("tok/s"))
+        run.expect("> ")
+    assert texts[0].split("\n")[0] == texts[1].split("\n")[0]
+    run.send("/quit\r")
+    run.rest()
+    assert run.code() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(terminal: Open, tmp_path: Path) -> None:
+    template = tmp_path / "slow.jinja"
+    template.write_text("{{ 'Lily had a dog. ' * 6000 if messages[-1].content == 'long' else 'Once' }}")
+    run = terminal("stories", "--chat-template", template, "-c", "100000", "-n", "3")
+    run.expect("> ")
+    run.send("long\r")
+    run.expect("long\n")
+    time.sleep(0.5)
+    run.send("\x03")
+    run.expect("stopped by Ctrl-C")
+    run.expect("> ")
+    run.send("short\r")
+    run.expect("3 tokens")
+    run.expect("> ")
+    run.send("\x04")
+    assert "Traceback" not in run.rest()
+    assert run.code() == 0
+
+
+# --- the same, without a terminal -----------------------------------------------------------------------
+
+
+def converse(
+    llm: LLM,
+    talk: Talk,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[str, str]:
+    """A conversation of typed lines, then Ctrl-D; what it wrote to stdout and stderr."""
+    typed = iter(lines)
+
+    def read(prompt: str) -> str:
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    assert interact(llm, talk) == 0
+    out, err = capsys.readouterr()
+    return out, err
+
+
+PARAMS = SamplingParams(max_tokens=5, temperature=0)
+
+
+def test_a_chat_sends_everything_said_so_far(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = []
+    monkeypatch.setattr(
+        llm,
+        "chat",
+        lambda messages, **options: (sent.append(messages), LLM.chat(llm, messages, **options))[1],
+    )
+    talk = Chat(llm, PARAMS, None, TEMPLATE)
+    lines = [
+        "Hello",
+        "",
+        "/system Be brief.",
+        " /not a command",
+        "/undo",
+        "Bye",
+        "/clear",
+        "Again",
+        "/system -",
+        "More",
+    ]
+    converse(llm, talk, lines, monkeypatch, capsys)
+    roles = [[message["role"] for message in messages] for messages in sent]
+    assert roles == [
+        ["user"],
+        ["system", "user", "assistant", "user"],
+        ["system", "user", "assistant", "user"],
+        ["system", "user"],
+        ["user", "assistant", "user"],
+    ]
+    assert [messages[-1]["content"] for messages in sent] == [
+        "Hello",
+        " /not a command",
+        "Bye",
+        "Again",
+        "More",
+    ]
+    assert sent[1][2]["content"] == llm.chat(sent[0], params=PARAMS, chat_template=TEMPLATE).text
+
+
+def test_a_full_context_is_said_with_numbers_and_forgets_nothing(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Chat(
+        llm,
+        SamplingParams(temperature=0, logit_bias=dict.fromkeys(llm.eos_ids, float("-inf"))),
+        None,
+        TEMPLATE,
+    )
+    _, err = converse(llm, talk, ["Hello", "One more thing"], monkeypatch, capsys)
+    assert "the context is full: 200 of 200 tokens" in err, "the answer ran into it"
+    assert "tokens do not fit into the context of 200" in err, "the next question did not fit"
+    assert err.count("nothing was forgotten") == 2
+    assert talk._messages[0]["content"] == "Hello"
+    assert len(talk._messages) == 2
+
+
+def test_a_base_model_continues_its_text(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["", "Once upon a time", "", "/undo", "", "/system x", "/clear", "", "/undo"]
+    out, err = converse(llm, Text(llm, PARAMS), lines, monkeypatch, capsys)
+    whole = llm("Once upon a time", max_tokens=10, temperature=0)
+    first = llm("Once upon a time", max_tokens=5, temperature=0).text
+    second = whole.text.removeprefix(first)
+    assert out == f"Once upon a time{first}\n{second}\n{second}\n\n"
+    assert "is a base model" in err
+    assert "a base model has no system prompt" in err
+    assert "there is nothing to take back" in err
+
+
+def test_an_error_does_not_end_the_conversation(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}Hi"
+    _, err = converse(llm, Chat(llm, PARAMS, None, template), ["a", "b", "/undo", "c"], monkeypatch, capsys)
+    assert err.count("one message only") == 1
+    assert err.count("tok/s") == 2
+
+
+class _Terminal:
+    def isatty(self) -> bool:
+        return True
+
+
+def test_control_characters_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "a\x1b[2Jb\tc\nd\x07\x9b\r"
+    assert shown(text, _Terminal()) == "a<1b>[2Jb\tc\nd<07><9b><0d>"  # type: ignore[arg-type]
+    assert shown(text, sys.stdout) == text
