@@ -66,6 +66,8 @@ tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_
         return tl_fail(message, TL_ARGUMENT, "the cache was made for a model of another shape");
     if (b->n < 0 || b->n_sequences < 0 || b->max_pages < 0 || b->n_rows < 0)
         return tl_fail(message, TL_ARGUMENT, "a count is negative");
+    if (b->n_rows > b->n) // the buffers are for n tokens
+        return tl_fail(message, TL_ARGUMENT, "%d rows are more than the %d tokens", b->n_rows, b->n);
     if (b->first_layer < 0 || b->first_layer > b->last_layer || b->last_layer > c->n_layers)
         return tl_fail(message, TL_ARGUMENT, "layers %d to %d are not in 0..%d", b->first_layer, b->last_layer,
                        c->n_layers);

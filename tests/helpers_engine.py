@@ -1,6 +1,6 @@
-"""A model for tests of the engine that knows nothing but pages. Like keys and values, what it keeps for a token
-depends on all tokens before it, and what it answers on all that it reads back through the page tables; so any
-mistake with pages, positions or sequences changes the text."""
+"""A model for tests of the engine that knows nothing but pages. Like keys and values, what it keeps for a
+token depends on all tokens before it, and what it answers on all that it reads back through the page tables;
+so any mistake with pages, positions or sequences changes the text."""
 
 from __future__ import annotations
 

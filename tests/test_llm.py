@@ -423,6 +423,21 @@ def test_no_such_model(tmp_path: Path) -> None:
 # Loading.
 
 
+def test_ways_to_name_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory, the weights in it, a path with ~, and a path that is called like the bundled model."""
+    spec = golden_spec("llama2")
+    directory = golden_model(spec, tmp_path / "stories")
+    ids = random_ids(spec.config, 1, 20)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    results = []
+    for name in (directory, directory / "model.safetensors", "~/stories", "stories"):
+        with tinyllm.load(name) as loaded:
+            results.append(loaded.logits(ids))
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
+
+
 def test_progress_ends_at_the_total(path: Path) -> None:
     calls: list[tuple[int, int]] = []
     tinyllm.load(path, progress=lambda done, total: calls.append((done, total))).close()

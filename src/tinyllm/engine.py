@@ -285,10 +285,9 @@ class Engine:
                         generation.sequence = self.fork(job.sequence)
                         start(generation)
                     for generation in texts:
-                        if job.is_cancelled:
+                        if job.is_cancelled or job.logits is None:
                             piece = generation.finish("cancelled")
                         else:
-                            assert job.logits is not None
                             piece = generation.accept(job.logits[-1])
                         if generation.finish_reason is not None:
                             del jobs[generation]

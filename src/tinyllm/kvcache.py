@@ -56,8 +56,8 @@ class Sequence:
     """
 
     def __init__(self, cache: KVCache, tokens: Iterable[int]) -> None:
+        self.pages: list[int] = []  # first, for a destructor that runs after a failure in the next line
         self.tokens = list(tokens)
-        self.pages: list[int] = []
         self.n_cached = 0
         self.order = next(cache._orders)  # age: the lower, the older
         self._cache = cache
@@ -258,8 +258,8 @@ class KVCache:
         if n > len(self._free) + len(self._unused):
             raise MemoryLimitError(
                 f"the KV cache is full: {n} more pages of {PAGE} tokens ({self.pool.page_bytes} bytes each) "
-                f"are needed; {self.n_used} are in use, {self.pool.n_pages} exist, at most {self.max_pages} may. "
-                "Close sessions and streams, or ask for fewer or shorter texts at a time"
+                f"are needed; {self.n_used} are in use, {self.pool.n_pages} exist, at most {self.max_pages} "
+                "may. Close sessions and streams, or ask for fewer or shorter texts at a time"
             )
         while n > len(self._free):
             self._evict()

@@ -8,14 +8,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define CHECK(condition, ...)                                                                                \
-    do {                                                                                                     \
-        if (!(condition)) {                                                                                  \
-            printf("%s:%d: ", __FILE__, __LINE__);                                                           \
-            printf(__VA_ARGS__);                                                                             \
-            printf("\n");                                                                                    \
-            exit(1);                                                                                         \
-        }                                                                                                    \
+#define CHECK(condition, ...)                                                                                          \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            printf("%s:%d: ", __FILE__, __LINE__);                                                                     \
+            printf(__VA_ARGS__);                                                                                       \
+            printf("\n");                                                                                              \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
     } while (0)
 
 static uint32_t random_state = 1;
@@ -26,9 +26,7 @@ static inline uint32_t random_bits(void) { // Marsaglia's xorshift32
     return random_state ^= random_state << 5;
 }
 
-static inline int random_below(int n) {
-    return (int)(random_bits() % (uint32_t)n);
-}
+static inline int random_below(int n) { return (int)(random_bits() % (uint32_t)n); }
 
 static inline float random_float(void) { // in [-1, 1)
     return (float)((int32_t)random_bits() >> 8) * 0x1p-23f;

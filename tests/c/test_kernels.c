@@ -10,13 +10,11 @@
 #include <string.h>
 
 #define UNIT      0x1p-24
-#define TINY      0x1p-120 // covers what underflows
+#define TINY      0x1p-120   // covers what underflows
 #define EXP_ERROR (6 * UNIT) // vf_exp: the series' rest 2.9 u, the reduction 0.5 u, Horner's roundings 2.4 u
 #define COUNT(a)  ((int)(sizeof(a) / sizeof(a)[0]))
 
-static double gamma_of(int n) {
-    return n * UNIT / (1 - n * UNIT);
-}
+static double gamma_of(int n) { return n * UNIT / (1 - n * UNIT); }
 
 #define MAX_KERNELS 16
 static const tl_kernels *kernels[MAX_KERNELS]; // [0] is the plain C target
@@ -48,15 +46,14 @@ static long first_difference(const void *a, const void *b, size_t n_bytes) {
 }
 
 // ---- matrices
-// ----------------------------------------------------------------------------------------------------------
 
 // What of a format's block is not free: where f16 numbers lie, and where codes do in formats with a minimum.
 static const struct {
     int id, half[2], codes, codes_end;
 } blocks[] = {
-    {8, {0, -1}, 0, 0},    {2, {0, -1}, 0, 0},    {3, {0, 2}, 4, 20},    {6, {0, -1}, 0, 0},
+    {8, {0, -1}, 0, 0},    {2, {0, -1}, 0, 0},     {3, {0, 2}, 4, 20},    {6, {0, -1}, 0, 0},
     {7, {0, 2}, 4, 24},    {10, {80, 82}, 16, 80}, {11, {108, -1}, 0, 0}, {12, {0, 2}, 16, 144},
-    {13, {0, 2}, 16, 176}, {14, {208, -1}, 0, 0}, {20, {0, -1}, 0, 0},   {23, {0, -1}, 0, 0},
+    {13, {0, 2}, 16, 176}, {14, {208, -1}, 0, 0},  {20, {0, -1}, 0, 0},   {23, {0, -1}, 0, 0},
 };
 
 static void random_block(uint8_t *block, const tl_format *f) {
@@ -71,8 +68,8 @@ static void random_block(uint8_t *block, const tl_format *f) {
 }
 
 typedef struct matrix {
-    tl_matrix m;      // data and bias are exactly sized
-    float *w, *min;   // [rows, k] what it means; the minimums alone, or zeros
+    tl_matrix m;    // data and bias are exactly sized
+    float *w, *min; // [rows, k] what it means; the minimums alone, or zeros
 } matrix;
 
 static void upload(tl_matrix *m, const tl_format *f, int rows, int k, const uint8_t *file) {
@@ -197,13 +194,13 @@ static void check_product(const tl_format *f, const shape *s) {
             expected = out;
             for (size_t at = 0; at < n; at++) {
                 const int t = (int)(at / stride), row = (int)(at % stride);
-                const int inside = row < s->rows && row / TL_ROWS >= s->first && row / TL_ROWS < s->last &&
-                                   t >= s->from && t < s->to;
+                const int inside =
+                    row < s->rows && row / TL_ROWS >= s->first && row / TL_ROWS < s->last && t >= s->from && t < s->to;
                 if (inside)
                     check_output(&a, &in, out[at], before[at], row, t, s->add);
                 else
-                    CHECK(!memcmp(&out[at], &before[at], 4), "%s scalar wrote outside: row %d, token %d", f->name,
-                          row, t);
+                    CHECK(!memcmp(&out[at], &before[at], 4), "%s scalar wrote outside: row %d, token %d", f->name, row,
+                          t);
             }
             continue;
         }
@@ -247,7 +244,6 @@ static void check_products(void) {
 }
 
 // ---- rows of activations
-// ---------------------------------------------------------------------------------------------
 
 static const int lengths[] = {1, 7, 16, 17, 33, 64, 65, 100, 172, 1000};
 
@@ -256,7 +252,9 @@ static void check_rmsnorm(void) {
         for (int round = 0; round < 4; round++) {
             const int n = lengths[i];
             const float eps = round == 3 ? 0.1f : 1e-5f;
-            float *x = random_floats((size_t)n, round == 0 ? 0 : round == 1 ? 1e-3f : 100),
+            float *x = random_floats((size_t)n, round == 0   ? 0
+                                                : round == 1 ? 1e-3f
+                                                             : 100),
                   *weight = random_floats((size_t)n, 2), *expected = NULL;
             for (int c = 0; c < n_kernels; c++) {
                 float *out = exactly((size_t)n * sizeof(float));
@@ -331,8 +329,8 @@ static void check_quantize(void) {
                 float largest = 0;
                 for (int i = 0; i < TL_Q; i++) largest = fmaxf(largest, fabsf(x[g * TL_Q + i]));
                 const int zeros = largest <= 0x1p-100f;
-                CHECK(scale[g] == (zeros ? 0 : largest / 127.0f), "quantize scalar: scale of group %d is %g, largest %g",
-                      g, (double)scale[g], (double)largest);
+                CHECK(scale[g] == (zeros ? 0 : largest / 127.0f),
+                      "quantize scalar: scale of group %d is %g, largest %g", g, (double)scale[g], (double)largest);
                 for (int i = 0; i < TL_Q; i++) { // the inverse and the product are rounded before the number is
                     const double y = zeros ? 0 : (double)x[g * TL_Q + i] * 127 / (double)largest;
                     const int number = q[g * TL_Q + i];
@@ -352,7 +350,9 @@ static void check_silu_mul(void) {
     for (int i = 0; i < COUNT(lengths); i++)
         for (int round = 0; round < 3; round++) {
             const int n = lengths[i];
-            float *gate = random_floats((size_t)n, round == 0 ? 1e-3f : round == 1 ? 8 : 120),
+            float *gate = random_floats((size_t)n, round == 0   ? 1e-3f
+                                                   : round == 1 ? 8
+                                                                : 120),
                   *up = random_floats((size_t)n, 2), *expected = NULL;
             for (int c = 0; c < n_kernels; c++) {
                 float *out = copy_of(gate, (size_t)n * sizeof(float));
@@ -367,7 +367,7 @@ static void check_silu_mul(void) {
                 for (int j = 0; j < n; j++) { // roundings beside exp's: the sum, the quotient, the product
                     const double g = (double)gate[j], exact = g / (1 + exp(-g)) * (double)up[j];
                     const double clamped = fabs(g * (double)up[j]) * exp(-88); // exp stops at 88
-                    CHECK(fabs((double)out[j] - exact) <= (EXP_ERROR + gamma_of(4)) * fabs(exact) + clamped,
+                    CHECK(fabs((double)out[j] - exact) <= (EXP_ERROR + gamma_of(4)) * (fabs(exact) + clamped) + clamped,
                           "silu_mul scalar: %g, %g give %.9g, not %.9g", g, (double)up[j], (double)out[j], exact);
                 }
             }
@@ -380,8 +380,8 @@ static void check_silu_mul(void) {
 static void check_rope(void) {
     static const struct {
         int head_dim, rope_dim, n_heads;
-    } shapes[] = {{8, 8, 1},    {8, 0, 2},    {8, 2, 5},    {20, 20, 3},  {20, 6, 2},   {20, 18, 4},  {64, 64, 2},
-                  {64, 32, 1},  {80, 80, 3},  {80, 50, 2},  {80, 32, 2},  {128, 128, 2}, {128, 66, 1}, {128, 126, 1}};
+    } shapes[] = {{8, 8, 1},   {8, 0, 2},   {8, 2, 5},   {20, 20, 3}, {20, 6, 2},    {20, 18, 4},  {64, 64, 2},
+                  {64, 32, 1}, {80, 80, 3}, {80, 50, 2}, {80, 32, 2}, {128, 128, 2}, {128, 66, 1}, {128, 126, 1}};
     for (int i = 0; i < COUNT(shapes) * 2; i++) {
         const int d = shapes[i / 2].head_dim, half = shapes[i / 2].rope_dim / 2, heads = shapes[i / 2].n_heads;
         const size_t n = (size_t)d * (size_t)heads;
@@ -429,7 +429,6 @@ static void check_rope(void) {
 }
 
 // ---- attention
-// -------------------------------------------------------------------------------------------------------
 static const int head_dims[] = {8, 20, 64, 80, 128};
 
 static void put_number(uint8_t *page, size_t at, float x, int type) {
@@ -452,9 +451,7 @@ static double get_number(const uint8_t *page, size_t at, int type) {
 static size_t key_at(int slot, int d, int head_dim) {
     return ((size_t)(slot / 16) * (size_t)head_dim + (size_t)d) * 16 + (size_t)(slot % 16);
 }
-static int stride_of(int head_dim) {
-    return (head_dim + 15) / 16 * 16;
-}
+static int stride_of(int head_dim) { return (head_dim + 15) / 16 * 16; }
 
 static void check_store_kv(void) {
     static const int slots[] = {0, 1, 15, 16, 37, 48, 63};
@@ -500,7 +497,10 @@ static void fill_pages(tl_segment *s, int from, int to) {
                 put_number(k, key_at(slot, d, s->head_dim), seen ? random_float() : NAN, s->type);
             for (size_t d = 0; d < stride; d++)
                 put_number(v, (size_t)slot * stride + d,
-                           !seen ? NAN : d < (size_t)s->head_dim ? random_float() : 0, s->type);
+                           !seen                     ? NAN
+                           : d < (size_t)s->head_dim ? random_float()
+                                                     : 0,
+                           s->type);
         }
         s->k[page] = k;
         s->v[page] = v;
@@ -516,8 +516,8 @@ static void check_column(const tl_segment *s, int c) {
     for (int i = s->from[c]; i < s->to[c]; i++) {
         double size = 0;
         for (int d = 0; d < s->head_dim; d++) {
-            const double x = (double)s->q[c][d] *
-                             get_number(s->k[i / TL_PAGE], key_at(i % TL_PAGE, d, s->head_dim), s->type);
+            const double x =
+                (double)s->q[c][d] * get_number(s->k[i / TL_PAGE], key_at(i % TL_PAGE, d, s->head_dim), s->type);
             score[i] += x;
             size += fabs(x);
         }
@@ -536,8 +536,8 @@ static void check_column(const tl_segment *s, int c) {
     for (int d = 0; d < s->v_stride; d++) {
         double exact = 0, bound = TINY;
         for (int i = s->from[c]; i < s->to[c]; i++) {
-            const double v = get_number(s->v[i / TL_PAGE],
-                                        (size_t)(i % TL_PAGE) * (size_t)s->v_stride + (size_t)d, s->type);
+            const double v =
+                get_number(s->v[i / TL_PAGE], (size_t)(i % TL_PAGE) * (size_t)s->v_stride + (size_t)d, s->type);
             exact += p[i] * v;
             bound += (p_error[i] + gamma_of(TL_SEGMENT) * (p[i] + p_error[i])) * fabs(v);
         }
@@ -615,8 +615,8 @@ static void check_segments(void) {
 static void check_merge(void) {
     static const struct {
         float max, sum, part_max, part_sum;
-    } cases[] = {{-INFINITY, 0, 1.5f, 40},   {-INFINITY, 0, -300, 1}, {2, 10, 2, 20},       {2.5f, 10, 1.25f, 20},
-                 {-3, 1, 4, 100},            {-80, 3, 60, 2},         {500, 256, -500, 256}, {0.1f, 5, 0.3f, 1}};
+    } cases[] = {{-INFINITY, 0, 1.5f, 40}, {-INFINITY, 0, -300, 1}, {2, 10, 2, 20},        {2.5f, 10, 1.25f, 20},
+                 {-3, 1, 4, 100},          {-80, 3, 60, 2},         {500, 256, -500, 256}, {0.1f, 5, 0.3f, 1}};
     for (int i = 0; i < COUNT(cases) * COUNT(head_dims); i++) {
         const int n = stride_of(head_dims[i / COUNT(cases)]), at = i % COUNT(cases);
         float *running = random_floats((size_t)n, isinf(cases[at].max) ? 0 : 3), *part = random_floats((size_t)n, 3),

@@ -1,0 +1,104 @@
+"""The speed of everything a user waits for, on the bundled model: decoding, prefill, sampling, loading, starting.
+
+README.md says what the figures mean and how to run them.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinyllm
+from conftest import Measure
+from tinyllm.sampling import Sampler
+
+N_DECODE = 64
+N_PREFILL = 384
+
+
+@pytest.fixture(scope="module", params=["f16", "q8_0", "q4_0"])
+def llm(request: pytest.FixtureRequest, master: Path) -> Iterator[tinyllm.LLM]:
+    weights = None if request.param == "f16" else request.param
+    with tinyllm.load(master, weights=weights) as model:
+        yield model
+
+
+class Prompts:
+    """Random ids, never the same twice, so that no prompt is found in the cache."""
+
+    def __init__(self, llm: tinyllm.LLM, n_tokens: int) -> None:
+        self.random = np.random.default_rng(0)
+        self.vocab_size, self.n_tokens = llm.config.vocab_size, n_tokens
+
+    def __call__(self) -> tuple[tuple[list[int]], dict[str, Any]]:
+        return (self.random.integers(self.vocab_size, size=self.n_tokens).tolist(),), {}
+
+
+def test_decode(llm: tinyllm.LLM, measure: Measure) -> None:
+    """One text, greedy, token by token. The prompt is one token, a small part of the time."""
+    endless = dict.fromkeys(llm.eos_ids, -math.inf)
+
+    def decode(prompt: list[int]) -> None:
+        completion = llm(prompt, max_tokens=N_DECODE, temperature=0, logit_bias=endless)
+        assert len(completion.tokens) == N_DECODE
+
+    measure(decode, n_tokens=N_DECODE, setup=Prompts(llm, 1))
+
+
+def test_decode_batch_of_8(llm: tinyllm.LLM, measure: Measure) -> None:
+    """Eight texts in one batch; tokens of all of them together."""
+    endless = dict.fromkeys(llm.eos_ids, -math.inf)
+    prompts = Prompts(llm, 8)
+
+    def setup() -> tuple[tuple[list[list[int]]], dict[str, Any]]:
+        (ids,), _ = prompts()
+        return ([[i] for i in ids],), {}
+
+    def decode(batch: list[list[int]]) -> None:
+        completions = llm(batch, max_tokens=N_DECODE, temperature=0, logit_bias=endless)
+        assert sum(len(c.tokens) for c in completions) == 8 * N_DECODE
+
+    measure(decode, n_tokens=8 * N_DECODE, setup=setup, rounds=5)
+
+
+def test_prefill(llm: tinyllm.LLM, measure: Measure) -> None:
+    """A prompt, up to the first token of the answer."""
+
+    def prefill(prompt: list[int]) -> None:
+        llm(prompt, max_tokens=1, temperature=0)
+
+    measure(prefill, n_tokens=N_PREFILL, setup=Prompts(llm, N_PREFILL))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8], ids=["greedy", "default"])
+def test_sample_128k(temperature: float, measure: Measure) -> None:
+    """One token out of 128k logits, with the default filters."""
+    n_vocab = 128 * 1024
+    logits = np.random.default_rng(0).normal(0, 3, n_vocab).astype(np.float32)
+    sampler = Sampler(tinyllm.SamplingParams(temperature=temperature, seed=1).resolve(), n_vocab)
+    history = list(range(100))
+    measure(lambda: sampler(logits, history, len(history)), rounds=200)
+
+
+def test_load_tokenizer_128k(data_dir: Path, measure: Measure) -> None:
+    """Llama 3's vocabulary, rebuilt from a GGUF."""
+    path = data_dir / "vocab" / "ggml-vocab-llama-bpe.gguf"
+    measure(lambda: tinyllm.load_tokenizer(path), rounds=3)
+
+
+def test_load(measure: Measure) -> None:
+    """The bundled model, its file in the page cache."""
+    measure(lambda: tinyllm.load("stories").close())
+
+
+def test_start_to_first_token(measure: Measure) -> None:
+    """The whole process: Python, imports, loading, a prompt, one token."""
+    command = [sys.executable, "-m", "tinyllm.cli.run", "stories", "Once upon a time", "-n", "1"]
+    measure(lambda: subprocess.run(command, check=True, capture_output=True), rounds=5)
