@@ -16,7 +16,6 @@ import pytest
 import tinyllm
 
 RESULTS = pytest.StashKey[list[tuple[str, str]]]()
-Measure = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
@@ -36,11 +35,11 @@ def data_dir() -> Path:
 
 
 @pytest.fixture
-def measure(benchmark: Any, request: pytest.FixtureRequest) -> Measure:
+def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """measure(function, n_tokens=..., setup=..., rounds=...): runs it and adds a line to the closing table.
 
-    n_tokens: what one call works through, for a rate; None: the line says the time. setup: untimed, before each
-    round; returns the arguments as (args, kwargs).
+    n_tokens: what one call works through, for a rate; None: the line says the time. setup: untimed, before
+    each round; returns the arguments as (args, kwargs).
     """
 
     def run(

@@ -1,4 +1,4 @@
-"""The speed of everything a user waits for, on the bundled model: decoding, prefill, sampling, loading, starting.
+"""The speed of all that a user waits for, on the bundled model: decode, prefill, sample, load, start.
 
 README.md says what the figures mean and how to run them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import tinyllm
-from conftest import Measure
 from tinyllm.sampling import Sampler
 
+Measure = Callable[..., None]  # conftest.py
 N_DECODE = 64
 N_PREFILL = 384
 

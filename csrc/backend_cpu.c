@@ -26,6 +26,9 @@ static void rotate_and_store(void *data, int t, int thread) {
     float *q = r->base.q + (size_t)t * r->q_width, *k = r->k + (size_t)t * r->kv_width,
           *v = r->v + (size_t)t * r->kv_width;
     tl_isa()->rope(q, cos, sin, c->n_heads, c->head_dim, c->rope_dim, c->attention_scale);
+    if (cache->type == 8)
+        tl_isa()->quantize(r->in.q + (size_t)t * r->q_width, r->in.scale + (size_t)t * (r->q_width / TL_Q),
+                           r->in.sums + (size_t)t * (r->q_width / TL_Q * 2), q, (int)r->q_width);
     tl_isa()->rope(k, cos, sin, c->n_kv_heads, c->head_dim, c->rope_dim, 1);
     const int32_t *pages = b->page_tables + (size_t)b->sequences[t] * (size_t)b->max_pages;
     for (int h = 0; h < c->n_kv_heads; h++) {
@@ -63,6 +66,7 @@ static void cpu_norm_glu(tl_run *run, int layer) {
 
 static void cpu_norm_linear(tl_run *run, const tl_norm *norm, const tl_matrix *w) {
     const tl_batch *b = run->batch;
+    if (b->n_rows == 0) return;
     tl_product product = {.w = w, .out = b->logits, .stride = (size_t)w->rows};
     tl_cpu_products((tl_cpu_run *)run, run->x, b->rows, b->n_rows, norm, &product, 1);
 }

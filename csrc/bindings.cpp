@@ -293,6 +293,18 @@ py::tuple top_logprobs(const Floats &logits, int k) {
     return py::make_tuple(tokens, logprobs);
 }
 
+double read_bandwidth(size_t n_bytes, int threads, int repetitions) {
+    double gb_s = 0;
+    tl_message message;
+    tl_status status;
+    {
+        py::gil_scoped_release released;
+        status = tl_read_bandwidth(&gb_s, n_bytes, threads, repetitions, &message);
+    }
+    if (status != TL_OK) raise(status, message);
+    return gb_s;
+}
+
 float logprob(const Floats &logits, int32_t token) {
     if (token < 0 || token >= logits.size()) raise_argument("token " + std::to_string(token) + " is out of range");
     return tl_logprob(logits.data(), static_cast<int>(logits.size()), token);
@@ -342,6 +354,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"));
     m.def("logprob", &logprob, py::arg("logits"), py::arg("token"));
     m.def("random", &tl_random, py::arg("seed"), py::arg("position"));
+    m.def("read_bandwidth", &read_bandwidth, py::arg("n_bytes"), py::arg("threads"), py::arg("repetitions"));
     m.def("live_allocations", [] {
         size_t blocks, bytes;
         tl_memory_live(&blocks, &bytes);

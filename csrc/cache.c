@@ -8,21 +8,23 @@
 
 tl_status tl_cache_create(tl_cache **out, const tl_model *model, int type, int max_pages, tl_message *message) {
     const tl_config *c = &model->config;
-    if (type != 0 && type != 1) return tl_fail(message, TL_ARGUMENT, "cache type %d is not F32 (0) or F16 (1)", type);
+    if (type != 0 && type != 1 && (type != 8 || c->head_dim % TL_Q))
+        return tl_fail(message, TL_ARGUMENT,
+                       "cache type %d is not F32 (0), F16 (1) or, for heads of a multiple of 32, Q8_0 (8)", type);
     if (max_pages < 1 || max_pages > 1 << 24)
         return tl_fail(message, TL_ARGUMENT, "max_pages is %d, not in 1..%d", max_pages, 1 << 24);
     tl_cache *cache = tl_alloc(sizeof *cache);
     if (!cache) return tl_fail(message, TL_MEMORY, "no memory for a cache");
-    size_t number_bytes = type == 0 ? 4 : 2, v_stride = ((size_t)c->head_dim + 15) / 16 * 16;
+    const size_t v_stride = ((size_t)c->head_dim + 15) / 16 * 16, size = type == 0 ? 4 : 2; // of a number
+    const size_t q8_bytes = TL_PAGE * ((size_t)c->head_dim / TL_Q) * 34;                    // of either, as Q8_0 blocks
     *cache = (tl_cache){.backend = model->backend,
                         .type = type,
                         .n_layers = c->n_layers,
                         .n_kv_heads = c->n_kv_heads,
                         .head_dim = c->head_dim,
                         .v_stride = (int)v_stride,
-                        .number_bytes = number_bytes,
-                        .k_bytes = TL_PAGE * (size_t)c->head_dim * number_bytes,
-                        .v_bytes = TL_PAGE * v_stride * number_bytes,
+                        .k_bytes = type == 8 ? q8_bytes : TL_PAGE * (size_t)c->head_dim * size,
+                        .v_bytes = type == 8 ? q8_bytes : TL_PAGE * v_stride * size,
                         .max_pages = max_pages};
     cache->page_bytes = (size_t)c->n_layers * (size_t)c->n_kv_heads * (cache->k_bytes + cache->v_bytes);
     cache->pages_per_slab = cache->page_bytes > SLAB_BYTES ? 1 : (int)(SLAB_BYTES / cache->page_bytes);

@@ -37,13 +37,13 @@ static void attend_unit(void *data, int unit, int thread) {
     const int split = unit % r->n_splits, kv_head = unit / r->n_splits % c->n_kv_heads;
     const tl_tile *tile = &r->tiles[unit / r->n_splits / c->n_kv_heads];
     const int32_t *pages = b->page_tables + (size_t)b->sequences[tile->token] * (size_t)b->max_pages;
-    const float *q[TL_COLUMNS];
+    size_t q[TL_COLUMNS]; // where a column's query begins among all the call's
     float *running[TL_COLUMNS];
     int positions[TL_COLUMNS];
     for (int i = 0; i < tile->n; i++) {
         const int token = tile->token + (tile->first + i) / r->group;
         const int head = kv_head * r->group + (tile->first + i) % r->group;
-        q[i] = r->base.q + ((size_t)token * (size_t)c->n_heads + (size_t)head) * (size_t)c->head_dim;
+        q[i] = (size_t)token * r->q_width + (size_t)head * (size_t)c->head_dim;
         positions[i] = b->positions[token];
         running[i] = running_result(r, token, head, split);
         memset(running[i], 0, ((size_t)r->v_stride + 2) * sizeof(float));
@@ -56,7 +56,10 @@ static void attend_unit(void *data, int unit, int thread) {
         for (int i = 0; i < tile->n; i++) { // those that see something of the segment
             const int to = tl_min(positions[i] + 1 - s * TL_SEGMENT, TL_SEGMENT), n = segment.n_columns;
             if (to <= 0) continue;
-            segment.q[n] = q[i];
+            segment.q[n] = r->base.q + q[i];
+            segment.q8[n] = r->in.q + q[i];
+            segment.scale[n] = r->in.scale + q[i] / TL_Q;
+            segment.sums[n] = r->in.sums + q[i] / TL_Q * 2;
             segment.to[n] = to;
             segment.out[n] = r->part + ((size_t)thread * TL_COLUMNS + (size_t)n) * (size_t)r->v_stride;
             column[segment.n_columns++] = i;

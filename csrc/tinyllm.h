@@ -159,10 +159,9 @@ void tl_model_free(tl_model *model);
 // Python's (kvcache.py).
 struct tl_cache {
     const tl_backend *backend;
-    int type; // format id of the numbers: 0 F32, 1 F16
+    int type; // format id of the numbers: 0 F32, 1 F16, 8 Q8_0
     int n_layers, n_kv_heads, head_dim;
     int v_stride;                                    // head_dim rounded up to 16
-    size_t number_bytes;                             // of one number
     size_t k_bytes, v_bytes;                         // of one layer's one head's keys, values
     size_t page_bytes;                               // of one page, all layers
     int pages_per_slab, n_slabs, max_pages, n_pages; // n_pages: allocated so far
@@ -255,6 +254,11 @@ void tl_pool_leave(void);
 const char *const *tl_isa_names(void);
 const char *tl_isa_name(void);       // the one in use
 int tl_isa_select(const char *name); // 0, or -1 if it is not usable here
+
+// How fast `threads` threads of the pool read n_bytes (at least 1 MB) of memory, in 1e9 bytes a second over all
+// repetitions: the limit of decoding. Takes the memory and writes it once before. TL_ARGUMENT, TL_MEMORY.
+// (bandwidth.c)
+tl_status tl_read_bandwidth(double *gb_s, size_t n_bytes, int threads, int repetitions, tl_message *message);
 
 // ---- sampling ------------------------------------------------------------------------------------------------------
 // The steps, in this order: logit bias, penalties, temperature 0 stops here (greedy), top_k, typical_p,

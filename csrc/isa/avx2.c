@@ -3,7 +3,7 @@
 #include "avx2.h"
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
-#define V_TILES(X) X(6, 1) X(4, 1) X(2, 2) X(1, 2) // (tokens, panels) that registers hold, widest first
+#define V_TILES(X) X(4, 1) X(2, 1) X(1, 2) // (tokens, panels) that registers hold, widest first
 #define ISA        avx2
 
 static int usable(void) {

@@ -42,6 +42,7 @@ static inline vf vf_load_f16(const uint8_t *p) {
     return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
                 _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 16)))};
 }
+static inline float v_f16_to_f32(uint16_t h) { return _cvtsh_ss(h); }
 static inline vf vf_load_bf16(const uint8_t *p) {
     return (vf){_mm256_castsi256_ps(_mm256_slli_epi32(v_load16(p), 16)),
                 _mm256_castsi256_ps(_mm256_slli_epi32(v_load16(p + 16), 16))};

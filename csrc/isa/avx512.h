@@ -25,6 +25,7 @@ static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 static inline vf vf_load_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline float v_f16_to_f32(uint16_t h) { return _cvtsh_ss(h); }
 static inline vf vf_load_bf16(const uint8_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
@@ -57,16 +58,21 @@ static inline vb vb_lookup(vb a, const uint8_t table[16]) {
     return _mm512_shuffle_epi8(values, _mm512_and_si512(a, _mm512_set1_epi8(15)));
 }
 
+#ifdef TINYLLM_VNNI
+// Written out, because compilers give the broadcast a register of its own, keep 48 of them across panels, and spill.
+typedef int32_t v_int __attribute__((may_alias));
+static inline vi vi_dot(vi sum, vb w, const int8_t *a) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*(const v_int *)a));
+    return sum;
+}
+#define V_OFFSET 128
+static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) { return vi_dot(sum, w, a); }
+#else
 static inline vi v_quad(const int8_t *a) { // a token's 4 activations in every lane
     int32_t quad;
     memcpy(&quad, a, 4);
     return _mm512_set1_epi32(quad);
 }
-#ifdef TINYLLM_VNNI
-static inline vi vi_dot(vi sum, vb w, const int8_t *a) { return _mm512_dpbusd_epi32(sum, w, v_quad(a)); }
-#define V_OFFSET 128
-static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) { return vi_dot(sum, w, a); }
-#else
 static inline vi v_pairs(vb w, vi a) { // u8 x s8, added in fours; exact while a pair fits 16 bits
     return _mm512_madd_epi16(_mm512_maddubs_epi16(w, a), _mm512_set1_epi16(1));
 }

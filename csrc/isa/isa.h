@@ -33,7 +33,10 @@ typedef struct tl_product {
 #define TL_COLUMNS 8
 typedef struct tl_segment {
     int n_columns, head_dim, v_stride, type;
-    const float *q[TL_COLUMNS]; // [head_dim], scaled
+    const float *q[TL_COLUMNS];      // [head_dim], scaled
+    const int8_t *q8[TL_COLUMNS];    // the same in groups of 32, for a Q8_0 cache: [head_dim]
+    const float *scale[TL_COLUMNS];  // [head_dim / 32]
+    const int16_t *sums[TL_COLUMNS]; // [head_dim / 16]
     int from[TL_COLUMNS], to[TL_COLUMNS];
     const uint8_t *k[TL_SEGMENT / TL_PAGE],
         *v[TL_SEGMENT / TL_PAGE]; // one head's keys and values, a page each
@@ -58,6 +61,8 @@ typedef struct tl_kernels {
     // One token's key and value of one head into slot `slot` of a page.
     void (*store_kv)(uint8_t *k_page, uint8_t *v_page, const float *k, const float *v, int slot, int head_dim,
                      int type);
+    // Reads n bytes (a multiple of 256) and little else: returns their 8-byte words or-ed together.
+    uint64_t (*read)(const uint8_t *p, size_t n_bytes);
 } tl_kernels;
 
 const tl_kernels *tl_isa(void); // the one in use

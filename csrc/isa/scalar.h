@@ -41,6 +41,7 @@ static inline vf vf_load_f16(const uint8_t *p) {
     memcpy(h, p, sizeof h);
     V_OP(vf, tl_f16_to_f32(h[i]));
 }
+static inline float v_f16_to_f32(uint16_t h) { return tl_f16_to_f32(h); }
 static inline vf vf_load_bf16(const uint8_t *p) {
     uint16_t h[16];
     memcpy(h, p, sizeof h);

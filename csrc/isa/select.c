@@ -4,16 +4,24 @@
 
 #if defined __x86_64__ && !defined TL_SCALAR_ONLY // an option of the build
 #define X86
+#elif defined __aarch64__ && !defined TL_SCALAR_ONLY
+#define ARM64
 #endif
 
 extern const tl_kernels tl_kernels_scalar;
 #ifdef X86
 extern const tl_kernels tl_kernels_avx512vnni, tl_kernels_avx512, tl_kernels_avx2vnni, tl_kernels_avx2;
 #endif
+#ifdef ARM64
+extern const tl_kernels tl_kernels_neondot, tl_kernels_neon;
+#endif
 
 static const tl_kernels *const built[] = {
 #ifdef X86
     &tl_kernels_avx512vnni, &tl_kernels_avx512, &tl_kernels_avx2vnni, &tl_kernels_avx2,
+#endif
+#ifdef ARM64
+    &tl_kernels_neondot,    &tl_kernels_neon,
 #endif
     &tl_kernels_scalar,
 };

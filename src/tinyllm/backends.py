@@ -22,9 +22,10 @@ from .loaders import FORMATS, TensorInfo
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-CacheType = Literal["f16", "f32"]
+CacheType = Literal["f16", "f32", "q8_0"]
 
-CACHE_TYPES: dict[str, int] = {"f32": 0, "f16": 1}  # by name: the core's format id
+PAGE = 64  # tokens of a KV page, TL_PAGE
+CACHE_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q8_0": 8}  # by name: the core's format id
 FORMAT_IDS: dict[str, int] = {name: id for id, name, *_ in _core.formats()}
 WRITABLE: tuple[str, ...] = tuple(name for _, name, _, _, writable, _ in _core.formats() if writable)
 
@@ -122,6 +123,14 @@ def free_memory() -> int:
     return free
 
 
+def read_bandwidth(n_bytes: int, threads: int, repetitions: int = 1) -> float:
+    """How fast `threads` threads read n_bytes (at least 1 MB) of memory now, in GB/s (1e9 bytes) over all repetitions.
+
+    With the instruction set in use. Raises ArgumentError, MemoryLimitError.
+    """
+    return _core.read_bandwidth(n_bytes, threads, repetitions)
+
+
 def info() -> dict[str, Any]:
     """Version, instruction sets (in use, usable), default threads, and whether CUDA is there and if not why."""
     return {
@@ -144,6 +153,13 @@ def packed_bytes(shape: tuple[int, ...], format: int) -> int:
     block = FORMATS[format].block
     panel_bytes = next(row[5] for row in _core.formats() if row[0] == format)
     return -(-rows // 16) * (-(-k // block)) * panel_bytes
+
+
+def page_bytes(config: ModelConfig, cache_type: CacheType) -> int:
+    """Bytes of a KV page of 64 tokens, all layers (tl_cache in tinyllm.h)."""
+    d = config.head_dim
+    of_token = 2 * (d // 32) * 34 if cache_type == "q8_0" else (d + -(-d // 16) * 16) * (4 if cache_type == "f32" else 2)
+    return config.n_layers * config.n_kv_heads * PAGE * of_token
 
 
 class PagePool:
@@ -305,6 +321,8 @@ class Model:
 
 def _integers(name: str, values: npt.ArrayLike) -> I32:
     array = np.asarray(values)
+    if array.dtype == np.int32:
+        return np.ascontiguousarray(array)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, not {array.dtype}")
     if array.size and (array.min() < -(1 << 31) or array.max() >= 1 << 31):

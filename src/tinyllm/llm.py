@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import backends
+from .backends import CacheType
 from .chat import ChatTemplate, require
 from .config import GenerationDefaults, ModelConfig
 from .engine import Engine, FinishReason, Generation, Job, Piece
@@ -34,11 +35,8 @@ from .tokenizer import Tokenizer
 
 Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
-CacheType = Literal["f16", "f32"]
 Cancel = Callable[[], bool]
 
-CACHE_BYTES = {"f16": 2, "f32": 4}  # of a number
-QUANTIZED = {"q8_0": 8, "q4_0": 2}  # what `weights=` can ask for, by GGML's type numbers
 MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
 MAX_PAGES = 1 << 24  # of a pool, the core's limit
 
@@ -631,7 +629,7 @@ def load(
     .safetensors file in one, or "stories", the model that comes with tinyllm. device: "auto" or "cpu".
     threads: None for one a physical core. context: how many tokens a sequence may hold; None: what the
     model was trained for, or less where only less fits into 80 % of the free memory. cache_type: the
-    numbers of the KV cache, "f16" or "f32". weights: a format ("q8_0", "q4_0") to quantize float matrices
+    numbers of the KV cache, "f16", "f32" or "q8_0". weights: a format ("q8_0", "q4_0") to quantize float matrices
     to while loading. progress: called with (bytes done, bytes in all).
 
     Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
@@ -642,8 +640,8 @@ def load(
     started = time.perf_counter()
     if context is not None and operator.index(context) < 1:
         raise ArgumentError(f"context is {context}, expected 1 or more")
-    if cache_type not in CACHE_BYTES:
-        raise ArgumentError(f"cache_type is {cache_type!r}, expected one of {', '.join(CACHE_BYTES)}")
+    if cache_type not in backends.CACHE_TYPES:
+        raise ArgumentError(f"cache_type is {cache_type!r}, expected one of {', '.join(backends.CACHE_TYPES)}")
     files = read_model(path)
     name = str(files.path)
     formats = _formats(files.weights, weights, name)
@@ -701,9 +699,7 @@ def _fit_memory(
 ) -> tuple[int, int]:
     """(context, most pages of the cache) for the memory there is, or MemoryLimitError."""
     free = backends.free_memory()
-    v_stride = -(-config.head_dim // 16) * 16  # tl_cache in tinyllm.h
-    numbers = config.n_layers * config.n_kv_heads * PAGE * (config.head_dim + v_stride)
-    page_bytes = numbers * CACHE_BYTES[cache_type]
+    page_bytes = backends.page_bytes(config, cache_type)
     wanted = -(-(context or config.context) // PAGE)
     # A context that was asked for may take all that is free; one that we choose leaves some.
     budget = int(MEMORY_SHARE * free) if context is None else free

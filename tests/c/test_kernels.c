@@ -188,7 +188,7 @@ static void check_product(const tl_format *f, const shape *s) {
     float *before = random_floats(n, 2), *expected = NULL;
     for (int i = 0; i < n_kernels; i++) {
         float *out = copy_of(before, n * sizeof(float));
-        const tl_product product = {&a.m, &in, out, stride, s->add};
+        const tl_product product = {.w = &a.m, .in = &in, .out = out, .stride = stride, .add = s->add};
         kernels[i]->matmul[f - tl_formats](&product, s->first, s->last, s->from, s->to);
         if (i == 0) {
             expected = out;

@@ -1,0 +1,10 @@
+// neon.c: NEON as every ARMv8-A has it (Cortex-A53, A57, A72).
+#include "neon.h"
+
+#define V_UNROLL   _Pragma("GCC unroll 16")
+#define V_TILES(X) X(4, 1) X(2, 2) X(1, 4) // (tokens, panels) that registers hold, widest first
+#define ISA        neon
+
+static int usable(void) { return 1; }
+
+#include "target.inc"

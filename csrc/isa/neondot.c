@@ -1,0 +1,20 @@
+// neondot.c: NEON with SDOT (Cortex-A55 and A76 and later, Neoverse, Apple silicon).
+#define TINYLLM_DOTPROD
+#include "neon.h"
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+
+#define V_UNROLL   _Pragma("GCC unroll 16")
+#define V_TILES(X) X(4, 1) X(2, 2) X(1, 4) // (tokens, panels) that registers hold, widest first
+#define ISA        neondot
+
+static int usable(void) {
+#ifdef __linux__
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return 1; // Apple's all have it
+#endif
+}
+
+#include "target.inc"

@@ -1,0 +1,506 @@
+"""Measures models: prefill and decoding as llama-bench counts them, beside what the memory could deliver.
+
+Calls `Model.forward` directly: no sampling, no tokenizer; logits of the last token only in prefill, of
+every token in decoding. Imports backends, llm, modelfiles, loaders and errors; prints nothing.
+docs/roofline.md says how to read the figures; cli/bench.py prints them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from . import backends
+from .backends import I32, CacheType, PagePool
+from .errors import ArgumentError, MemoryLimitError
+from .llm import load
+from .loaders import FORMATS, FileReader, TensorInfo
+from .modelfiles import read_model
+
+PAGE = 64  # tokens
+CHUNK = 512  # tokens of a prefill call, as in llama-bench and in engine.py
+READ_BYTES = 1 << 30  # that a sample of the read bandwidth reads at least
+HASHED_WHOLE = 64 << 20  # files up to this size are hashed whole
+HASHED_PIECES = 64  # of 1 MB each, evenly spread, of larger ones
+
+Progress = Callable[[str, int, int], object]  # (what, done, total)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: a prompt of n_prompt tokens, or n_gen tokens for each of n_sequences at once
+    (the other of the two is 0), after n_depth tokens that are in the cache already.
+    """
+
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    n_sequences: int
+    threads: int
+    isa: str
+    cache_type: str
+
+    @property
+    def name(self) -> str:
+        """As llama-bench calls it: pp512, tg128 @ d4096; several sequences are tg128 x 8."""
+        what = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        together = f" x {self.n_sequences}" if self.n_sequences > 1 else ""
+        return what + together + (f" @ d{self.n_depth}" if self.n_depth else "")
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that count for the rate."""
+        return (self.n_prompt + self.n_gen) * self.n_sequences
+
+    @property
+    def n_positions(self) -> int:
+        """Positions of the cache that a sequence takes."""
+        return self.n_depth + self.n_prompt + self.n_gen
+
+
+def cases(
+    *,
+    n_prompt: Iterable[int] = (512,),
+    n_gen: Iterable[int] = (128,),
+    n_depth: Iterable[int] = (0,),
+    n_sequences: Iterable[int] = (1,),
+    threads: Iterable[int] | None = None,
+    isa: Iterable[str] | None = None,
+    cache_type: Iterable[str] = ("f16",),
+) -> list[Case]:
+    """Every combination, each once; prompts with one sequence only. A 0 in n_prompt or n_gen stands for none.
+
+    threads None: the default number. isa None: the instruction set in use. Raises ArgumentError,
+    UnsupportedError for an instruction set that is not usable here.
+    """
+    threads = [backends.default_threads()] if threads is None else list(threads)
+    isa = [backends.info()["isa"]] if isa is None else list(isa)
+    cache_type = list(cache_type)
+    for n in threads:
+        if not 1 <= n <= backends.MAX_THREADS:
+            raise ArgumentError(f"threads is {n}, not in 1..{backends.MAX_THREADS}")
+    for name in cache_type:
+        if name not in backends.CACHE_TYPES:
+            raise ArgumentError(f"cache type is {name!r}; it is one of {', '.join(backends.CACHE_TYPES)}")
+    for name in isa:
+        with _using(name):
+            pass
+    tests = [(p, 0, 1) for p in n_prompt if p]
+    tests += [(0, g, s) for g, s in itertools.product(n_gen, n_sequences) if g]
+    if not tests:
+        raise ArgumentError("there is nothing to measure: neither a prompt nor tokens to generate")
+    product = itertools.product(isa, threads, cache_type, n_depth, tests)
+    found = (Case(p, g, depth, s, t, i, c) for i, t, c, depth, (p, g, s) in product)
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model is, from its files. size_bytes and n_params: of all tensors as they are stored.
+
+    layer_macs, output_macs: the multiply-adds with weights that a token takes in the layers, and for its
+    logits.
+    """
+
+    name: str
+    kind: str
+    size_bytes: int
+    n_params: int
+    layer_macs: int
+    output_macs: int
+    file_hash: str
+
+
+def read_facts(path: str) -> Facts:
+    """Reads a model's headers and hashes its files. Raises what `read_model` does."""
+    files = read_model(path)
+    tensors: Mapping[tuple[str, int | None], TensorInfo] = files.weights
+    n_params = sum(_elements(t) for t in tensors.values())
+    matrices = {key: t for key, t in tensors.items() if len(t.shape) == 2}
+    n_bytes: dict[str, int] = {}
+    for tensor in matrices.values():
+        name = FORMATS[tensor.format].name
+        n_bytes[name] = n_bytes.get(name, 0) + tensor.n_bytes
+    formats = "+".join(sorted(n_bytes, key=lambda name: -n_bytes[name]))
+    embedding = _elements(tensors["embedding", None])
+    return Facts(
+        name=str(files.path),
+        kind=f"{files.config.architecture} {_short(n_params)} {formats}",
+        size_bytes=sum(t.n_bytes for t in tensors.values()),
+        n_params=n_params,
+        layer_macs=sum(_elements(t) for (_, layer), t in matrices.items() if layer is not None),
+        output_macs=embedding,  # of the same shape as the output matrix, tied or not
+        file_hash=hash_files(sorted({t.path for t in tensors.values()})),
+    )
+
+
+def _elements(tensor: TensorInfo) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64))
+
+
+def _short(n: int) -> str:
+    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """Which file this is. "sha256:..." is the hash of one file of at most 64 MB, as sha256sum prints it.
+
+    Otherwise "sha256-sampled:...", of each file its size (8 bytes, little-endian) and 64 pieces of 1 MB (of a
+    smaller one, all of it), the first at its start, the last at its end, evenly spread.
+    """
+    digest = hashlib.sha256()
+    whole = False
+    for path in paths:
+        with FileReader(path) as file:
+            whole = len(paths) == 1 and file.size <= HASHED_WHOLE
+            if not whole:
+                digest.update(file.size.to_bytes(8, "little"))
+            if file.size <= HASHED_WHOLE:
+                digest.update(file.read_at(0, file.size))
+                continue
+            for i in range(HASHED_PIECES):
+                digest.update(file.read_at(i * (file.size - (1 << 20)) // (HASHED_PIECES - 1), 1 << 20))
+    return f"{'sha256' if whole else 'sha256-sampled'}:{digest.hexdigest()}"
+
+
+class Subject:
+    """A loaded model, ready to run any of the cases: its cache is filled to the greatest depth, and every
+    case has run once to warm up.
+
+    facts: see Facts. load_s: seconds of loading, tokenizer included. peak_memory_bytes: the most that this
+    process held while the model was loaded and warmed up, beyond what it held before. Token p of every
+    sequence is the same in all cases, so what one case leaves in the cache is what the next expects there.
+    """
+
+    def __init__(self, path: str, for_cases: Sequence[Case], progress: Progress | None = None) -> None:
+        """Raises what `tinyllm.load` does, and MemoryLimitError when the caches do not fit."""
+        self.facts = read_facts(path)
+        self._pools: dict[str, PagePool] = {}
+        self._tables: dict[str, I32] = {}
+        before = _reset_peak_memory()
+        n_positions = max(case.n_positions for case in for_cases)
+        self._llm = load(
+            path,
+            threads=max(case.threads for case in for_cases),
+            context=n_positions,
+            cache_type=cast(CacheType, for_cases[0].cache_type),
+            progress=progress and (lambda done, total: progress(f"loading {path}", done, total)),
+        )
+        try:
+            self._model, self.load_s = self._llm.model, self._llm.load_s
+            ids = np.random.default_rng(0).integers(self._model.config.vocab_size, size=n_positions)
+            self._ids = ids.astype(np.int32)
+            for cache_type in dict.fromkeys(case.cache_type for case in for_cases):
+                self._make_cache(cache_type, [c for c in for_cases if c.cache_type == cache_type])
+            for i, case in enumerate(for_cases):
+                if progress is not None:
+                    progress(f"warming up {path}", i, len(for_cases))
+                self.run(case)
+            self.peak_memory_bytes = _memory("VmHWM") - before
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_cache(self, cache_type: str, for_cases: Sequence[Case]) -> None:
+        n_sequences = max(case.n_sequences for case in for_cases)
+        a_sequence = -(-max(case.n_positions for case in for_cases) // PAGE)
+        pool = self._model.cache(cast(CacheType, cache_type), n_sequences * a_sequence)
+        self._pools[cache_type] = pool
+        n_bytes, free = pool.page_bytes * pool.max_pages, backends.free_memory()
+        if n_bytes > free:
+            raise MemoryLimitError(
+                f"{self.facts.name}: a cache of {n_sequences} x {a_sequence * PAGE} positions takes "
+                f"{n_bytes} bytes, {free} are free; measure fewer sequences or less depth"
+            )
+        pool.grow(pool.max_pages)
+        table = np.arange(pool.max_pages, dtype=np.int32).reshape(n_sequences, a_sequence)
+        self._tables[cache_type] = table
+        deepest = max(for_cases, key=lambda case: case.n_depth)
+        self._use(deepest)
+        self._prefill(cache_type, 0, deepest.n_depth)
+        for page in range(-(-deepest.n_depth // PAGE)):
+            for to in table[1:, page].tolist():
+                pool.copy_page(to, int(table[0, page]), PAGE)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights that a token reads: every matrix and norm once. Of an embedding that is
+        not the output matrix as well it reads a row, which is not counted.
+        """
+        return self._model.token_bytes
+
+    def kv_bytes(self, cache_type: str) -> int:
+        """Bytes of keys and values that one position takes in all layers, from the cache's own geometry."""
+        return self._pools[cache_type].page_bytes // PAGE
+
+    def step_bytes(self, case: Case) -> float:
+        """Bytes that decoding reads a step, on average over the case: every packed weight once, and every
+        position of every sequence so far. 0 for a prompt, whose limit is arithmetic.
+        """
+        if not case.n_gen:
+            return 0.0
+        positions = case.n_depth + (case.n_gen + 1) / 2
+        return self.weight_bytes + case.n_sequences * positions * self.kv_bytes(case.cache_type)
+
+    def macs(self, case: Case) -> int:
+        """Multiply-adds with weights that a run takes."""
+        facts = self.facts
+        if case.n_prompt:
+            return case.n_prompt * facts.layer_macs + facts.output_macs
+        return case.n_tokens * (facts.layer_macs + facts.output_macs)
+
+    def run(self, case: Case) -> int:
+        """Runs a case once; nanoseconds."""
+        self._use(case)
+        start = time.perf_counter_ns()
+        if case.n_prompt:
+            self._prefill(case.cache_type, case.n_depth, case.n_prompt)
+        else:
+            self._decode(case)
+        return time.perf_counter_ns() - start
+
+    def _use(self, case: Case) -> None:
+        backends.select_isa(case.isa)
+        self._model.threads = case.threads
+
+    def _prefill(self, cache_type: str, first: int, n: int) -> None:
+        end = first + n
+        for start in range(first, end, CHUNK):
+            positions = np.arange(start, min(start + CHUNK, end), dtype=np.int32)
+            self._model.forward(
+                self._ids[positions],
+                positions,
+                np.zeros_like(positions),
+                self._tables[cache_type][:1],
+                rows=[len(positions) - 1] if positions[-1] == end - 1 else [],
+                cache=self._pools[cache_type],
+            )
+
+    def _decode(self, case: Case) -> None:
+        sequences = np.arange(case.n_sequences, dtype=np.int32)
+        table = self._tables[case.cache_type][: case.n_sequences]
+        for position in range(case.n_depth, case.n_positions):
+            positions = np.full_like(sequences, position)
+            self._model.forward(
+                self._ids[positions], positions, sequences, table, cache=self._pools[case.cache_type]
+            )
+
+    def close(self) -> None:
+        """Frees the model and its caches."""
+        for pool in self._pools.values():
+            pool.close()
+        self._llm.close()
+
+
+@dataclass(frozen=True)
+class Result:
+    """The repetitions of one case of one model. reads: the read bandwidth in GB/s before and after each."""
+
+    facts: Facts
+    case: Case
+    load_s: float
+    peak_memory_bytes: int
+    weight_bytes: int  # that a token reads
+    kv_bytes: int  # that a position takes
+    step_bytes: float  # that a step of decoding reads; 0 for a prompt
+    macs: int  # of a run
+    test_time: str
+    samples_ns: list[int]
+    reads: list[tuple[float, float]]
+
+    @property
+    def samples_ts(self) -> list[float]:
+        """Tokens a second, by repetition."""
+        return [1e9 * self.case.n_tokens / ns for ns in self.samples_ns]
+
+    @property
+    def samples_gb_s(self) -> list[float]:
+        """GB/s that decoding read, by repetition."""
+        return [self.step_bytes * self.case.n_gen / ns for ns in self.samples_ns]
+
+    def record(self) -> dict[str, Any]:
+        """One row of the table: llama-bench's keys, where the figure exists here, and our own after them."""
+        case, facts = self.case, self.facts
+        samples_ts, read = self.samples_ts, [x for pair in self.reads for x in pair]
+        shares = [
+            100 * gb_s / statistics.mean(pair)
+            for gb_s, pair in zip(self.samples_gb_s, self.reads, strict=True)
+        ]
+        return {
+            "build_commit": f"tinyllm-{backends.version}",
+            "build_number": 0,
+            "cpu_info": cpu_name(),
+            "gpu_info": "",
+            "backends": "CPU",
+            "model_filename": facts.name,
+            "model_type": facts.kind,
+            "model_size": facts.size_bytes,
+            "model_n_params": facts.n_params,
+            "n_batch": CHUNK,
+            "n_ubatch": CHUNK,
+            "n_threads": case.threads,
+            "type_k": case.cache_type,
+            "type_v": case.cache_type,
+            "n_prompt": case.n_prompt,
+            "n_gen": case.n_gen,
+            "n_depth": case.n_depth,
+            "test_time": self.test_time,
+            "avg_ns": round(statistics.mean(self.samples_ns)),
+            "stddev_ns": round(_deviation(self.samples_ns)),
+            "avg_ts": statistics.mean(samples_ts),
+            "stddev_ts": _deviation(samples_ts),
+            "samples_ns": self.samples_ns,
+            "samples_ts": samples_ts,
+            "version": backends.version,
+            "test": case.name,
+            "isa": case.isa,
+            "n_sequences": case.n_sequences,
+            "median_ns": round(statistics.median(self.samples_ns)),
+            "median_ts": statistics.median(samples_ts),
+            "min_ts": min(samples_ts),
+            "max_ts": max(samples_ts),
+            "weight_bytes_per_token": self.weight_bytes,
+            "kv_bytes_per_position": self.kv_bytes,
+            "bytes_per_step": self.step_bytes,
+            "gb_s": statistics.median(self.samples_gb_s),
+            "percent_of_read": statistics.median(shares),
+            "read_gb_s": statistics.median(read),
+            "read_gb_s_min": min(read),
+            "read_gb_s_max": max(read),
+            "samples_read_gb_s": self.reads,
+            "gmac_s": statistics.median([self.macs / ns for ns in self.samples_ns]),
+            "load_s": self.load_s,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "file_hash": facts.file_hash,
+        }
+
+
+def _deviation(samples: Sequence[float]) -> float:
+    """The sample's standard deviation (n - 1), as llama-bench has it; 0 for one."""
+    return statistics.stdev(samples) if len(samples) > 1 else 0.0
+
+
+def measure(
+    paths: Sequence[str], of: Sequence[Case], *, repetitions: int = 5, progress: Progress | None = None
+) -> list[Result]:
+    """Measures every case with every model, the models in turns, every other turn in reverse order, so that
+    what the machine's neighbours do meets them alike. All models are in memory at once.
+
+    Returns the results case by case, models in the order given. Raises what `Subject` does.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_using(of[0].isa))
+        subjects = []
+        for path in paths:
+            subjects.append(Subject(path, of, progress))
+            stack.callback(subjects[-1].close)
+        results, total = [], len(of) * repetitions * len(paths)
+        for done, case in enumerate(of):
+            times: list[list[int]] = [[] for _ in subjects]
+            reads: list[list[tuple[float, float]]] = [[] for _ in subjects]
+            test_time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+            before = sample_read_gb_s(case.threads)
+            for turn in range(repetitions):
+                order = list(range(len(subjects)))[:: -1 if turn % 2 else 1]
+                for n, i in enumerate(order):
+                    if progress is not None:
+                        progress(case.name, (done * repetitions + turn) * len(paths) + n, total)
+                    times[i].append(subjects[i].run(case))
+                    after = sample_read_gb_s(case.threads)
+                    reads[i].append((before, after))
+                    before = after
+            for subject, samples_ns, around in zip(subjects, times, reads, strict=True):
+                results.append(_result(subject, case, test_time, samples_ns, around))
+        return results
+
+
+def _result(
+    subject: Subject, case: Case, test_time: str, samples_ns: list[int], reads: list[tuple[float, float]]
+) -> Result:
+    return Result(
+        facts=subject.facts,
+        case=case,
+        load_s=subject.load_s,
+        peak_memory_bytes=subject.peak_memory_bytes,
+        weight_bytes=subject.weight_bytes,
+        kv_bytes=subject.kv_bytes(case.cache_type),
+        step_bytes=subject.step_bytes(case),
+        macs=subject.macs(case),
+        test_time=test_time,
+        samples_ns=samples_ns,
+        reads=reads,
+    )
+
+
+# The machine
+
+
+@contextmanager
+def _using(isa: str) -> Iterator[None]:
+    """An instruction set for a while. Raises UnsupportedError where it is not usable."""
+    before = str(backends.info()["isa"])
+    backends.select_isa(isa)
+    try:
+        yield
+    finally:
+        backends.select_isa(before)
+
+
+def sample_read_gb_s(threads: int) -> float:
+    """GB/s at which `threads` threads read memory now, with the best instruction set: a buffer of 1 GB or
+    four times the last-level caches (at most a quarter of the free memory), three times over.
+    """
+    n_bytes = min(max(READ_BYTES, 4 * last_level_cache_bytes()), backends.free_memory() // 4)
+    with _using(backends.info()["isa_usable"][0]):
+        return backends.read_bandwidth(max(n_bytes, 1 << 20), threads, 3)
+
+
+def last_level_cache_bytes() -> int:
+    """All of the machine's L3 caches together; 0 where the system does not tell."""
+    caches: dict[str, int] = {}
+    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
+        try:
+            shared, size = ((index / name).read_text().strip() for name in ("shared_cpu_list", "size"))
+            caches[shared] = int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    return sum(caches.values())
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system has it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory(field: str) -> int:
+    """Bytes of VmRSS (held now) or VmHWM (the most since the last reset), or what comes closest."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    import resource  # not on every system that imports this module
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _reset_peak_memory() -> int:
+    """Starts a new peak; returns the bytes that this process holds now."""
+    with suppress(OSError):  # where it cannot be reset, the peak is the whole life's
+        Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")

@@ -1,0 +1,212 @@
+"""tinyllm-bench: how fast models run on this machine, and how close that is to its limit.
+
+The figures go to stdout, as llama-bench's table or JSON; progress to stderr, on a terminal. Imports
+common.py, and benchmark.py, which measures, once the options make sense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tinyllm.cli.common import EXIT_CODES, EXIT_OK, Parser, positive, run_command, seconds, size
+
+PROG = "tinyllm-bench"
+
+DESCRIPTION = """Measures prefill (pp, reading a prompt) and decoding (tg, writing an answer) in tokens a
+second, as llama-bench does: without sampling, after a warm-up, the logits of a prompt's last token only.
+Beside decoding stands what it reads from memory in GB/s, and what share that is of what the memory
+delivers (docs/roofline.md).
+
+Options with N,... take several values; every combination is measured. Several models take turns."""
+
+EPILOG = f"""examples:
+  {PROG} model.gguf                                512 tokens of prompt, 128 of answer
+  {PROG} a.gguf b.gguf -d 0,4096 -b 1,8            two files in turns, at two depths, 1 and 8 texts at once
+  {PROG} model.gguf -p 0 -t 1,2,4 -r 10 -o csv     how decoding grows with threads
+
+columns:
+  t/s        tokens a second: mean ± standard deviation, and the median
+  GB/s       weights and cache that decoding reads, summed from the model's real tensors
+  % of read  that, of the read bandwidth measured before and after each repetition with the same threads
+  read GB/s  this bandwidth: median (least to most)
+  GMAC/s     1e9 multiply-adds with weights a second, the figure that limits prefill
+
+{EXIT_CODES}"""
+
+NOT_IN_CSV = ("samples_ns", "samples_ts", "samples_read_gb_s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(PROG, _run, argv)
+
+
+def _run(argv: list[str]) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    from tinyllm import benchmark
+
+    to_measure = benchmark.cases(
+        n_prompt=args.n_prompt,
+        n_gen=args.n_gen,
+        n_depth=args.n_depth,
+        n_sequences=args.batch,
+        threads=args.threads,
+        isa=args.isa,
+        cache_type=args.cache_type,
+    )
+    with _progress_line() as progress:
+        results = benchmark.measure(args.models, to_measure, repetitions=args.repetitions, progress=progress)
+    WRITERS[args.output]([result.record() for result in results])
+    return EXIT_OK
+
+
+def _parser() -> Parser:
+    parser = Parser(PROG, "MODEL... [options]", DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a .gguf file, a Hugging Face directory, or stories, the model that comes with tinyllm",
+    )
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "-p",
+        "--n-prompt",
+        type=_counts,
+        default=[512],
+        metavar="N,...",
+        help="tokens of prompt; 0: none (512)",
+    )
+    what.add_argument(
+        "-n", "--n-gen", type=_counts, default=[128], metavar="N,...", help="tokens to decode; 0: none (128)"
+    )
+    what.add_argument(
+        "-d", "--n-depth", type=_counts, default=[0], metavar="N,...", help="tokens in the cache before (0)"
+    )
+    what.add_argument(
+        "-b",
+        "--batch",
+        type=_positives,
+        default=[1],
+        metavar="N,...",
+        help="sequences that are decoded together (1)",
+    )
+    what.add_argument(
+        "-r", "--repetitions", type=positive, default=5, metavar="N", help="of each measurement (5)"
+    )
+    how = parser.add_argument_group("how to run it")
+    how.add_argument("-t", "--threads", type=_positives, metavar="N,...", help="threads (the physical cores)")
+    how.add_argument("--cache-type", type=_names, default=["f16"], metavar="T,...", help="f16, f32 (f16)")
+    how.add_argument(
+        "--isa", type=_names, metavar="NAME,...", help="instruction sets, such as avx2,avx512vnni (the best)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o", "--output", choices=tuple(WRITERS), default="md", metavar="FORMAT", help="md, csv or json (md)"
+    )
+    return parser
+
+
+def _counts(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between")
+    return [int(part) for part in parts]
+
+
+def _positives(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+# Output
+
+
+def _write_md(records: list[dict[str, Any]]) -> None:
+    rows = [_cells(record) for record in records]
+    header = list(rows[0])
+    width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in header}
+    print("| " + " | ".join(name.ljust(width[name]) for name in header) + " |")
+    print(
+        "| " + " | ".join("-" * (width[n] - 1) + ("-" if n in TEXT_COLUMNS else ":") for n in header) + " |"
+    )
+    for row in rows:
+        cells = (row[n].ljust(width[n]) if n in TEXT_COLUMNS else row[n].rjust(width[n]) for n in header)
+        print("| " + " | ".join(cells) + " |")
+
+
+TEXT_COLUMNS = ("model", "cache", "test", "file", "machine")
+
+
+def _cells(record: dict[str, Any]) -> dict[str, str]:
+    decodes = record["n_gen"] > 0
+    kind, _, digest = record["file_hash"].partition(":")
+    return {
+        "model": f"{Path(record['model_filename']).name}: {record['model_type']}",
+        "size": size(record["model_size"]),
+        "params": f"{record['model_n_params'] / 1e9:.3g} B",
+        "cache": record["type_k"],
+        "test": record["test"],
+        "t/s": f"{record['avg_ts']:.2f} ± {record['stddev_ts']:.2f}",
+        "median": f"{record['median_ts']:.2f}",
+        "GB/s": f"{record['gb_s']:.2f}" if decodes else "",
+        "% of read": f"{record['percent_of_read']:.0f}" if decodes else "",
+        "read GB/s": "{read_gb_s:.1f} ({read_gb_s_min:.1f}-{read_gb_s_max:.1f})".format(**record),
+        "GMAC/s": f"{record['gmac_s']:.1f}",
+        "load": seconds(record["load_s"]),
+        "peak memory": size(record["peak_memory_bytes"]),
+        "file": f"{kind}:{digest[:12]}",
+        "machine": f"{record['cpu_info']}, {record['isa']}, {record['n_threads']} threads, "
+        f"tinyllm {record['version']}",
+    }
+
+
+def _write_csv(records: list[dict[str, Any]]) -> None:
+    fields = [name for name in records[0] if name not in NOT_IN_CSV]
+    writer = csv.DictWriter(sys.stdout, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+
+
+def _write_json(records: list[dict[str, Any]]) -> None:
+    print(json.dumps(records, indent=2, ensure_ascii=False))
+
+
+WRITERS: dict[str, Callable[[list[dict[str, Any]]], None]] = {
+    "md": _write_md,
+    "csv": _write_csv,
+    "json": _write_json,
+}
+
+
+@contextmanager
+def _progress_line() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A function that draws a bar on stderr where that is a terminal. It draws when it is called, never on
+    its own: nothing else may run while a model is measured.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("")
+
+        def update(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, refresh=True)
+
+        yield update
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""What holds the parts apart: the core's size, who includes and imports whom, and that what is written twice
+(the stub of the built module, the table of formats, a few constants) says the same both times."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, WrapperDescriptorType
+
+import count_lines
+import pytest
+
+import tinyllm
+from tinyllm import _core, backends, kvcache, llm
+from tinyllm.loaders import FORMATS
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC, CUDA, PACKAGE = ROOT / "csrc", ROOT / "cuda", ROOT / "src" / "tinyllm"
+
+# ---- sizes
+
+
+def test_the_core_fits_its_budget() -> None:
+    lines = count_lines.core_lines()
+    assert sum(lines.values()) <= count_lines.CORE_LIMIT, lines
+
+
+def test_lines_are_counted_without_blanks_and_comments() -> None:
+    source = r"""
+// one
+int a; // two
+/* three
+
+four */ int b; /* five */
+char *c = "// no comment", d = '"'; /*
+*/
+char *e = "/*"; // "
+#define F /* six */ \
+    7 // eight \
+    still a comment
+
+    /* nine */
+"""
+    assert count_lines.count(source) == 6  # a, b, c and d, e, the two lines of F
+    assert count_lines.count("") == 0
+    assert count_lines.count("}\n{\n") == 2
+
+
+def test_every_source_file_is_counted_once() -> None:
+    found = {
+        str(p.relative_to(ROOT))
+        for folder in (CSRC, CUDA)
+        for p in folder.rglob("*")
+        if p.suffix in count_lines.SUFFIXES
+    }
+    core, other = count_lines.core_lines(), count_lines.other_lines()
+    assert not set(core) & set(other)
+    assert set(core) | set(other) == found
+    assert all(count_lines.table().count(f"| {name} | {n} |") == 1 for name, n in {**core, **other}.items())
+
+
+# ---- C: who includes whom
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix in count_lines.SUFFIXES)
+
+
+def includes(path: Path) -> tuple[set[str], set[str]]:
+    """What a file includes: the project's headers ("..."), the system's (<...>)."""
+    found = re.findall(
+        r'^\s*#\s*include\s*(?:"([^"]+)"|<([^>]+)>)', path.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return {own for own, _ in found if own}, {system for _, system in found if system}
+
+
+@pytest.mark.parametrize("name", ["model.c", "cache.c", "threads.c", "check.c", "bindings.cpp"])
+def test_knows_the_interface_only(name: str) -> None:
+    own, _ = includes(CSRC / name)
+    assert own == {"tinyllm.h"}
+
+
+def test_the_forward_pass_includes_nothing_else_at_all() -> None:
+    assert includes(CSRC / "model.c") == ({"tinyllm.h"}, set())
+
+
+def test_the_interface_stands_alone() -> None:
+    own, system = includes(CSRC / "tinyllm.h")
+    assert own == set()
+    assert system <= {"stddef.h", "stdint.h"}
+
+
+def test_intrinsics_are_in_isa_only() -> None:
+    intrinsic = re.compile(r"\w*intrin\.h|arm_\w+\.h")
+    used = {path.parent for path in sources(CSRC) if any(intrinsic.fullmatch(s) for s in includes(path)[1])}
+    assert used == {CSRC / "isa"}
+    call = re.compile(r"\b_mm\d*_\w+|\b__builtin_(?:ia32|aarch64|neon)_\w+|\bv\w+q_[fsu]\d+\b")
+    for path in sources(CSRC):
+        if path.parent != CSRC / "isa":
+            assert not call.search(path.read_text(encoding="utf-8")), path
+
+
+def test_instruction_sets_know_no_model() -> None:
+    """csrc/isa/ is arithmetic: of the rest it sees the interface, the formats and what it instantiates."""
+    for path in sources(CSRC / "isa"):
+        outside = {name for name in includes(path)[0] if "/" in name}
+        assert {name for name in outside if not name.endswith(".inc")} <= {"../tinyllm.h", "../formats.h"}, (
+            path
+        )
+
+
+def test_cuda_knows_the_interface_only() -> None:
+    for path in sources(CUDA):
+        for name in includes(path)[0]:
+            at_home = (path.parent / name).resolve().is_relative_to(CUDA) and (path.parent / name).exists()
+            assert name.rsplit("/", 1)[-1] == "tinyllm.h" or at_home or (CUDA / name).exists(), (path, name)
+    for path in sources(CSRC):
+        assert not any("cuda" in name for name in set().union(*includes(path))), path
+
+
+# ---- Python: who imports whom
+
+# By the first part of a module's name; "tinyllm" is the package itself (its __init__.py).
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "loaders": {"config", "errors"},
+    "backends": {"_core", "config", "errors", "loaders"},
+    "kvcache": {"errors"},
+    "sampling": {"backends", "errors"},
+    "tokenizer": {"errors", "loaders"},
+    "sandbox": {"errors"},
+    "chat": {"errors", "sandbox"},
+    "engine": {"errors", "kvcache", "sampling", "tokenizer", "chat"},
+    "modelfiles": {"chat", "config", "errors", "loaders", "tokenizer"},
+    "llm": {
+        "backends",
+        "chat",
+        "config",
+        "engine",
+        "errors",
+        "kvcache",
+        "loaders",
+        "modelfiles",
+        "sampling",
+        "tokenizer",
+    },
+    "tinyllm": {"backends", "engine", "errors", "llm", "sampling", "tokenizer"},
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules of this package that a file imports, wherever in the file it does."""
+    package = ["tinyllm", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "tinyllm")
+
+
+def test_imports_are_found() -> None:
+    """The rule below is worth nothing if this finds nothing."""
+    assert set(imports(PACKAGE / "backends.py")) >= {"tinyllm._core", "tinyllm.config.ModelConfig"}
+    assert "tinyllm.loaders.FORMATS" in set(imports(PACKAGE / "loaders" / "names.py"))
+    assert "tinyllm.errors.Error" in set(imports(PACKAGE / "cli" / "common.py"))
+
+
+def part_of(name: str) -> str:
+    """The part of the package that an imported name belongs to."""
+    parts = name.split(".")
+    there = len(parts) > 1 and (
+        (PACKAGE / parts[1]).is_dir()
+        or (PACKAGE / f"{parts[1]}.py").exists()
+        or (PACKAGE / f"{parts[1]}.pyi").exists()
+    )
+    return parts[1] if there else "tinyllm"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_import_directions(path: Path) -> None:
+    first = path.relative_to(PACKAGE).parts[0]
+    module = "tinyllm" if first == "__init__.py" else first.removesuffix(".py")
+    imported = {part_of(name) for name in imports(path)} - {module}
+    if module == "cli":
+        assert "_core" not in imported
+        return
+    assert module in MAY_IMPORT, f"{module} is new: MAY_IMPORT says whom it may know"
+    assert imported <= MAY_IMPORT[module]
+
+
+def test_the_rules_themselves_have_one_direction() -> None:
+    """MAY_IMPORT has no circle, only backends knows the core, and nobody knows the command line."""
+    assert {module for module, known in MAY_IMPORT.items() if "_core" in known} == {"backends"}
+    assert not any("cli" in known for known in MAY_IMPORT.values())
+    left = {module: known - {"_core"} for module, known in MAY_IMPORT.items()}
+    while left:
+        free = {module for module, known in left.items() if not known & set(left)}
+        assert free, f"a circle among {sorted(left)}"
+        left = {module: known for module, known in left.items() if module not in free}
+
+
+# ---- what is written twice
+
+
+def stub_members(body: list[ast.stmt]) -> dict[str, list[str] | None]:
+    """Public names in a stub: a function's parameters, None for what is no function."""
+    found: dict[str, list[str] | None] = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            is_property = any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list)
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            found[node.name] = None if is_property else [a.arg for a in given]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = None
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = None
+    return found
+
+
+def built_members(owner: ModuleType | type) -> dict[str, list[str] | None]:
+    """The same of the built module, from the signatures that pybind11 writes into docstrings."""
+    found: dict[str, list[str] | None] = {}
+    for name, value in vars(owner).items():
+        inherited = isinstance(value, WrapperDescriptorType)  # an __init__ that only says no
+        if name.startswith("_") and (name != "__init__" or inherited):
+            continue
+        if isinstance(value, (type, property)) or not callable(value):
+            found[name] = None
+            continue
+        match = re.match(rf"{name}\((.*)\)(?: -> .*)?$", (value.__doc__ or "").splitlines()[0])
+        assert match, f"{name} has no signature: {value.__doc__!r}"
+        found[name] = re.findall(r"(?:^|, )(\w+)(?=: )", without_brackets(match[1]))
+    return found
+
+
+def without_brackets(signature: str) -> str:
+    """A signature with what stands in brackets left out, so that commas separate parameters only."""
+    while (shorter := re.sub(r"\[[^\[\]]*\]|\([^()]*\)", "", signature)) != signature:
+        signature = shorter
+    return signature
+
+
+STUB = ast.parse((PACKAGE / "_core.pyi").read_text(encoding="utf-8")).body
+
+
+def test_stub_names_what_the_module_has() -> None:
+    assert stub_members(STUB) == built_members(_core)
+
+
+@pytest.mark.parametrize("name", [node.name for node in STUB if isinstance(node, ast.ClassDef)])
+def test_stub_names_what_the_classes_have(name: str) -> None:
+    (declared,) = (node for node in STUB if isinstance(node, ast.ClassDef) and node.name == name)
+    assert stub_members(declared.body) == built_members(getattr(_core, name))
+
+
+def test_format_tables_agree() -> None:
+    core = {id: (name.upper(), block, n_bytes) for id, name, block, n_bytes, *_ in _core.formats()}
+    assert core == {id: (f.name, f.block, f.block_bytes) for id, f in FORMATS.items()}
+
+
+def test_constants_agree() -> None:
+    header = (CSRC / "tinyllm.h").read_text(encoding="utf-8")
+
+    def defined(name: str) -> int:
+        (value,) = re.findall(rf"^#define {name}\s+(\d+)\b", header, re.MULTILINE)
+        return int(value)
+
+    assert defined("TL_PAGE") == kvcache.PAGE
+    assert defined("TL_MAX_THREADS") == backends.MAX_THREADS
+    assert set(backends.CACHE_TYPES) == set(llm.CACHE_BYTES)
+    for name, id in backends.CACHE_TYPES.items():
+        assert (FORMATS[id].name.lower(), FORMATS[id].block_bytes) == (name, llm.CACHE_BYTES[name])
+    for name, id in llm.QUANTIZED.items():
+        assert FORMATS[id].name.lower() == name
+        assert name in backends.WRITABLE
+    (most,) = re.findall(
+        r"max_pages < 1 \|\| max_pages > 1 << (\d+)", (CSRC / "cache.c").read_text(encoding="utf-8")
+    )
+    assert 1 << int(most) == llm.MAX_PAGES
+
+
+def test_errors_of_the_core_exist() -> None:
+    """The binding raises these by name."""
+    names = set(re.findall(r'"(\w+Error)"', (CSRC / "bindings.cpp").read_text(encoding="utf-8")))
+    assert len(names) >= 5
+    for name in names:
+        assert issubclass(getattr(tinyllm.errors, name), tinyllm.Error)

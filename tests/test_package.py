@@ -1,0 +1,154 @@
+"""What people get: the sdist, the wheel, an install without a compiler, and a README that tells the truth.
+
+The wheel is built once, from the sdist, with the scalar path only, which is quick and gives the same bits.
+TINYLLM_WHEEL names a wheel to test instead. Building and installing need a package index.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import tinyllm
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
+TIME_LIMIT_S = 600
+
+
+def run(*command: str | Path, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> str:
+    """Runs a command and returns its stdout; fails with all it printed where it fails."""
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=TIME_LIMIT_S)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, ROOT)
+    (path,) = out.iterdir()
+    return path
+
+
+@pytest.fixture(scope="session")
+def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, unpacked."""
+    folder = tmp_path_factory.mktemp("source")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="session")
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if given := os.environ.get("TINYLLM_WHEEL"):
+        return Path(given).resolve()
+    source: Path = request.getfixturevalue("source")
+    out = tmp_path_factory.mktemp("wheel")
+    scalar = "cmake.define.TINYLLM_SCALAR_ONLY=ON"
+    run(sys.executable, "-m", "build", "--wheel", "-C", scalar, "--outdir", out, source)
+    (path,) = out.iterdir()
+    return path
+
+
+@pytest.mark.slow
+def test_sdist_has_all_that_a_build_and_the_tests_need(source: Path) -> None:
+    files = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+    patterns = ("csrc/**/*", "cuda/**/*", "src/tinyllm/**/*", "tests/**/*", "examples/*.py", "docs/**/*.md")
+    found = (path for pattern in patterns for path in ROOT.glob(pattern))
+    wanted = {path.relative_to(ROOT).as_posix() for path in found if path.is_file()}
+    built = re.compile(r"__pycache__|\.so$|/\.")
+    assert {name for name in wanted if not built.search(name)} <= files
+    assert {"LICENSE", "README.md", "CMakeLists.txt", "pyproject.toml"} <= files
+    assert not [name for name in files if built.search(name) or name.startswith(("build/", ".venv/"))]
+
+
+@pytest.mark.slow
+def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
+    package = ROOT / "src" / "tinyllm"
+    wanted = {f"tinyllm/{p.relative_to(package).as_posix()}" for p in package.rglob("*.py")}
+    wanted |= {"tinyllm/_core.pyi", "tinyllm/py.typed", "tinyllm/data/stories.gguf"}
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+        text = archive.read(metadata).decode()
+    (module,) = files - wanted
+    assert re.fullmatch(r"tinyllm/_core\..*(so|pyd)", module)
+    assert wanted <= files
+    assert re.search(r"^Name: tinyllm-inference$", text, re.MULTILINE)
+    assert "numpy<" not in text.replace(" ", "")
+
+
+@pytest.mark.slow
+def test_wheel_runs_where_there_is_no_compiler(wheel: Path, tmp_path: Path) -> None:
+    """It also gives the same tokens as the package under test, whatever instruction set that uses."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    scripts = tmp_path / "venv" / "bin"
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CC", "CXX")}
+    env = kept | {"PATH": str(scripts)}
+    assert not [name for name in COMPILERS if shutil.which(name, path=env["PATH"])]
+    run(scripts / "pip", "install", "--only-binary", ":all:", "--no-compile", wheel, cwd=tmp_path, env=env)
+    command = ("stories", "Once upon a time", "-n", "20", "--temp", "0", "--json")
+    result = json.loads(run(scripts / "tinyllm-run", *command, cwd=tmp_path, env=env))
+    with tinyllm.load("stories") as llm:
+        expected = llm("Once upon a time", max_tokens=20, temperature=0)
+    assert len(expected.tokens) == 20
+    assert result["tokens"] == expected.tokens
+
+
+@pytest.mark.slow
+def test_no_compiler_is_one_paragraph_that_names_the_package(source: Path, tmp_path: Path) -> None:
+    env = dict(os.environ) | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    options = ("-C", f"build-dir={tmp_path}/build", "--outdir", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", *options, source],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT_S,
+        check=False,
+    )
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode != 0
+    assert "there is no C and C++ compiler" in said
+    assert "apt-get install build-essential" in said
+    assert "Traceback" not in said
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_never_names_the_other_project() -> None:
+    assert not re.search(r"pip install tinyllm", README)
+
+
+def test_readme_starts_from_nothing() -> None:
+    commands = re.findall(r"^.*pip install .*$", README, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert command.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install ")
+
+
+def test_readme_counts_the_lines_that_there_are() -> None:
+    table = README.split("<!-- lines -->")[1].split("<!-- /lines -->")[0]
+    now = run(sys.executable, ROOT / "tests" / "count_lines.py")
+    assert table.strip() == now.strip(), "paste into README.md what `python tests/count_lines.py` prints"
+
+
+def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
