@@ -268,14 +268,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: list[Tensor] | None) -> Tensor:
         b, t, _ = x.shape
         q = rotate(self.q_proj(x).view(b, t, self.heads, self.head_dim).transpose(1, 2), cos, sin)
         k = rotate(self.k_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        if past is not None:
+            k, v = (torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True)) if past else (k, v)
+            past[:] = k, v
         group = self.heads // self.kv_heads
         k, v = (a.repeat_interleave(group, dim=1) for a in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -318,15 +321,16 @@ class Llama(nn.Module):
                 if "o_proj" in name or "down_proj" in name:
                     p.data.mul_(1 / math.sqrt(2 * c.num_hidden_layers))
 
-    def forward(self, ids: Tensor, dropout: float = 0.0) -> Tensor:
-        """ids (rows, t) -> logits (rows, t, vocabulary). Dropout drops a channel for a whole row,
-        which regularizes like element-wise dropout and needs next to no random numbers."""
-        t = ids.shape[1]
-        cos, sin = self.cos[:t], self.sin[:t]
+    def forward(self, ids: Tensor, dropout: float = 0.0, past: Sequence[list[Tensor]] = ()) -> Tensor:
+        """ids (rows, t) -> logits (rows, t, vocabulary). Dropout drops a channel for a whole row, which
+        regularizes like element-wise dropout and needs next to no random numbers. past holds a list for
+        each layer, at first empty: the keys and values so far, which ids, one token a row, go on from."""
+        start = past[0][0].shape[2] if past and past[0] else 0
+        cos, sin = (table[start : start + ids.shape[1]] for table in (self.cos, self.sin))
         x = self.embed_tokens(ids)
         x = x * self._mask(x, dropout)
-        for layer in self.layers:
-            x = x + self._mask(x, dropout) * layer.self_attn(layer.input_layernorm(x), cos, sin)
+        for layer, before in zip(self.layers, past or [None] * len(self.layers), strict=True):
+            x = x + self._mask(x, dropout) * layer.self_attn(layer.input_layernorm(x), cos, sin, before)
             x = x + self._mask(x, dropout) * layer.mlp(layer.post_attention_layernorm(x))
         x = self.norm(x)
         return F.linear(x * self._mask(x, dropout), self.embed_tokens.weight)
@@ -767,13 +771,15 @@ def sample(model: Llama, sp: Any, count: int, temperature: float, seed: int) -> 
     """Whole stories from BOS alone, each up to EOS or the end of the context."""
     generator = torch.Generator().manual_seed(seed)
     running = torch.full((count, 1), BOS)
+    past: list[list[Tensor]] = [[] for _ in model.layers]
     done: list[list[int]] = []
     while running.shape[0] and running.shape[1] < model.config.max_position_embeddings:
-        chances = (model(running)[:, -1].float() / temperature).softmax(-1)
+        chances = (model(running[:, -1:], past=past)[:, -1] / temperature).softmax(-1)
         following = torch.multinomial(chances, 1, generator=generator)
         ended = following[:, 0] == EOS
         done += running[ended].tolist()
         running = torch.cat((running, following), 1)[~ended]
+        past = [[a[~ended] for a in kept] for kept in past]
     return [sp.decode(ids[1:]) for ids in done + running.tolist()]
 
 

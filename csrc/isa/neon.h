@@ -51,6 +51,11 @@ static inline vf vf_load_f16(const uint8_t *p) {
     return (vf){vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
                 vcvt_high_f32_f16(high)};
 }
+static inline float v_f16_to_f32(uint16_t h) {
+    __fp16 x;
+    memcpy(&x, &h, 2);
+    return x;
+}
 static inline float32x4_t v_bf16(uint16x4_t h) { return vreinterpretq_f32_u32(vshll_n_u16(h, 16)); }
 static inline vf vf_load_bf16(const uint8_t *p) {
     const uint16x8_t low = vreinterpretq_u16_u8(vld1q_u8(p)), high = vreinterpretq_u16_u8(vld1q_u8(p + 16));

@@ -179,16 +179,26 @@ class Subject:
     case has run once to warm up.
 
     facts: see Facts. load_s: seconds of loading, tokenizer included. peak_memory_bytes: the most that this
-    process held while the model was loaded and warmed up, beyond what it held before. Token p of every
+    process held while the model was loaded and warmed up, less what other models held. Token p of every
     sequence is the same in all cases, so what one case leaves in the cache is what the next expects there.
     """
 
-    def __init__(self, path: str, for_cases: Sequence[Case], progress: Progress | None = None) -> None:
-        """Raises what `tinyllm.load` does, and MemoryLimitError when the caches do not fit."""
+    def __init__(
+        self,
+        path: str,
+        for_cases: Sequence[Case],
+        progress: Progress | None = None,
+        *,
+        others_bytes: int = 0,
+    ) -> None:
+        """others_bytes: memory that this process holds for other models.
+
+        Raises what `tinyllm.load` does, and MemoryLimitError when the caches do not fit.
+        """
         self.facts = read_facts(path)
         self._pools: dict[str, PagePool] = {}
         self._tables: dict[str, I32] = {}
-        before = _reset_peak_memory()
+        _reset_peak_memory()
         n_positions = max(case.n_positions for case in for_cases)
         self._llm = load(
             path,
@@ -207,7 +217,7 @@ class Subject:
                 if progress is not None:
                     progress(f"warming up {path}", i, len(for_cases))
                 self.run(case)
-            self.peak_memory_bytes = _memory("VmHWM") - before
+            self.peak_memory_bytes = _memory("VmHWM") - others_bytes
         except BaseException:
             self.close()
             raise
@@ -392,32 +402,38 @@ def _deviation(samples: Sequence[float]) -> float:
 
 
 def measure(
-    paths: Sequence[str], of: Sequence[Case], *, repetitions: int = 5, progress: Progress | None = None
+    paths: Sequence[str],
+    of: Sequence[Case],
+    *,
+    repetitions: int = 5,
+    read_bytes: int | None = None,
+    progress: Progress | None = None,
 ) -> list[Result]:
     """Measures every case with every model, the models in turns, every other turn in reverse order, so that
-    what the machine's neighbours do meets them alike. All models are in memory at once.
+    what the machine's neighbours do meets them alike. All models are in memory at once. read_bytes: see
+    `sample_read_gb_s`.
 
     Returns the results case by case, models in the order given. Raises what `Subject` does.
     """
     with ExitStack() as stack:
         stack.enter_context(_using(of[0].isa))
-        subjects = []
+        subjects, at_start = [], _memory("VmRSS")
         for path in paths:
-            subjects.append(Subject(path, of, progress))
+            subjects.append(Subject(path, of, progress, others_bytes=_memory("VmRSS") - at_start))
             stack.callback(subjects[-1].close)
         results, total = [], len(of) * repetitions * len(paths)
         for done, case in enumerate(of):
             times: list[list[int]] = [[] for _ in subjects]
             reads: list[list[tuple[float, float]]] = [[] for _ in subjects]
             test_time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-            before = sample_read_gb_s(case.threads)
+            before = sample_read_gb_s(case.threads, read_bytes)
             for turn in range(repetitions):
                 order = list(range(len(subjects)))[:: -1 if turn % 2 else 1]
                 for n, i in enumerate(order):
                     if progress is not None:
                         progress(case.name, (done * repetitions + turn) * len(paths) + n, total)
                     times[i].append(subjects[i].run(case))
-                    after = sample_read_gb_s(case.threads)
+                    after = sample_read_gb_s(case.threads, read_bytes)
                     reads[i].append((before, after))
                     before = after
             for subject, samples_ns, around in zip(subjects, times, reads, strict=True):
@@ -457,11 +473,13 @@ def _using(isa: str) -> Iterator[None]:
         backends.select_isa(before)
 
 
-def sample_read_gb_s(threads: int) -> float:
-    """GB/s at which `threads` threads read memory now, with the best instruction set: a buffer of 1 GB or
-    four times the last-level caches (at most a quarter of the free memory), three times over.
+def sample_read_gb_s(threads: int, n_bytes: int | None = None) -> float:
+    """GB/s at which `threads` threads read memory now, with the best instruction set, three times over.
+
+    n_bytes: of memory; None: 1 GB or four times the last-level caches, at most a quarter of what is free.
     """
-    n_bytes = min(max(READ_BYTES, 4 * last_level_cache_bytes()), backends.free_memory() // 4)
+    if n_bytes is None:
+        n_bytes = min(max(READ_BYTES, 4 * last_level_cache_bytes()), backends.free_memory() // 4)
     with _using(backends.info()["isa_usable"][0]):
         return backends.read_bandwidth(max(n_bytes, 1 << 20), threads, 3)
 
@@ -499,8 +517,6 @@ def _memory(field: str) -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def _reset_peak_memory() -> int:
-    """Starts a new peak; returns the bytes that this process holds now."""
+def _reset_peak_memory() -> None:
     with suppress(OSError):  # where it cannot be reset, the peak is the whole life's
         Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")

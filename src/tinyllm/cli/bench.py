@@ -61,7 +61,13 @@ def _run(argv: list[str]) -> int:
         cache_type=args.cache_type,
     )
     with _progress_line() as progress:
-        results = benchmark.measure(args.models, to_measure, repetitions=args.repetitions, progress=progress)
+        results = benchmark.measure(
+            args.models,
+            to_measure,
+            repetitions=args.repetitions,
+            read_bytes=None if args.buffer is None else args.buffer * 1_048_576,
+            progress=progress,
+        )
     WRITERS[args.output]([result.record() for result in results])
     return EXIT_OK
 
@@ -105,6 +111,12 @@ def _parser() -> Parser:
     how.add_argument("--cache-type", type=_names, default=["f16"], metavar="T,...", help="f16, f32 (f16)")
     how.add_argument(
         "--isa", type=_names, metavar="NAME,...", help="instruction sets, such as avx2,avx512vnni (the best)"
+    )
+    how.add_argument(
+        "--buffer",
+        type=positive,
+        metavar="MB",
+        help="memory that a sample of the read bandwidth reads (1024, or 4 times the last-level caches)",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
