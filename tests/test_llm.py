@@ -404,7 +404,7 @@ def test_bad_arguments(
     ("options", "message"),
     [
         ({"context": 0}, "context is 0"),
-        ({"cache_type": "f8"}, "cache_type is 'f8', expected one of f16, f32"),
+        ({"cache_type": "f8"}, "cache_type is 'f8', expected one of f32, f16, q8_0"),
         ({"weights": "q9"}, "weights is 'q9', expected one of"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"threads": 0}, "threads is 0"),

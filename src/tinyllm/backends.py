@@ -1,6 +1,7 @@
 """The one door to compiled code: models and caches on a device, the machine's facts, sampling's arithmetic.
 
-Only this module imports `_core`. Imports config, errors and the loaders' TensorInfo. Read next: engine.py, which calls `Model`.
+Only this module imports `_core`. Imports config, errors and the loaders' TensorInfo. Read next: engine.py,
+which calls `Model`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ log = logging.getLogger(__name__)
 
 
 def select_isa(name: str) -> None:
-    """Use one instruction set from now on; the results do not change. Raises UnsupportedError where it is not usable here."""
+    """Use one instruction set from now on; the results do not change.
+
+    Raises UnsupportedError for one that is not usable here.
+    """
     if not _core.select_isa(name):
         usable = ", ".join(_core.isa_names())
         raise UnsupportedError(f"instruction set {name!r} is not usable on this machine; there are: {usable}")
@@ -50,7 +54,10 @@ if os.environ.get("TINYLLM_ISA"):
 
 
 def device_of(device: str) -> str:
-    """The device that "auto", "cpu" or "cuda[:N]" names here. Raises UnsupportedError for one that is not there."""
+    """The device that "auto", "cpu" or "cuda[:N]" names here.
+
+    Raises UnsupportedError for one that is not there.
+    """
     if device in ("auto", "cpu"):
         return "cpu"
     if device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit()):
@@ -82,7 +89,7 @@ def _cgroup_cpus() -> float | None:
 
 
 def default_threads() -> int:
-    """The physical cores this process may use: its affinity mask, one thread a core, capped by the cgroup's quota."""
+    """The physical cores this process may use: its affinity mask, capped by the cgroup's quota."""
     try:
         cpus = sorted(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
@@ -105,7 +112,7 @@ MAX_THREADS = 256
 
 
 def free_memory() -> int:
-    """Bytes this process can still take: what the system calls available, or what the cgroup leaves if that is less."""
+    """Bytes this process can still take: the available memory, or what its cgroup leaves if less."""
     free = 1 << 62
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -124,7 +131,7 @@ def free_memory() -> int:
 
 
 def read_bandwidth(n_bytes: int, threads: int, repetitions: int = 1) -> float:
-    """How fast `threads` threads read n_bytes (at least 1 MB) of memory now, in GB/s (1e9 bytes) over all repetitions.
+    """How fast `threads` threads read n_bytes (at least 1 MB) of memory now, in GB/s (1e9 bytes).
 
     With the instruction set in use. Raises ArgumentError, MemoryLimitError.
     """
@@ -132,7 +139,7 @@ def read_bandwidth(n_bytes: int, threads: int, repetitions: int = 1) -> float:
 
 
 def info() -> dict[str, Any]:
-    """Version, instruction sets (in use, usable), default threads, and whether CUDA is there and if not why."""
+    """Version, instruction sets (in use, usable), default threads, whether CUDA is there and if not why."""
     return {
         "version": version,
         "isa": _core.isa_name(),
@@ -158,7 +165,11 @@ def packed_bytes(shape: tuple[int, ...], format: int) -> int:
 def page_bytes(config: ModelConfig, cache_type: CacheType) -> int:
     """Bytes of a KV page of 64 tokens, all layers (tl_cache in tinyllm.h)."""
     d = config.head_dim
-    of_token = 2 * (d // 32) * 34 if cache_type == "q8_0" else (d + -(-d // 16) * 16) * (4 if cache_type == "f32" else 2)
+    of_token = (
+        2 * (d // 32) * 34
+        if cache_type == "q8_0"
+        else (d + -(-d // 16) * 16) * (4 if cache_type == "f32" else 2)
+    )
     return config.n_layers * config.n_kv_heads * PAGE * of_token
 
 
@@ -286,11 +297,12 @@ class Model:
     ) -> F32:
         """One call of the model for n tokens of any sequences.
 
-        tokens_or_x: token ids int [n], or activations float32 [n, dim]. positions, sequences: int [n]; a sequence's tokens
-        stand together in order, sequences ascend. page_tables: int [n_sequences, max_pages], page ids of `cache`.
-        layers: (first, last), default all. should_stop: asked before each layer (at most every 20 ms), True cancels.
-        Returns float32 logits [len(rows), vocab_size] of the tokens that `rows` lists (None: all), or, where the last
-        layer is not the model's last, activations [n, dim]. Raises ArgumentError for what does not fit, CancelledError.
+        tokens_or_x: token ids int [n], or activations float32 [n, dim]. positions, sequences: int [n]; a
+        sequence's tokens stand together in order, sequences ascend. page_tables: int [n_sequences,
+        max_pages], page ids of `cache`. layers: (first, last), default all. should_stop: asked before each
+        layer (at most every 20 ms), True cancels. Returns float32 logits [len(rows), vocab_size] of the
+        tokens that `rows` lists (None: all), or, where the last layer is not the model's last, activations
+        [n, dim]. Raises ArgumentError for what does not fit, CancelledError.
         """
         first, last = layers if layers is not None else (0, self.config.n_layers)
         given = np.asarray(tokens_or_x)

@@ -629,8 +629,8 @@ def load(
     .safetensors file in one, or "stories", the model that comes with tinyllm. device: "auto" or "cpu".
     threads: None for one a physical core. context: how many tokens a sequence may hold; None: what the
     model was trained for, or less where only less fits into 80 % of the free memory. cache_type: the
-    numbers of the KV cache, "f16", "f32" or "q8_0". weights: a format ("q8_0", "q4_0") to quantize float matrices
-    to while loading. progress: called with (bytes done, bytes in all).
+    numbers of the KV cache, "f16", "f32" or "q8_0". weights: a format ("q8_0", "q4_0") to quantize float
+    matrices to while loading. progress: called with (bytes done, bytes in all).
 
     Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
     with the numbers, before anything big is allocated.
@@ -641,7 +641,9 @@ def load(
     if context is not None and operator.index(context) < 1:
         raise ArgumentError(f"context is {context}, expected 1 or more")
     if cache_type not in backends.CACHE_TYPES:
-        raise ArgumentError(f"cache_type is {cache_type!r}, expected one of {', '.join(backends.CACHE_TYPES)}")
+        raise ArgumentError(
+            f"cache_type is {cache_type!r}, expected one of {', '.join(backends.CACHE_TYPES)}"
+        )
     files = read_model(path)
     name = str(files.path)
     formats = _formats(files.weights, weights, name)

@@ -429,7 +429,25 @@ static void check_rope(void) {
 }
 
 // ---- attention
-static const int head_dims[] = {8, 20, 64, 80, 128};
+static const int head_dims[] = {8, 20, 32, 64, 80, 128}, kv_types[] = {0, 1, 8};
+
+// Q8_0 caches are for heads of whole groups.
+static int has_type(int head_dim, int type) { return type != 8 || head_dim % TL_Q == 0; }
+
+static int stride_of(int head_dim) { return (head_dim + 15) / 16 * 16; }
+
+#define Q8_BYTES 34 // of a block in the file: an f16 scale, 32 int8
+static size_t key_bytes(int head_dim, int type) {
+    return TL_PAGE * (type == 8 ? (size_t)(head_dim / TL_Q) * Q8_BYTES : (size_t)head_dim * (type == 0 ? 4 : 2));
+}
+static size_t value_bytes(int head_dim, int type) {
+    return type == 8 ? key_bytes(head_dim, type) : key_bytes(stride_of(head_dim), type);
+}
+
+// Where a number lies in a page's keys [4][head_dim][16].
+static size_t key_at(int slot, int d, int head_dim) {
+    return ((size_t)(slot / 16) * (size_t)head_dim + (size_t)d) * 16 + (size_t)(slot % 16);
+}
 
 static void put_number(uint8_t *page, size_t at, float x, int type) {
     const unsigned short half = tl_f32_to_f16(x);
@@ -439,89 +457,185 @@ static void put_number(uint8_t *page, size_t at, float x, int type) {
         memcpy(page + 2 * at, &half, 2);
 }
 
-static double get_number(const uint8_t *page, size_t at, int type) {
+static float get_number(const uint8_t *page, size_t at, int type) {
     float x;
     unsigned short half;
     memcpy(&x, page + (type == 0 ? 4 * at : 0), 4);
     memcpy(&half, page + 2 * at, 2);
-    return type == 0 ? (double)x : (double)tl_f16_to_f32(half);
+    return type == 0 ? x : tl_f16_to_f32(half);
 }
 
-// Where a number lies in a page's keys [4][head_dim][16] and values [64][v_stride].
-static size_t key_at(int slot, int d, int head_dim) {
-    return ((size_t)(slot / 16) * (size_t)head_dim + (size_t)d) * 16 + (size_t)(slot % 16);
+static float get_key(const uint8_t *page, int slot, int d, int head_dim, int type) {
+    if (type != 8) return get_number(page, key_at(slot, d, head_dim), type);
+    const tl_format *f = tl_format_of(8);
+    float group[TL_Q];
+    f->unpack(group, page + ((slot / 16) * (head_dim / TL_Q) + d / TL_Q) * f->panel_bytes, slot % 16);
+    return group[d % TL_Q];
 }
-static int stride_of(int head_dim) { return (head_dim + 15) / 16 * 16; }
+
+static float get_value(const uint8_t *page, int slot, int d, int head_dim, int type) {
+    if (type != 8) return get_number(page, (size_t)(slot * stride_of(head_dim) + d), type);
+    const uint8_t *block = page + (slot * (head_dim / TL_Q) + d / TL_Q) * Q8_BYTES;
+    unsigned short scale;
+    memcpy(&scale, block, 2);
+    return tl_f16_to_f32(scale) * (float)(int8_t)block[2 + d % TL_Q];
+}
+
+static const int slots[] = {0, 1, 15, 16, 37, 48, 63};
+
+static void check_stored(int c, const char *what, const uint8_t *page, const uint8_t *expected, size_t n, int d,
+                         int slot, int type) {
+    CHECK(!memcmp(page, expected, n), "store_kv %s: %s, head_dim %d, slot %d, type %d", kernels[c]->name, what, d, slot,
+          type);
+}
+
+// Float types: the numbers in their places, zeros behind a value, nothing else.
+static void check_store_floats(int d, int type, int slot) {
+    const size_t stride = (size_t)stride_of(d), k_bytes = key_bytes(d, type), v_bytes = value_bytes(d, type);
+    float *k = random_floats((size_t)d, 1e3f), *v = random_floats((size_t)d, 1e-6f); // f16 subnormals too
+    uint8_t *k_expected = exactly(k_bytes), *v_expected = exactly(v_bytes);
+    memset(k_expected, 0xa5, k_bytes);
+    memset(v_expected, 0xa5, v_bytes);
+    for (int j = 0; j < d; j++) put_number(k_expected, key_at(slot, j, d), k[j], type);
+    for (size_t j = 0; j < stride; j++)
+        put_number(v_expected, (size_t)slot * stride + j, j < (size_t)d ? v[j] : 0, type);
+    for (int c = 0; c < n_kernels; c++) {
+        uint8_t *k_page = exactly(k_bytes), *v_page = exactly(v_bytes);
+        memset(k_page, 0xa5, k_bytes);
+        memset(v_page, 0xa5, v_bytes);
+        kernels[c]->store_kv(k_page, v_page, k, v, slot, d, type);
+        check_stored(c, "keys", k_page, k_expected, k_bytes, d, slot, type);
+        check_stored(c, "values", v_page, v_expected, v_bytes, d, slot, type);
+        free(k_page);
+        free(v_page);
+    }
+    free(k_expected);
+    free(v_expected);
+    free(k);
+    free(v);
+}
+
+// Keys of a page [64] of blocks [head_dim / 32], packed like weights.
+static void pack_keys(uint8_t *page, const uint8_t *blocks, int head_dim) {
+    const tl_format *f = tl_format_of(8);
+    const int groups = head_dim / TL_Q;
+    for (int i = 0; i < 4 * groups; i++) {
+        const uint8_t *rows[TL_ROWS];
+        for (int r = 0; r < TL_ROWS; r++) rows[r] = blocks + ((i / groups * 16 + r) * groups + i % groups) * Q8_BYTES;
+        f->pack(page + i * f->panel_bytes, rows);
+    }
+}
+
+// Q8_0: a token's key and value are the same vector here. Its blocks, seen in the values, are what the vector rounds to
+// (scale = largest / 127 as f16; the inverse of the unrounded scale and the product are rounded before the number is);
+// and keys are those blocks packed like weights, among other tokens' that stay.
+static void check_store_blocks(int d, int slot) {
+    const int groups = d / TL_Q;
+    const size_t n = key_bytes(d, 8), at = (size_t)(slot * groups) * Q8_BYTES;
+    float *x = random_floats((size_t)d, 5);
+    uint8_t *before = exactly(n), *k_before = exactly(n), *k_expected = exactly(n), *v_expected = NULL;
+    if (slot % 2) memset(x, 0, TL_Q * sizeof *x);
+    for (size_t i = 0; i < n; i++) before[i] = (uint8_t)(random_bits() >> 13);
+    pack_keys(k_before, before, d);
+    for (int c = 0; c < n_kernels; c++) {
+        uint8_t *k_page = copy_of(k_before, n), *v_page = copy_of(before, n);
+        kernels[c]->store_kv(k_page, v_page, x, x, slot, d, 8);
+        if (c == 0) {
+            for (int g = 0; g < groups; g++) {
+                const uint8_t *block = v_page + at + g * Q8_BYTES;
+                float largest = 0;
+                unsigned short scale;
+                memcpy(&scale, block, 2);
+                for (int i = 0; i < TL_Q; i++) largest = fmaxf(largest, fabsf(x[g * TL_Q + i]));
+                CHECK(scale == tl_f32_to_f16(largest / 127), "store_kv scalar: scale %04x for %g", scale,
+                      (double)largest);
+                for (int i = 0; i < TL_Q; i++) {
+                    const double y = largest > 0 ? (double)x[g * TL_Q + i] * 127 / (double)largest : 0;
+                    const int number = (int8_t)block[2 + i];
+                    CHECK(abs(number) <= 127 && fabs(number - y) <= 0.5 + gamma_of(3) * fabs(y),
+                          "store_kv scalar: %g of %g becomes %d", (double)x[g * TL_Q + i], (double)largest, number);
+                }
+            }
+            v_expected = copy_of(before, n);
+            memcpy(v_expected + at, v_page + at, (size_t)groups * Q8_BYTES);
+            pack_keys(k_expected, v_expected, d);
+        }
+        check_stored(c, "keys", k_page, k_expected, n, d, slot, 8);
+        check_stored(c, "values", v_page, v_expected, n, d, slot, 8);
+        free(k_page);
+        free(v_page);
+    }
+    free(before);
+    free(k_before);
+    free(k_expected);
+    free(v_expected);
+    free(x);
+}
 
 static void check_store_kv(void) {
-    static const int slots[] = {0, 1, 15, 16, 37, 48, 63};
-    for (int i = 0; i < COUNT(head_dims) * 2 * COUNT(slots); i++) {
-        const int type = i % 2, slot = slots[i / 2 % COUNT(slots)], d = head_dims[i / 2 / COUNT(slots)];
-        const size_t size = type == 0 ? 4 : 2, stride = (size_t)stride_of(d), k_bytes = TL_PAGE * (size_t)d * size,
-                     v_bytes = TL_PAGE * stride * size;
-        float *k = random_floats((size_t)d, 1e3f), *v = random_floats((size_t)d, 1e-6f); // f16 subnormals too
-        uint8_t *k_expected = exactly(k_bytes), *v_expected = exactly(v_bytes);
-        memset(k_expected, 0xa5, k_bytes);
-        memset(v_expected, 0xa5, v_bytes);
-        for (int j = 0; j < d; j++) put_number(k_expected, key_at(slot, j, d), k[j], type);
-        for (size_t j = 0; j < stride; j++)
-            put_number(v_expected, (size_t)slot * stride + j, j < (size_t)d ? v[j] : 0, type);
-        for (int c = 0; c < n_kernels; c++) {
-            uint8_t *k_page = exactly(k_bytes), *v_page = exactly(v_bytes);
-            memset(k_page, 0xa5, k_bytes);
-            memset(v_page, 0xa5, v_bytes);
-            kernels[c]->store_kv(k_page, v_page, k, v, slot, d, type);
-            CHECK(!memcmp(k_page, k_expected, k_bytes), "store_kv %s: keys, head_dim %d, slot %d, type %d",
-                  kernels[c]->name, d, slot, type);
-            CHECK(!memcmp(v_page, v_expected, v_bytes), "store_kv %s: values, head_dim %d, slot %d, type %d",
-                  kernels[c]->name, d, slot, type);
-            free(k_page);
-            free(v_page);
-        }
-        free(k_expected);
-        free(v_expected);
-        free(k);
-        free(v);
+    for (int i = 0; i < COUNT(head_dims) * COUNT(slots); i++) {
+        const int slot = slots[i % COUNT(slots)], d = head_dims[i / COUNT(slots)];
+        check_store_floats(d, 0, slot);
+        check_store_floats(d, 1, slot);
+        if (has_type(d, 8)) check_store_blocks(d, slot);
     }
 }
 
-// A segment's pages hold numbers where some column looks and NaN elsewhere; pages that none looks at are not
-// there.
+// A segment's pages hold numbers where some column looks and NaN elsewhere; pages that none looks at are not there.
 static void fill_pages(tl_segment *s, int from, int to) {
-    const size_t size = s->type == 0 ? 4 : 2, stride = (size_t)s->v_stride;
+    const int d = s->head_dim;
     for (int page = from / TL_PAGE; page <= (to - 1) / TL_PAGE; page++) {
-        uint8_t *k = exactly(TL_PAGE * (size_t)s->head_dim * size), *v = exactly(TL_PAGE * stride * size);
+        uint8_t *keys = exactly(key_bytes(d, s->type)), *values = exactly(value_bytes(d, s->type));
+        memset(keys, 0xff, key_bytes(d, s->type)); // NaN, or int8 with a scale of NaN
+        memset(values, 0xff, value_bytes(d, s->type));
         for (int slot = 0; slot < TL_PAGE; slot++) {
-            const int at = page * TL_PAGE + slot, seen = at >= from && at < to;
-            for (int d = 0; d < s->head_dim; d++)
-                put_number(k, key_at(slot, d, s->head_dim), seen ? random_float() : NAN, s->type);
-            for (size_t d = 0; d < stride; d++)
-                put_number(v, (size_t)slot * stride + d,
-                           !seen                     ? NAN
-                           : d < (size_t)s->head_dim ? random_float()
-                                                     : 0,
-                           s->type);
+            if (page * TL_PAGE + slot < from || page * TL_PAGE + slot >= to) continue;
+            float *k = random_floats((size_t)d, 1), *v = random_floats((size_t)d, 1);
+            kernels[0]->store_kv(keys, values, k, v, slot, d, s->type);
+            free(k);
+            free(v);
         }
-        s->k[page] = k;
-        s->v[page] = v;
+        s->k[page] = keys;
+        s->v[page] = values;
     }
 }
 
-// One column against float64, given its own maximum. A score is off by gamma(d) of its terms' sizes, an exponent
-// by that and the subtraction's rounding, so p by expm1 of it and by exp's own error; a sum then has at most 256
-// fmas (values), or 16 additions and 4 levels of the tree (weights).
+static void make_query(tl_segment *s, int c, float size) {
+    const size_t d = (size_t)s->head_dim;
+    s->q[c] = random_floats(d, size);
+    if (s->type != 8) return;
+    int8_t *q8 = exactly(d);
+    float *scale = exactly(d / TL_Q * sizeof *scale);
+    int16_t *sums = exactly(d / TL_Q * 2 * sizeof *sums);
+    kernels[0]->quantize(q8, scale, sums, s->q[c], (int)d);
+    s->q8[c] = q8;
+    s->scale[c] = scale;
+    s->sums[c] = sums;
+}
+
+static void free_query(tl_segment *s, int c) {
+    free((void *)(uintptr_t)s->q[c]);
+    free((void *)(uintptr_t)s->q8[c]);
+    free((void *)(uintptr_t)s->scale[c]);
+    free((void *)(uintptr_t)s->sums[c]);
+}
+
+// One column against float64, given its own maximum. A score's roundings: an fma a dimension, or for Q8_0 a product and
+// an fma a group. An exponent is off by that and the subtraction's rounding, so p by expm1 of it and by exp's own error;
+// a sum then has at most 256 fmas (values), or 16 additions and 4 levels of the tree (weights).
 static void check_column(const tl_segment *s, int c) {
+    const int roundings = s->type == 8 ? s->head_dim / TL_Q + 1 : s->head_dim;
     double score[TL_SEGMENT] = {0}, p[TL_SEGMENT] = {0}, p_error[TL_SEGMENT] = {0}, sum = 0, sum_error = 0,
            top = -INFINITY, top_error = 0;
     for (int i = s->from[c]; i < s->to[c]; i++) {
         double size = 0;
         for (int d = 0; d < s->head_dim; d++) {
-            const double x =
-                (double)s->q[c][d] * get_number(s->k[i / TL_PAGE], key_at(i % TL_PAGE, d, s->head_dim), s->type);
+            const double q = s->type == 8 ? (double)s->q8[c][d] * (double)s->scale[c][d / TL_Q] : (double)s->q[c][d];
+            const double x = q * (double)get_key(s->k[i / TL_PAGE], i % TL_PAGE, d, s->head_dim, s->type);
             score[i] += x;
             size += fabs(x);
         }
-        const double error = gamma_of(s->head_dim) * size + TINY, down = score[i] - (double)s->max[c];
+        const double error = gamma_of(roundings) * size + TINY, down = score[i] - (double)s->max[c];
         p[i] = exp(down);
         p_error[i] = p[i] * (expm1(error + UNIT * (fabs(down) + error)) * (1 + EXP_ERROR) + EXP_ERROR) + exp(-87);
         sum += p[i];
@@ -536,14 +650,13 @@ static void check_column(const tl_segment *s, int c) {
     for (int d = 0; d < s->v_stride; d++) {
         double exact = 0, bound = TINY;
         for (int i = s->from[c]; i < s->to[c]; i++) {
-            const double v =
-                get_number(s->v[i / TL_PAGE], (size_t)(i % TL_PAGE) * (size_t)s->v_stride + (size_t)d, s->type);
+            const double v = (double)get_value(s->v[i / TL_PAGE], i % TL_PAGE, d, s->head_dim, s->type);
             exact += p[i] * v;
             bound += (p_error[i] + gamma_of(TL_SEGMENT) * (p[i] + p_error[i])) * fabs(v);
         }
         CHECK(fabs((double)s->out[c][d] - exact) <= bound,
-              "segment scalar: head_dim %d, column %d of %d, %d..%d: number %d is %.9g, not %.9g", s->head_dim, c,
-              s->n_columns, s->from[c], s->to[c], d, (double)s->out[c][d], exact);
+              "segment scalar: head_dim %d, type %d, column %d of %d, %d..%d: number %d is %.9g, not %.9g", s->head_dim,
+              s->type, c, s->n_columns, s->from[c], s->to[c], d, (double)s->out[c][d], exact);
     }
 }
 
@@ -571,7 +684,7 @@ static void check_segment(int head_dim, int type, int n_columns, int ranges, flo
     int from = TL_SEGMENT, to = 0;
     const int end = 1 + random_below(TL_SEGMENT);
     for (int c = 0; c < n_columns; c++) {
-        s.q[c] = random_floats((size_t)head_dim, query_size);
+        make_query(&s, c, query_size);
         s.to[c] = ranges == 2 ? 1 + random_below(TL_SEGMENT) : end + c < TL_SEGMENT ? end + c : TL_SEGMENT;
         s.from[c] = ranges == 0 ? 0 : ranges == 1 ? s.to[c] / 3 : random_below(s.to[c]);
         from = s.from[c] < from ? s.from[c] : from;
@@ -588,6 +701,9 @@ static void check_segment(int head_dim, int type, int n_columns, int ranges, flo
             tl_segment alone = s;
             alone.n_columns = 1;
             alone.q[0] = s.q[c];
+            alone.q8[0] = s.q8[c];
+            alone.scale[0] = s.scale[c];
+            alone.sums[0] = s.sums[c];
             alone.from[0] = s.from[c];
             alone.to[0] = s.to[c];
             run_segment(&alone, kernels[i]);
@@ -598,7 +714,7 @@ static void check_segment(int head_dim, int type, int n_columns, int ranges, flo
         free_outputs(&together);
     }
     free_outputs(&expected);
-    for (int c = 0; c < n_columns; c++) free((void *)(uintptr_t)s.q[c]);
+    for (int c = 0; c < n_columns; c++) free_query(&s, c);
     for (int i = 0; i < TL_SEGMENT / TL_PAGE; i++) {
         free((void *)(uintptr_t)s.k[i]);
         free((void *)(uintptr_t)s.v[i]);
@@ -606,10 +722,12 @@ static void check_segment(int head_dim, int type, int n_columns, int ranges, flo
 }
 
 static void check_segments(void) {
-    for (int i = 0; i < COUNT(head_dims) * 2; i++)
-        for (int n_columns = 1; n_columns <= TL_COLUMNS; n_columns++)
+    for (int i = 0; i < COUNT(head_dims) * COUNT(kv_types); i++) {
+        const int d = head_dims[i / COUNT(kv_types)], type = kv_types[i % COUNT(kv_types)];
+        for (int n_columns = 1; n_columns <= TL_COLUMNS && has_type(d, type); n_columns++)
             for (int ranges = 0; ranges < 3; ranges++)
-                check_segment(head_dims[i / 2], i % 2, n_columns, ranges, n_columns % 3 == 0 ? 30 : 1);
+                check_segment(d, type, n_columns, ranges, n_columns % 3 == 0 ? 30 : 1);
+    }
 }
 
 static void check_merge(void) {

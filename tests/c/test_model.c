@@ -424,7 +424,7 @@ static void check_refused_cache(const test *t, const tl_model *other) {
     CHECK(tl_cache_copy_page(cache, N_PAGES, 0, 1, &message) == TL_ARGUMENT, "a copy to no page");
     CHECK(tl_cache_copy_page(cache, 0, 1, 65, &message) == TL_ARGUMENT, "65 tokens of a page");
     CHECK(tl_cache_copy_page(cache, 0, 1, -1, &message) == TL_ARGUMENT, "-1 tokens of a page");
-    CHECK(tl_cache_create(&none, other, 8, 1, &message) == TL_ARGUMENT, "a cache of an unknown type");
+    CHECK(tl_cache_create(&none, other, 2, 1, &message) == TL_ARGUMENT, "a cache of an unknown type");
     CHECK(tl_cache_create(&none, other, 1, 0, &message) == TL_ARGUMENT, "a cache of no pages");
     tl_cache_free(cache);
 }

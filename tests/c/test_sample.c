@@ -7,12 +7,12 @@
 #include <string.h>
 #include "tinyllm.h"
 
-#define EXPECT(condition)                                                                                    \
-    do {                                                                                                     \
-        if (!(condition)) {                                                                                  \
-            printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);                                   \
-            exit(1);                                                                                         \
-        }                                                                                                    \
+#define EXPECT(condition)                                                                                              \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);                                             \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
     } while (0)
 
 static const tl_sampling OFF = {.temperature = 1, .top_p = 1, .typical_p = 1, .repetition_penalty = 1};
@@ -105,13 +105,12 @@ static void errors(void) {
     tl_sampled out;
     tl_message message;
     void *scratch = malloc(tl_sample_scratch(4));
-#define REFUSED(field, value)                                                                                \
-    do {                                                                                                     \
-        tl_sampling s = OFF;                                                                                 \
-        s.field = value;                                                                                     \
-        message.text[0] = 0;                                                                                 \
-        EXPECT(sample(&out, logits, 4, s, NULL, 0, 0, &message) == TL_ARGUMENT &&                            \
-               strstr(message.text, #field));                                                                \
+#define REFUSED(field, value)                                                                                          \
+    do {                                                                                                               \
+        tl_sampling s = OFF;                                                                                           \
+        s.field = value;                                                                                               \
+        message.text[0] = 0;                                                                                           \
+        EXPECT(sample(&out, logits, 4, s, NULL, 0, 0, &message) == TL_ARGUMENT && strstr(message.text, #field));       \
     } while (0)
     REFUSED(temperature, -1);
     REFUSED(temperature, NAN);
@@ -125,24 +124,17 @@ static void errors(void) {
     REFUSED(frequency_penalty, INFINITY);
     tl_sampling biased = OFF;
     biased.n_bias = 2, biased.bias = bias, biased.bias_tokens = outside;
-    EXPECT(sample(&out, logits, 4, biased, NULL, 0, 0, &message) == TL_ARGUMENT &&
-           strstr(message.text, "token 4"));
-    EXPECT(sample(&out, logits, 4, OFF, outside, 2, 0, &message) == TL_ARGUMENT &&
-           strstr(message.text, "is 4"));
-    EXPECT(sample(&out, logits, 4, OFF, below, 1, 0, &message) == TL_ARGUMENT &&
-           strstr(message.text, "is -1"));
-    EXPECT(sample(&out, nan, 4, OFF, NULL, 0, 0, &message) == TL_ARGUMENT &&
-           strstr(message.text, "token 1 is NaN"));
-    EXPECT(sample(&out, inf, 4, OFF, NULL, 0, 0, &message) == TL_ARGUMENT &&
-           strstr(message.text, "token 3 is +inf"));
-    EXPECT(sample(&out, nothing, 4, OFF, NULL, 0, 0, &message) == TL_ARGUMENT &&
-           strstr(message.text, "-inf"));
+    EXPECT(sample(&out, logits, 4, biased, NULL, 0, 0, &message) == TL_ARGUMENT && strstr(message.text, "token 4"));
+    EXPECT(sample(&out, logits, 4, OFF, outside, 2, 0, &message) == TL_ARGUMENT && strstr(message.text, "is 4"));
+    EXPECT(sample(&out, logits, 4, OFF, below, 1, 0, &message) == TL_ARGUMENT && strstr(message.text, "is -1"));
+    EXPECT(sample(&out, nan, 4, OFF, NULL, 0, 0, &message) == TL_ARGUMENT && strstr(message.text, "token 1 is NaN"));
+    EXPECT(sample(&out, inf, 4, OFF, NULL, 0, 0, &message) == TL_ARGUMENT && strstr(message.text, "token 3 is +inf"));
+    EXPECT(sample(&out, nothing, 4, OFF, NULL, 0, 0, &message) == TL_ARGUMENT && strstr(message.text, "-inf"));
     EXPECT(tl_sample(&out, logits, 0, &OFF, NULL, 0, 0, 0, scratch, &message) == TL_ARGUMENT);
     EXPECT(tl_top_logprobs(tokens, logprobs, 5, logits, 4, scratch, &message) == TL_ARGUMENT);
     EXPECT(tl_top_logprobs(tokens, logprobs, 0, logits, 4, scratch, &message) == TL_ARGUMENT);
     EXPECT(tl_top_logprobs(tokens, logprobs, 1, nan, 4, scratch, &message) == TL_ARGUMENT);
-    EXPECT(isnan(tl_logprob(nan, 4, 0)) && isnan(tl_logprob(nothing, 4, 0)) &&
-           isnan(tl_logprob(logits, 4, 4)));
+    EXPECT(isnan(tl_logprob(nan, 4, 0)) && isnan(tl_logprob(nothing, 4, 0)) && isnan(tl_logprob(logits, 4, 4)));
     free(scratch);
 }
 

@@ -147,7 +147,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--cache-type",
         default="f16",
         metavar="T",
-        help="numbers of the attention cache: f16 or f32 (default: f16)",
+        help="numbers of the attention cache: f16, f32 or q8_0 (default: f16)",
     )
     group.add_argument(
         "--weights",
