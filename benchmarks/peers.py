@@ -35,6 +35,21 @@ TIME_LIMIT_S = 3600
 CHUNK = 512
 
 
+class CacheType(NamedTuple):
+    """A type of the KV cache's numbers, as the engines know it."""
+
+    n_bytes: float  # of a number
+    ggml: int
+    openvino: str
+
+
+CACHE_TYPES = {
+    "f32": CacheType(4, 0, "f32"),
+    "f16": CacheType(2, 1, "f16"),
+    "q8_0": CacheType(34 / 32, 8, "u8"),
+}
+
+
 class Case(NamedTuple):
     """A prompt to read or tokens to decode (the other is 0), behind n_depth tokens in the cache."""
 
@@ -78,7 +93,7 @@ def run_llama_cpp(setting: Setting) -> dict[str, Any]:
     params.n_ctx = sum(case)
     params.n_batch, params.n_ubatch = 2048, CHUNK
     params.n_threads = params.n_threads_batch = setting.threads
-    params.type_k = params.type_v = {"f32": 0, "f16": 1}[setting.cache_type]
+    params.type_k = params.type_v = CACHE_TYPES[setting.cache_type].ggml
     context = lib.llama_init_from_model(model, params)
     if not context:
         raise RuntimeError("llama.cpp could not load the model")
@@ -118,7 +133,10 @@ def run_openvino(setting: Setting) -> dict[str, Any]:
     if case.n_prompt and case.n_depth:
         raise RuntimeError("this pipeline cannot time a prompt behind what is in the cache")
     pipeline = genai.LLMPipeline(
-        setting.model, "CPU", INFERENCE_NUM_THREADS=setting.threads, KV_CACHE_PRECISION=setting.cache_type
+        setting.model,
+        "CPU",
+        INFERENCE_NUM_THREADS=setting.threads,
+        KV_CACHE_PRECISION=CACHE_TYPES[setting.cache_type].openvino,
     )
     config = genai.GenerationConfig()
     config.ignore_eos, config.do_sample = True, False
@@ -270,7 +288,7 @@ def step_bytes(setting: Setting) -> float:
         return 0.0
     config, weights = files.config, files.weights
     n_bytes = sum(t.n_bytes for (name, _), t in weights.items() if name != "embedding" or config.tied)
-    number = {"f32": 4, "f16": 2}[setting.cache_type]
+    number = CACHE_TYPES[setting.cache_type].n_bytes
     position = 2 * config.n_layers * config.n_kv_heads * config.head_dim * number
     return n_bytes + position * (case.n_depth + (case.n_gen + 1) / 2)
 
@@ -398,7 +416,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("-d", "--n-depth", type=counts, default=[0], metavar="N,...", help="tokens in the cache before (0)")
     add("-t", "--threads", type=int, metavar="N", help="threads of every engine (the physical cores)")
     add("-r", "--repetitions", type=int, default=5, metavar="N", help="turns (5)")
-    add("--cache-type", choices=("f16", "f32"), default="f16")
+    add("--cache-type", choices=tuple(CACHE_TYPES), default="f16", help="of every engine (f16)")
     add("--buffer", type=int, metavar="MB", help="memory that a sample of the read bandwidth reads")
     add(
         "--peer-bench", type=named, action="append", default=[], metavar="NAME=COMMAND",

@@ -121,11 +121,8 @@ tl_status tl_cpu_upload_floats(float **to, const tl_source *source, int n, tl_me
 // One row of a packed matrix: out [k].
 void tl_cpu_unpack_row(const tl_matrix *m, int row, float *out) {
     const tl_format *f = m->format;
-    const int n_panels = (m->rows + TL_ROWS - 1) / TL_ROWS, panel = row / TL_ROWS, lead = panel / TL_GROUP * TL_GROUP;
-    const size_t side = (size_t)tl_min(TL_GROUP, n_panels - lead) * (size_t)f->panel_bytes;
-    const uint8_t *block = (const uint8_t *)m->data +
-                           (size_t)lead * (size_t)(m->k / f->block) * (size_t)f->panel_bytes +
-                           (size_t)(panel - lead) * (size_t)f->panel_bytes;
+    size_t side;
+    const uint8_t *block = tl_panel(m, row / TL_ROWS, &side);
     for (int k = 0; k < m->k; k += f->block, block += side) f->unpack(out + k, block, row % TL_ROWS);
 }
 

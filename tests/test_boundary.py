@@ -11,9 +11,11 @@ from types import ModuleType, WrapperDescriptorType
 
 import count_lines
 import pytest
+from helpers_models import golden_spec
 
 import tinyllm
 from tinyllm import _core, backends, kvcache, llm
+from tinyllm.config import config_from_json
 from tinyllm.loaders import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +137,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": {"errors", "sandbox"},
     "engine": {"errors", "kvcache", "sampling", "tokenizer", "chat"},
     "modelfiles": {"chat", "config", "errors", "loaders", "tokenizer"},
+    "benchmark": {"backends", "errors", "llm", "loaders", "modelfiles"},
     "llm": {
         "backends",
         "chat",
@@ -275,9 +278,8 @@ def test_constants_agree() -> None:
 
     assert defined("TL_PAGE") == kvcache.PAGE
     assert defined("TL_MAX_THREADS") == backends.MAX_THREADS
-    assert set(backends.CACHE_TYPES) == set(llm.CACHE_BYTES)
     for name, id in backends.CACHE_TYPES.items():
-        assert (FORMATS[id].name.lower(), FORMATS[id].block_bytes) == (name, llm.CACHE_BYTES[name])
+        assert FORMATS[id].name.lower() == name
     for name, id in llm.QUANTIZED.items():
         assert FORMATS[id].name.lower() == name
         assert name in backends.WRITABLE
@@ -285,6 +287,20 @@ def test_constants_agree() -> None:
         r"max_pages < 1 \|\| max_pages > 1 << (\d+)", (CSRC / "cache.c").read_text(encoding="utf-8")
     )
     assert 1 << int(most) == llm.MAX_PAGES
+
+
+PAGE_SIZES = [
+    (type, d) for type in backends.CACHE_TYPES for d in (20, 64, 96) if type != "q8_0" or d % 32 == 0
+]
+
+
+@pytest.mark.parametrize(("cache_type", "head_dim"), PAGE_SIZES)
+def test_sizes_of_pages_agree(cache_type: backends.CacheType, head_dim: int) -> None:
+    """What loading calculates with is what the core takes."""
+    config = config_from_json({**golden_spec("llama3").config, "head_dim": head_dim})
+    model = backends.Model(config, threads=1)
+    assert model.cache(cache_type, 1).page_bytes == backends.page_bytes(config, cache_type)
+    model.close()
 
 
 def test_errors_of_the_core_exist() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +98,7 @@ def default_tables() -> npt.NDArray[np.int32]:
     return np.arange(3 * TABLE, dtype=np.int32).reshape(3, TABLE)
 
 
-def make_subject(path: Path, format: str, cache_type: Literal["f16", "f32"]) -> Subject:
+def make_subject(path: Path, format: str, cache_type: backends.CacheType) -> Subject:
     config = {**BASE, **MODELS[format]}
     if not path.exists():
         write_gguf(path, config, random_weights(config, seed=41), format=format)
@@ -117,7 +117,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("numbers")
 
 
-@pytest.fixture(scope="module", params=[(f, c) for f in MODELS for c in ("f16", "f32")], ids="-".join)
+SUBJECTS = [
+    (format, cache_type)
+    for format, sizes in MODELS.items()
+    for cache_type in backends.CACHE_TYPES
+    if cache_type != "q8_0" or sizes is BLOCKS  # its heads are whole groups of 32
+]
+
+
+@pytest.fixture(scope="module", params=SUBJECTS, ids="-".join)
 def subject(request: pytest.FixtureRequest, folder: Path) -> Iterator[Subject]:
     format, cache_type = request.param
     made = make_subject(folder / f"{format}.gguf", format, cache_type)

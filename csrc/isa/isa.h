@@ -17,6 +17,14 @@ typedef struct tl_activations {
     int k;
 } tl_activations;
 
+// The first block of a panel, and how far apart its blocks are: the panels of a group store theirs side by side.
+static inline uint8_t *tl_panel(const tl_matrix *w, int panel, size_t *side) {
+    const int n_panels = (w->rows + TL_ROWS - 1) / TL_ROWS, lead = panel / TL_GROUP * TL_GROUP;
+    const size_t bytes = (size_t)w->format->panel_bytes, n_blocks = (size_t)(w->k / w->format->block);
+    *side = (size_t)(n_panels - lead < TL_GROUP ? n_panels - lead : TL_GROUP) * bytes;
+    return (uint8_t *)w->data + (size_t)lead * n_blocks * bytes + (size_t)(panel - lead) * bytes;
+}
+
 // out[t * stride + row] = (add ? out : 0) + (in @ w.T)[t, row] (+ bias).
 typedef struct tl_product {
     const tl_matrix *w;

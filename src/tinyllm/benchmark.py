@@ -22,13 +22,12 @@ from typing import Any, cast
 import numpy as np
 
 from . import backends
-from .backends import I32, CacheType, PagePool
+from .backends import I32, PAGE, CacheType, PagePool
 from .errors import ArgumentError, MemoryLimitError
 from .llm import load
 from .loaders import FORMATS, FileReader, TensorInfo
 from .modelfiles import read_model
 
-PAGE = 64  # tokens
 CHUNK = 512  # tokens of a prefill call, as in llama-bench and in engine.py
 READ_BYTES = 1 << 30  # that a sample of the read bandwidth reads at least
 HASHED_WHOLE = 64 << 20  # files up to this size are hashed whole

@@ -425,6 +425,8 @@ static void check_refused_cache(const test *t, const tl_model *other) {
     CHECK(tl_cache_copy_page(cache, 0, 1, 65, &message) == TL_ARGUMENT, "65 tokens of a page");
     CHECK(tl_cache_copy_page(cache, 0, 1, -1, &message) == TL_ARGUMENT, "-1 tokens of a page");
     CHECK(tl_cache_create(&none, other, 2, 1, &message) == TL_ARGUMENT, "a cache of an unknown type");
+    const tl_model *odd = other->config.head_dim % 32 ? other : t->model; // one of the two shapes
+    CHECK(tl_cache_create(&none, odd, 8, 1, &message) == TL_ARGUMENT, "a Q8_0 cache for odd heads");
     CHECK(tl_cache_create(&none, other, 1, 0, &message) == TL_ARGUMENT, "a cache of no pages");
     tl_cache_free(cache);
 }
@@ -491,8 +493,9 @@ int main(void) {
     default_tables();
     for (int i = 0; i < COUNT(shapes); i++) {
         tl_model *model = make_model(&shapes[i]), *other = make_model(&shapes[(i + 1) % COUNT(shapes)]);
-        for (int type = 0; type < 2; type++) {
-            test t = {.shape = &shapes[i], .model = model, .cache = make_cache(model, type)};
+        static const int types[] = {0, 1, 8}; // Q8_0 for heads of whole groups of 32 only
+        for (int k = 0; k < (shapes[i].config.head_dim % 32 ? 2 : 3); k++) {
+            test t = {.shape = &shapes[i], .model = model, .cache = make_cache(model, types[k])};
             make_expected(&t);
             check_threads(&t);
             check_chunks(&t);

@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +109,9 @@ def _parser() -> Parser:
     )
     how = parser.add_argument_group("how to run it")
     how.add_argument("-t", "--threads", type=_positives, metavar="N,...", help="threads (the physical cores)")
-    how.add_argument("--cache-type", type=_names, default=["f16"], metavar="T,...", help="f16, f32 (f16)")
+    how.add_argument(
+        "--cache-type", type=_names, default=["f16"], metavar="T,...", help="f16, f32, q8_0 (f16)"
+    )
     how.add_argument(
         "--isa", type=_names, metavar="NAME,...", help="instruction sets, such as avx2,avx512vnni (the best)"
     )
@@ -202,8 +205,8 @@ WRITERS: dict[str, Callable[[list[dict[str, Any]]], None]] = {
 
 @contextmanager
 def _progress_line() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A function that draws a bar on stderr where that is a terminal. It draws when it is called, never on
-    its own: nothing else may run while a model is measured.
+    """A function that draws a bar on stderr where that is a terminal. It draws when it is called, ten times a
+    second at most, and never on its own: nothing else may run while a model is measured.
     """
     if not sys.stderr.isatty():
         yield None
@@ -212,10 +215,13 @@ def _progress_line() -> Iterator[Callable[[str, int, int], None] | None]:
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("")
+        task, drawn = bar.add_task(""), 0.0
 
         def update(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total, refresh=True)
+            nonlocal drawn
+            due = time.monotonic() - drawn > 0.1
+            drawn = time.monotonic() if due else drawn
+            bar.update(task, description=what, completed=done, total=total, refresh=due)
 
         yield update
 
