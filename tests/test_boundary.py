@@ -280,9 +280,6 @@ def test_constants_agree() -> None:
     assert defined("TL_MAX_THREADS") == backends.MAX_THREADS
     for name, id in backends.CACHE_TYPES.items():
         assert FORMATS[id].name.lower() == name
-    for name, id in llm.QUANTIZED.items():
-        assert FORMATS[id].name.lower() == name
-        assert name in backends.WRITABLE
     (most,) = re.findall(
         r"max_pages < 1 \|\| max_pages > 1 << (\d+)", (CSRC / "cache.c").read_text(encoding="utf-8")
     )
