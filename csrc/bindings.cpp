@@ -123,18 +123,16 @@ struct Model {
         return p.get();
     }
 
-    void upload(const std::string &name, int layer, int fd, uint64_t offset, py::object memory, int source_format,
-                int format, const py::object &row_order, int threads) {
+    void upload(const std::string &name, int layer, int fd, uint64_t offset, int source_format, int format,
+                const py::object &row_order, int threads) {
         std::shared_ptr<tl_model> keep = (get(), p);
-        tl_source source{format_of(source_format), fd, offset, nullptr, nullptr};
-        py::buffer_info buffer;
-        if (!memory.is_none()) {
-            buffer = py::buffer(memory).request();
-            source.memory = static_cast<const uint8_t *>(buffer.ptr);
-            source.fd = -1;
-        }
+        tl_source source{format_of(source_format), fd, offset, nullptr, nullptr, 0};
         Ints order;
-        if (!row_order.is_none()) source.row_order = (order = row_order.cast<Ints>()).data();
+        if (!row_order.is_none()) {
+            order = row_order.cast<Ints>();
+            source.row_order = order.data();
+            source.n_row_order = static_cast<int>(order.size());
+        }
         const tl_format *keep_as = format_of(format);
         tl_message message;
         tl_status status;
@@ -227,7 +225,7 @@ Floats pack_unpack(const py::bytes &data, int format, int rows, int k) {
             static_cast<size_t>(rows) * static_cast<size_t>(k / f->block) * static_cast<size_t>(f->block_bytes))
         raise_argument("data is not rows x k numbers of this format");
     tl_matrix matrix{f, rows, k, nullptr, 0, nullptr};
-    tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr};
+    tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr, 0};
     Floats out({rows, k});
     tl_message message;
     tl_pool_enter();
@@ -332,7 +330,7 @@ PYBIND11_MODULE(_core, m) {
     py::class_<Model>(m, "Model")
         .def(py::init<const py::dict &>(), py::arg("config"))
         .def("upload", &Model::upload, py::arg("name"), py::arg("layer"), py::arg("fd"), py::arg("offset"),
-             py::arg("memory"), py::arg("source_format"), py::arg("format"), py::arg("row_order"), py::arg("threads"))
+             py::arg("source_format"), py::arg("format"), py::arg("row_order"), py::arg("threads"))
         .def("tie", [](Model &model) { tl_model_tie(model.get()); })
         .def("check", &Model::check)
         .def("forward", &Model::forward, py::arg("cache"), py::arg("tokens"), py::arg("x"), py::arg("positions"),

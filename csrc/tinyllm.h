@@ -78,7 +78,8 @@ typedef struct tl_source {
     int fd;
     uint64_t offset;
     const uint8_t *memory;
-    const int32_t *row_order; // [rows] the file's row for each row of the matrix; NULL: as they are
+    const int32_t *row_order; // [rows] the file's row for each row of the matrix, both < rows; NULL: as they are
+    int n_row_order;          // of row_order: the matrix's rows
 } tl_source;
 
 // Weights [rows, k] as the backend packed them; out = in @ w.T + bias.
@@ -139,7 +140,7 @@ tl_status tl_model_create(tl_model **model, const tl_config *config, const tl_ba
 // to.
 tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl_source *source,
                           const tl_format *format, int threads, tl_message *message);
-// The output matrix is the embedding, from now on: one copy serves both.
+// The output matrix is the embedding, from now on, where it has none of its own: one copy serves both.
 void tl_model_tie(tl_model *model);
 // Says which weight is missing, if one is. Call it once before the first forward.
 tl_status tl_model_check(const tl_model *model, tl_message *message);

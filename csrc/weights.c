@@ -96,6 +96,12 @@ tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl
     if (!s) return tl_fail(message, TL_ARGUMENT, "there is no weight \"%s\" in layer %d", name, layer);
     int rows = size_of(&model->config, s->rows), k = size_of(&model->config, s->k);
     void *at = slot_at(model, s, layer);
+    if (source->row_order && source->n_row_order != rows)
+        return tl_fail(message, TL_ARGUMENT, "%s has %d rows, the order %d", name, rows, source->n_row_order);
+    for (int i = 0; source->row_order && i < rows; i++)
+        if (source->row_order[i] < 0 || source->row_order[i] >= rows)
+            return tl_fail(message, TL_ARGUMENT, "row %d of %s comes from row %d of %d", i, name, source->row_order[i],
+                           rows);
     tl_status status;
     tl_pool_enter();
     if (s->kind != MATRIX) {
@@ -128,7 +134,9 @@ tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl
     return status;
 }
 
-void tl_model_tie(tl_model *model) { model->output = model->embedding; }
+void tl_model_tie(tl_model *model) {
+    if (!model->output.data) model->output = model->embedding;
+}
 
 tl_status tl_model_check(const tl_model *model, tl_message *message) {
     for (size_t i = 0; i < N_SLOTS; i++)

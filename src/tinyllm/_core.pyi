@@ -31,7 +31,6 @@ class Model:
         layer: int,
         fd: int,
         offset: int,
-        memory: bytes | NDArray[np.generic] | None,
         source_format: int,
         format: int,
         row_order: NDArray[np.int32] | None,

@@ -253,7 +253,6 @@ class Model:
                 -1 if layer is None else layer,
                 fd,
                 info.offset,
-                None,
                 info.format,
                 target,
                 row_order,
