@@ -27,8 +27,8 @@ static void rotate_and_store(void *data, int t, int thread) {
           *v = r->v + (size_t)t * r->kv_width;
     tl_isa()->rope(q, cos, sin, c->n_heads, c->head_dim, c->rope_dim, c->attention_scale);
     if (cache->type == 8)
-        tl_isa()->quantize(r->in.q + (size_t)t * r->q_width, r->in.scale + (size_t)t * (r->q_width / TL_Q),
-                           r->in.sums + (size_t)t * (r->q_width / TL_Q * 2), q, (int)r->q_width);
+        tl_isa()->quantize(r->in.q + (size_t)t * r->q_width, r->in.groups + (size_t)t * (r->q_width / TL_Q), q,
+                           (int)r->q_width);
     tl_isa()->rope(k, cos, sin, c->n_kv_heads, c->head_dim, c->rope_dim, 1);
     const int32_t *pages = b->page_tables + (size_t)b->sequences[t] * (size_t)b->max_pages;
     for (int h = 0; h < c->n_kv_heads; h++) {

@@ -58,8 +58,7 @@ static void attend_unit(void *data, int unit, int thread) {
             if (to <= 0) continue;
             segment.q[n] = r->base.q + q[i];
             segment.q8[n] = r->in.q + q[i];
-            segment.scale[n] = r->in.scale + q[i] / TL_Q;
-            segment.sums[n] = r->in.sums + q[i] / TL_Q * 2;
+            segment.groups[n] = r->in.groups + q[i] / TL_Q;
             segment.to[n] = to;
             segment.out[n] = r->part + ((size_t)thread * TL_COLUMNS + (size_t)n) * (size_t)r->v_stride;
             column[segment.n_columns++] = i;

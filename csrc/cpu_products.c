@@ -27,8 +27,7 @@ static void prepare_row(void *data, int t, int thread) {
         tl_isa()->rmsnorm(normed, x, j->norm->weight, j->norm->eps, in->k);
         x = normed;
     }
-    if (j->quantize)
-        tl_isa()->quantize(in->q + row * k, in->scale + row * (k / TL_Q), in->sums + row * (k / TL_Q * 2), x, in->k);
+    if (j->quantize) tl_isa()->quantize(in->q + row * k, in->groups + row * (k / TL_Q), x, in->k);
 }
 
 static void product_unit(void *data, int unit, int thread) {

@@ -25,8 +25,7 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     PLACE(cos, float, n *(size_t)c->rope_dim / 2);
     PLACE(sin, float, n *(size_t)c->rope_dim / 2);
     PLACE(in.q, int8_t, n *k);
-    PLACE(in.scale, float, n *(k / TL_Q));
-    PLACE(in.sums, int16_t, n *(k / TL_Q * 2));
+    PLACE(in.groups, tl_q_group, n * (k / TL_Q));
     PLACE(tiles, tl_tile, n * (size_t)r->group);
     PLACE(partial, float, n *(size_t)c->n_heads *(size_t)r->n_splits *((size_t)r->v_stride + 16));
     PLACE(part, float, (size_t)b->threads * TL_COLUMNS * (size_t)r->v_stride);

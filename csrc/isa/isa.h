@@ -7,13 +7,17 @@
 #include "../formats.h"
 #include "../tinyllm.h"
 
-// Activations of n tokens: as floats [n, k] and, for quantized weights, as int8 groups of 32 with their scale
-// and the two sums of their halves: q [n, k], scale [n, k / 32], sums [n, k / 16].
+// What goes with 32 activations rounded to int8: x = scale * q; sum and half are q's sums (whole, first 16, last 16).
+typedef struct tl_q_group {
+    float scale, scaled_sum; // scaled_sum = scale * sum
+    int32_t sum, half[2];
+} tl_q_group;
+
+// Activations of n tokens: as floats x [n, k] and, for quantized weights, as int8 q [n, k] with groups [n, k / 32].
 typedef struct tl_activations {
     const float *x;
     int8_t *q;
-    float *scale;
-    int16_t *sums;
+    tl_q_group *groups;
     int k;
 } tl_activations;
 
@@ -41,10 +45,9 @@ typedef struct tl_product {
 #define TL_COLUMNS 8
 typedef struct tl_segment {
     int n_columns, head_dim, v_stride, type;
-    const float *q[TL_COLUMNS];      // [head_dim], scaled
-    const int8_t *q8[TL_COLUMNS];    // the same in groups of 32, for a Q8_0 cache: [head_dim]
-    const float *scale[TL_COLUMNS];  // [head_dim / 32]
-    const int16_t *sums[TL_COLUMNS]; // [head_dim / 16]
+    const float *q[TL_COLUMNS];           // [head_dim], scaled
+    const int8_t *q8[TL_COLUMNS];         // the same in groups of 32, for a Q8_0 cache: [head_dim]
+    const tl_q_group *groups[TL_COLUMNS]; // [head_dim / 32]
     int from[TL_COLUMNS], to[TL_COLUMNS];
     const uint8_t *k[TL_SEGMENT / TL_PAGE],
         *v[TL_SEGMENT / TL_PAGE]; // one head's keys and values, a page each
@@ -62,8 +65,8 @@ typedef struct tl_kernels {
     // 0, out = 0.
     void (*merge)(float *out, float *max, float *sum, const float *part, float part_max, float part_sum, int n);
     void (*rmsnorm)(float *out, const float *x, const float *weight, float eps, int n);
-    void (*quantize)(int8_t *q, float *scale, int16_t *sums, const float *x, int n); // n a multiple of 32
-    void (*silu_mul)(float *gate, const float *up, int n);                           // gate = silu(gate) * up
+    void (*quantize)(int8_t *q, tl_q_group *groups, const float *x, int n); // n a multiple of 32
+    void (*silu_mul)(float *gate, const float *up, int n);                  // gate = silu(gate) * up
     // Rotates n_heads heads in place (half-split pairs), then multiplies by scale.
     void (*rope)(float *x, const float *cos, const float *sin, int n_heads, int head_dim, int rope_dim, float scale);
     // One token's key and value of one head into slot `slot` of a page.

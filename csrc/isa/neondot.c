@@ -5,7 +5,8 @@
 #include <sys/auxv.h>
 #endif
 
-// A vector is four of the 32 registers: sums of 4 tokens take 16, a weight 4, and the floats (16 more) wait on the stack.
+// A vector is four of the 32 registers: the integer sums of 4 tokens take 16, a weight 4, its activations one or two, and
+// their float sums (16 more, touched once in 32 k) half fit.
 #define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(4, 1) X(2, 1) X(1, 4) // (tokens, panels) that registers hold, widest first
 #define ISA        neondot

@@ -130,8 +130,7 @@ static tl_activations make_activations(const tl_format *f, int n_tokens, int k) 
         return in;
     }
     in.q = exactly(n);
-    in.scale = exactly(n / TL_Q * sizeof(float));
-    in.sums = exactly(n / TL_Q * 2 * sizeof(int16_t));
+    in.groups = exactly(n / TL_Q * sizeof(tl_q_group));
     for (size_t g = 0; g < n / TL_Q; g++) {
         const int extreme = random_below(6);
         for (size_t half = 0; half < 2; half++) {
@@ -141,9 +140,11 @@ static tl_activations make_activations(const tl_format *f, int n_tokens, int k) 
                 in.q[g * TL_Q + half * 16 + i] = (int8_t)q;
                 sum += q;
             }
-            in.sums[g * 2 + half] = (int16_t)sum;
+            in.groups[g].half[half] = sum;
         }
-        in.scale[g] = extreme == 2 ? 0 : 0.02f * (1.5f + random_float());
+        in.groups[g].sum = in.groups[g].half[0] + in.groups[g].half[1];
+        in.groups[g].scale = extreme == 2 ? 0 : 0.02f * (1.5f + random_float());
+        in.groups[g].scaled_sum = in.groups[g].scale * (float)in.groups[g].sum;
     }
     return in;
 }
@@ -151,8 +152,7 @@ static tl_activations make_activations(const tl_format *f, int n_tokens, int k) 
 static void free_activations(tl_activations *in) {
     free((void *)(uintptr_t)in->x);
     free(in->q);
-    free(in->scale);
-    free(in->sums);
+    free(in->groups);
 }
 
 typedef struct shape {
@@ -168,7 +168,7 @@ static void check_output(const matrix *a, const tl_activations *in, float out, f
     for (int i = 0; i < k; i++) {
         const double w = (double)a->w[row * k + i], min = (double)a->min[row * k + i];
         const double x = f->is_float ? (double)in->x[t * k + i]
-                                     : (double)in->q[t * k + i] * (double)in->scale[t * (k / TL_Q) + i / TL_Q];
+                                     : (double)in->q[t * k + i] * (double)in->groups[t * (k / TL_Q) + i / TL_Q].scale;
         exact += w * x;
         size += (fabs(w) + 2 * fabs(min)) * fabs(x);
     }
@@ -308,14 +308,22 @@ static void check_quantize(void) {
         for (int c = 0; c < n_kernels; c++) {
             int8_t *q = exactly(n);
             float *scale = exactly((size_t)n_groups * sizeof(float));
-            int16_t *sums = exactly((size_t)n_groups * 2 * sizeof(int16_t));
-            kernels[c]->quantize(q, scale, sums, x, (int)n);
+            tl_q_group *groups = exactly((size_t)n_groups * sizeof *groups);
+            kernels[c]->quantize(q, groups, x, (int)n);
+            for (int g = 0; g < n_groups; g++) {
+                const tl_q_group *group = &groups[g];
+                scale[g] = group->scale;
+                CHECK(group->sum == group->half[0] + group->half[1] &&
+                          group->scaled_sum == group->scale * (float)group->sum,
+                      "quantize %s: group %d's sums disagree", kernels[c]->name, g);
+            }
             for (int h = 0; h < n_groups * 2; h++) {
                 int sum = 0;
                 for (int i = 0; i < 16; i++) sum += q[h * 16 + i];
-                CHECK(sums[h] == sum, "quantize %s: sum of half %d is %d, not %d", kernels[c]->name, h, sums[h], sum);
+                const int got = groups[h / 2].half[h % 2];
+                CHECK(got == sum, "quantize %s: sum of half %d is %d, not %d", kernels[c]->name, h, got, sum);
             }
-            free(sums);
+            free(groups);
             if (c > 0) {
                 CHECK(!memcmp(q, numbers, n) && !memcmp(scale, scales, (size_t)n_groups * sizeof(float)),
                       "quantize %s: %d groups differ", kernels[c]->name, n_groups);
@@ -605,19 +613,16 @@ static void make_query(tl_segment *s, int c, float size) {
     s->q[c] = random_floats(d, size);
     if (s->type != 8) return;
     int8_t *q8 = exactly(d);
-    float *scale = exactly(d / TL_Q * sizeof *scale);
-    int16_t *sums = exactly(d / TL_Q * 2 * sizeof *sums);
-    kernels[0]->quantize(q8, scale, sums, s->q[c], (int)d);
+    tl_q_group *groups = exactly(d / TL_Q * sizeof *groups);
+    kernels[0]->quantize(q8, groups, s->q[c], (int)d);
     s->q8[c] = q8;
-    s->scale[c] = scale;
-    s->sums[c] = sums;
+    s->groups[c] = groups;
 }
 
 static void free_query(tl_segment *s, int c) {
     free((void *)(uintptr_t)s->q[c]);
     free((void *)(uintptr_t)s->q8[c]);
-    free((void *)(uintptr_t)s->scale[c]);
-    free((void *)(uintptr_t)s->sums[c]);
+    free((void *)(uintptr_t)s->groups[c]);
 }
 
 // One column against float64, given its own maximum. A score's roundings: an fma a dimension, or for Q8_0 a product and
@@ -630,7 +635,8 @@ static void check_column(const tl_segment *s, int c) {
     for (int i = s->from[c]; i < s->to[c]; i++) {
         double size = 0;
         for (int d = 0; d < s->head_dim; d++) {
-            const double q = s->type == 8 ? (double)s->q8[c][d] * (double)s->scale[c][d / TL_Q] : (double)s->q[c][d];
+            const double q =
+                s->type == 8 ? (double)s->q8[c][d] * (double)s->groups[c][d / TL_Q].scale : (double)s->q[c][d];
             const double x = q * (double)get_key(s->k[i / TL_PAGE], i % TL_PAGE, d, s->head_dim, s->type);
             score[i] += x;
             size += fabs(x);
@@ -702,8 +708,7 @@ static void check_segment(int head_dim, int type, int n_columns, int ranges, flo
             alone.n_columns = 1;
             alone.q[0] = s.q[c];
             alone.q8[0] = s.q8[c];
-            alone.scale[0] = s.scale[c];
-            alone.sums[0] = s.sums[c];
+            alone.groups[0] = s.groups[c];
             alone.from[0] = s.from[c];
             alone.to[0] = s.to[c];
             run_segment(&alone, kernels[i]);
