@@ -71,22 +71,12 @@ static void cpu_norm_linear(tl_run *run, const tl_norm *norm, const tl_matrix *w
     tl_cpu_products((tl_cpu_run *)run, run->x, b->rows, b->n_rows, norm, &product, 1);
 }
 
-static tl_status cpu_clear(void *to, size_t n_bytes) {
-    memset(to, 0, n_bytes);
-    return TL_OK;
-}
-
-static tl_status cpu_copy(void *to, const void *from, size_t n_bytes) {
-    memcpy(to, from, n_bytes);
-    return TL_OK;
-}
-
 const tl_backend tl_backend_cpu = {
     .name = "cpu",
     .alloc = tl_alloc,
     .free = tl_free,
-    .clear = cpu_clear,
-    .copy = cpu_copy,
+    .clear = tl_clear,
+    .copy = tl_copy,
     .upload = tl_cpu_upload,
     .upload_floats = tl_cpu_upload_floats,
     .unpack = tl_cpu_unpack,

@@ -65,6 +65,16 @@ void tl_free(void *block) {
     }
 }
 
+tl_status tl_clear(void *to, size_t n_bytes) {
+    memset(to, 0, n_bytes);
+    return TL_OK;
+}
+
+tl_status tl_copy(void *to, const void *from, size_t n_bytes) {
+    memcpy(to, from, n_bytes);
+    return TL_OK;
+}
+
 void tl_memory_live(size_t *n_blocks, size_t *n_bytes) {
     *n_blocks = atomic_load(&live_blocks);
     *n_bytes = atomic_load(&live_bytes);

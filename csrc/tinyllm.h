@@ -41,6 +41,8 @@ tl_status tl_fail(tl_message *message, tl_status status, const char *format, ...
 // counted.
 void *tl_alloc(size_t n_bytes);
 void tl_free(void *block); // NULL is fine
+tl_status tl_clear(void *to, size_t n_bytes);
+tl_status tl_copy(void *to, const void *from, size_t n_bytes);
 void tl_memory_live(size_t *n_blocks, size_t *n_bytes);
 
 // ---- formats -------------------------------------------------------------------------------------------------------
