@@ -11,6 +11,7 @@
 
 #define HEADER     64 // in front of a block: how it was mapped
 #define HUGE_BYTES ((size_t)2 << 20)
+#define PAGE_BYTES ((size_t)64 << 10) // a multiple of every machine's page size
 
 typedef struct header {
     size_t n_bytes, mapped_bytes; // mapped_bytes: 0 where the block came from malloc
@@ -18,9 +19,10 @@ typedef struct header {
 
 static _Atomic size_t live_blocks, live_bytes;
 
-// Fresh zeroed pages from a 2 MB boundary, untouched: whoever first writes a page decides where it lies.
+// Fresh zeroed pages from a 2 MB boundary, untouched: whoever first writes a page decides where it lies. Huge pages where
+// they are whole; a last one would hold up to 2 MB that nobody asked for.
 static void *map_huge(size_t *mapped_bytes) {
-    *mapped_bytes = (*mapped_bytes + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES;
+    *mapped_bytes = (*mapped_bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     size_t whole = *mapped_bytes + HUGE_BYTES;
     char *base = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) return NULL;
@@ -28,7 +30,7 @@ static void *map_huge(size_t *mapped_bytes) {
     if (lead) munmap(base, lead);
     if (HUGE_BYTES - lead) munmap(base + lead + *mapped_bytes, HUGE_BYTES - lead);
 #ifdef MADV_HUGEPAGE
-    madvise(base + lead, *mapped_bytes, MADV_HUGEPAGE);
+    madvise(base + lead, *mapped_bytes / HUGE_BYTES * HUGE_BYTES, MADV_HUGEPAGE);
 #endif
     return base + lead;
 }
