@@ -368,7 +368,8 @@ def save(records: list[dict[str, Any]], folder: Path) -> Path:
     content = {
         "date": f"{now:%Y-%m-%dT%H:%M:%SZ}",
         "machine": machine,
-        "command": shlex.join(["benchmarks/peers.py", *sys.argv[1:]]),
+        # Names without folders: where this machine keeps its files says nothing to others.
+        "command": shlex.join(["benchmarks/peers.py", *(a.rpartition("/")[2] for a in sys.argv[1:])]),
         "results": records,
     }
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
