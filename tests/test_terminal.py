@@ -70,7 +70,7 @@ class Terminal:
     def interrupt_prompt(self, text: str) -> str:
         """Ctrl-C at a prompt, again every 2 s, until `text`; what came before it.
 
-        A signal between the printing of the prompt and readline's wait for keys is seen with the next one only
+        A signal between the printing of the prompt and readline's wait for keys is seen with the next only
         (CPython's readline looks when its wait is interrupted). A person presses the key again; so does this.
         """
         deadline = time.monotonic() + LIMIT_S
