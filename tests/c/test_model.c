@@ -435,6 +435,10 @@ static void check_refused_uploads(tl_model *model) {
     const uint8_t file[4096] = {0};
     const tl_source floats = {.format = tl_format_of(0), .fd = -1, .memory = file},
                     q4_1 = {.format = tl_format_of(3), .fd = -1, .memory = file};
+    const int32_t one[] = {0}, wild[1024] = {1 << 30};
+    tl_source short_order = floats, wild_order = floats;
+    short_order.row_order = one, short_order.n_row_order = 1;
+    wild_order.row_order = wild, wild_order.n_row_order = model->config.n_kv_heads * model->config.head_dim;
     tl_message message = {""};
     const struct {
         const char *name;
@@ -444,7 +448,8 @@ static void check_refused_uploads(tl_model *model) {
         tl_status status;
     } cases[] = {{"wx", 0, &floats, 0, TL_ARGUMENT},           {"wq", -1, &floats, 0, TL_ARGUMENT},
                  {"wq", 99, &floats, 0, TL_ARGUMENT},          {"wq", 0, &floats, 0, TL_ARGUMENT}, // there already
-                 {"output_norm", -1, &floats, 0, TL_ARGUMENT}, {"bq", 0, &q4_1, 3, TL_ARGUMENT}};
+                 {"output_norm", -1, &floats, 0, TL_ARGUMENT}, {"bq", 0, &q4_1, 3, TL_ARGUMENT},
+                 {"bk", 0, &short_order, 0, TL_ARGUMENT},      {"bv", 0, &wild_order, 0, TL_ARGUMENT}};
     for (int i = 0; i < COUNT(cases); i++) {
         const tl_status status = tl_model_upload(model, cases[i].name, cases[i].layer, cases[i].source,
                                                  tl_format_of(cases[i].format), 1, &message);
