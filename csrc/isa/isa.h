@@ -1,5 +1,5 @@
 // isa.h: what an instruction set provides to the CPU backend: one table of kernels. Each target's .c defines
-// one, from its primitives (scalar.h, avx2.h, ...) and the code written once in matmul.inc, attention.inc and
+// one, from its primitives (scalar.h, avx2.h, ...) and the code written once in matmul.inc, attention.inc, kv.inc and
 // rows.inc.
 #ifndef TINYLLM_ISA_H
 #define TINYLLM_ISA_H
