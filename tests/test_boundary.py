@@ -14,7 +14,7 @@ import pytest
 from helpers_models import golden_spec
 
 import tinyllm
-from tinyllm import _core, backends, kvcache, llm
+from tinyllm import _core, backends, kvcache, loading
 from tinyllm.config import config_from_json
 from tinyllm.loaders import FORMATS
 
@@ -137,20 +137,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": {"errors", "sandbox"},
     "engine": {"errors", "kvcache", "sampling", "tokenizer", "chat"},
     "modelfiles": {"chat", "config", "errors", "loaders", "tokenizer"},
-    "benchmark": {"backends", "errors", "llm", "loaders", "modelfiles"},
-    "llm": {
-        "backends",
-        "chat",
-        "config",
-        "engine",
-        "errors",
-        "kvcache",
-        "loaders",
-        "modelfiles",
-        "sampling",
-        "tokenizer",
-    },
-    "tinyllm": {"backends", "engine", "errors", "llm", "sampling", "tokenizer"},
+    "llm": {"backends", "chat", "config", "engine", "errors", "kvcache", "sampling", "tokenizer"},
+    "loading": {"backends", "config", "errors", "llm", "loaders", "modelfiles"},
+    "benchmark": {"backends", "errors", "loaders", "loading", "modelfiles"},
+    "tinyllm": {"backends", "engine", "errors", "llm", "loading", "sampling", "tokenizer"},
 }
 
 
@@ -283,7 +273,7 @@ def test_constants_agree() -> None:
     (most,) = re.findall(
         r"max_pages < 1 \|\| max_pages > 1 << (\d+)", (CSRC / "cache.c").read_text(encoding="utf-8")
     )
-    assert 1 << int(most) == llm.MAX_PAGES
+    assert 1 << int(most) == loading.MAX_PAGES
 
 
 PAGE_SIZES = [

@@ -16,7 +16,7 @@ from helpers_gguf import small_tokenizer, write_gguf
 from helpers_models import golden_model, golden_spec, random_ids, random_weights
 
 import tinyllm
-from tinyllm import backends, errors, llm
+from tinyllm import backends, errors, loading
 from tinyllm.sampling import SamplingParams, stream_seed
 
 TEMPLATE = (
@@ -464,13 +464,13 @@ def test_quantizing_while_loading_equals_a_quantized_file(format: str, path: Pat
 def test_packed_size_is_estimated_well(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal before loading goes by what loading then takes."""
     estimates: list[int] = []
-    fit = llm._fit_memory
+    fit = loading._fit_memory
 
     def noting(config: Any, cache_type: Any, weight_bytes: int, *rest: Any) -> tuple[int, int]:
         estimates.append(weight_bytes)
         return fit(config, cache_type, weight_bytes, *rest)
 
-    monkeypatch.setattr(llm, "_fit_memory", noting)
+    monkeypatch.setattr(loading, "_fit_memory", noting)
     with tinyllm.load(path) as loaded:
         # Vectors, which weight_bytes may leave out, are less than 1 % here.
         assert abs(estimates[0] / loaded.model.weight_bytes - 1) < 0.01
@@ -484,9 +484,9 @@ def test_page_size_is_known_before_loading(path: Path, monkeypatch: pytest.Monke
         weight_bytes = 1 << 20
         limit = weight_bytes + 3 * page_bytes
         monkeypatch.setattr(backends, "free_memory", lambda limit=limit: limit)
-        assert llm._fit_memory(loaded.config, cache_type, weight_bytes, 3 * 64, "")[0] == 3 * 64
+        assert loading._fit_memory(loaded.config, cache_type, weight_bytes, 3 * 64, "")[0] == 3 * 64
         with pytest.raises(errors.MemoryLimitError):
-            llm._fit_memory(loaded.config, cache_type, weight_bytes, 3 * 64 + 1, "")
+            loading._fit_memory(loaded.config, cache_type, weight_bytes, 3 * 64 + 1, "")
         monkeypatch.setattr(backends, "free_memory", lambda: 1 << 40)
 
 

@@ -4,7 +4,8 @@
     llm = tinyllm.load("stories")
     print(llm("Once upon a time", max_tokens=100))
 
-What users import is here; llm.py is the interface behind it. Importing opens no file and no connection.
+What users import is here; loading.py and llm.py are the interface behind it. Importing opens no file and no
+connection.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from .backends import info
     from .backends import version as __version__
     from .engine import Piece
-    from .llm import LLM, Completion, Score, Session, load
+    from .llm import LLM, Completion, Score, Session
+    from .loading import load
     from .sampling import SamplingParams
     from .tokenizer import Tokenizer, load_tokenizer
 
@@ -68,7 +70,7 @@ _HOMES = {
     "Session": "llm",
     "Tokenizer": "tokenizer",
     "info": "backends",
-    "load": "llm",
+    "load": "loading",
     "load_tokenizer": "tokenizer",
 }
 

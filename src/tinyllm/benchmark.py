@@ -1,7 +1,7 @@
 """Measures models: prefill and decoding as llama-bench counts them, beside what the memory could deliver.
 
 Calls `Model.forward` directly: no sampling, no tokenizer; logits of the last token only in prefill, of
-every token in decoding. Imports backends, llm, modelfiles, loaders and errors; prints nothing.
+every token in decoding. Imports backends, loading, modelfiles, loaders and errors; prints nothing.
 docs/roofline.md says how to read the figures; cli/bench.py prints them.
 """
 
@@ -24,8 +24,8 @@ import numpy as np
 from . import backends
 from .backends import I32, PAGE, CacheType, PagePool
 from .errors import ArgumentError, MemoryLimitError
-from .llm import load
 from .loaders import FORMATS, FileReader, TensorInfo
+from .loading import load
 from .modelfiles import read_model
 
 CHUNK = 512  # tokens of a prefill call, as in llama-bench and in engine.py

@@ -63,3 +63,8 @@ def located(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (FormatError, UnsupportedError) as error:
         raise type(error)(f"{os.fspath(path)}: {error}") from None
+
+
+def size_text(n_bytes: int) -> str:
+    """A number of bytes as messages write it, in decimal units."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"

@@ -1,15 +1,14 @@
-"""The interface: `load` a model, call it, stream from it, chat, score, open a session.
+"""The interface: call a loaded model, stream from it, chat, score, open a session.
 
 Thin by intent: prompts become sequences here and results become dataclasses; engine.py does the work.
-Imports `engine`, `kvcache`, `sampling`, `modelfiles`, `backends`, `chat` and `errors`. Read engine.py next.
+Imports `engine`, `kvcache`, `sampling`, `tokenizer`, `backends`, `chat`, `config` and `errors`. loading.py
+makes an `LLM` of files. Read engine.py next.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import operator
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -23,24 +22,16 @@ import numpy.typing as npt
 from . import backends
 from .backends import CacheType
 from .chat import ChatTemplate, require
-from .config import GenerationDefaults, ModelConfig
+from .config import GenerationDefaults
 from .engine import Engine, FinishReason, Generation, Job, Piece
-from .errors import ArgumentError, ContextError, MemoryLimitError
+from .errors import ArgumentError, ContextError, MemoryLimitError, size_text
 from .kvcache import PAGE, KVCache, Sequence, root_key
-from .loaders import BF16, F16, F32, FORMATS
-from .loaders.names import Weights
-from .modelfiles import read_model
 from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
 from .tokenizer import Tokenizer
 
 Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
 Cancel = Callable[[], bool]
-
-MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
-MAX_PAGES = 1 << 24  # of a pool, the core's limit
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -330,7 +321,7 @@ class LLM:
         n_bytes, free = 4 * len(ids) * self.config.vocab_size, backends.free_memory()
         if n_bytes > free:
             raise MemoryLimitError(
-                f"the logits of {len(ids)} tokens take {_size(n_bytes)}, {_size(free)} are free; "
+                f"the logits of {len(ids)} tokens take {size_text(n_bytes)}, {size_text(free)} are free; "
                 "ask for fewer tokens at once"
             )
         out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
@@ -607,115 +598,3 @@ def _derive(params: SamplingParams, i: int) -> SamplingParams:
     """The parameters of sample i."""
     assert params.seed is not None, "params are resolved"
     return replace(params, seed=stream_seed(params.seed, i))
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    context: int | None = None,
-    cache_type: CacheType = "f16",
-    weights: str | None = None,
-    progress: Callable[[int, int], object] | None = None,
-) -> LLM:
-    """Loads a model.
-
-    path: a GGUF file (of a split set the first), a directory with config.json and *.safetensors, a
-    .safetensors file in one, or "stories", the model that comes with tinyllm. device: "auto" or "cpu".
-    threads: None for one a physical core. context: how many tokens a sequence may hold; None: what the
-    model was trained for, or less where only less fits into 80 % of the free memory. cache_type: the
-    numbers of the KV cache, "f16", "f32" or "q8_0". weights: a format ("q8_0", "q4_0") to quantize float
-    matrices to while loading. progress: called with (bytes done, bytes in all).
-
-    Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
-    with the numbers, before anything big is allocated.
-
-        with tinyllm.load("model.gguf") as llm: print(llm("Once upon a time"))
-    """
-    started = time.perf_counter()
-    if context is not None and operator.index(context) < 1:
-        raise ArgumentError(f"context is {context}, expected 1 or more")
-    if cache_type not in backends.CACHE_TYPES:
-        raise ArgumentError(
-            f"cache_type is {cache_type!r}, expected one of {', '.join(backends.CACHE_TYPES)}"
-        )
-    files = read_model(path)
-    name = str(files.path)
-    formats = _formats(files.weights, weights, name)
-    weight_bytes = sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
-    context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name)
-    model = backends.Model(replace(files.config, context=context), device=device, threads=threads)
-    try:
-        done, total = 0, sum(info.n_bytes for info in files.weights.values())
-        for (weight, layer), info in files.weights.items():
-            format = formats[weight, layer] if formats[weight, layer] != info.format else None
-            model.upload(weight, layer, info, row_order=files.weights.row_order(weight), format=format)
-            done += info.n_bytes
-            if progress is not None:
-                progress(done, total)
-        if files.config.tied:
-            model.tie()
-        model.check()
-        return LLM(
-            model,
-            files.tokenizer,
-            files.template,
-            files.defaults,
-            name=name,
-            cache_type=cache_type,
-            max_pages=max_pages,
-            load_s=time.perf_counter() - started,
-        )
-    except BaseException:
-        model.close()
-        raise
-
-
-def _formats(weights: Weights, quantize_to: str | None, name: str) -> dict[tuple[str, int | None], int]:
-    """The format to keep each tensor in."""
-    formats = {key: info.format for key, info in weights.items()}
-    if quantize_to is None:
-        return formats
-    if quantize_to not in backends.WRITABLE:
-        raise ArgumentError(f"weights is {quantize_to!r}, expected one of {', '.join(backends.WRITABLE)}")
-    target = backends.FORMAT_IDS[quantize_to]
-    block = FORMATS[target].block
-    matrices = {k: t for k, t in weights.items() if len(t.shape) == 2 and t.format in (F32, F16, BF16)}
-    if not matrices:
-        raise ArgumentError(f"{name} is quantized already; weights= is for float models")
-    for key, tensor in matrices.items():
-        if tensor.shape[1] % block == 0:
-            formats[key] = target
-        else:
-            log.info("%s stays a float matrix: %d is no multiple of %d", tensor.name, tensor.shape[1], block)
-    return formats
-
-
-def _fit_memory(
-    config: ModelConfig, cache_type: CacheType, weight_bytes: int, context: int | None, name: str
-) -> tuple[int, int]:
-    """(context, most pages of the cache) for the memory there is, or MemoryLimitError."""
-    free = backends.free_memory()
-    page_bytes = backends.page_bytes(config, cache_type)
-    wanted = -(-(context or config.context) // PAGE)
-    # A context that was asked for may take all that is free; one that we choose leaves some.
-    budget = int(MEMORY_SHARE * free) if context is None else free
-    fitting = (budget - weight_bytes) // page_bytes
-    if fitting < (1 if context is None else wanted):
-        hint = f"; a context of {fitting * PAGE} would fit" if fitting > 0 else ""
-        raise MemoryLimitError(
-            f"{name} does not fit into memory: its weights take {_size(weight_bytes)}, a context of "
-            f"{context or config.context} takes {_size(wanted * page_bytes)}, {_size(free)} are free{hint}"
-        )
-    if context is None:
-        context = min(config.context, fitting * PAGE)
-        if context < config.context:
-            log.warning("context %d instead of %d: more does not fit into memory", context, config.context)
-    elif context > config.context:
-        log.warning("context %d is more than the %d the model was trained for", context, config.context)
-    return context, min(max(wanted, fitting), MAX_PAGES)

@@ -1,8 +1,8 @@
 """What a path holds: everything about a model but the numbers of its weights.
 
 One place knows which files people have (a GGUF, a Hugging Face directory, the bundled model) and what each
-of them says. Imports `config`, the loaders, `tokenizer` and `chat`. Read next: llm.py, whose `load` uploads
-the weights.
+of them says. Imports `config`, the loaders, `tokenizer` and `chat`. Read next: loading.py, whose `load`
+uploads the weights.
 """
 
 from __future__ import annotations
