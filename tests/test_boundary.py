@@ -140,6 +140,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": {"backends", "chat", "config", "engine", "errors", "kvcache", "sampling", "tokenizer"},
     "loading": {"backends", "config", "errors", "llm", "loaders", "modelfiles"},
     "benchmark": {"backends", "errors", "loaders", "loading", "modelfiles"},
+    "quality": {"backends", "errors", "llm", "tokenizer"},
     "tinyllm": {"backends", "engine", "errors", "llm", "loading", "sampling", "tokenizer"},
 }
 

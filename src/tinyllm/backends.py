@@ -291,6 +291,7 @@ class Model:
         *,
         rows: npt.ArrayLike | None = None,
         layers: tuple[int, int] | None = None,
+        logits: bool | None = None,
         cache: PagePool,
         should_stop: Callable[[], bool] | None = None,
     ) -> F32:
@@ -300,8 +301,8 @@ class Model:
         sequence's tokens stand together in order, sequences ascend. page_tables: int [n_sequences,
         max_pages], page ids of `cache`. layers: (first, last), default all. should_stop: asked before each
         layer (at most every 20 ms), True cancels. Returns float32 logits [len(rows), vocab_size] of the
-        tokens that `rows` lists (None: all), or, where the last layer is not the model's last, activations
-        [n, dim]. Raises ArgumentError for what does not fit, CancelledError.
+        tokens that `rows` lists (None: all), or, where the last layer is not the model's last or `logits` is
+        False, activations [n, dim]. Raises ArgumentError for what does not fit, CancelledError.
         """
         first, last = layers if layers is not None else (0, self.config.n_layers)
         given = np.asarray(tokens_or_x)
@@ -320,7 +321,7 @@ class Model:
             chosen,
             first,
             last,
-            last == self.config.n_layers,
+            last == self.config.n_layers if logits is None else logits,
             self.threads,
             should_stop,
         )

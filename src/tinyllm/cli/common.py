@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 if TYPE_CHECKING:
     from tinyllm import LLM
@@ -123,15 +124,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `load_model` reads."""
+def add_model_options(
+    parser: argparse.ArgumentParser,
+    context: str = "room for N tokens of prompt and answer (default: the model's own)",
+) -> None:
+    """The options that `load_model` reads. context: what --context means to the command."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-c",
         "--context",
         type=positive,
         metavar="N",
-        help="room for N tokens of prompt and answer (default: the model's own)",
+        help=context,
     )
     group.add_argument(
         "-t",
@@ -233,18 +237,32 @@ def load_model(path: str, args: argparse.Namespace, **settings: Any) -> LLM:
         return tinyllm.load(path, **options, progress=progress)
 
 
+def read_text(path: str) -> str:
+    """A UTF-8 file's text, without a byte order mark; - reads standard input."""
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        name = "standard input" if path == "-" else path
+        raise UsageError(f"{name} is not UTF-8 text: byte {e.start} is 0x{data[e.start]:02x}") from None
+
+
 # Output
 
 
+class Progress(Protocol):
+    def __call__(self, done: int, total: int, what: str = ...) -> None: ...
+
+
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function (done, total) that draws a bar on stderr: on a terminal, once more than a second has
-    passed."""
+def progress_bar(what: str) -> Iterator[Progress]:
+    """A function (done, total, what) that draws a bar on stderr: on a terminal, once more than a second has
+    passed. `what` may change the words before the bar."""
     bar: Any = None
     task: Any = None
     start = time.monotonic()
 
-    def update(done: int, total: int) -> None:
+    def update(done: int, total: int, what: str = what) -> None:
         nonlocal bar, task
         if bar is None:
             if not sys.stderr.isatty() or time.monotonic() - start < 1:
@@ -255,7 +273,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
             bar = Progress(console=Console(stderr=True), transient=True)
             task = bar.add_task(what, total=total)
             bar.start()
-        bar.update(task, completed=done, total=total)
+        bar.update(task, description=what, completed=done, total=total)
 
     try:
         yield update

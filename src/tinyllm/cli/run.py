@@ -28,6 +28,7 @@ from tinyllm.cli.common import (
     peak_memory_bytes,
     positive,
     rate,
+    read_text,
     run_command,
     sampling_fields,
     seconds,
@@ -124,7 +125,7 @@ def _parser() -> Parser:
     chat.add_argument("--no-chat", dest="chat", action="store_false", help="continue the prompt as it stands")
     chat.add_argument(
         "--chat-template",
-        type=_read,
+        type=read_text,
         metavar="FILE",
         help="chat with this Jinja template in place of the model's",
     )
@@ -197,9 +198,9 @@ def _print_info(all_of_it: bool) -> int:
 def _read_prompt(args: argparse.Namespace) -> str | None:
     """The prompt; None on a terminal without one, which asks for a conversation."""
     if args.file is not None:
-        text = _read(args.file)
+        text = read_text(args.file)
     elif args.prompt == "-" or (args.prompt is None and not sys.stdin.isatty()):
-        text = _read("-")
+        text = read_text("-")
         if not text:
             raise UsageError("there is no PROMPT, and standard input is empty")
     elif args.prompt is None:
@@ -213,7 +214,7 @@ def _read_prompt(args: argparse.Namespace) -> str | None:
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
-    lines = [line for line in _read(args.prompts).splitlines() if line.strip()]
+    lines = [line for line in read_text(args.prompts).splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"{args.prompts} has no prompts")
     if not args.prompts.endswith(".jsonl"):
@@ -228,15 +229,6 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
             raise UsageError(f"{args.prompts}, prompt {number}: not a JSON string")
         prompts.append(value)
     return prompts
-
-
-def _read(path: str) -> str:
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        name = "standard input" if path == "-" else path
-        raise UsageError(f"{name} is not UTF-8 text: byte {e.start} is 0x{data[e.start]:02x}") from None
 
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", '"': '"', "'": "'", "\\": "\\"}
