@@ -21,7 +21,8 @@ import pytest
 
 import tinyllm
 from tinyllm.cli import common
-from tinyllm.cli.run import main, unescaped
+from tinyllm.cli.run import main, print_stream, unescaped
+from tinyllm.engine import Piece
 
 RUN = [sys.executable, "-m", "tinyllm.cli.run"]
 TEMPLATE = (
@@ -147,7 +148,8 @@ def test_json_has_what_it_promises(cli: Cli) -> None:
     lines = result.out.splitlines()
     assert len(lines) == 1
     value = json.loads(lines[0])
-    assert {"text", "tokens", "finish_reason", "seed", "timings"} <= value.keys()
+    assert {"text", "reasoning", "tokens", "finish_reason", "seed", "timings"} <= value.keys()
+    assert value["reasoning"] is None
     assert set(value["timings"]) == {
         "load_s",
         "prompt_tokens",
@@ -240,6 +242,52 @@ def test_chat_template_from_a_file(cli: Cli, chat_file: Path) -> None:
     assert value["prompt_ids"] == prompt
 
 
+def test_reasoning_is_apart_from_the_answer(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "thinks.jinja"
+    path.write_text("{{ messages[0].content }}{% if enable_thinking is not false %}<think>\n{% endif %}")
+    options = ("stories", "Hi", "--chat-template", path, "-n", "6", "--temp", "0")
+    thought = json.loads(cli(*options, "--json").out)
+    assert (thought["text"], bool(thought["reasoning"])) == ("", True)
+    answered = json.loads(cli(*options, "--json", "--template-arg", "enable_thinking=false").out)
+    assert (bool(answered["text"]), answered["reasoning"]) == (True, None)
+    shown = cli(*options)
+    assert shown.out == ""
+    assert thought["reasoning"] in shown.err
+    hidden = cli(*options, "--no-reasoning")
+    assert hidden.out == ""
+    assert thought["reasoning"] not in hidden.err
+
+
+def test_template_arguments_are_json_where_they_can_be(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "args.jinja"
+    path.write_text("{{ a is false }} {{ b }} {{ c | length }} {{ d }}")
+    given = ["--template-arg", "a=false", "--template-arg", "b=high", "--template-arg", "c=[1, 2]"]
+    given += ["--template-arg", "d=x", "--template-arg", "d=a=b"]
+    value = json.loads(cli("stories", "Hi", "--chat-template", path, *given, "-n", "1", "--json").out)
+    with tinyllm.load("stories") as llm:
+        assert llm.tokenizer is not None
+        assert value["prompt_ids"] == llm.tokenizer.encode("True high 2 a=b", bos=False, special=True)
+
+
+class _Stream(list[Piece]):
+    completion = "the completion"
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_reasoning_goes_to_stderr_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [("", "reasoning"), ("Hm", "reasoning"), (".", "reasoning"), ("Yes", "text"), (".", "text")]
+    stream = _Stream(Piece(text, kind=kind) for text, kind in parts)  # type: ignore[arg-type]
+    assert print_stream(stream) == "the completion"  # type: ignore[arg-type, comparison-overlap]
+    assert capsys.readouterr() == ("Yes.\n", "Hm.\n\n")
+    print_stream(stream, shows_reasoning=False)  # type: ignore[arg-type]
+    assert capsys.readouterr() == ("Yes.\n", "thinking ...\n")
+
+
 def test_models_with_a_template_chat_and_others_do_not(cli: Cli, data_dir: Path, tmp_path: Path) -> None:
     for file in (data_dir / "models/stories260K-hf").iterdir():
         (tmp_path / file.name).symlink_to(file)
@@ -321,6 +369,9 @@ def test_what_is_wrong_with_a_model_is_one_line(cli: Cli, tmp_path: Path, model:
         ("stories x --no-chat --chat", "not allowed with"),
         ("stories x --no-chat --system y", "--system"),
         ("stories x --system y", "has no chat template"),
+        ("stories x --no-chat --template-arg a=b", "--template-arg is for chat"),
+        ("stories x --template-arg a=b", "--template-arg is for chat"),
+        ("stories x --template-arg ab", "'ab' is not NAME=VALUE"),
         ("stories x --prompts y", "PROMPT and --prompts cannot be used together"),
         ("stories x --replay y", "cannot be used together"),
         ("stories --prompts -", "has no prompts"),

@@ -152,3 +152,17 @@ def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_readme_names_every_environment_variable() -> None:
+    read = re.compile(r"""(?:environ(?:\.get\(|\[)|getenv\()\s*["'](\w+)""")
+    suffixes = {".py", ".c", ".h", ".cpp", ".cu", ".cuh", ".inc"}
+    used: set[str] = set()
+    for folder in ("src", "csrc", "cuda", "tests", "benchmarks", "examples"):
+        for path in (p for p in (ROOT / folder).rglob("*") if p.suffix in suffixes):
+            names = set(read.findall(path.read_text(encoding="utf-8")))
+            used |= names if folder in ("src", "csrc", "cuda") else {n for n in names if "TINYLLM" in n}
+    assert used >= {"TINYLLM_ISA", "NO_COLOR", "TINYLLM_TEST_DATA"}, "the search finds what is there"
+    table = re.search(r"\| variable \| what it does \|\n(?:\|.*\n)+", README)
+    assert table
+    assert set(re.findall(r"`([A-Z_]{3,})\b", table[0])) == used

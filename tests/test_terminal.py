@@ -22,7 +22,7 @@ import pytest
 
 import tinyllm
 from tinyllm import LLM, SamplingParams
-from tinyllm.cli.common import BOLD, shown
+from tinyllm.cli.common import BOLD, DIM, shown
 from tinyllm.cli.interactive import Chat, Talk, Text, interact
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
@@ -33,6 +33,7 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from tinyllm.cli.run import main
 sys.exit(main())
 """
+END = "\x1b[0m"
 LIMIT_S = 120  # for something that takes a second; only a hang reaches it
 
 
@@ -164,6 +165,22 @@ def test_a_chat_prompt_is_not_echoed(terminal: Open, chat_file: Path) -> None:
     assert "Once upon a time" not in out
 
 
+def test_reasoning_is_faint(terminal: Open, llm: LLM, tmp_path: Path) -> None:
+    path = tmp_path / "thinks.jinja"
+    path.write_text("{{ messages[0].content }}<think>\n")
+    options = ("--chat-template", path, "-n", "6", "--temp", "0")
+    messages = [{"role": "user", "content": "Hi"}]
+    thought = llm.chat(messages, chat_template=path.read_text(), max_tokens=6, temperature=0).reasoning
+    assert thought
+    seen = terminal("stories", "Hi", *options).expect("loaded in")
+    *words, figures = seen.split(END)
+    assert all(word.startswith(DIM) for word in words)
+    assert "".join(words).replace(DIM, "") == thought
+    assert figures == f"\n{DIM}stories.gguf: "
+    hidden = terminal("stories", "Hi", *options, "--no-reasoning").expect("loaded in")
+    assert hidden == f"{DIM}thinking ...{END}\n{DIM}stories.gguf: "
+
+
 def test_ctrl_c_ends_the_text(terminal: Open, tmp_path: Path) -> None:
     # A prompt long enough to keep any machine busy for seconds, and interruptible within a layer.
     prompt = tmp_path / "prompt.txt"
@@ -292,7 +309,7 @@ def test_a_chat_sends_everything_said_so_far(
         "chat",
         lambda messages, **options: (sent.append(messages), LLM.chat(llm, messages, **options))[1],
     )
-    talk = Chat(llm, PARAMS, None, TEMPLATE)
+    talk = Chat(llm, PARAMS, None, chat_template=TEMPLATE)
     lines = [
         "Hello",
         "",
@@ -331,7 +348,7 @@ def test_a_full_context_is_said_with_numbers_and_forgets_nothing(
         llm,
         SamplingParams(temperature=0, logit_bias=dict.fromkeys(llm.eos_ids, float("-inf"))),
         None,
-        TEMPLATE,
+        chat_template=TEMPLATE,
     )
     _, err = converse(llm, talk, ["Hello", "One more thing"], monkeypatch, capsys)
     assert "the context is full: 200 of 200 tokens" in err, "the answer ran into it"
@@ -359,7 +376,9 @@ def test_an_error_does_not_end_the_conversation(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}Hi"
-    _, err = converse(llm, Chat(llm, PARAMS, None, template), ["a", "b", "/undo", "c"], monkeypatch, capsys)
+    _, err = converse(
+        llm, Chat(llm, PARAMS, None, chat_template=template), ["a", "b", "/undo", "c"], monkeypatch, capsys
+    )
     assert err.count("one message only") == 1
     assert err.count("tok/s") == 2
 

@@ -2,8 +2,8 @@
 
 `Engine.step` makes one call of the model for everything that any thread waits for, whoever comes first
 doing it for all. `Engine.generate` is the loop above it: it samples in the caller's own thread, so a
-sampler may be any Python code. Imports `kvcache`, `sampling` and `errors`. Read next: llm.py,
-the interface.
+sampler may be any Python code. Imports `kvcache`, `sampling`, `reasoning` and `errors`. Read next:
+llm.py, the interface.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from .errors import MemoryLimitError, ModelClosedError
 from .kvcache import KVCache, Sequence
+from .reasoning import Kind, Part, Plain, Splitter
 from .sampling import Sampled, StopStrings
 
 F32 = npt.NDArray[np.float32]
@@ -95,17 +96,18 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of a stream as it comes. `str(piece)` is its text, which can be empty: characters and what
-    may become a stop string are held back until they are certain.
+    """A part of a stream as it comes. `str(piece)` is its text, which can be empty: characters and what
+    may become a stop string or a tag are held back until they are certain.
 
-    token, logprob: None on a last piece that only brings held-back text. logprob is the model's own, a
-    natural logarithm.
+    Each token comes with one piece; token and logprob are None on further pieces that only bring held-back
+    text. logprob is the model's own, a natural logarithm. kind: "reasoning" for what a chat model thinks
+    before it answers, else "text".
     """
 
     text: str
     token: int | None = None
     logprob: float | None = None
-    kind: Literal["text"] = "text"
+    kind: Kind = "text"
 
     def __str__(self) -> str:
         return self.text
@@ -116,8 +118,8 @@ class Generation:
     """One text in the making, and all that is known of it.
 
     sequence: its prompt, to be continued; None for one that forks the first of its group.
-    text_of: the characters that a token completes; of None, what is left. context: how many tokens the
-    sequence may hold.
+    text_of: the characters that a token completes; of None, what is left. split: tells reasoning from text,
+    which alone is searched for stop strings. context: how many tokens the sequence may hold.
     """
 
     sequence: Sequence | None
@@ -127,17 +129,19 @@ class Generation:
     context: int
     max_tokens: int | None = None
     eos_ids: frozenset[int] = frozenset()
+    split: Splitter = field(default_factory=Plain)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     text: str = ""
+    reasoning: str = ""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the string or the id that ended the text
     started: float = field(default_factory=time.perf_counter)
     prompt_done: float | None = None  # when the prompt was computed
     ended: float | None = None
 
-    def accept(self, logits: F32) -> Piece | None:
+    def accept(self, logits: F32) -> list[Piece]:
         """Chooses the next token. logits float32 [vocab_size]. Returns what there is to show."""
         assert self.sequence is not None
         if self.prompt_done is None:
@@ -150,26 +154,38 @@ class Generation:
         self.tokens.append(sampled.token)
         self.logprobs.append(sampled.logprob)
         self.top_logprobs.append(sampled.top)
-        text = self.stops.feed(self.text_of(sampled.token))
-        self.text += text
+        pieces = self._keep(self.split.feed(self.text_of(sampled.token)))
         if self.stops.found is not None:
-            self.finish("stop", self.stops.found)
+            self.finish("stop")
         elif len(self.tokens) == self.max_tokens or len(tokens) >= self.context:
-            rest = self.finish("length")
-            text += rest.text if rest else ""
-        return Piece(text, sampled.token, sampled.logprob)
+            pieces += self.finish("length")
+        first, *rest = pieces or [Piece("", kind=self.split.kind)]
+        return [replace(first, token=sampled.token, logprob=sampled.logprob), *rest]
 
-    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> Piece | None:
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> list[Piece]:
         """Ends the text. Returns the held-back rest, if there is any."""
-        rest = ""
-        if self.stops.found is None:
-            rest = self.stops.feed(self.text_of(None))
-            rest += self.stops.flush()
-        self.text += rest
+        pieces = self._keep([*self.split.feed(self.text_of(None)), *self.split.flush()])
+        if rest := self.stops.flush():
+            self.text += rest
+            pieces.append(Piece(rest))
         if self.stops.found is not None:
             reason, stop_reason = "stop", self.stops.found
         self.finish_reason, self.stop_reason, self.ended = reason, stop_reason, time.perf_counter()
-        return Piece(rest) if rest else None
+        return pieces
+
+    def _keep(self, parts: list[Part]) -> list[Piece]:
+        """Adds parts to what there is, up to a stop string; the pieces to show."""
+        pieces = []
+        for kind, text in parts:
+            if self.stops.found is not None:
+                break
+            if kind == "reasoning":
+                self.reasoning += text
+            else:
+                self.text += (text := self.stops.feed(text))
+            if text:
+                pieces.append(Piece(text, kind=kind))
+        return pieces
 
     def close(self) -> None:
         if self.sequence is not None:
@@ -286,13 +302,13 @@ class Engine:
                         start(generation)
                     for generation in texts:
                         if job.is_cancelled or job.logits is None:
-                            piece = generation.finish("cancelled")
+                            pieces = generation.finish("cancelled")
                         else:
-                            piece = generation.accept(job.logits[-1])
+                            pieces = generation.accept(job.logits[-1])
                         if generation.finish_reason is not None:
                             del jobs[generation]
                             generation.close()
-                        if piece is not None:
+                        for piece in pieces:
                             yield generation, piece
         finally:
             for generation in everything:

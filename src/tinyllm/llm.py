@@ -1,8 +1,8 @@
 """The interface: call a loaded model, stream from it, chat, score, open a session.
 
 Thin by intent: prompts become sequences here and results become dataclasses; engine.py does the work.
-Imports `engine`, `kvcache`, `sampling`, `tokenizer`, `backends`, `chat`, `config` and `errors`. loading.py
-makes an `LLM` of files. Read engine.py next.
+Imports `engine`, `kvcache`, `sampling`, `reasoning`, `tokenizer`, `backends`, `chat`, `config` and `errors`.
+loading.py makes an `LLM` of files. Read engine.py next.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .config import GenerationDefaults
 from .engine import Engine, FinishReason, Generation, Job, Piece
 from .errors import ArgumentError, ContextError, MemoryLimitError, size_text
 from .kvcache import PAGE, KVCache, Sequence, root_key
+from .reasoning import Plain, Splitter, splitter, visible_ids
 from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
 from .tokenizer import Tokenizer
 
@@ -55,7 +56,8 @@ class Completion:
     string's included, an end-of-text token not. logprobs: the model's own log probability (natural) of each
     token, where asked for; top_logprobs: for each the most likely (id, log probability). finish_reason:
     "stop" (stop_reason is the string or the id), "length" (max_tokens or the context's end) or "cancelled".
-    seed: alone with it, the same prompt gives the same text. reasoning: None so far.
+    seed: alone with it, the same prompt gives the same text. reasoning: what a chat model thought before it
+    answered, without its tags; None where there was no such block. tokens and logprobs cover both.
     """
 
     text: str
@@ -182,6 +184,7 @@ class LLM:
         *,
         n: int | None = None,
         special: bool = False,
+        reasoning: bool = False,
         cancel: Cancel | None = None,
         **sampling: Any,
     ) -> Any:
@@ -189,9 +192,10 @@ class LLM:
 
         prompt: a text, a list of ids, or a list of such prompts. n: how many samples of each, sharing what
         is computed for the prompt; sample i has the seed `stream_seed(seed, i)`. special: whether the text
-        of special tokens ("<|eot_id|>") means these tokens. cancel: asked before each layer, True ends the
-        call with what there is; it must not use the model. The rest are fields of SamplingParams, in place
-        of `params` or over it.
+        of special tokens ("<|eot_id|>") means these tokens. reasoning: whether the prompt is a chat's (of
+        `chat_ids`), so that reasoning is told from the answer. cancel: asked before each layer, True ends
+        the call with what there is; it must not use the model. The rest are fields of SamplingParams, in
+        place of `params` or over it.
 
         Returns a Completion; with `n`, a list of n; for a list of prompts, a list with one of these for
         each, equal to a loop with the same seed. Raises ArgumentError, ContextError (no room for an answer)
@@ -206,9 +210,9 @@ class LLM:
         requests: list[list[_Request]] = []
         for one in prompts:
             ids, resolved = self._prompt(one, special), given.resolve(self._defaults)
-            first = self._request(resolved, ids, self._engine.sequence(ids))
+            first = self._request(resolved, ids, self._engine.sequence(ids), reasoning)
             others = (_derive(resolved, i) for i in range(1, n or 1))
-            requests.append([first, *(self._request(other, ids, None) for other in others)])
+            requests.append([first, *(self._request(other, ids, None, reasoning) for other in others)])
         for _ in self._engine.generate([[r.generation for r in group] for group in requests], cancel):
             pass
         results = [[self._completion(request) for request in group] for group in requests]
@@ -221,6 +225,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         special: bool = False,
+        reasoning: bool = False,
         cancel: Cancel | None = None,
         **sampling: Any,
     ) -> Stream:
@@ -231,7 +236,7 @@ class LLM:
         if not _is_prompt(prompt):
             raise ArgumentError("stream takes one prompt; call the model with a list of them")
         ids, resolved = self._prompt(prompt, special), _merge(params, sampling).resolve(self._defaults)
-        request = self._request(resolved, ids, self._engine.sequence(ids))
+        request = self._request(resolved, ids, self._engine.sequence(ids), reasoning)
 
         def pieces() -> Generator[Piece, None, None]:
             for _, piece in self._engine.generate([[request.generation]], cancel):
@@ -262,14 +267,15 @@ class LLM:
         """Answers a conversation, as the model's own chat template puts it.
 
         messages: dicts with "role" and "content". stream: returns a Stream instead of a Completion. tools:
-        JSON schemas of functions. chat_template: a Jinja template in place of the model's. template_args:
-        further variables for it. The rest is as in a call. Raises TemplateError where there is no template,
-        or it refuses.
+        JSON schemas of functions; a call of one comes back as the text that the model wrote. chat_template: a
+        Jinja template in place of the model's. template_args: further variables for it, such as
+        {"enable_thinking": False}. The rest is as in a call. Raises TemplateError where there is no
+        template, or it refuses.
 
             llm.chat([{"role": "user", "content": "What is 2 + 2?"}]).text
         """
         ids = self.chat_ids(messages, tools=tools, chat_template=chat_template, template_args=template_args)
-        return self.stream(ids, **options) if stream else self(ids, **options)
+        return self.stream(ids, reasoning=True, **options) if stream else self(ids, reasoning=True, **options)
 
     def chat_ids(
         self,
@@ -380,27 +386,38 @@ class LLM:
     def _prompt(self, prompt: Prompt, special: bool) -> list[int]:
         return self._fit(self._ids(prompt, special), room=1)
 
-    def _request(self, params: SamplingParams, prompt: list[int], sequence: Sequence | None) -> _Request:
+    def _request(
+        self, params: SamplingParams, prompt: list[int], sequence: Sequence | None, reasoning: bool = False
+    ) -> _Request:
         """params: resolved. sequence: holds the prompt; None: will be forked from the first of its group."""
         generation = Generation(
             sequence,
             Sampler(params, self.config.vocab_size),
             StopStrings(params.stop),
-            self._text_stream(prompt[-1]),
+            self._text_stream(prompt[-1], reasoning),
             context=self.context,
             max_tokens=params.max_tokens,
             eos_ids=self.eos_ids,
+            split=self._splitter(prompt) if reasoning else Plain(),
         )
         return _Request(generation, params, prompt)
 
-    def _text_stream(self, after: int) -> Callable[[int | None], str]:
+    def _splitter(self, prompt: list[int]) -> Splitter:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return Plain()
+        end = [i for i in prompt[-32:] if i < tokenizer.vocab_size]  # a tag or a header is shorter
+        return splitter(tokenizer.decode(end, special=True), tokenizer.special_tokens)
+
+    def _text_stream(self, after: int, reasoning: bool) -> Callable[[int | None], str]:
         """Turns the ids that follow `after` into text, whole characters at a time; None asks for the rest."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             return lambda token: ""
         # A model's vocabulary may be padded beyond its tokenizer's; such ids have no text.
         n = tokenizer.vocab_size
-        stream = tokenizer.stream(after=after if after < n else None)
+        shown = visible_ids(tokenizer.special_tokens) if reasoning else ()
+        stream = tokenizer.stream(shown, after=after if after < n else None)
 
         def text_of(token: int | None) -> str:
             if token is None:
@@ -427,6 +444,7 @@ class LLM:
                 self.load_s, len(request.prompt), prompt_done - g.started, len(g.tokens), ended - prompt_done
             ),
             self.device,
+            g.reasoning if g.split.has_reasoning else None,
         )
 
     def _rows(self, ids: list[int]) -> Iterator[Logits]:
@@ -512,9 +530,7 @@ class Session:
         def pieces() -> Generator[Piece, None, None]:
             while generation.finish_reason is None:
                 logits = self._evaluate(cancel)
-                piece = generation.finish("cancelled") if logits is None else generation.accept(logits)
-                if piece is not None:
-                    yield piece
+                yield from generation.finish("cancelled") if logits is None else generation.accept(logits)
 
         return Stream(pieces(), lambda: self._llm._completion(request))
 

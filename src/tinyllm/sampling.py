@@ -281,7 +281,7 @@ class StopStrings:
             self.found, start = min(starts.items(), key=lambda match: (match[1] + len(match[0]), match[1]))
             self._held = ""
             return text[:start]
-        safe = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        safe = len(text) - max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[safe:]
         return text[:safe]
 
@@ -291,8 +291,8 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of text that begins stop."""
+def overlap(text: str, stop: str) -> int:
+    """The length of the longest end of text that begins stop, short of all of it."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return length

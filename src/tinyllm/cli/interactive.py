@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tinyllm.cli.common import BOLD, EXIT_OK, note, rate, shown, styled
 from tinyllm.cli.run import finish, print_stream
@@ -48,9 +48,10 @@ class Chat:
 
     help = "Type a message and press Enter."
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, template: str | None) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, **options: Any) -> None:
+        """options: further arguments of `LLM.chat`."""
         self.greeting = f"{Path(llm.name).name}: a chat. /help lists the commands, Ctrl-D leaves."
-        self._llm, self._params, self._system, self._template = llm, params, system, template
+        self._llm, self._params, self._system, self._options = llm, params, system, options
         self._messages: list[dict[str, str]] = []
         self._line = ""
 
@@ -60,7 +61,7 @@ class Chat:
         self._line = line
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         messages = [*system, *self._messages, {"role": "user", "content": line}]
-        return self._llm.chat(messages, params=self._params, stream=True, chat_template=self._template)
+        return self._llm.chat(messages, params=self._params, stream=True, **self._options)
 
     def keep(self, completion: Completion) -> None:
         self._messages.append({"role": "user", "content": self._line})
@@ -119,7 +120,7 @@ class Text:
         return "a base model has no system prompt: put what it should know into the text"
 
 
-def interact(llm: LLM, talk: Talk) -> int:
+def interact(llm: LLM, talk: Talk, *, shows_reasoning: bool = True) -> int:
     """Talks until Ctrl-D."""
     _enable_line_editing()
     note(talk.greeting)
@@ -135,7 +136,7 @@ def interact(llm: LLM, talk: Talk) -> int:
             continue
         command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", line.rstrip(), re.DOTALL)
         if command is None:
-            _answer(llm, talk, line)
+            _answer(llm, talk, line, shows_reasoning)
         elif command[1] == "quit":
             return EXIT_OK
         else:
@@ -182,14 +183,14 @@ def _help(talk: Talk) -> str:
 Ctrl-C         stop the answer; what there is of it stays"""
 
 
-def _answer(llm: LLM, talk: Talk, line: str) -> None:
+def _answer(llm: LLM, talk: Talk, line: str, shows_reasoning: bool) -> None:
     from tinyllm.errors import ContextError, Error
 
     try:
         stream = talk.start(line)
         if stream is None:
             return
-        completion = print_stream(stream)
+        completion = print_stream(stream, shows_reasoning=shows_reasoning)
     except ContextError as e:
         note(f"{e}; {FULL}")
         return

@@ -39,6 +39,7 @@ def as_json(llm: LLM, prompt: str, completion: Completion, args: argparse.Namesp
         "prompt": prompt,
         "chat": is_chat(llm, args),
         "text": completion.text,
+        "reasoning": completion.reasoning,
         "tokens": completion.tokens,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
@@ -48,8 +49,6 @@ def as_json(llm: LLM, prompt: str, completion: Completion, args: argparse.Namesp
         "settings": {name: getattr(llm, name) for name in SETTINGS} | {"weights": args.weights},
         "prompt_ids": completion.prompt_tokens,
     }
-    if completion.reasoning is not None:
-        result["reasoning"] = completion.reasoning
     if args.logprobs is not None:
         result["logprobs"] = completion.logprobs
         result["top_logprobs"] = completion.top_logprobs
@@ -58,11 +57,12 @@ def as_json(llm: LLM, prompt: str, completion: Completion, args: argparse.Namesp
 
 def run_batch(args: argparse.Namespace, prompts: list[str], params: SamplingParams) -> int:
     """Continues all prompts in one batch and prints a JSON line for each, in their order."""
-    from tinyllm.cli.run import as_prompt
+    from tinyllm.cli.run import as_prompt, is_chat
 
     with load_model(args.model, args) as llm:
         start = time.perf_counter()
-        completions = llm([as_prompt(llm, prompt, args) for prompt in prompts], params)
+        chats = is_chat(llm, args)
+        completions = llm([as_prompt(llm, prompt, args) for prompt in prompts], params, reasoning=chats)
         elapsed = time.perf_counter() - start
         for prompt, completion in zip(prompts, completions, strict=True):
             print(as_json(llm, prompt, completion, args))

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinyllm.cli.common import (
     BOLD,
@@ -39,8 +39,8 @@ from tinyllm.cli.common import (
 
 if TYPE_CHECKING:
     from tinyllm import LLM, Completion, SamplingParams
-    from tinyllm.engine import Piece
     from tinyllm.llm import Stream
+    from tinyllm.reasoning import Kind
 
 PROG = "tinyllm-run"
 
@@ -88,9 +88,8 @@ def _run(argv: list[str]) -> int:
             from tinyllm.cli.interactive import Chat, Text, interact
 
             chats = is_chat(llm, args)
-            return interact(
-                llm, Chat(llm, params, args.system, args.chat_template) if chats else Text(llm, params)
-            )
+            talk = Chat(llm, params, args.system, **chat_options(args)) if chats else Text(llm, params)
+            return interact(llm, talk, shows_reasoning=args.reasoning)
         return _run_once(llm, prompt, params, args)
 
 
@@ -130,6 +129,14 @@ def _parser() -> Parser:
         help="chat with this Jinja template in place of the model's",
     )
     text.add_argument(
+        "--template-arg",
+        dest="template_args",
+        action="append",
+        type=_key_and_value,
+        metavar="NAME=VALUE",
+        help="a variable for the chat template, such as enable_thinking=false; may be given several times",
+    )
+    text.add_argument(
         "--prompts",
         metavar="FILE",
         help="one prompt a line (a .jsonl file: one JSON string a line), all as one batch; - for a pipe. "
@@ -141,7 +148,15 @@ def _parser() -> Parser:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--json", action="store_true", help="one JSON object: text, tokens, finish_reason, seed, timings..."
+        "--json",
+        action="store_true",
+        help="one JSON object: text, reasoning, tokens, finish_reason, seed, timings...",
+    )
+    output.add_argument(
+        "--no-reasoning",
+        dest="reasoning",
+        action="store_false",
+        help="do not show what a model thinks before it answers (it goes to stderr, faint)",
     )
     output.add_argument(
         "--logprobs",
@@ -159,6 +174,17 @@ def _parser() -> Parser:
     return parser
 
 
+def _key_and_value(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON where it is that, else as text."""
+    name, sign, value = text.partition("=")
+    if not name.isidentifier() or not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _count(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
@@ -171,8 +197,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("no MODEL given: a .gguf file, a directory, or stories")
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} cannot be used together")
-    if args.system is not None and args.chat is False:
-        raise UsageError("--system is for chat; it cannot be used with --no-chat")
+    for name, value in _chat_only(args):
+        if value is not None and args.chat is False:
+            raise UsageError(f"{name} is for chat; it cannot be used with --no-chat")
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if math.isnan(getattr(args, name) or 0.0):
             raise UsageError(f"{name} is not a number")
@@ -250,8 +277,9 @@ def is_chat(llm: LLM, args: argparse.Namespace) -> bool:
     if args.chat is not None:
         return bool(args.chat)
     has_template = llm.chat_template is not None or args.chat_template is not None
-    if args.system is not None and not has_template:
-        raise UsageError(f"--system is for chat models, and {llm.name} has no chat template")
+    for name, value in _chat_only(args):
+        if value is not None and not has_template:
+            raise UsageError(f"{name} is for chat models, and {llm.name} has no chat template")
     return has_template
 
 
@@ -261,48 +289,74 @@ def as_prompt(llm: LLM, text: str, args: argparse.Namespace) -> str | list[int]:
         return text
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages = [*system, {"role": "user", "content": text}]
-    return llm.chat_ids(messages, chat_template=args.chat_template)
+    return llm.chat_ids(messages, **chat_options(args))
+
+
+def _chat_only(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """The options that make no sense without a chat template."""
+    return [("--system", args.system), ("--template-arg", args.template_args)]
+
+
+def chat_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `LLM.chat` that were given."""
+    return {"chat_template": args.chat_template, "template_args": dict(args.template_args or ())}
 
 
 # Runs
 
 
 def _run_once(llm: LLM, text: str, params: SamplingParams, args: argparse.Namespace) -> int:
-    prompt = as_prompt(llm, text, args)
+    prompt, chats = as_prompt(llm, text, args), is_chat(llm, args)
     if args.json:
         from tinyllm.cli.results import as_json
 
-        completion = llm(prompt, params)
+        completion = llm(prompt, params, reasoning=chats)
         print(as_json(llm, text, completion, args))
     elif args.logprobs is not None:
         completion = llm(prompt, params)
         _print_logprobs(llm, completion)
     else:
-        if not isinstance(prompt, list) and sys.stdout.isatty():
+        if not chats and sys.stdout.isatty():
             print(styled(shown(text, sys.stdout), BOLD, sys.stdout), end="", flush=True)
-        completion = print_stream(llm.stream(prompt, params))
+        stream = llm.stream(prompt, params, reasoning=chats)
+        completion = print_stream(stream, shows_reasoning=args.reasoning)
     _print_figures(llm, completion)
     return EXIT_INTERRUPTED if completion.finish_reason == "cancelled" else EXIT_OK
 
 
-def print_stream(stream: Stream) -> Completion:
-    """Prints a text as it comes, and a line break at its end. Ctrl-C ends it there."""
-    ends_line = True
+def print_stream(stream: Stream, *, shows_reasoning: bool = True) -> Completion:
+    """Prints a text as it comes, and a line break at its end; reasoning goes to stderr. Ctrl-C ends it
+    there."""
+    kind, ends_line = "text", True
     with stream:
         try:
             for piece in stream:
-                print_piece(piece)
-                ends_line = piece.text.endswith("\n") if piece.text else ends_line
+                if not piece.text:
+                    continue
+                if piece.kind != kind:
+                    kind = _print_change(piece.kind, ends_line, shows_reasoning)
+                if kind == "text":
+                    print(shown(piece.text, sys.stdout), end="", flush=True)
+                elif shows_reasoning:
+                    text = styled(shown(piece.text, sys.stderr), DIM, sys.stderr)
+                    print(text, end="", file=sys.stderr, flush=True)
+                ends_line = piece.text.endswith("\n") or (kind == "reasoning" and not shows_reasoning)
         except KeyboardInterrupt:
             ends_line = False
     if not ends_line:
-        print(flush=True)
+        print(file=sys.stdout if kind == "text" else sys.stderr, flush=True)
     return stream.completion
 
 
-def print_piece(piece: Piece) -> None:
-    text = shown(piece.text, sys.stdout)
-    print(styled(text, DIM, sys.stdout) if piece.kind != "text" else text, end="", flush=True)
+def _print_change(to: Kind, ends_line: bool, shows_reasoning: bool) -> Kind:
+    """What stands between reasoning and answer on a terminal, where both go to."""
+    if to == "reasoning" and not shows_reasoning:
+        note("thinking ...")
+    elif to == "text" and shows_reasoning:
+        print("\n", file=sys.stderr, flush=True)
+    elif not ends_line:
+        print(file=sys.stderr, flush=True)
+    return to
 
 
 def _print_logprobs(llm: LLM, completion: Completion) -> None:

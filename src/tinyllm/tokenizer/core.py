@@ -108,9 +108,10 @@ class Tokenizer:
             data = data[1:]
         return data.decode("utf-8", "replace")
 
-    def stream(self, special: bool = False, after: int | None = None) -> TokenStream:
+    def stream(self, special: bool | Collection[int] = False, after: int | None = None) -> TokenStream:
         """Decodes ids one at a time into whole characters; the pieces joined are `decode` of all the ids.
 
+        `special`: whether special tokens are shown, or which.
         `after` is the id that came before the first one, if any. When that is a token of text, the stream
         goes on in the middle of a text, and a space in front of its first word is kept."""
         begins = after is None or self._index(after) in self.special_ids
@@ -136,9 +137,10 @@ class Tokenizer:
         """The id of the token that the vocabulary spells `text` ("<|eot_id|>", "▁the", "Ġthe"), or None."""
         return self._ids.get(text)
 
-    def _visible(self, token: int, special: bool) -> bytes:
+    def _visible(self, token: int, special: bool | Collection[int]) -> bytes:
         data = self.token_bytes(token)
-        return b"" if not special and token in self.special_ids else data
+        is_shown = special if isinstance(special, bool) else token in special
+        return data if is_shown or token not in self.special_ids else b""
 
     def _index(self, token: int) -> int:
         token = operator.index(token)
@@ -151,7 +153,7 @@ class TokenStream:
     """Made by `Tokenizer.stream`: `push` returns the characters that an id completes, `flush` what is
     left."""
 
-    def __init__(self, tokenizer: Tokenizer, special: bool, drop_space: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: bool | Collection[int], drop_space: bool) -> None:
         self._tokenizer = tokenizer
         self._special = special
         self._drop_space = drop_space
