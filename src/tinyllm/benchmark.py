@@ -25,7 +25,7 @@ from . import backends
 from .backends import I32, PAGE, CacheType, PagePool
 from .errors import ArgumentError, MemoryLimitError
 from .loaders import FORMATS, FileReader, TensorInfo
-from .loading import load
+from .loading import kept_formats, load
 from .modelfiles import read_model
 
 CHUNK = 512  # tokens of a prefill call, as in llama-bench and in engine.py
@@ -121,22 +121,25 @@ class Facts:
     file_hash: str
 
 
-def read_facts(path: str) -> Facts:
-    """Reads a model's headers and hashes its files. Raises what `read_model` does."""
+def read_facts(path: str, weights: str | None = None) -> Facts:
+    """Reads a model's headers and hashes its files. weights: what `load` is told to quantize it to; the sizes
+    are then those of such a file. Raises what `read_model` does, and ArgumentError.
+    """
     files = read_model(path)
     tensors: Mapping[tuple[str, int | None], TensorInfo] = files.weights
+    kept = kept_formats(files.weights, weights, str(files.path))
     n_params = sum(_elements(t) for t in tensors.values())
     matrices = {key: t for key, t in tensors.items() if len(t.shape) == 2}
     n_bytes: dict[str, int] = {}
-    for tensor in matrices.values():
-        name = FORMATS[tensor.format].name
-        n_bytes[name] = n_bytes.get(name, 0) + tensor.n_bytes
+    for key, tensor in matrices.items():
+        name = FORMATS[kept[key]].name
+        n_bytes[name] = n_bytes.get(name, 0) + _n_bytes(tensor, kept[key])
     formats = "+".join(sorted(n_bytes, key=lambda name: -n_bytes[name]))
     embedding = _elements(tensors["embedding", None])
     return Facts(
         name=str(files.path),
         kind=f"{files.config.architecture} {_short(n_params)} {formats}",
-        size_bytes=sum(t.n_bytes for t in tensors.values()),
+        size_bytes=sum(_n_bytes(t, kept[key]) for key, t in tensors.items()),
         n_params=n_params,
         layer_macs=sum(_elements(t) for (_, layer), t in matrices.items() if layer is not None),
         output_macs=embedding,  # of the same shape as the output matrix, tied or not
@@ -146,6 +149,10 @@ def read_facts(path: str) -> Facts:
 
 def _elements(tensor: TensorInfo) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64))
+
+
+def _n_bytes(tensor: TensorInfo, format: int) -> int:
+    return _elements(tensor) // FORMATS[format].block * FORMATS[format].block_bytes
 
 
 def _short(n: int) -> str:
@@ -188,13 +195,14 @@ class Subject:
         for_cases: Sequence[Case],
         progress: Progress | None = None,
         *,
+        weights: str | None = None,
         others_bytes: int = 0,
     ) -> None:
-        """others_bytes: memory that this process holds for other models.
+        """weights: as `load` takes it. others_bytes: memory that this process holds for other models.
 
         Raises what `tinyllm.load` does, and MemoryLimitError when the caches do not fit.
         """
-        self.facts = read_facts(path)
+        self.facts = read_facts(path, weights)
         self._pools: dict[str, PagePool] = {}
         self._tables: dict[str, I32] = {}
         _reset_peak_memory()
@@ -204,6 +212,7 @@ class Subject:
             threads=max(case.threads for case in for_cases),
             context=n_positions,
             cache_type=cast(CacheType, for_cases[0].cache_type),
+            weights=weights,
             progress=progress and (lambda done, total: progress(f"loading {path}", done, total)),
         )
         try:
@@ -404,21 +413,23 @@ def measure(
     paths: Sequence[str],
     of: Sequence[Case],
     *,
+    weights: Sequence[str | None] | None = None,
     repetitions: int = 5,
     read_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[Result]:
     """Measures every case with every model, the models in turns, every other turn in reverse order, so that
-    what the machine's neighbours do meets them alike. All models are in memory at once. read_bytes: see
-    `sample_read_gb_s`.
+    what the machine's neighbours do meets them alike. All models are in memory at once. weights: of each
+    path, as `load` takes it; None: all as they are. read_bytes: see `sample_read_gb_s`.
 
     Returns the results case by case, models in the order given. Raises what `Subject` does.
     """
     with ExitStack() as stack:
         stack.enter_context(_using(of[0].isa))
         subjects, at_start = [], _memory("VmRSS")
-        for path in paths:
-            subjects.append(Subject(path, of, progress, others_bytes=_memory("VmRSS") - at_start))
+        for path, kept in zip(paths, weights or [None] * len(paths), strict=True):
+            others_bytes = _memory("VmRSS") - at_start
+            subjects.append(Subject(path, of, progress, weights=kept, others_bytes=others_bytes))
             stack.callback(subjects[-1].close)
         results, total = [], len(of) * repetitions * len(paths)
         for done, case in enumerate(of):

@@ -61,7 +61,7 @@ def load(
         )
     files = read_model(path)
     name = str(files.path)
-    formats = _formats(files.weights, weights, name)
+    formats = kept_formats(files.weights, weights, name)
     weight_bytes = sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
     context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name)
     model = backends.Model(replace(files.config, context=context), device=device, threads=threads)
@@ -91,8 +91,8 @@ def load(
         raise
 
 
-def _formats(weights: Weights, quantize_to: str | None, name: str) -> dict[tuple[str, int | None], int]:
-    """The format to keep each tensor in."""
+def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[tuple[str, int | None], int]:
+    """The format that `load` keeps each tensor in. quantize_to: its `weights`. Raises ArgumentError."""
     formats = {key: info.format for key, info in weights.items()}
     if quantize_to is None:
         return formats

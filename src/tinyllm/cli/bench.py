@@ -10,27 +10,39 @@ import argparse
 import csv
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinyllm.cli.common import EXIT_CODES, EXIT_OK, Parser, positive, run_command, seconds, size
+from tinyllm.cli.common import (
+    EXIT_CODES,
+    EXIT_OK,
+    Parser,
+    positive,
+    progress_line,
+    run_command,
+    seconds,
+    size,
+    table,
+)
 
 PROG = "tinyllm-bench"
 
-DESCRIPTION = """Measures prefill (pp, reading a prompt) and decoding (tg, writing an answer) in tokens a
+DESCRIPTION = f"""Measures prefill (pp, reading a prompt) and decoding (tg, writing an answer) in tokens a
 second, as llama-bench does: without sampling, after a warm-up, the logits of a prompt's last token only.
 Beside decoding stands what it reads from memory in GB/s, and what share that is of what the memory
 delivers (docs/roofline.md).
 
-Options with N,... take several values; every combination is measured. Several models take turns."""
+Options with N,... take several values; every combination is measured. Several models take turns.
+
+`compare` sets size, memory, speed and quality of several models, or of several quantizations of one, side by
+side: {PROG} compare --help."""
 
 EPILOG = f"""examples:
   {PROG} model.gguf                                512 tokens of prompt, 128 of answer
   {PROG} a.gguf b.gguf -d 0,4096 -b 1,8            two files in turns, at two depths, 1 and 8 texts at once
   {PROG} model.gguf -p 0 -t 1,2,4 -r 10 -o csv     how decoding grows with threads
+  {PROG} compare f16.gguf --types q8_0,q4_0 --text wiki.test.raw
 
 columns:
   t/s        tokens a second: mean ± standard deviation, and the median
@@ -49,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    if argv[:1] == ["compare"]:
+        from tinyllm.cli import compare
+
+        return compare.run(argv[1:])
     args = _parser().parse_intermixed_args(argv)
     from tinyllm import benchmark
 
@@ -61,7 +77,7 @@ def _run(argv: list[str]) -> int:
         isa=args.isa,
         cache_type=args.cache_type,
     )
-    with _progress_line() as progress:
+    with progress_line() as progress:
         results = benchmark.measure(
             args.models,
             to_measure,
@@ -148,15 +164,7 @@ def _names(text: str) -> list[str]:
 
 def _write_md(records: list[dict[str, Any]]) -> None:
     rows = [_cells(record) for record in records]
-    header = list(rows[0])
-    width = {name: max(len(name), *(len(row[name]) for row in rows)) for name in header}
-    print("| " + " | ".join(name.ljust(width[name]) for name in header) + " |")
-    print(
-        "| " + " | ".join("-" * (width[n] - 1) + ("-" if n in TEXT_COLUMNS else ":") for n in header) + " |"
-    )
-    for row in rows:
-        cells = (row[n].ljust(width[n]) if n in TEXT_COLUMNS else row[n].rjust(width[n]) for n in header)
-        print("| " + " | ".join(cells) + " |")
+    print(table(list(rows[0]), [list(row.values()) for row in rows], TEXT_COLUMNS))
 
 
 TEXT_COLUMNS = ("model", "cache", "test", "file", "machine")
@@ -201,29 +209,6 @@ WRITERS: dict[str, Callable[[list[dict[str, Any]]], None]] = {
     "csv": _write_csv,
     "json": _write_json,
 }
-
-
-@contextmanager
-def _progress_line() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A function that draws a bar on stderr where that is a terminal. It draws when it is called, ten times a
-    second at most, and never on its own: nothing else may run while a model is measured.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task, drawn = bar.add_task(""), 0.0
-
-        def update(what: str, done: int, total: int) -> None:
-            nonlocal drawn
-            due = time.monotonic() - drawn > 0.1
-            drawn = time.monotonic() if due else drawn
-            bar.update(task, description=what, completed=done, total=total, refresh=due)
-
-        yield update
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
@@ -280,6 +280,42 @@ def progress_bar(what: str) -> Iterator[Progress]:
     finally:
         if bar is not None:
             bar.stop()
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A function that draws a bar on stderr where that is a terminal. It draws when it is called, ten times a
+    second at most, and never on its own: nothing else may run while a model is measured.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        task, drawn = bar.add_task(""), 0.0
+
+        def update(what: str, done: int, total: int) -> None:
+            nonlocal drawn
+            due = time.monotonic() - drawn > 0.1
+            drawn = time.monotonic() if due else drawn
+            bar.update(task, description=what, completed=done, total=total, refresh=due)
+
+        yield update
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[str] = ()) -> str:
+    """Markdown whose columns line up; those named in `left`, and one without a name, stand to the left."""
+    width = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    is_left = [name in left or not name for name in header]
+
+    def line(cells: Sequence[str]) -> str:
+        each = zip(cells, width, is_left, strict=True)
+        return "| " + " | ".join(c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in each) + " |"
+
+    rule = ["-" * (w - 1) + ("-" if to_left else ":") for w, to_left in zip(width, is_left, strict=True)]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 BOLD, DIM = "\x1b[1m", "\x1b[2m"

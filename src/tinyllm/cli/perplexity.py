@@ -25,6 +25,7 @@ from tinyllm.cli.common import (
     progress_bar,
     read_text,
     run_command,
+    table,
 )
 
 if TYPE_CHECKING:
@@ -121,8 +122,8 @@ def _parser() -> Parser:
 
 def _write_md(args: argparse.Namespace, models: list[LLM], on: Windows, found: list[Quality]) -> None:
     n_windows, n_ctx = on.ids.shape
+    header = ["", *(Path(model.name).name for model in reversed(models))]
     rows = [
-        ["", *(Path(model.name).name for model in reversed(models))],
         ["perplexity", *(_text(q.perplexity, 4) for q in reversed(found))],
         ["nats a token", *(_text(q.nll, 5) for q in reversed(found))],
     ]
@@ -139,17 +140,7 @@ def _write_md(args: argparse.Namespace, models: list[LLM], on: Windows, found: l
             ["root mean square change", _text(percent[1], 3) + " %", ""],
             ["same likeliest token", _text(percent[2], 3) + " %", ""],
         ]
-    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| "
-        + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, width, strict=True)))
-        + " |"
-        for row in rows
-    ]
-    lines.insert(
-        1, "| " + " | ".join("-" * (w - 1) + (":" if i else "-") for i, w in enumerate(width)) + " |"
-    )
-    print("\n".join(lines))
+    print(table(header, rows))
     scored = (
         f"{on.n_tokens} tokens scored, the last {n_ctx - on.first} of each of {n_windows} windows of {n_ctx}"
     )
