@@ -8,6 +8,7 @@
 
 #include <chrono>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -91,8 +92,15 @@ struct Model {
 
     explicit Model(const py::dict &c) {
         Floats factors;
+        Ints windows, ropes;
         tl_config config{};
         auto integer = [&](const char *name) { return c[name].cast<int>(); };
+        auto number = [&](const char *name) { return c[name].cast<float>(); };
+        auto per_layer = [&](const char *name, Ints &array) {
+            array = c[name].cast<Ints>();
+            if (array.size() != config.n_layers) raise_argument(std::string(name) + " must have a number a layer");
+            return array.data();
+        };
         config.n_layers = integer("n_layers");
         config.dim = integer("dim");
         config.n_heads = integer("n_heads");
@@ -102,10 +110,23 @@ struct Model {
         config.vocab_size = integer("vocab_size");
         config.context = integer("context");
         config.rope_dim = integer("rope_dim");
-        config.norm_eps = c["norm_eps"].cast<float>();
-        config.attention_scale = c["attention_scale"].cast<float>();
+        config.norm_eps = number("norm_eps");
+        config.attention_scale = number("attention_scale");
         config.rope_theta = c["rope_theta"].cast<double>();
-        config.rope_scale = c["rope_scale"].cast<float>();
+        config.rope_scale = number("rope_scale");
+        config.norm_kind = static_cast<tl_norm_kind>(integer("norm_kind"));
+        config.norm_place = static_cast<tl_norm_place>(integer("norm_place"));
+        config.activation = static_cast<tl_activation>(integer("activation"));
+        config.qk_norm = static_cast<tl_qk_norm>(integer("qk_norm"));
+        config.parallel = integer("parallel");
+        config.attention_cap = number("attention_cap");
+        config.logit_cap = number("logit_cap");
+        config.embedding_scale = number("embedding_scale");
+        config.residual_scale = number("residual_scale");
+        config.logit_scale = number("logit_scale");
+        config.local_rope_theta = c["local_rope_theta"].cast<double>();
+        config.windows = per_layer("windows", windows);
+        config.ropes = per_layer("ropes", ropes);
         if (!c["rope_factors"].is_none()) {
             factors = c["rope_factors"].cast<Floats>();
             if (factors.size() != config.rope_dim / 2) raise_argument("rope_factors must have rope_dim / 2 numbers");
@@ -140,6 +161,18 @@ struct Model {
             py::gil_scoped_release released;
             status = tl_model_upload(keep.get(), name.c_str(), layer, &source, keep_as, threads, &message);
         }
+        if (status != TL_OK) raise(status, message);
+    }
+
+    void upload_vector(const std::string &name, int layer, const Floats &values) {
+        std::shared_ptr<tl_model> keep = (get(), p);
+        std::vector<int32_t> order(static_cast<size_t>(values.size())); // as they are, and no more than there are
+        std::iota(order.begin(), order.end(), 0);
+        const tl_format *f32 = tl_format_of(0);
+        tl_source source{
+            f32, -1, 0, reinterpret_cast<const uint8_t *>(values.data()), order.data(), static_cast<int>(order.size())};
+        tl_message message;
+        tl_status status = tl_model_upload(keep.get(), name.c_str(), layer, &source, f32, 1, &message);
         if (status != TL_OK) raise(status, message);
     }
 
@@ -331,6 +364,7 @@ PYBIND11_MODULE(_core, m) {
         .def(py::init<const py::dict &>(), py::arg("config"))
         .def("upload", &Model::upload, py::arg("name"), py::arg("layer"), py::arg("fd"), py::arg("offset"),
              py::arg("source_format"), py::arg("format"), py::arg("row_order"), py::arg("threads"))
+        .def("upload_vector", &Model::upload_vector, py::arg("name"), py::arg("layer"), py::arg("values"))
         .def("tie", [](Model &model) { tl_model_tie(model.get()); })
         .def("check", &Model::check)
         .def("forward", &Model::forward, py::arg("cache"), py::arg("tokens"), py::arg("x"), py::arg("positions"),

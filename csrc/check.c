@@ -3,6 +3,36 @@
 #include "tinyllm.h"
 #include <math.h>
 
+// What families vary.
+static tl_status check_variations(const tl_config *c, tl_message *message) {
+    const struct {
+        const char *name;
+        int value, most;
+    } kinds[] = {{"norm_kind", (int)c->norm_kind, TL_LAYER_NORM},
+                 {"norm_place", (int)c->norm_place, TL_NORM_BOTH},
+                 {"activation", (int)c->activation, TL_GELU},
+                 {"qk_norm", (int)c->qk_norm, TL_QK_ALL},
+                 {"parallel", c->parallel, 1}};
+    for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++)
+        if (kinds[i].value < 0 || kinds[i].value > kinds[i].most)
+            return tl_fail(message, TL_ARGUMENT, "%s is %d, not in 0..%d", kinds[i].name, kinds[i].value,
+                           kinds[i].most);
+    const double numbers[] = {c->attention_cap,  c->logit_cap,   c->embedding_scale,
+                              c->residual_scale, c->logit_scale, c->local_rope_theta};
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
+        if (!(numbers[i] >= 0) || !isfinite(numbers[i]))
+            return tl_fail(message, TL_ARGUMENT, "a cap, a scale or local_rope_theta is not a number from 0 up: %g",
+                           numbers[i]);
+    for (int l = 0; l < c->n_layers; l++) {
+        if (c->windows && c->windows[l] < 0)
+            return tl_fail(message, TL_ARGUMENT, "the window of layer %d is %d", l, c->windows[l]);
+        if (c->ropes && (c->ropes[l] < 0 || c->ropes[l] > TL_ROPE_NONE ||
+                         (c->ropes[l] == TL_ROPE_LOCAL && c->local_rope_theta == 0)))
+            return tl_fail(message, TL_ARGUMENT, "the RoPE of layer %d is %d, not one there is", l, c->ropes[l]);
+    }
+    return TL_OK;
+}
+
 tl_status tl_config_check(const tl_config *c, tl_message *message) {
     const struct {
         const char *name;
@@ -28,7 +58,7 @@ tl_status tl_config_check(const tl_config *c, tl_message *message) {
     for (int i = 0; c->rope_factors && i < c->rope_dim / 2; i++)
         if (!(c->rope_factors[i] > 0) || !isfinite(c->rope_factors[i]))
             return tl_fail(message, TL_ARGUMENT, "rope factor %d is not a positive number", i);
-    return TL_OK;
+    return check_variations(c, message);
 }
 
 // Tokens of a sequence stand together and climb by one, so that a call's keys are written before they are

@@ -1,5 +1,5 @@
 // cpu.h: what the CPU backend's files share: backend_cpu.c (the operations), cpu_products.c and cpu_attend.c (how their
-// work is cut up), cpu_run.c (a call's buffers), cpu_load.c (weights in). Includes tinyllm.h, isa/isa.h.
+// work is cut up), cpu_rows.c (single tokens), cpu_run.c (a call's buffers), cpu_load.c (weights in). Includes tinyllm.h, isa/isa.h.
 #ifndef TINYLLM_CPU_H
 #define TINYLLM_CPU_H
 
@@ -19,7 +19,7 @@ typedef struct tl_cpu_run {
     tl_run base;
     void *arena; // every buffer below
     size_t arena_bytes;
-    float *cos, *sin;         // [n, rope_dim / 2]
+    float *cos, *sin;         // [n, rope_dim / 2], then the same of local layers
     float *k, *v;             // [n, kv heads * head_dim]
     float *normed;            // [n, dim]
     float *up;                // [n, ff_dim]
@@ -47,6 +47,11 @@ void tl_cpu_release(tl_run *run);
 // cpu_products.c: rows of x (the chosen ones, or the first n), normed where there is a norm, times each product's matrix.
 void tl_cpu_products(tl_cpu_run *run, const float *x, const int32_t *rows, int n, const tl_norm *norm,
                      tl_product *products, int n_products);
+// cpu_rows.c: what happens to a token between the products.
+void tl_cpu_norm(const tl_norm *norm, float *out, const float *x, int n);
+void tl_cpu_rotate_and_store(tl_cpu_run *run, int layer);
+void tl_cpu_add(tl_cpu_run *run, float *add, const tl_norm *norm);
+void tl_cpu_finish_logits(tl_cpu_run *run);
 // cpu_attend.c
 void tl_cpu_tiles(tl_cpu_run *run);
 void tl_cpu_attend(tl_run *run, int layer);

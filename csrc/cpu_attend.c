@@ -28,6 +28,12 @@ static void merge(const tl_cpu_run *r, float *into, const float *out, float max,
     tl_isa()->merge(into, into + r->v_stride, into + r->v_stride + 1, out, max, sum, r->v_stride);
 }
 
+// The first position that a token attends to in a layer.
+static int first_seen(const tl_cpu_run *r, int position) {
+    const int window = r->base.model->layers[r->layer].window;
+    return window ? tl_max(0, position + 1 - window) : 0;
+}
+
 // One tile, one kv head, one split: a segment, or all of them.
 static void attend_unit(void *data, int unit, int thread) {
     tl_cpu_run *r = data;
@@ -49,16 +55,20 @@ static void attend_unit(void *data, int unit, int thread) {
         memset(running[i], 0, ((size_t)r->v_stride + 2) * sizeof(float));
         running[i][r->v_stride] = -INFINITY;
     }
-    const int first = r->n_splits > 1 ? split : 0, last = r->n_splits > 1 ? split + 1 : tile->n_segments;
-    for (int s = first; s < tl_min(last, tile->n_segments); s++) {
-        tl_segment segment = {.head_dim = c->head_dim, .v_stride = r->v_stride, .type = cache->type};
+    const int first = tl_max(r->n_splits > 1 ? split : 0, first_seen(r, positions[0]) / TL_SEGMENT);
+    const int last = tl_min(r->n_splits > 1 ? split + 1 : tile->n_segments, tile->n_segments);
+    for (int s = first; s < last; s++) {
+        tl_segment segment = {
+            .head_dim = c->head_dim, .v_stride = r->v_stride, .type = cache->type, .cap = c->attention_cap};
         int column[TL_COLUMNS];
         for (int i = 0; i < tile->n; i++) { // those that see something of the segment
             const int to = tl_min(positions[i] + 1 - s * TL_SEGMENT, TL_SEGMENT), n = segment.n_columns;
-            if (to <= 0) continue;
+            const int from = tl_max(first_seen(r, positions[i]) - s * TL_SEGMENT, 0);
+            if (to <= from) continue;
             segment.q[n] = r->base.q + q[i];
             segment.q8[n] = r->in.q + q[i];
             segment.groups[n] = r->in.groups + q[i] / TL_Q;
+            segment.from[n] = from;
             segment.to[n] = to;
             segment.out[n] = r->part + ((size_t)thread * TL_COLUMNS + (size_t)n) * (size_t)r->v_stride;
             column[segment.n_columns++] = i;
@@ -74,19 +84,23 @@ static void attend_unit(void *data, int unit, int thread) {
     }
 }
 
-// A token's heads: the splits merged, then out = sum / weight (+ 0: underflow leaves no negative zeros).
+// A token's heads: the splits merged, a sink last, then out = sum / weight (+ 0: underflow leaves no negative zeros).
 static void attend_finish(void *data, int t, int thread) {
-    (void)thread;
     tl_cpu_run *r = data;
     const tl_config *c = &r->base.model->config;
-    const int n_splits = r->n_splits > 1 ? r->base.batch->positions[t] / TL_SEGMENT + 1 : 1;
+    const int position = r->base.batch->positions[t], first = tl_max(1, first_seen(r, position) / TL_SEGMENT);
+    const int n_splits = r->n_splits > 1 ? position / TL_SEGMENT + 1 : 1;
+    const float *sinks = r->base.model->layers[r->layer].sinks;
+    float *none = r->part + (size_t)thread * TL_COLUMNS * (size_t)r->v_stride; // what a sink stands for: no value
+    if (sinks) memset(none, 0, (size_t)r->v_stride * sizeof(float));
     for (int h = 0; h < c->n_heads; h++) {
         float *result = running_result(r, t, h, 0);
         float *out = r->base.attended + ((size_t)t * (size_t)c->n_heads + (size_t)h) * (size_t)c->head_dim;
-        for (int s = 1; s < n_splits; s++) {
+        for (int s = first; s < n_splits; s++) {
             const float *part = running_result(r, t, h, s);
             merge(r, result, part, part[r->v_stride], part[r->v_stride + 1]);
         }
+        if (sinks) merge(r, result, none, sinks[h], 1);
         for (int d = 0; d < c->head_dim; d++) out[d] = result[d] / result[r->v_stride + 1] + 0.0f;
     }
 }

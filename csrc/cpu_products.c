@@ -24,7 +24,7 @@ static void prepare_row(void *data, int t, int thread) {
     const float *x = j->x + (j->rows ? (size_t)j->rows[t] : row) * k;
     if (j->norm) {
         float *normed = j->run->normed + row * k;
-        tl_isa()->rmsnorm(normed, x, j->norm->weight, j->norm->eps, in->k);
+        tl_cpu_norm(j->norm, normed, x, in->k);
         x = normed;
     }
     if (j->quantize) tl_isa()->quantize(in->q + row * k, in->groups + row * (k / TL_Q), x, in->k);
@@ -43,8 +43,9 @@ static void product_unit(void *data, int unit, int thread) {
     if (!p->up) return;
     tl_isa()->matmul[p->up->w->format - tl_formats](p->up, first, last, from, to);
     const int row = first * TL_ROWS, n = tl_min(last * TL_ROWS, p->w->rows) - row;
+    void (*glu)(float *, const float *, int) = p->activation == TL_GELU ? tl_isa()->gelu_mul : tl_isa()->silu_mul;
     for (size_t t = (size_t)from; t < (size_t)to; t++)
-        tl_isa()->silu_mul(p->out + t * p->stride + row, p->up->out + t * p->stride + row, n);
+        glu(p->out + t * p->stride + row, p->up->out + t * p->stride + row, n);
 }
 
 // Sizes the units: a block of weights that stays in L2, smaller where that leaves too few units for the threads.
@@ -69,6 +70,7 @@ static void cut(job *j, int n_products, int threads) {
 void tl_cpu_products(tl_cpu_run *r, const float *x, const int32_t *rows, int n, const tl_norm *norm,
                      tl_product *products, int n_products) {
     const int threads = r->base.batch->threads;
+    if (norm && !norm->weight) norm = NULL;
     job j = {.run = r, .x = x, .rows = rows, .norm = norm, .n_tokens = n, .products = products};
     r->in.x = norm ? r->normed : x;
     r->in.k = products[0].w->k;

@@ -22,8 +22,9 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     PLACE(k, float, n *kv);
     PLACE(v, float, n *kv);
     PLACE(normed, float, n *dim);
-    PLACE(cos, float, n *(size_t)c->rope_dim / 2);
-    PLACE(sin, float, n *(size_t)c->rope_dim / 2);
+    const size_t n_angles = n * (size_t)c->rope_dim / 2 * (r->base.model->local_rope_frequencies ? 2 : 1);
+    PLACE(cos, float, n_angles);
+    PLACE(sin, float, n_angles);
     PLACE(in.q, int8_t, n *k);
     PLACE(in.groups, tl_q_group, n * (k / TL_Q));
     PLACE(tiles, tl_tile, n * (size_t)r->group);
@@ -36,12 +37,17 @@ static void rotations(void *data, int t, int thread) {
     (void)thread;
     tl_cpu_run *r = data;
     const tl_config *c = &r->base.model->config;
-    for (int i = 0, half = c->rope_dim / 2; i < half; i++) {
-        double sin, cos;
-        tl_sincos(r->base.batch->positions[t] * r->base.model->rope_frequencies[i], &sin, &cos);
-        r->cos[t * half + i] = (float)cos * c->rope_scale;
-        r->sin[t * half + i] = (float)sin * c->rope_scale;
-    }
+    const tl_model *model = r->base.model;
+    const double *frequencies[] = {model->rope_frequencies, model->local_rope_frequencies};
+    const int half = c->rope_dim / 2, n = r->base.batch->n;
+    for (int table = 0; table < 2 && frequencies[table]; table++)
+        for (int i = 0, at = (table * n + t) * half; i < half; i++) {
+            const float scale = table == 0 ? c->rope_scale : 1;
+            double sin, cos;
+            tl_sincos(r->base.batch->positions[t] * frequencies[table][i], &sin, &cos);
+            r->cos[at + i] = (float)cos * scale;
+            r->sin[at + i] = (float)sin * scale;
+        }
 }
 
 tl_status tl_cpu_begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *b, tl_message *message) {

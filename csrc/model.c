@@ -16,9 +16,10 @@ static tl_status forward(tl_model *model, tl_cache *cache, const tl_batch *batch
         const tl_layer *layer = &model->layers[l];
         be->qkv(run, l);
         be->attend(run, l);
-        be->linear_add(run, run->attended, &layer->wo);
-        be->norm_glu(run, l);
-        be->linear_add(run, run->hidden, &layer->w_down);
+        if (model->config.parallel) be->norm_glu(run, l); // of the x that attention read
+        be->linear_add(run, run->attended, &layer->wo, &layer->attention_post_norm);
+        if (!model->config.parallel) be->norm_glu(run, l);
+        be->linear_add(run, run->hidden, &layer->w_down, &layer->ffn_post_norm);
     }
     if (batch->logits) be->norm_linear(run, &model->output_norm, &model->output);
     return be->end(run, message);

@@ -93,12 +93,26 @@ typedef struct tl_matrix {
     float *bias;    // [rows] in the backend's memory, or NULL
 } tl_matrix;
 
+typedef enum tl_norm_kind { TL_RMS_NORM, TL_LAYER_NORM } tl_norm_kind; // LayerNorm (arXiv 1607.06450) without a bias
+
 typedef struct tl_norm {
-    float *weight; // [dim] in the backend's memory
+    float *weight; // [numbers of a row] in the backend's memory; NULL: the row stays as it is
     float eps;
+    tl_norm_kind kind;
 } tl_norm;
 
 // ---- the model -----------------------------------------------------------------------------------------------------
+// What families vary. The first of each, 0, is Llama's.
+typedef enum tl_activation { TL_SILU, TL_GELU } tl_activation; // of the gate; GELU in its tanh form (arXiv 1606.08415)
+typedef enum tl_norm_place { TL_NORM_BEFORE, TL_NORM_AFTER, TL_NORM_BOTH } tl_norm_place; // of attention and of FFN
+typedef enum tl_qk_norm {                                                                 // RMSNorm or LayerNorm of
+    TL_QK_NONE,                                                                           // queries and keys:
+    TL_QK_HEAD,  // each head by itself, all with the same weights [head_dim]
+    TL_QK_HEADS, // each head by itself, with its own weights [heads * head_dim]
+    TL_QK_ALL,   // all heads as one row, weights [heads * head_dim]
+} tl_qk_norm;
+typedef enum tl_rope { TL_ROPE, TL_ROPE_LOCAL, TL_ROPE_NONE } tl_rope; // of a layer: usual, with local_rope_theta, none
+
 typedef struct tl_config {
     int n_layers, dim, n_heads, n_kv_heads, head_dim, ff_dim, vocab_size;
     int context; // positions the cache and RoPE may reach
@@ -108,10 +122,30 @@ typedef struct tl_config {
     int rope_dim;              // dimensions of a head that are rotated, even, <= head_dim
     float rope_scale;          // cos and sin are multiplied by it (YaRN), else 1
     const float *rope_factors; // [rope_dim / 2] divisors of the frequencies, or NULL; copied
+
+    // Beyond Llama; zero is Llama's. A backend that lacks one of these refuses the model in its begin.
+    tl_norm_kind norm_kind;
+    tl_norm_place norm_place;
+    tl_activation activation;
+    tl_qk_norm qk_norm;
+    int parallel;            // attention and FFN read the same x, both results are added to it
+    float attention_cap;     // scores become cap * tanh(score / cap); 0: as they are
+    float logit_cap;         // logits likewise, after logit_scale
+    float embedding_scale;   // of embedded tokens; 0 counts as 1, as in the next two
+    float residual_scale;    // of what attention and FFN add to x
+    float logit_scale;       // of the logits
+    double local_rope_theta; // of TL_ROPE_LOCAL layers, whose angles have neither factors nor rope_scale; 0: none
+    const int32_t *windows;  // [n_layers] positions a token attends to, itself among them; 0: all. Or NULL. Copied
+    const int32_t *ropes;    // [n_layers] tl_rope, or NULL; copied
 } tl_config;
 
 typedef struct tl_layer {
-    tl_norm attention_norm, ffn_norm;
+    int window; // as in the configuration
+    tl_rope rope;
+    tl_norm attention_norm, ffn_norm;           // of x, before; weight NULL where there is none
+    tl_norm attention_post_norm, ffn_post_norm; // of what is added to x; likewise
+    tl_norm q_norm, k_norm;                     // before RoPE; likewise
+    float *sinks;                               // [n_heads] a score more in each head's softmax, with no value; or NULL
     tl_matrix wq, wk, wv, wo;       // [heads * head_dim, dim] x3 (kv_heads for k, v), [dim, heads * head_dim]
     tl_matrix w_gate, w_up, w_down; // [ff_dim, dim] x2, [dim, ff_dim]
 } tl_layer;
@@ -124,9 +158,10 @@ typedef struct tl_run tl_run; // one call's state, the backend's own
 struct tl_model {
     tl_config config;
     const tl_backend *backend;
-    double *rope_frequencies; // [rope_dim / 2] radians a position
-    tl_matrix embedding;      // [vocab_size, dim]
-    tl_matrix output;         // the same data as embedding where they are tied
+    double *rope_frequencies;       // [rope_dim / 2] radians a position
+    double *local_rope_frequencies; // likewise for TL_ROPE_LOCAL layers, or NULL
+    tl_matrix embedding;            // [vocab_size, dim]
+    tl_matrix output;               // the same data as embedding where they are tied
     tl_norm output_norm;
     tl_layer *layers;    // [n_layers]
     size_t weight_bytes; // packed bytes uploaded
@@ -137,8 +172,8 @@ tl_status tl_config_check(const tl_config *config, tl_message *message);
 // Makes a model with no weights. Checks the configuration (check.c).
 tl_status tl_model_create(tl_model **model, const tl_config *config, const tl_backend *backend, tl_message *message);
 // Packs one tensor. `name` is embedding, output, output_norm or, for a layer, attention_norm, wq, wk, wv, wo,
-// ffn_norm, w_gate, w_up, w_down or a bias: bq, bk, bv, bo, b_gate, b_up, b_down. Vectors (norms, biases) are
-// read as floats. `format` is what to keep matrices in: the source's own, or one to quantize a float source
+// ffn_norm, w_gate, w_up, w_down; where the configuration asks for it attention_post_norm, ffn_post_norm, q_norm, k_norm;
+// sinks; or a bias: bq, bk, bv, bo, b_gate, b_up, b_down. Vectors (norms, biases, sinks) are read as floats. `format` is what to keep matrices in: the source's own, or one to quantize a float source
 // to.
 tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl_source *source,
                           const tl_format *format, int threads, tl_message *message);
@@ -229,14 +264,16 @@ struct tl_backend {
     tl_status (*unpack)(const tl_matrix *matrix, float *out);
     // A batch starts: buffers for n tokens, cos and sin of its positions. *run stays the model's.
     tl_status (*begin)(tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *batch, tl_message *message);
-    void (*embed)(tl_run *run);                                           // x = rows of the embedding, or batch->x
-    void (*qkv)(tl_run *run, int layer);                                  // norm, q, k, v, RoPE, k and v into pages
-    void (*attend)(tl_run *run, int layer);                               // attended = attention(q, pages)
-    void (*linear_add)(tl_run *run, const float *in, const tl_matrix *w); // x += in @ w.T
-    void (*norm_glu)(tl_run *run, int layer);                             // hidden = silu(gate) * up of norm(x)
-    void (*norm_linear)(tl_run *run, const tl_norm *norm, const tl_matrix *w); // logits of the chosen rows
-    tl_status (*end)(tl_run *run, tl_message *message);                        // activations out
-    void (*release)(tl_run *run);                                              // frees what begin kept
+    void (*embed)(tl_run *run);             // x = rows of the embedding * embedding_scale, or batch->x
+    void (*qkv)(tl_run *run, int layer);    // norm, q, k, v, q/k norms, RoPE, k and v into pages
+    void (*attend)(tl_run *run, int layer); // attended = attention(q, pages): window, cap, sinks
+    // x += residual_scale * norm(in @ w.T); in Llama there is no such norm.
+    void (*linear_add)(tl_run *run, const float *in, const tl_matrix *w, const tl_norm *norm);
+    void (*norm_glu)(tl_run *run, int layer); // hidden = activation(gate) * up of norm(x)
+    // Logits of the chosen rows: norm(x) @ w.T, then logit_scale and logit_cap.
+    void (*norm_linear)(tl_run *run, const tl_norm *norm, const tl_matrix *w);
+    tl_status (*end)(tl_run *run, tl_message *message); // activations out
+    void (*release)(tl_run *run);                       // frees what begin kept
 };
 
 extern const tl_backend tl_backend_cpu;

@@ -5,8 +5,9 @@
 #include "tinyllm.h"
 #include <string.h>
 
-enum { HIDDEN = 1, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY };
+enum { HIDDEN = 1, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY, Q_NORM, K_NORM, N_HEADS };
 enum { MATRIX, BIAS, VECTOR };
+enum { OPTIONAL, ALWAYS, NORM_BEFORE, NORM_AFTER, QK_NORM }; // when a weight is required
 
 typedef struct slot {
     const char *name;
@@ -15,23 +16,29 @@ typedef struct slot {
     int rows, k;   // which of the configuration's sizes
 } slot;
 
-#define IN_MODEL(field) 0, 1, offsetof(tl_model, field)
-#define IN_LAYER(field) 1, 1, offsetof(tl_layer, field)
-#define BIAS_OF(field)  1, 0, offsetof(tl_layer, field.bias)
+#define IN_MODEL(field)      0, ALWAYS, offsetof(tl_model, field)
+#define IN_LAYER(field)      1, ALWAYS, offsetof(tl_layer, field)
+#define BIAS_OF(field)       1, OPTIONAL, offsetof(tl_layer, field.bias)
+#define NORM_OF(field, when) 1, when, offsetof(tl_layer, field.weight)
 
 static const slot slots[] = {
     {"embedding", MATRIX, IN_MODEL(embedding), VOCABULARY, HIDDEN},
     {"output", MATRIX, IN_MODEL(output), VOCABULARY, HIDDEN},
     {"output_norm", VECTOR, IN_MODEL(output_norm.weight), HIDDEN, 0},
-    {"attention_norm", VECTOR, IN_LAYER(attention_norm.weight), HIDDEN, 0},
+    {"attention_norm", VECTOR, NORM_OF(attention_norm, NORM_BEFORE), HIDDEN, 0},
     {"wq", MATRIX, IN_LAYER(wq), HEADS, HIDDEN},
     {"wk", MATRIX, IN_LAYER(wk), KV_HEADS, HIDDEN},
     {"wv", MATRIX, IN_LAYER(wv), KV_HEADS, HIDDEN},
     {"wo", MATRIX, IN_LAYER(wo), HIDDEN, HEADS},
-    {"ffn_norm", VECTOR, IN_LAYER(ffn_norm.weight), HIDDEN, 0},
+    {"ffn_norm", VECTOR, NORM_OF(ffn_norm, NORM_BEFORE), HIDDEN, 0},
     {"w_gate", MATRIX, IN_LAYER(w_gate), FEED_FORWARD, HIDDEN},
     {"w_up", MATRIX, IN_LAYER(w_up), FEED_FORWARD, HIDDEN},
     {"w_down", MATRIX, IN_LAYER(w_down), HIDDEN, FEED_FORWARD},
+    {"attention_post_norm", VECTOR, NORM_OF(attention_post_norm, NORM_AFTER), HIDDEN, 0},
+    {"ffn_post_norm", VECTOR, NORM_OF(ffn_post_norm, NORM_AFTER), HIDDEN, 0},
+    {"q_norm", VECTOR, NORM_OF(q_norm, QK_NORM), Q_NORM, 0},
+    {"k_norm", VECTOR, NORM_OF(k_norm, QK_NORM), K_NORM, 0},
+    {"sinks", VECTOR, 1, OPTIONAL, offsetof(tl_layer, sinks), N_HEADS, 0},
     {"bq", BIAS, BIAS_OF(wq), HEADS, 0},
     {"bk", BIAS, BIAS_OF(wk), KV_HEADS, 0},
     {"bv", BIAS, BIAS_OF(wv), KV_HEADS, 0},
@@ -49,7 +56,19 @@ static int size_of(const tl_config *c, int which) {
     case KV_HEADS: return c->n_kv_heads * c->head_dim;
     case FEED_FORWARD: return c->ff_dim;
     case VOCABULARY: return c->vocab_size;
+    case Q_NORM: return c->qk_norm == TL_QK_HEAD ? c->head_dim : c->n_heads * c->head_dim;
+    case K_NORM: return c->qk_norm == TL_QK_HEAD ? c->head_dim : c->n_kv_heads * c->head_dim;
+    case N_HEADS: return c->n_heads;
     default: return 1;
+    }
+}
+
+static int is_required(const tl_config *c, const slot *s) {
+    switch (s->required) {
+    case NORM_BEFORE: return c->norm_place != TL_NORM_AFTER;
+    case NORM_AFTER: return c->norm_place != TL_NORM_BEFORE;
+    case QK_NORM: return c->qk_norm != TL_QK_NONE;
+    default: return s->required;
     }
 }
 
@@ -65,27 +84,49 @@ static void *slot_at(const tl_model *model, const slot *s, int layer) {
     return base + s->offset;
 }
 
+// RoFormer, arXiv 2104.09864: theta^(-2i/d) radians a position.
+static double *frequencies(double theta, int rope_dim, const float *factors) {
+    double *f = tl_alloc((size_t)(rope_dim + 1) * sizeof(double));
+    for (int i = 0; f && i < rope_dim / 2; i++)
+        f[i] = tl_pow(theta, -2.0 * i / rope_dim) / (factors ? (double)factors[i] : 1.0);
+    return f;
+}
+
+static void create_layer(tl_layer *layer, const tl_config *c, int l) {
+    layer->window = c->windows ? c->windows[l] : 0;
+    layer->rope = c->ropes ? (tl_rope)c->ropes[l] : TL_ROPE;
+    tl_norm *norms[] = {&layer->attention_norm, &layer->attention_post_norm,
+                        &layer->ffn_norm,       &layer->ffn_post_norm,
+                        &layer->q_norm,         &layer->k_norm};
+    for (size_t i = 0; i < sizeof norms / sizeof norms[0]; i++) {
+        norms[i]->eps = c->norm_eps;
+        norms[i]->kind = c->norm_kind;
+    }
+}
+
 tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_backend *backend, tl_message *message) {
     tl_status status = tl_config_check(config, message);
     if (status != TL_OK) return status;
     tl_model *model = tl_alloc(sizeof *model);
     if (!model) return tl_fail(message, TL_MEMORY, "no memory for a model");
-    model->config = *config;
-    model->config.rope_factors = NULL; // they go into the frequencies
+    tl_config *c = &model->config;
+    *c = *config;
+    c->rope_factors = NULL; // they go into the frequencies, these into the layers
+    c->windows = c->ropes = NULL;
+    float *scales[] = {&c->embedding_scale, &c->residual_scale, &c->logit_scale};
+    for (int i = 0; i < 3; i++) *scales[i] = *scales[i] == 0 ? 1 : *scales[i];
     model->backend = backend;
     model->layers = tl_alloc((size_t)config->n_layers * sizeof(tl_layer));
-    model->rope_frequencies = tl_alloc((size_t)config->rope_dim * sizeof(double));
-    if (!model->layers || !model->rope_frequencies) {
+    model->rope_frequencies = frequencies(config->rope_theta, config->rope_dim, config->rope_factors);
+    if (config->local_rope_theta > 0)
+        model->local_rope_frequencies = frequencies(config->local_rope_theta, config->rope_dim, NULL);
+    if (!model->layers || !model->rope_frequencies ||
+        (config->local_rope_theta > 0 && !model->local_rope_frequencies)) {
         tl_model_free(model);
         return tl_fail(message, TL_MEMORY, "no memory for %d layers", config->n_layers);
     }
-    for (int i = 0; i < config->rope_dim / 2; i++) { // RoFormer, arXiv 2104.09864: theta^(-2i/d)
-        double f = tl_pow(config->rope_theta, -2.0 * i / config->rope_dim);
-        model->rope_frequencies[i] = config->rope_factors ? f / (double)config->rope_factors[i] : f;
-    }
-    model->output_norm.eps = config->norm_eps;
-    for (int l = 0; l < config->n_layers; l++)
-        model->layers[l].attention_norm.eps = model->layers[l].ffn_norm.eps = config->norm_eps;
+    model->output_norm = (tl_norm){NULL, config->norm_eps, config->norm_kind};
+    for (int l = 0; l < config->n_layers; l++) create_layer(&model->layers[l], config, l);
     *out = model;
     return TL_OK;
 }
@@ -143,7 +184,7 @@ tl_status tl_model_check(const tl_model *model, tl_message *message) {
         for (int l = 0; l < (slots[i].in_layer ? model->config.n_layers : 1); l++) {
             void *at = slot_at(model, &slots[i], l);
             int there = slots[i].kind == MATRIX ? ((tl_matrix *)at)->data != NULL : *(float **)at != NULL;
-            if (slots[i].required && !there)
+            if (is_required(&model->config, &slots[i]) && !there)
                 return tl_fail(message, TL_ARGUMENT, "weight %s of layer %d is missing", slots[i].name, l);
         }
     return TL_OK;
@@ -177,5 +218,6 @@ void tl_model_free(tl_model *model) {
     if (model->scratch) model->backend->release(model->scratch);
     tl_free(model->layers);
     tl_free(model->rope_frequencies);
+    tl_free(model->local_rope_frequencies);
     tl_free(model);
 }

@@ -36,7 +36,8 @@ typedef struct tl_product {
     float *out;
     size_t stride;
     int add;
-    struct tl_product *up; // NULL, or the product that out goes with: out = silu(out) * up's, once both are there
+    struct tl_product *up; // NULL, or the product that out goes with: out = activation(out) * up's, once both are there
+    tl_activation activation;
 } tl_product;
 
 // Queries that share a kv head and a sequence, against one segment of at most 256 positions. Column c sees
@@ -48,6 +49,7 @@ typedef struct tl_segment {
     const float *q[TL_COLUMNS];           // [head_dim], scaled
     const int8_t *q8[TL_COLUMNS];         // the same in groups of 32, for a Q8_0 cache: [head_dim]
     const tl_q_group *groups[TL_COLUMNS]; // [head_dim / 32]
+    float cap;                            // of the scores, or 0
     int from[TL_COLUMNS], to[TL_COLUMNS];
     const uint8_t *k[TL_SEGMENT / TL_PAGE],
         *v[TL_SEGMENT / TL_PAGE]; // one head's keys and values, a page each
@@ -74,6 +76,9 @@ typedef struct tl_kernels {
                      int type);
     // Reads n bytes (a multiple of 256) and little else: returns their 8-byte words or-ed together.
     uint64_t (*read)(const uint8_t *p, size_t n_bytes);
+    void (*layernorm)(float *out, const float *x, const float *weight, float eps, int n);
+    void (*gelu_mul)(float *gate, const float *up, int n); // gate = gelu(gate) * up
+    void (*soft_cap)(float *x, float cap, int n);          // x = cap * tanh(x / cap)
 } tl_kernels;
 
 const tl_kernels *tl_isa(void); // the one in use

@@ -173,6 +173,30 @@ def page_bytes(config: ModelConfig, cache_type: CacheType) -> int:
     return config.n_layers * config.n_kv_heads * PAGE * of_token
 
 
+# The core's numbers for the words of a config (tinyllm.h).
+_WORDS: dict[str, tuple[str | None, ...]] = {
+    "norm_kind": ("rms", "layer"),
+    "norm_place": ("before", "after", "both"),
+    "activation": ("silu", "gelu"),
+    "qk_norm": (None, "head", "heads", "all"),
+}
+_ROPES = ("usual", "local", "none")
+
+
+def _core_config(config: ModelConfig) -> dict[str, Any]:
+    """A config as the core's tl_config spells it."""
+    values = asdict(config)
+    if config.rope_factors is not None:
+        values["rope_factors"] = np.asarray(config.rope_factors, np.float32)
+    for name, words in _WORDS.items():
+        values[name] = words.index(values[name])
+    values["local_rope_theta"] = config.local_rope_theta or 0.0
+    values["windows"] = np.asarray(config.windows or (0,) * config.n_layers, np.int32)
+    ropes = config.ropes or ("usual",) * config.n_layers
+    values["ropes"] = np.asarray([_ROPES.index(rope) for rope in ropes], np.int32)
+    return values
+
+
 class PagePool:
     """The memory of a KV cache: pages of 64 tokens, growing up to max_pages. Owned through kvcache.py."""
 
@@ -212,10 +236,7 @@ class Model:
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise ArgumentError(f"threads is {threads}, not in 1..{MAX_THREADS}")
         self.threads = threads or default_threads()
-        values = asdict(config)
-        if config.rope_factors is not None:
-            values["rope_factors"] = np.asarray(config.rope_factors, np.float32)
-        self._core = _core.Model(values)
+        self._core = _core.Model(_core_config(config))
 
     @property
     def isa(self) -> str:
@@ -240,11 +261,18 @@ class Model:
         *,
         row_order: I32 | None = None,
         format: int | None = None,
+        plus: float = 0.0,
     ) -> None:
-        """Packs one tensor from its file; `format`: an id to quantize a float tensor to.
+        """Packs one tensor from its file; `format`: an id to quantize a float tensor to. `plus` is added to
+        a vector's numbers.
 
         Raises FormatError when the file ends early, MemoryLimitError, UnsupportedError, ArgumentError.
         """
+        if plus:
+            values = info.read_f32().ravel() + np.float32(plus)
+            values = values if row_order is None else values[row_order]
+            self._core.upload_vector(name, -1 if layer is None else layer, values)
+            return
         fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             target = info.format if format is None else format

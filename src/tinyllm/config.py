@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,23 @@ class ModelConfig:
     original_context: int | None = None  # positions before a scaling of RoPE extended them
     attention_bias: bool | None = None  # whether q, k, v and o have biases; None: the file's tensors decide
     ffn_bias: bool | None = None  # likewise gate, up and down
+    # Beyond Llama. The defaults are Llama's.
+    norm_kind: Literal["rms", "layer"] = "rms"
+    norm_place: Literal["before", "after", "both"] = "before"  # of attention and of the feed-forward part
+    activation: Literal["silu", "gelu"] = "silu"  # of the gate; GELU in its tanh form
+    # Queries and keys normed before RoPE: head by head, with the same or with its own weights, or as a whole
+    qk_norm: Literal["head", "heads", "all"] | None = None
+    parallel: bool = False  # attention and feed-forward read the same x
+    attention_cap: float = 0.0  # scores become cap * tanh(score / cap); 0: none
+    logit_cap: float = 0.0  # likewise the logits, after logit_scale
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and feed-forward add
+    logit_scale: float = 1.0
+    windows: tuple[
+        int, ...
+    ] = ()  # by layer: positions a token attends to, itself among them; 0: all. (): all 0
+    ropes: tuple[Literal["usual", "local", "none"], ...] = ()  # by layer; (): all usual
+    local_rope_theta: float | None = None  # of "local" layers, which have neither factors nor rope_scale
 
     def __post_init__(self) -> None:
         for name in _BOUNDS:
@@ -87,6 +104,17 @@ class ModelConfig:
             value = getattr(self, name)
             if not 0 < value <= limit:  # true for NaN as well
                 raise FormatError(f"{name} is {value!r}; it must be above 0 and at most {limit:g}")
+        caps = {"attention_cap": 1e6, "logit_cap": 1e6, "local_rope_theta": 1e15}
+        scales = {"embedding_scale": 1e6, "residual_scale": 1e6, "logit_scale": 1e6}
+        for name, limit in (caps | scales).items():
+            value = getattr(self, name) or 0.0
+            if not (0 if name in caps else 1e-9) <= value <= limit:
+                raise FormatError(f"{name} is {value!r}; it must be from 0 to {limit:g}")
+        for name, per_layer in (("windows", self.windows), ("ropes", self.ropes)):
+            if per_layer and len(per_layer) != self.n_layers:
+                raise FormatError(f"{name} are {len(per_layer)} for {self.n_layers} layers")
+        if not all(0 <= window <= _BOUNDS["context"][1] for window in self.windows):
+            raise FormatError(f"an attention window is out of range: {_brief(self.windows)}")
         factors = self.rope_factors
         if factors is not None and len(factors) != self.rope_dim // 2:
             raise FormatError(f"{len(factors)} RoPE factors for a rope_dim of {self.rope_dim}")

@@ -354,7 +354,55 @@ static void check_quantize(void) {
     }
 }
 
-static void check_silu_mul(void) {
+// mean and x - mean have their roundings, e, which reach the variance as well; the rest is as for RMSNorm.
+static void check_layernorm_scalar(const float *out, const float *x, const float *weight, float eps, int n) {
+    double mean = 0, size = 0, squares = 0, shift = 0;
+    for (int j = 0; j < n; j++) mean += (double)x[j] / n;
+    for (int j = 0; j < n; j++) size += fabs((double)x[j]) / n;
+    const double mean_error = gamma_of((n + 15) / 16 + 6) * size;
+    for (int j = 0; j < n; j++) {
+        const double c = (double)x[j] - mean;
+        squares += c * c;
+        shift += fabs(c) * (mean_error + UNIT * fabs(c));
+    }
+    const double variance = squares / n + (double)eps, scale = 1 / sqrt(variance);
+    const double bound = gamma_of((n + 15) / 16 + 12) + 2 * shift / n / variance;
+    for (int j = 0; j < n; j++) {
+        const double c = (double)x[j] - mean, w = (double)weight[j], exact = c * scale * w;
+        const double off = (mean_error + UNIT * fabs(c)) * scale * fabs(w);
+        CHECK(fabs((double)out[j] - exact) <= bound * (fabs(exact) + off) + off + TINY,
+              "layernorm scalar: number %d of %d is %.9g, not %.9g", j, n, (double)out[j], exact);
+    }
+}
+
+static void check_layernorm(void) {
+    for (int i = 0; i < COUNT(lengths); i++)
+        for (int round = 0; round < 3; round++) {
+            const int n = lengths[i];
+            const float eps = round == 2 ? 0.1f : 1e-5f;
+            float *x = random_floats((size_t)n, round == 0 ? 0 : 100), *weight = random_floats((size_t)n, 2),
+                  *expected = NULL;
+            for (int j = 0; j < n; j++) x[j] += 30;
+            for (int c = 0; c < n_kernels; c++) {
+                float *out = exactly((size_t)n * sizeof(float));
+                kernels[c]->layernorm(out, x, weight, eps, n);
+                if (c == 0) {
+                    check_layernorm_scalar(expected = out, x, weight, eps, n);
+                    continue;
+                }
+                CHECK(first_difference(out, expected, (size_t)n * sizeof(float)) < 0, "layernorm %s: n = %d",
+                      kernels[c]->name, n);
+                free(out);
+            }
+            free(expected);
+            free(x);
+            free(weight);
+        }
+}
+
+// A gated unit g / (1 + e^-z) * up, z = g (SiLU) or 2 sqrt(2 / pi) (g + 0.044715 g^3) (GELU).
+static void check_glu(tl_activation activation) {
+    const char *const name = activation == TL_GELU ? "gelu_mul" : "silu_mul";
     for (int i = 0; i < COUNT(lengths); i++)
         for (int round = 0; round < 3; round++) {
             const int n = lengths[i];
@@ -364,25 +412,61 @@ static void check_silu_mul(void) {
                   *up = random_floats((size_t)n, 2), *expected = NULL;
             for (int c = 0; c < n_kernels; c++) {
                 float *out = copy_of(gate, (size_t)n * sizeof(float));
-                kernels[c]->silu_mul(out, up, n);
+                (activation == TL_GELU ? kernels[c]->gelu_mul : kernels[c]->silu_mul)(out, up, n);
                 if (c > 0) {
-                    CHECK(first_difference(out, expected, (size_t)n * sizeof(float)) < 0, "silu_mul %s: n = %d",
+                    CHECK(first_difference(out, expected, (size_t)n * sizeof(float)) < 0, "%s %s: n = %d", name,
                           kernels[c]->name, n);
                     free(out);
                     continue;
                 }
                 expected = out;
                 for (int j = 0; j < n; j++) { // roundings beside exp's: the sum, the quotient, the product
-                    const double g = (double)gate[j], exact = g / (1 + exp(-g)) * (double)up[j];
-                    const double clamped = fabs(g * (double)up[j]) * exp(-88); // exp stops at 88
-                    CHECK(fabs((double)out[j] - exact) <= (EXP_ERROR + gamma_of(4)) * (fabs(exact) + clamped) + clamped,
-                          "silu_mul scalar: %g, %g give %.9g, not %.9g", g, (double)up[j], (double)out[j], exact);
+                    const double g = (double)gate[j], root = sqrt(8 / acos(-1.0));
+                    const double z = activation == TL_GELU ? root * (g + 0.044715 * g * g * g) : g;
+                    const double exact = g / (1 + exp(-z)) * (double)up[j];
+                    const double clamped = fabs(g * (double)up[j]) * exp(-87); // exp stops before 88
+                    // GELU's exponent has six roundings, which e^-z turns into |z| times as much, as long as it counts.
+                    const double exponent = activation == TL_GELU ? expm1(gamma_of(6) * fmin(fabs(z), 88)) : 0;
+                    CHECK(fabs((double)out[j] - exact) <=
+                              (EXP_ERROR + gamma_of(4) + exponent) * (fabs(exact) + clamped) + clamped,
+                          "%s scalar: %g, %g give %.9g, not %.9g", name, g, (double)up[j], (double)out[j], exact);
                 }
             }
             free(expected);
             free(gate);
             free(up);
         }
+}
+
+// What soft_cap may be off by: exp's error and a few roundings of numbers up to 1, times the cap. The exponent's own
+// roundings weigh |y| / cosh(y)^2 < 1/2.
+static double cap_error(float cap) { return (double)cap * (EXP_ERROR + gamma_of(8)); }
+
+static void check_soft_cap(void) {
+    static const float caps[] = {0.5f, 30, 50};
+    for (int i = 0; i < COUNT(lengths) * COUNT(caps); i++) {
+        const int n = lengths[i / COUNT(caps)];
+        const float cap = caps[i % COUNT(caps)];
+        float *x = random_floats((size_t)n, i % 2 ? 100 : 1000), *expected = NULL;
+        for (int c = 0; c < n_kernels; c++) {
+            float *out = copy_of(x, (size_t)n * sizeof(float));
+            kernels[c]->soft_cap(out, cap, n);
+            if (c > 0) {
+                CHECK(first_difference(out, expected, (size_t)n * sizeof(float)) < 0, "soft_cap %s: n = %d",
+                      kernels[c]->name, n);
+                free(out);
+                continue;
+            }
+            expected = out;
+            for (int j = 0; j < n; j++) {
+                const double exact = (double)cap * tanh((double)x[j] / (double)cap);
+                CHECK(fabs((double)out[j] - exact) <= cap_error(cap), "soft_cap scalar: %g becomes %.9g, not %.9g",
+                      (double)x[j], (double)out[j], exact);
+            }
+        }
+        free(expected);
+        free(x);
+    }
 }
 
 static void check_rope(void) {
@@ -641,7 +725,12 @@ static void check_column(const tl_segment *s, int c) {
             score[i] += x;
             size += fabs(x);
         }
-        const double error = gamma_of(roundings) * size + TINY, down = score[i] - (double)s->max[c];
+        double error = gamma_of(roundings) * size + TINY;
+        if (s->cap > 0) { // it brings scores nearer to each other
+            score[i] = (double)s->cap * tanh(score[i] / (double)s->cap);
+            error += cap_error(s->cap);
+        }
+        const double down = score[i] - (double)s->max[c];
         p[i] = exp(down);
         p_error[i] = p[i] * (expm1(error + UNIT * (fabs(down) + error)) * (1 + EXP_ERROR) + EXP_ERROR) + exp(-87);
         sum += p[i];
@@ -687,6 +776,7 @@ static void free_outputs(tl_segment *s) {
 // 2 anything. Each column alone must give the same bits as among the others.
 static void check_segment(int head_dim, int type, int n_columns, int ranges, float query_size) {
     tl_segment s = {.n_columns = n_columns, .head_dim = head_dim, .v_stride = stride_of(head_dim), .type = type};
+    if (n_columns % 4 == 1) s.cap = 20;
     int from = TL_SEGMENT, to = 0;
     const int end = 1 + random_below(TL_SEGMENT);
     for (int c = 0; c < n_columns; c++) {
@@ -781,8 +871,11 @@ static void check_merge(void) {
 int main(void) {
     find_kernels();
     check_rmsnorm();
+    check_layernorm();
     check_quantize();
-    check_silu_mul();
+    check_glu(TL_SILU);
+    check_glu(TL_GELU);
+    check_soft_cap();
     check_rope();
     check_store_kv();
     check_merge();

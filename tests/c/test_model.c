@@ -19,20 +19,77 @@ typedef struct shape {
     const char *name;
     tl_config config;
     int formats[9]; // ids: embedding, output, wq, wk, wv, wo, w_gate, w_up, w_down
-    int bias, tied;
+    int bias, tied, sinks;
 } shape;
+
+static const int32_t windows[] = {70, 0, 300}, ropes[] = {TL_ROPE_LOCAL, TL_ROPE, TL_ROPE_NONE}; // of three layers
 
 static const shape shapes[] = {
     {"float, odd sizes, partial rotation",
      {.n_layers = 3, .dim = 50, .n_heads = 4, .n_kv_heads = 2, .head_dim = 12, .ff_dim = 43, .rope_dim = 6},
      {0, 1, 0, 1, 30, 0, 1, 30, 0},
      1,
+     0,
      0},
     {"quantized, mixed",
      {.n_layers = 2, .dim = 64, .n_heads = 3, .n_kv_heads = 1, .head_dim = 32, .ff_dim = 172, .rope_dim = 32},
      {8, 8, 8, 2, 1, 2, 8, 0, 1},
      0,
+     1,
+     0},
+    {"parallel, LayerNorm, scales",
+     {.n_layers = 3,
+      .dim = 50,
+      .n_heads = 4,
+      .n_kv_heads = 2,
+      .head_dim = 12,
+      .ff_dim = 43,
+      .rope_dim = 12,
+      .norm_kind = TL_LAYER_NORM,
+      .qk_norm = TL_QK_HEADS,
+      .parallel = 1,
+      .residual_scale = 0.5f,
+      .logit_scale = 0.25f,
+      .windows = windows},
+     {0, 1, 0, 1, 30, 0, 1, 30, 0},
+     0,
+     0,
+     0},
+    {"windows, two kinds of RoPE and none, caps, norms on both sides",
+     {.n_layers = 3,
+      .dim = 64,
+      .n_heads = 4,
+      .n_kv_heads = 2,
+      .head_dim = 32,
+      .ff_dim = 96,
+      .rope_dim = 32,
+      .norm_place = TL_NORM_BOTH,
+      .activation = TL_GELU,
+      .qk_norm = TL_QK_HEAD,
+      .attention_cap = 5,
+      .logit_cap = 4,
+      .embedding_scale = 8,
+      .local_rope_theta = 100,
+      .windows = windows,
+      .ropes = ropes},
+     {8, 8, 8, 8, 8, 8, 2, 2, 8},
+     0,
+     1,
      1},
+    {"norms after, of queries and keys as a whole",
+     {.n_layers = 2,
+      .dim = 48,
+      .n_heads = 6,
+      .n_kv_heads = 3,
+      .head_dim = 8,
+      .ff_dim = 43,
+      .rope_dim = 8,
+      .norm_place = TL_NORM_AFTER,
+      .qk_norm = TL_QK_ALL},
+     {0, 0, 0, 0, 0, 0, 0, 0, 0},
+     0,
+     0,
+     0},
 };
 
 // Rows, and k, of the i-th of shape.formats.
@@ -80,8 +137,21 @@ static tl_model *make_model(const shape *s) {
             upload(model, names[i], layer, s->formats[i], rows, k, 3 / sqrtf((float)k), 0);
             if (s->bias) upload(model, biases[i - 2], layer, 0, rows, 1, 0.5f, 0);
         }
-        upload(model, "attention_norm", layer, 0, c.dim, 1, 0.5f, 1);
-        upload(model, "ffn_norm", layer, 1, c.dim, 1, 0.5f, 1);
+        if (c.norm_place != TL_NORM_AFTER) {
+            upload(model, "attention_norm", layer, 0, c.dim, 1, 0.5f, 1);
+            upload(model, "ffn_norm", layer, 1, c.dim, 1, 0.5f, 1);
+        }
+        if (c.norm_place != TL_NORM_BEFORE) {
+            upload(model, "attention_post_norm", layer, 0, c.dim, 1, 0.5f, 1);
+            CHECK(tl_model_check(model, &message) == TL_ARGUMENT, "a model without its norms is complete");
+            upload(model, "ffn_post_norm", layer, 1, c.dim, 1, 0.5f, 1);
+        }
+        const int per_head = c.qk_norm == TL_QK_HEAD;
+        if (c.qk_norm != TL_QK_NONE) {
+            upload(model, "q_norm", layer, 0, per_head ? c.head_dim : c.n_heads * c.head_dim, 1, 0.5f, 1);
+            upload(model, "k_norm", layer, 0, per_head ? c.head_dim : c.n_kv_heads * c.head_dim, 1, 0.5f, 1);
+        }
+        if (s->sinks) upload(model, "sinks", layer, 0, c.n_heads, 1, 2, 0);
     }
     int k, rows = size_of_matrix(&c, 0, &k);
     upload(model, "embedding", -1, s->formats[0], rows, k, 1, 0);
@@ -490,6 +560,21 @@ static void check_refused_configs(const tl_config *good) {
     BAD_CONFIG(rope_scale = NAN);
     BAD_CONFIG(attention_scale = INFINITY);
     BAD_CONFIG(rope_factors = bad_factors);
+    const int32_t bad_windows[] = {0, -1, 0}, bad_ropes[] = {TL_ROPE, 3, TL_ROPE}, unknown[] = {TL_ROPE_LOCAL, 0, 0};
+    BAD_CONFIG(norm_kind = 2);
+    BAD_CONFIG(norm_place = 3);
+    BAD_CONFIG(activation = 2);
+    BAD_CONFIG(qk_norm = 4);
+    BAD_CONFIG(parallel = 2);
+    BAD_CONFIG(attention_cap = -1);
+    BAD_CONFIG(logit_cap = NAN);
+    BAD_CONFIG(embedding_scale = INFINITY);
+    BAD_CONFIG(residual_scale = -1);
+    BAD_CONFIG(logit_scale = NAN);
+    BAD_CONFIG(local_rope_theta = -1);
+    BAD_CONFIG(windows = bad_windows);
+    BAD_CONFIG(ropes = bad_ropes);
+    if (good->local_rope_theta == 0) BAD_CONFIG(ropes = unknown); // no angles for it
 #undef BAD_CONFIG
 }
 
