@@ -1,21 +1,31 @@
-"""What the benchmarks share: the float master of the bundled model, and a closing table in tokens a second.
+"""What the benchmarks share: models, a closing table of rates, and what is kept of a run and compared.
 
-pytest-benchmark measures; the table only divides. Read next: test_speed.py.
+pytest-benchmark measures; the table only divides. Read next: test_speed.py, test_kernels.py, regressions.py.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+import regressions
+import synthetic
 
 import tinyllm
 
-RESULTS = pytest.StashKey[list[tuple[str, str]]]()
+LINES = pytest.StashKey[list[tuple[str, str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tinyllm")
+    group.addoption("--results", metavar="FILE", help="keep the quartiles of every benchmark there")
+    group.addoption("--against", metavar="FILE", help="say what is slower than in this earlier --results")
 
 
 @pytest.fixture(scope="session")
@@ -36,31 +46,67 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """measure(function, n_tokens=..., setup=..., rounds=...): runs it and adds a line to the closing table.
+    """measure(function, n=..., unit=..., setup=..., rounds=...): runs it, adds a line to the closing table.
 
-    n_tokens: what one call works through, for a rate; None: the line says the time. setup: untimed, before
-    each round; returns the arguments as (args, kwargs).
+    n: what one call works through, for a rate in `unit`; None: the line says the time. setup: untimed,
+    before each round; returns the arguments as (args, kwargs).
     """
 
     def run(
         function: Callable[..., object],
         *,
-        n_tokens: int | None = None,
+        n: float | None = None,
+        unit: str = "tok/s",
         setup: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
         rounds: int = 10,
     ) -> None:
-        benchmark.extra_info["n_tokens"] = n_tokens
         benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=1)
         if benchmark.stats is None:  # --benchmark-disable
             return
         low, median, high = (benchmark.stats.stats.as_dict()[key] for key in ("min", "median", "max"))
-        if n_tokens is None:
-            line = f"{median * 1e3:10.3f} ms     ({low * 1e3:.3f} to {high * 1e3:.3f})"
+        if n is None:
+            line = f"{median * 1e3:10.3f} ms        ({low * 1e3:.3f} to {high * 1e3:.3f})"
         else:
-            line = f"{n_tokens / median:10.1f} tok/s  ({n_tokens / high:.1f} to {n_tokens / low:.1f})"
-        request.config.stash.setdefault(RESULTS, []).append((request.node.name, line))
+            line = f"{n / median:10.1f} {unit:<9} ({n / high:.1f} to {n / low:.1f})"
+        request.config.stash.setdefault(LINES, []).append((request.node.name, line))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def synthetic_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[synthetic.Shape, str], Path]:
+    """synthetic_model(shape, type): a file with random weights, written once."""
+    folder, written = tmp_path_factory.mktemp("synthetic"), dict[tuple[str, str], Path]()
+
+    def write(shape: synthetic.Shape, type: str) -> Path:
+        path = folder / f"{shape.name}-{type}.gguf"
+        if (shape.name, type) not in written:
+            synthetic.write(path, shape, synthetic.TYPES[type])
+            written[shape.name, type] = path
+        return path
+
+    return write
+
+
+def run_of(config: pytest.Config) -> dict[str, Any]:
+    """What --results keeps: the machine, and each benchmark's quartiles in seconds."""
+    info = tinyllm.info()
+    session = getattr(config, "_benchmarksession", None)
+    of_each = {} if session is None else {b.name: b.stats for b in session.benchmarks if b.stats.data}
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": _processor(),
+        "isa": info["isa"],
+        "threads": info["threads"],
+        "version": info["version"],
+        "benchmarks": {
+            name: {
+                "median_s": stats.median, "q1_s": stats.q1, "q3_s": stats.q3,
+                "min_s": stats.min, "max_s": stats.max, "rounds": stats.rounds,
+            }
+            for name, stats in of_each.items()
+        },
+    }  # fmt: skip
 
 
 def pytest_report_header() -> str:
@@ -72,11 +118,28 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    results = config.stash.get(RESULTS, [])
-    if results:
+    lines = config.stash.get(LINES, [])
+    if lines:
         terminalreporter.section("medians (slowest to fastest round)")
-        for name, line in results:
-            terminalreporter.write_line(f"{name:<28}{line}")
+        for name, line in lines:
+            terminalreporter.write_line(f"{name:<40}{line}")
+    against = config.getoption("--against")
+    if against is not None:
+        terminalreporter.section(f"against {Path(against).name}")
+        for line in regressions.report(regressions.read(against), run_of(config)):
+            terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    if config.getoption("--results") is not None:
+        text = json.dumps(run_of(config), indent=1, ensure_ascii=False)
+        Path(config.getoption("--results")).write_text(text + "\n", encoding="utf-8")
+    against = config.getoption("--against")
+    if against is not None and exitstatus == 0:
+        found = regressions.changes(regressions.read(against), run_of(config))
+        if any(change.is_slower for change in found):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _processor() -> str:

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-synthetic, peers = script("synthetic"), script("peers")
+synthetic, peers, regressions = script("synthetic"), script("peers"), script("regressions")
 TINY = synthetic.SHAPES["tiny"]
 
 
@@ -606,3 +607,77 @@ def test_peers_refuses_bad_options(options: list[str], said: str, capsys: pytest
         peers.main(options)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+# --- two runs of the suite ----------------------------------------------------------------------------------
+
+
+def suite(**times: tuple[float, float, float]) -> dict[str, Any]:
+    """A kept run: name -> (lower quartile, median, upper quartile) in seconds."""
+    benchmarks = {
+        name: {"q1_s": q1, "median_s": median, "q3_s": q3} for name, (q1, median, q3) in times.items()
+    }
+    return {"machine": "a", "isa": "scalar", "threads": 2, "benchmarks": benchmarks}
+
+
+def test_slower_means_beyond_the_noise_of_both_runs() -> None:
+    old = suite(quiet=(1, 1, 1), noisy=(0.9, 1, 1.2), better=(2, 2, 2), gone=(1, 1, 1))
+    new = suite(quiet=(1.06, 1.06, 1.06), noisy=(1.2, 1.3, 1.4), better=(1, 1, 1), added=(1, 1, 1))
+    found = {change.name: change for change in regressions.changes(old, new)}
+    assert set(found) == {"quiet", "noisy", "better"}
+    assert found["quiet"].ratio == pytest.approx(1.06)
+    assert found["quiet"].noise == pytest.approx(1.05)
+    assert found["noisy"].noise == pytest.approx(1.05 * (1.2 / 0.9) * (1.4 / 1.2))
+    assert [name for name, change in found.items() if change.is_slower] == ["quiet"]
+    assert [name for name, change in found.items() if change.is_faster] == ["better"]
+    lines = "\n".join(regressions.report(old, new | {"threads": 4}))
+    assert "slower: 1 of 3\n  quiet " in lines
+    assert "faster: 1 of 3\n  better " in lines
+    assert "all: time x 1.06 (median), 0.50 to 1.30" in lines
+    assert "not comparable: threads was 2, is 4" in lines
+    assert regressions.report(old, suite(other=(1, 1, 1))) == ["the two runs have no benchmark in common"]
+
+
+def test_regressions_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, seconds in (("old", 1.0), ("same", 1.04), ("slow", 1.06)):
+        (tmp_path / name).write_text(json.dumps(suite(a=(seconds, seconds, seconds))))
+    (tmp_path / "other").write_text("[]")
+    codes = [
+        regressions.main([str(tmp_path / "old"), str(tmp_path / name)])
+        for name in ("same", "slow", "other", "none")
+    ]
+    assert codes == [0, 1, 2, 2]
+    assert "is not what `pytest benchmarks --results FILE` keeps" in capsys.readouterr().err
+
+
+def test_suite_keeps_a_run_and_compares_with_it(tmp_path: Path) -> None:
+    """The suite itself, on its quickest benchmark; against a run a thousand times as fast it is flagged."""
+    kept = tmp_path / "run.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "test_sample_128k",
+    ]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, "--benchmark-only", *options], cwd=BENCHMARKS.parent, capture_output=True, text=True,
+            env={**os.environ, "CI": ""}, timeout=600,
+        )  # fmt: skip
+
+    assert run("--results", str(kept)).returncode == 0
+    before = json.loads(kept.read_text())
+    assert set(before["benchmarks"]) == {"test_sample_128k[greedy]", "test_sample_128k[default]"}
+    for times in before["benchmarks"].values():
+        assert 0 < times["min_s"] <= times["q1_s"] <= times["median_s"] <= times["q3_s"] <= times["max_s"]
+        times.update({key: times[key] / 1000 for key in ("q1_s", "median_s", "q3_s")})
+    kept.write_text(json.dumps(before))
+    slower = run("--against", str(kept))
+    assert slower.returncode == 1
+    assert "slower: 2 of 2" in slower.stdout
