@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import reference
+from helpers_models import norm_mean
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -128,20 +129,57 @@ _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+_NORMS_AFTER = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 
 
-def gguf_name(name: str) -> str:
+class Architecture(NamedTuple):
+    """How llama.cpp's files hold a family."""
+
+    name: str
+    interleaved: bool = False  # rows of q and k pair by pair, where Hugging Face has half-split ones
+    norms_after: bool = False
+
+
+# By Hugging Face's model_type. Command R's rows are pair by pair in both kinds of file.
+ARCHITECTURES = {
+    "llama": Architecture("llama", True),
+    "mistral": Architecture("llama", True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "phi3": Architecture("phi3"),
+    "smollm3": Architecture("smollm3", True),
+    "granite": Architecture("granite", True),
+    "olmo2": Architecture("olmo2", norms_after=True),
+    "olmo3": Architecture("olmo2", norms_after=True),
+    "gemma": Architecture("gemma"),
+    "gemma2": Architecture("gemma2", norms_after=True),
+    "gemma3_text": Architecture("gemma3", norms_after=True),
+    "cohere": Architecture("command-r"),
+    "cohere2": Architecture("cohere2"),
+}
+
+
+def gguf_name(name: str, architecture: Architecture = ARCHITECTURES["llama"]) -> str:
     """llama.cpp's name of a tensor that Hugging Face calls `name`."""
     stem, kind = name.rsplit(".", 1)
+    names = {**_NAMES, **_NORMS_AFTER} if architecture.norms_after else _NAMES
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{_NAMES[part]}.{kind}"
-    return f"{_NAMES[stem]}.{kind}"
+        return f"blk.{layer}.{names[part]}.{kind}"
+    return f"{names[stem]}.{kind}"
 
 
 def small_tokenizer(vocab_size: int = 512) -> dict[str, Any]:
@@ -185,9 +223,18 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Mapping[str, Any] | Non
 
 def _write_rope(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     settings = reference.rope_settings(config)
-    writer.add_rope_dimension_count(reference.head_dim(config))
+    rope_dim = int(reference.head_dim(config) * config.get("partial_rotary_factor", 1.0))
+    writer.add_rope_dimension_count(rope_dim)
     writer.add_rope_freq_base(settings["rope_theta"])
     kind = settings["rope_type"]
+    if kind == "longrope":
+        original = config["original_max_position_embeddings"]
+        factor = config["max_position_embeddings"] / original
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(factor) / math.log(original)))
+        for length in ("long", "short"):
+            factors = np.array(settings[f"{length}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{length}.weight", factors)
     if kind == "llama3":  # no key of its own: the factors are a tensor, by which frequencies are divided
         unscaled = {**config, "rope_parameters": {"rope_theta": settings["rope_theta"]}}
         plain, _ = reference.rope_frequencies(unscaled)
@@ -213,6 +260,30 @@ def _write_rope(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
             writer.add_rope_scaling_attn_factors(magnitude / (0.1 * math.log(settings["factor"]) + 1.0))
 
 
+def _write_family(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """The keys that only some families have."""
+    kind, window = config["model_type"], config.get("sliding_window")
+    if "layer_norm_eps" in config:
+        writer.add_layer_norm_eps(config["layer_norm_eps"])
+    else:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if window and kind in ("phi3", "gemma2", "gemma3_text", "cohere2", "olmo3"):
+        writer.add_sliding_window(window)
+    if kind == "olmo3":
+        writer.add_sliding_window_pattern([t == "sliding_attention" for t in config["layer_types"]])
+    if kind == "granite":
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
+    if "logit_scale" in config:
+        writer.add_logit_scale(config["logit_scale"])
+    if config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    if config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+
+
 def write_gguf(
     path: Path,
     config: Mapping[str, Any],
@@ -223,7 +294,7 @@ def write_gguf(
     tokenizer: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> dict[str, F32]:
-    """Writes a Llama (Hugging Face's config and weights) as a GGUF file.
+    """Writes a model (Hugging Face's config and weights) as a GGUF file.
 
     path       the file, overwritten
     format     of every matrix, one of FORMATS; norms and biases are F32, and a matrix whose rows are no
@@ -235,7 +306,8 @@ def write_gguf(
     Returns float32 weights under Hugging Face's names, in Hugging Face's row order: exactly the numbers that
     the file holds, for `reference.logits`. Formats of RANDOM_BLOCKS take nothing but its deviation from a
     matrix."""
-    writer = gguf.GGUFWriter(path, "llama")
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(path, architecture.name)
     writer.add_name("miniature")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -248,7 +320,7 @@ def write_gguf(
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    _write_family(writer, config)
     writer.add_vocab_size(config["vocab_size"])
     _write_rope(writer, config)
     _write_tokenizer(writer, tokenizer)
@@ -258,20 +330,23 @@ def write_gguf(
     held: dict[str, F32] = {}
     for i, (name, w) in enumerate(weights.items()):
         order: npt.NDArray[np.intp] | None = None
-        if ".q_proj." in name:
+        if architecture.interleaved and ".q_proj." in name:
             order = interleaved_rows(len(w), n_heads)
-        elif ".k_proj." in name:
+        elif architecture.interleaved and ".k_proj." in name:
             order = interleaved_rows(len(w), n_kv_heads)
         rows = w if order is None else w[order]
-        if w.ndim == 1:
-            writer.add_tensor(gguf_name(name), np.ascontiguousarray(rows))
+        if w.ndim == 1 or name.endswith("norm.weight"):
+            plus = np.float32(1.0 - norm_mean(config)) if name.endswith("norm.weight") else np.float32(0)
+            writer.add_tensor(gguf_name(name, architecture), np.ascontiguousarray(rows + plus))
             held[name] = w
             continue
         stored_as = format if w.shape[1] % block_size(format)[0] == 0 else "F16"
         stored_as = (formats or {}).get(name, stored_as)
         stored = quantize(rows, stored_as, seed=i)
         values = dequantize(stored, stored_as)
-        writer.add_tensor(gguf_name(name), stored, raw_dtype=gguf.GGMLQuantizationType[stored_as])
+        writer.add_tensor(
+            gguf_name(name, architecture), stored, raw_dtype=gguf.GGMLQuantizationType[stored_as]
+        )
         held[name] = values if order is None else values[np.argsort(order)]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

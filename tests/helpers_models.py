@@ -1,4 +1,4 @@
-"""Miniature random Llama models as Hugging Face directories: specs, weights from a seed, safetensors files.
+"""Miniature random models as Hugging Face directories: specs, weights from a seed, safetensors files.
 
 Imports numpy alone, so that `golden/make_goldens.py` can run it beside torch. `helpers_gguf.py` writes the
 same weights as GGUF, `reference.py` computes their logits."""
@@ -22,16 +22,20 @@ GOLDEN_DIR = Path(__file__).parent / "golden"
 
 
 class Spec(NamedTuple):
-    """One golden model: what golden/specs.json says of it."""
+    """One golden model: what golden/specs.json or families.json says of it."""
 
     name: str
     seed: int
     n_tokens: int  # length of the prompt whose logits are stored
     config: dict[str, Any]  # Hugging Face's config.json
+    context: int | None = None  # to load it with, where that matters
+    in_gguf: bool = True  # whether llama.cpp's files can say all of it
 
 
-def golden_specs() -> list[Spec]:
-    return [Spec(**entry) for entry in json.loads((GOLDEN_DIR / "specs.json").read_text(encoding="utf-8"))]
+def golden_specs(file: str = "specs") -> list[Spec]:
+    """specs: Llamas of every kind. families: the other families."""
+    text = (GOLDEN_DIR / f"{file}.json").read_text(encoding="utf-8")
+    return [Spec(**entry) for entry in json.loads(text)]
 
 
 def golden_spec(name: str) -> Spec:
@@ -47,12 +51,15 @@ def _uniform(seed: int, stream: int, n: int) -> npt.NDArray[np.float64]:
 
 
 def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Llama under Hugging Face's name."""
+    """Every tensor of a model under Hugging Face's name."""
+    kind = config["model_type"]
     dim, ff, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    head_dim = config.get("head_dim") or dim // config["num_attention_heads"]
-    q_dim = config["num_attention_heads"] * head_dim
-    kv_dim = config.get("num_key_value_heads", config["num_attention_heads"]) * head_dim
-    attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
+    n_heads = config["num_attention_heads"]
+    n_kv_heads = config.get("num_key_value_heads", n_heads)
+    head_dim = config.get("head_dim") or dim // n_heads
+    q_dim, kv_dim = n_heads * head_dim, n_kv_heads * head_dim
+    bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
+    qkv_bias = bias or kind == "qwen2"
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, dim)}
 
     def linear(name: str, n_out: int, n_in: int, bias: bool) -> None:
@@ -62,19 +69,44 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
-        shapes[at + "input_layernorm.weight"] = (dim,)
-        linear(at + "self_attn.q_proj", q_dim, dim, attention_bias)
-        linear(at + "self_attn.k_proj", kv_dim, dim, attention_bias)
-        linear(at + "self_attn.v_proj", kv_dim, dim, attention_bias)
-        linear(at + "self_attn.o_proj", dim, q_dim, attention_bias)
-        shapes[at + "post_attention_layernorm.weight"] = (dim,)
-        linear(at + "mlp.gate_proj", ff, dim, mlp_bias)
-        linear(at + "mlp.up_proj", ff, dim, mlp_bias)
+        if kind not in ("olmo2", "olmo3"):
+            shapes[at + "input_layernorm.weight"] = (dim,)
+        if kind == "phi3":
+            linear(at + "self_attn.qkv_proj", q_dim + 2 * kv_dim, dim, False)
+        else:
+            linear(at + "self_attn.q_proj", q_dim, dim, qkv_bias)
+            linear(at + "self_attn.k_proj", kv_dim, dim, qkv_bias)
+            linear(at + "self_attn.v_proj", kv_dim, dim, qkv_bias)
+        for of, n in (("q", n_heads), ("k", n_kv_heads)):
+            norm = f"{at}self_attn.{of}_norm.weight"
+            if kind in ("qwen3", "gemma3_text"):
+                shapes[norm] = (head_dim,)
+            elif kind in ("olmo2", "olmo3"):
+                shapes[norm] = (n * head_dim,)
+            elif config.get("use_qk_norm"):
+                shapes[norm] = (n, head_dim)
+        linear(at + "self_attn.o_proj", dim, q_dim, bias)
+        if kind not in ("cohere", "cohere2"):
+            shapes[at + "post_attention_layernorm.weight"] = (dim,)
+        if kind in ("gemma2", "gemma3_text"):
+            shapes[at + "pre_feedforward_layernorm.weight"] = (dim,)
+        if kind in ("gemma2", "gemma3_text", "olmo2", "olmo3"):
+            shapes[at + "post_feedforward_layernorm.weight"] = (dim,)
+        if kind == "phi3":
+            linear(at + "mlp.gate_up_proj", 2 * ff, dim, False)
+        else:
+            linear(at + "mlp.gate_proj", ff, dim, mlp_bias)
+            linear(at + "mlp.up_proj", ff, dim, mlp_bias)
         linear(at + "mlp.down_proj", dim, ff, mlp_bias)
     shapes["model.norm.weight"] = (dim,)
     if not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocab, dim)
     return shapes
+
+
+def norm_mean(config: Mapping[str, Any]) -> float:
+    """Of a norm's weights as safetensors hold them: Gemma's are what is added to 1."""
+    return 0.0 if config["model_type"].startswith("gemma") else 1.0
 
 
 def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
@@ -85,11 +117,15 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
     for stream, (name, shape) in enumerate(weight_shapes(config).items()):
         u = _uniform(seed, stream, math.prod(shape)).reshape(shape)
         if name.endswith("norm.weight"):
-            value = 1.0 + 0.5 * u
+            value = norm_mean(config) + 0.5 * u
         elif name.endswith(".bias"):
             value = 0.8 * u
         else:
-            gain = 1.5 if any(part in name for part in ("q_proj", "k_proj", "lm_head", "embed")) else 1.0
+            gain = (
+                1.5
+                if any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "lm_head", "embed"))
+                else 1.0
+            )
             value = u * math.sqrt(3.0) * gain / math.sqrt(shape[-1])
         weights[name] = value.astype(np.float32)
     return weights

@@ -105,7 +105,7 @@ def from_gguf(tensors: Mapping[str, Values] = TENSORS, **changes: Any) -> ModelC
 
 def same(a: ModelConfig, b: ModelConfig, **changes: Any) -> None:
     """Equal but for `changes` and for what the source says of biases."""
-    ignored = {"attention_bias": None, "ffn_bias": None}
+    ignored = {"attention_bias": None, "output_bias": None, "ffn_bias": None}
     assert {**vars(a), **ignored} == {**vars(b), **ignored, **changes}
 
 
@@ -129,14 +129,9 @@ def test_defaults() -> None:
 def test_mistral() -> None:
     mistral = {"model_type": "mistral"}
     same(from_json(**mistral, sliding_window=None), EXPECTED, architecture="mistral")
-    assert from_json(**mistral, sliding_window=4096).context == 4096
-    with pytest.raises(UnsupportedError, match="a sliding window of 1024 in a context of 4096"):
-        from_json(**mistral, sliding_window=1024)
-    with pytest.raises(UnsupportedError, match="a sliding window of 4096 in a context of 32768"):
-        from_json(**mistral, max_position_embeddings=32768)  # transformers' default window
-    with pytest.raises(UnsupportedError, match="a sliding window of 1024"):
-        from_gguf(attention__sliding_window=1024)
-    assert from_gguf(attention__sliding_window=4096) == EXPECTED
+    assert from_json(**mistral, sliding_window=1024).windows == (1024, 1024)
+    assert from_json(**mistral).windows == (4096, 4096)  # transformers' default
+    same(from_gguf(attention__sliding_window=1024), EXPECTED, windows=(1024, 1024))
     renamed = {k.replace("llama.", "mistral."): v for k, v in GGUF.items()} | {
         "general.architecture": "mistral"
     }
@@ -332,13 +327,30 @@ def test_rope_freqs_tensor() -> None:
     for absurd in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(FormatError, match="RoPE factor"):
             from_gguf({**TENSORS, "rope_freqs.weight": Values([absurd] * 8)})
-    with pytest.raises(UnsupportedError, match="long-rope"):
-        from_gguf({**TENSORS, "rope_factors_long.weight": Values(divisors)})
+
+
+def test_longrope_of_gguf() -> None:
+    short, long = [1.0, 1.0, 1.25, 2.0, 3.5, 8.0, 8.0, 8.0], [2.0] * 8
+    tensors = {"rope_factors_short.weight": Values(short), "rope_factors_long.weight": Values(long)}
+    stated = {"rope__scaling__original_context_length": 1024, "rope__scaling__attn_factor": 1.25}
+    config = from_gguf({**TENSORS, **tensors}, **stated)
+    assert (config.rope_factors, config.long_rope_factors) == (tuple(short), tuple(long))
+    assert (config.context, config.default_context, config.rope_scale) == (4096, 1024, 1.25)
+    assert config.with_context(1024).rope_factors == tuple(short)
+    assert config.with_context(1025).rope_factors == tuple(long)
+    assert from_gguf({**TENSORS, **tensors}, **stated, rope__scaling__type="longrope") == config
+    with pytest.raises(FormatError, match=r"original_context_length is missing"):
+        from_gguf({**TENSORS, **tensors})
+    for name in tensors:
+        with pytest.raises(FormatError, match=rf"{name} is missing"):
+            from_gguf({**TENSORS, **{k: v for k, v in tensors.items() if k != name}}, **stated)
+    with pytest.raises(FormatError, match=r"rope_factors_long\.weight is missing"):
+        from_gguf(rope__scaling__type="longrope")
 
 
 ROPE_REFUSED: list[tuple[dict[str, Any], type[Error], str]] = [
     ({"rope_type": "dynamic", "factor": 2.0}, UnsupportedError, "'dynamic' is not .* length of the text"),
-    ({"rope_type": "longrope", "short_factor": []}, UnsupportedError, "'longrope' is not supported; supp"),
+    ({"rope_type": "longrope", "short_factor": []}, FormatError, "short_factor must be a list of 8"),
     ({"rope_type": "mystery"}, UnsupportedError, "'mystery' is not supported"),
     ({"rope_type": 7}, UnsupportedError, "'7' is not supported"),
     ({"rope_type": ["yarn"]}, UnsupportedError, "is not supported"),
@@ -378,9 +390,9 @@ def test_rope_refused(case: int) -> None:
 
 
 def test_rope_scaling_of_gguf_refused() -> None:
-    with pytest.raises(UnsupportedError, match="'longrope' is not supported; supported: none, linear, yarn"):
-        from_gguf(rope__scaling__type="longrope")
-    with pytest.raises(UnsupportedError, match="'dynamic'"):
+    with pytest.raises(
+        UnsupportedError, match="'dynamic' is not supported; supported: none, linear, yarn, lon"
+    ):
         from_gguf(rope__scaling__type="dynamic")
 
 
@@ -405,11 +417,11 @@ def test_unknown_architectures() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
-        ({"num_local_experts": 8}, "num_local_experts is set"),
+        ({"quantization_config": {"bits": 4}}, "'quantization_config' is set"),
+        ({"num_local_experts": 8}, "'num_local_experts' is set"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
+        ({"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is set"),
     ],
 )
 def test_unknown_features_of_json(changes: dict[str, Any], message: str) -> None:

@@ -1,22 +1,23 @@
 """A model's hyperparameters and sampling defaults, read from GGUF metadata or Hugging Face's JSON files.
 
-Every kind of rotary scaling becomes one vector of divisors (`rope_factors`), so nothing after this file knows
-their names. A new family is a row in `FAMILIES`. A feature that a file asks for and that is not known here is
-refused, never ignored. Imports only `errors`. Read next: loaders/names.py (the tensors such a config
-expects).
+Every kind of rotary scaling becomes one vector of divisors (`rope_factors`), so nothing after this file
+knows their names. A new family is a row in families.py. A feature that a file asks for and that is not known
+is refused, never ignored. Imports `families` and `errors`. Read next: loaders/names.py (the tensors such a
+config expects).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import FormatError, UnsupportedError
+from .families import JSON_HARMLESS, Family, family
 
 # Far above any real model, far below what would overflow or exhaust anything. {field: (least, most)}
 _BOUNDS = {
@@ -70,7 +71,8 @@ class ModelConfig:
     attention_scale: float  # scores are q.k times this
     tied: bool  # the output matrix is the embedding
     original_context: int | None = None  # positions before a scaling of RoPE extended them
-    attention_bias: bool | None = None  # whether q, k, v and o have biases; None: the file's tensors decide
+    attention_bias: bool | None = None  # whether q, k and v have biases; None: the file's tensors decide
+    output_bias: bool | None = None  # likewise o
     ffn_bias: bool | None = None  # likewise gate, up and down
     # Beyond Llama. The defaults are Llama's.
     norm_kind: Literal["rms", "layer"] = "rms"
@@ -89,6 +91,7 @@ class ModelConfig:
     ] = ()  # by layer: positions a token attends to, itself among them; 0: all. (): all 0
     ropes: tuple[Literal["usual", "local", "none"], ...] = ()  # by layer; (): all usual
     local_rope_theta: float | None = None  # of "local" layers, which have neither factors nor rope_scale
+    long_rope_factors: tuple[float, ...] | None = None  # in place of rope_factors past original_context
 
     def __post_init__(self) -> None:
         for name in _BOUNDS:
@@ -115,30 +118,26 @@ class ModelConfig:
                 raise FormatError(f"{name} are {len(per_layer)} for {self.n_layers} layers")
         if not all(0 <= window <= _BOUNDS["context"][1] for window in self.windows):
             raise FormatError(f"an attention window is out of range: {_brief(self.windows)}")
-        factors = self.rope_factors
-        if factors is not None and len(factors) != self.rope_dim // 2:
-            raise FormatError(f"{len(factors)} RoPE factors for a rope_dim of {self.rope_dim}")
-        if not all(1e-6 <= factor <= 1e30 for factor in factors or ()):
-            raise FormatError("a RoPE factor is not a positive number between 1e-6 and 1e30")
+        for factors in (self.rope_factors, self.long_rope_factors):
+            if factors is not None and len(factors) != self.rope_dim // 2:
+                raise FormatError(f"{len(factors)} RoPE factors for a rope_dim of {self.rope_dim}")
+            if not all(1e-6 <= factor <= 1e30 for factor in factors or ()):
+                raise FormatError("a RoPE factor is not a positive number between 1e-6 and 1e30")
         if self.original_context is not None and not 1 <= self.original_context <= _BOUNDS["context"][1]:
             raise FormatError(f"original_context is {self.original_context}")
 
+    @property
+    def default_context(self) -> int:
+        """The context to use where none is asked for: what the model was trained for, or the original one
+        where a longer one has other RoPE factors."""
+        return (self.long_rope_factors and self.original_context) or self.context
 
-@dataclass(frozen=True)
-class Family:
-    """What sets apart the families that share the Llama layer, as their files spell it."""
-
-    gguf_interleaved: bool = False  # GGUF files hold q and k rows in interleaved (pair by pair) order
-    json_defaults: Mapping[str, Any] = field(default_factory=dict)  # what config.json may leave out
-
-
-# By GGUF's general.architecture and config.json's model_type. Defaults as in transformers' config classes.
-FAMILIES: dict[str, Family] = {
-    "llama": Family(True, {"max_position_embeddings": 2048}),
-    "mistral": Family(
-        True, {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
-    ),
-}
+    def with_context(self, context: int) -> ModelConfig:
+        """The same model for sequences of at most `context` tokens, which choose between short and long RoPE
+        factors."""
+        long = self.long_rope_factors and context > (self.original_context or self.context)
+        factors = self.long_rope_factors if long else self.rope_factors
+        return replace(self, context=context, rope_factors=factors)
 
 
 class Tensor(Protocol):
@@ -150,19 +149,11 @@ class Tensor(Protocol):
     def read_f32(self) -> npt.NDArray[np.float32]: ...
 
 
-def family(architecture: Any) -> Family:
-    """The family of that name; raises UnsupportedError with the list of those there are."""
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
-        raise UnsupportedError(
-            f"architecture {_brief(architecture)} is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[architecture]
-
-
 class _Fields:
     """Typed access to a table of hyperparameters that remembers which keys were asked for."""
 
     def __init__(self, table: Mapping[str, Any], prefix: str = "") -> None:
+        """`prefix` opens every key, here and in messages."""
         self.table = table
         self.prefix = prefix
         self.seen: set[str] = set()
@@ -232,7 +223,7 @@ _GGUF_HARMLESS = (
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
-    """The config of a GGUF model; `tensors` tell whether the output is tied and hold rope_freqs.weight.
+    """The config of a GGUF model; `tensors` tell whether the output is tied and hold factors of RoPE.
 
     With no tensors (a file that holds only a vocabulary) the config describes the model the vocabulary is
     for. Raises UnsupportedError (an unknown architecture or feature) or FormatError (missing or absurd
@@ -241,9 +232,11 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
     architecture = metadata.get("general.architecture")
     if architecture is None:
         raise FormatError("general.architecture is missing")
-    family(architecture)
-    fields = _Fields(metadata, f"{architecture}.")
+    row = family(architecture, "gguf")
+    prefix = f"{architecture}."
+    fields = _Fields({**{prefix + k: v for k, v in row.gguf_defaults.items()}, **metadata}, prefix)
     dim = _bounded("dim", fields.whole("embedding_length"))
+    n_layers = _bounded("n_layers", fields.whole("block_count"))
     n_heads = _bounded("n_heads", fields.whole("attention.head_count"))
     context = _bounded("context", fields.whole("context_length"))
     head_dim = _bounded("head_dim", fields.whole("attention.key_length", _head_dim(dim, n_heads)))
@@ -256,18 +249,32 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
     theta = fields.number("rope.freq_base", 10000.0)
     factors, rope_scale, original_context = _gguf_rope(fields, rope_dim, theta, context)
     if "rope_freqs.weight" in tensors:
-        factors = _multiply(factors, tensors["rope_freqs.weight"], rope_dim)
-    if "rope_factors_long.weight" in tensors or "rope_factors_short.weight" in tensors:
-        raise UnsupportedError(f"long-rope factors are not supported for {architecture}")
-    scale = fields.number("attention.scale", 0.0)
+        factors = _multiply(factors, "rope_freqs.weight", tensors, rope_dim)
+    long_factors = None
+    longrope = {"rope_factors_long.weight", "rope_factors_short.weight"} & set(tensors)
+    if longrope or (tensors and fields.get("rope.scaling.type") == "longrope"):
+        long_factors = _multiply(factors, "rope_factors_long.weight", tensors, rope_dim)
+        factors = _multiply(factors, "rope_factors_short.weight", tensors, rope_dim)
+        if original_context is None:
+            raise FormatError(f"{prefix}rope.scaling.original_context_length is missing")
     if fields.whole("expert_count", 0):
         raise UnsupportedError(f"a mixture of experts is not supported for {architecture}")
     if not fields.flag("attention.causal", True):
         raise UnsupportedError("attention that is not causal is not supported")
-    _refuse_window(fields.whole("attention.sliding_window", 0), context)
+
+    def own(key: str, default: float) -> float:
+        """A number that only some families know; elsewhere its key is unknown."""
+        return fields.number(key, default) if key in row.gguf_defaults else default
+
+    logit_scale, local_theta = own("logit_scale", 1.0) or 1.0, own("rope.freq_base_swa", theta)
+    windows = _windows(
+        n_layers,
+        fields.whole("attention.sliding_window", 0),
+        _gguf_period(fields, n_layers, row.window_period),
+    )
     config = ModelConfig(
         architecture=architecture,
-        n_layers=fields.whole("block_count"),
+        n_layers=n_layers,
         dim=dim,
         n_heads=n_heads,
         n_kv_heads=fields.whole("attention.head_count_kv", n_heads),
@@ -275,17 +282,74 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         ff_dim=fields.whole("feed_forward_length"),
         vocab_size=_gguf_vocab_size(fields, metadata, tensors),
         context=context,
-        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        norm_eps=fields.number(_GGUF_EPS[row.features.get("norm_kind", "rms")]),
         rope_theta=theta,
         rope_dim=rope_dim,
         rope_factors=factors,
         rope_scale=rope_scale,
-        attention_scale=scale or 1 / math.sqrt(head_dim),
+        attention_scale=fields.number("attention.scale", 0.0)
+        or _gguf_scale(architecture, n_layers, dim, n_heads, head_dim),
         tied="output.weight" not in tensors,
         original_context=original_context,
+        attention_cap=own("attn_logit_softcapping", 0.0),
+        logit_cap=own("final_logit_softcapping", 0.0),
+        embedding_scale=math.sqrt(dim) if row.scaled_embedding else own("embedding_scale", 1.0) or 1.0,
+        residual_scale=own("residual_scale", 1.0) or 1.0,
+        logit_scale=1 / logit_scale if row.divides_logits else logit_scale,
+        windows=windows,
+        long_rope_factors=long_factors,
+        **{**_ropes(row, windows, n_layers, local_theta), **_no_ropes(row, n_layers), **row.features},
     )
+    if row.optional_qk_norm and "blk.0.attn_q_norm.weight" in tensors:
+        config = replace(config, qk_norm=row.optional_qk_norm)
     fields.refuse_unknown(_GGUF_HARMLESS)
     return config
+
+
+def _no_ropes(row: Family, n_layers: int) -> dict[str, Any]:
+    if not row.no_rope_interval:
+        return {}
+    skipped = [(layer + 1) % row.no_rope_interval == 0 for layer in range(n_layers)]
+    return {"ropes": tuple("none" if none else "usual" for none in skipped)}
+
+
+_GGUF_EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
+
+
+def _gguf_scale(architecture: str, n_layers: int, dim: int, n_heads: int, head_dim: int) -> float:
+    """What scores are multiplied by where the file does not say. GGUF files of Gemma leave out that the
+    largest of Gemma 2 (46 layers) and of Gemma 3 (62) divide by the root of dim / n_heads instead."""
+    largest = (architecture, n_layers) in (("gemma2", 46), ("gemma3", 62))
+    return 1 / math.sqrt(dim / n_heads if largest else head_dim)
+
+
+def _gguf_period(fields: _Fields, n_layers: int, default: int) -> int | list[bool]:
+    """Every so-many-th layer has no window, or by layer whether it has one."""
+    pattern = fields.get("attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray) and pattern.size == n_layers:
+        return [bool(windowed) for windowed in pattern]
+    return fields.whole("attention.sliding_window_pattern", default)
+
+
+def _windows(n_layers: int, window: int, period: int | list[bool]) -> tuple[int, ...]:
+    """Windows by layer; () where there are none. With a period every period-th layer has none (period 1: all
+    have one), as with a list of whether a layer has one."""
+    if isinstance(period, int):
+        if not 0 <= period <= 1024:
+            raise FormatError(f"a sliding window pattern of {period} is absurd")
+        period = [period <= 1 or (layer + 1) % period != 0 for layer in range(n_layers)]
+    windows = tuple(window if windowed else 0 for windowed in period)
+    return windows if any(windows) else ()
+
+
+def _ropes(row: Family, windows: tuple[int, ...], n_layers: int, local_theta: float) -> dict[str, Any]:
+    """The fields `ropes` and `local_rope_theta`."""
+    if row.local_rope and windows:
+        ropes = ["local" if window else "usual" for window in windows]
+        return {"ropes": tuple(ropes), "local_rope_theta": local_theta}
+    if row.rope_in_windows:
+        return {"ropes": tuple("usual" if window else "none" for window in windows or (0,) * n_layers)}
+    return {}
 
 
 def _gguf_vocab_size(fields: _Fields, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
@@ -312,12 +376,14 @@ def _gguf_rope(
     beta_fast = fields.number("rope.scaling.yarn_beta_fast", 0.0) or 32.0
     beta_slow = fields.number("rope.scaling.yarn_beta_slow", 0.0) or 1.0
     extrapolation = fields.number("rope.scaling.yarn_ext_factor", -1.0)
-    if not isinstance(kind, str) or kind not in ("none", "linear", "yarn"):
+    if not isinstance(kind, str) or kind not in ("none", "linear", "yarn", "longrope"):
         raise UnsupportedError(
-            f"rope.scaling.type {_brief(kind)} is not supported; supported: none, linear, yarn"
+            f"rope.scaling.type {_brief(kind)} is not supported; supported: none, linear, yarn, longrope"
         )
     if kind == "none":
         return None, 1.0, None
+    if kind == "longrope":  # its factors are two tensors
+        return None, multiplier, original
     if kind == "linear":
         return _linear(factor, rope_dim), multiplier, original if given else None
     if extrapolation >= 0 and extrapolation != 1:
@@ -326,48 +392,53 @@ def _gguf_rope(
     return factors, (attention_factor or _mscale(factor, 1.0)) * multiplier, original
 
 
-# What other families and remodelled Llamas use. transformers ignores keys it does not know, so most are
-# harmless; these say that the model computes something else.
-_JSON_FEATURES = (
-    "quantization_config", "num_local_experts", "num_experts", "n_routed_experts", "attention_multiplier",
-    "residual_multiplier", "embedding_multiplier", "logits_scaling", "logit_scale", "final_logit_softcapping",
-    "attn_logit_softcapping", "use_qk_norm", "qk_layernorm", "no_rope_layers", "layer_types", "alibi",
-)  # fmt: skip
-
-
 def config_from_json(config: Mapping[str, Any]) -> ModelConfig:
-    """The config of a Hugging Face model, from the object in config.json.
+    """The config of a Hugging Face model, from the object in config.json; of a model that also reads images,
+    its language model's.
 
     Raises UnsupportedError (an unknown model_type or feature) or FormatError (missing or absurd values).
     """
     architecture = config.get("model_type")
     if architecture is None:
         raise FormatError("config.json has no model_type")
-    defaults = family(architecture).json_defaults
+    row = family(architecture, "hf")
+    if row.text_of:
+        text = config.get("text_config")
+        if not isinstance(text, dict):
+            raise FormatError(f"config.json of {_brief(architecture)} has no text_config")
+        return config_from_json({"model_type": row.text_of, **text, "architectures": None})
     names = config.get("architectures") or []
     if not isinstance(names, list) or (
         names and not any(str(name).endswith("ForCausalLM") for name in names)
     ):
         raise UnsupportedError(f"architectures {_brief(names)} is no language model (...ForCausalLM)")
-    for key in _JSON_FEATURES:
-        if config.get(key):
-            raise UnsupportedError(
-                f"{key} is set ({_brief(config[key])}), a feature that is not supported here"
-            )
-    fields = _Fields({**defaults, **config})
+    fields = _Fields({**row.json_defaults, **config})
     dim = _bounded("dim", fields.whole("hidden_size"))
+    n_layers = _bounded("n_layers", fields.whole("num_hidden_layers"))
     n_heads = _bounded("n_heads", fields.whole("num_attention_heads"))
     context = _bounded("context", fields.whole("max_position_embeddings"))
     head_dim = _bounded("head_dim", fields.whole("head_dim", _head_dim(dim, n_heads)))
-    if fields.get("hidden_act") not in (None, "silu", "swish"):
-        raise UnsupportedError(f"hidden_act {_brief(fields.get('hidden_act'))} is not supported, only silu")
-    if fields.number("partial_rotary_factor", 1.0) != 1:
-        raise UnsupportedError(f"partial_rotary_factor is not supported for {architecture}")
-    _refuse_window(fields.whole("sliding_window", 0), context)
-    theta, factors, rope_scale, original_context = _json_rope(config, head_dim, context)
-    return ModelConfig(
+    gelu = row.features.get("activation") == "gelu"
+    activation = fields.get("hidden_activation") if gelu else None
+    activation = activation or fields.get("hidden_act") or "silu"
+    if activation not in (("gelu_pytorch_tanh",) if gelu else ("silu", "swish")):
+        only = "gelu_pytorch_tanh" if gelu else "silu"
+        raise UnsupportedError(f"hidden_act {_brief(activation)} is not supported, only {only}")
+
+    def own(key: str, default: float) -> float:
+        """A number that only some families know; elsewhere its key is unknown."""
+        return fields.number(key, default) if key in row.json_defaults else default
+
+    rope = _json_rope(fields, row, head_dim, context)
+    windows = _json_windows(fields, row, n_layers) if "sliding_window" in row.json_defaults else ()
+    attention_bias = fields.flag("attention_bias", False)
+    divisor = max(own("query_pre_attn_scalar", head_dim), 0.0)
+    logits_scaling = own("logits_scaling", 1.0)
+    if not (divisor > 0 and logits_scaling > 0):
+        raise FormatError("query_pre_attn_scalar and logits_scaling must be above 0")
+    result = ModelConfig(
         architecture=architecture,
-        n_layers=fields.whole("num_hidden_layers"),
+        n_layers=n_layers,
         dim=dim,
         n_heads=n_heads,
         n_kv_heads=fields.whole("num_key_value_heads", n_heads),
@@ -375,17 +446,76 @@ def config_from_json(config: Mapping[str, Any]) -> ModelConfig:
         ff_dim=fields.whole("intermediate_size"),
         vocab_size=fields.whole("vocab_size"),
         context=context,
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_dim=head_dim,
-        rope_factors=factors,
-        rope_scale=rope_scale,
-        attention_scale=1 / math.sqrt(head_dim),
+        norm_eps=fields.number(
+            "layer_norm_eps" if "layer_norm_eps" in row.json_defaults else "rms_norm_eps", 1e-6
+        ),
+        rope_theta=rope.theta,
+        rope_dim=rope.dim,
+        rope_factors=rope.factors,
+        rope_scale=rope.scale,
+        attention_scale=own("attention_multiplier", 1 / math.sqrt(divisor)),
         tied=fields.flag("tie_word_embeddings", False),
-        original_context=original_context,
-        attention_bias=fields.flag("attention_bias", False),
+        original_context=rope.original_context,
+        attention_bias=row.qkv_bias or attention_bias,
+        output_bias=attention_bias,
         ffn_bias=fields.flag("mlp_bias", False),
+        attention_cap=own("attn_logit_softcapping", 0.0),
+        logit_cap=own("final_logit_softcapping", 0.0),
+        embedding_scale=math.sqrt(dim) if row.scaled_embedding else own("embedding_multiplier", 1.0),
+        residual_scale=own("residual_multiplier", 1.0),
+        logit_scale=own("logit_scale", 1.0) / logits_scaling,
+        windows=windows,
+        long_rope_factors=rope.long_factors,
+        **{**_ropes(row, windows, n_layers, rope.local_theta), **row.features},
     )
+    if row.no_rope_interval:
+        result = replace(result, ropes=_json_no_ropes(fields, n_layers))
+    if row.optional_qk_norm and fields.flag("use_qk_norm", False):
+        result = replace(result, qk_norm=row.optional_qk_norm)
+    fields.refuse_unknown((*JSON_HARMLESS, *row.json_known))
+    return result
+
+
+def _json_windows(fields: _Fields, row: Family, n_layers: int) -> tuple[int, ...]:
+    """Windows by layer: from `layer_types` where they are listed, else by the family's rule."""
+    window, switch = fields.whole("sliding_window", 0), fields.get("use_sliding_window")
+    first = fields.whole("max_window_layers", 0) if "max_window_layers" in row.json_defaults else 0
+    period = fields.whole(
+        "sliding_window_pattern", fields.whole("_sliding_window_pattern", row.window_period)
+    )
+    types = fields.get("layer_types")
+    if switch is False:
+        return ()
+    if types is None:
+        windows = _windows(n_layers, window, period)
+        return tuple(0 if layer < first else w for layer, w in enumerate(windows))
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != n_layers or any(kind not in kinds for kind in types):
+        raise UnsupportedError(f"layer_types {_brief(types)} is not supported, only a list of {kinds}")
+    return _windows(n_layers, window, [kind == "sliding_attention" for kind in types])
+
+
+def _json_no_ropes(fields: _Fields, n_layers: int) -> tuple[Any, ...]:
+    """SmolLM3's list of layers with RoPE (1) and without (0); without a list, every so-many-th has none."""
+    interval, listed = fields.whole("no_rope_layer_interval"), fields.get("no_rope_layers")
+    if listed is None:
+        listed = [int((layer + 1) % max(interval, 1) != 0) for layer in range(n_layers)]
+    if not isinstance(listed, list) or len(listed) != n_layers or any(flag not in (0, 1) for flag in listed):
+        raise FormatError(f"no_rope_layers {_brief(listed)} is no list of 0 and 1 for {n_layers} layers")
+    return tuple("usual" if flag else "none" for flag in listed)
+
+
+@dataclass(frozen=True)
+class _Rope:
+    """What config.json says of rotary positions, as ModelConfig's fields have it."""
+
+    theta: float
+    dim: int
+    factors: tuple[float, ...] | None = None
+    scale: float = 1.0
+    original_context: int | None = None
+    local_theta: float = 0.0
+    long_factors: tuple[float, ...] | None = None
 
 
 _ROPE_KEYS = {
@@ -396,41 +526,60 @@ _ROPE_KEYS = {
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
         "mscale_all_dim", "truncate",
     ),
+    "longrope": (
+        "factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor",
+    ),
 }  # fmt: skip
 
 
-def _json_rope(
-    config: Mapping[str, Any], rope_dim: int, context: int
-) -> tuple[float, tuple[float, ...] | None, float, int | None]:
-    """(rope_theta, rope_factors, rope_scale, original_context) from `rope_parameters`, or from `rope_theta`
-    and `rope_scaling` as older files spell it. Formulas and defaults are those of transformers."""
-    table = config.get("rope_scaling") or config.get("rope_parameters") or {}
+def _json_rope(config: _Fields, row: Family, head_dim: int, context: int) -> _Rope:
+    """From `rope_parameters`, or from `rope_theta` and `rope_scaling` as older files spell it. Formulas and
+    defaults are those of transformers."""
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    table = scaling or parameters or {}
     if not isinstance(table, dict):
         raise FormatError(f"rope_scaling must be an object, not {_brief(table)}")
-    if any(isinstance(value, dict) for value in table.values()):
-        raise UnsupportedError("RoPE parameters that differ by kind of layer are not supported")
+    theta = config.number("rope_theta", 10000.0)
+    local_theta = (
+        config.number("rope_local_base_freq", 0.0) if "rope_local_base_freq" in row.json_defaults else 0.0
+    )
+    if any(isinstance(value, dict) for value in table.values()):  # by kind of layer
+        local = table.get("sliding_attention", {})
+        table = table.get("full_attention", {})
+        if not isinstance(local, dict) or not isinstance(table, dict) or local.get("rope_type") != "default":
+            raise UnsupportedError("RoPE parameters that differ by kind of layer are not supported")
+        local_theta = _Fields(local).number("rope_theta", local_theta or theta)
     fields = _Fields(table)
-    theta = fields.number("rope_theta", _Fields(config).number("rope_theta", 10000.0))
+    theta = fields.number("rope_theta", theta)
     kind = fields.get("rope_type") or fields.get("type") or "default"
     fields.get("type")
-    if fields.number("partial_rotary_factor", 1.0) != 1:
+    partial = fields.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    if partial != 1 and "partial_rotary_factor" not in row.json_defaults:
         raise UnsupportedError("partial_rotary_factor is not supported for this architecture")
+    rope_dim = int(head_dim * partial) if 0 < partial <= 1 else 0
+    if fields.get("short_factor") is not None:  # Phi-3 calls it "su" or "yarn" in older files
+        kind = "longrope"
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         why = " (its frequencies change with the length of the text)" if kind == "dynamic" else ""
         raise UnsupportedError(
             f"RoPE type {_brief(kind)} is not supported{why}; supported: {', '.join(_ROPE_KEYS)}"
         )
-    fields.refuse_unknown((*_ROPE_KEYS[kind], "finetuned"))
+    fields.refuse_unknown((*_ROPE_KEYS[kind], "finetuned", "max_position_embeddings"))
+    rope = _Rope(theta, _bounded("rope_dim", rope_dim), local_theta=local_theta or theta)
+    stated = config.get("original_max_position_embeddings")
+    original = fields.whole("original_max_position_embeddings", context)
+    if stated is not None:
+        original = config.whole("original_max_position_embeddings")
     if kind == "default":
-        return theta, None, 1.0, None
+        return rope
     if kind == "linear":
-        return theta, _linear(fields.number("factor"), rope_dim), 1.0, None
-    original = _Fields(config).whole(
-        "original_max_position_embeddings", fields.whole("original_max_position_embeddings", context)
-    )
+        return replace(rope, factors=_linear(fields.number("factor"), rope_dim))
+    if kind == "longrope":
+        return _longrope(rope, fields, original, context)
     if kind == "llama3":
         low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
-        return theta, _llama3(fields.number("factor"), rope_dim, theta, original, low, high), 1.0, original
+        factors = _llama3(fields.number("factor"), rope_dim, theta, original, low, high)
+        return replace(rope, factors=factors, original_context=original)
     factor = fields.number("factor", context / max(original, 1))
     beta_fast, beta_slow = fields.number("beta_fast", 0.0) or 32.0, fields.number("beta_slow", 0.0) or 1.0
     factors = _yarn(factor, rope_dim, theta, original, beta_fast, beta_slow, fields.flag("truncate", True))
@@ -438,17 +587,38 @@ def _json_rope(
     if m < 0 or m_all < 0:
         raise FormatError(f"YaRN's mscale {m:g} and mscale_all_dim {m_all:g} must not be negative")
     scale = _mscale(factor, m) / _mscale(factor, m_all) if m and m_all else _mscale(factor, 1.0)
-    return theta, factors, fields.number("attention_factor", scale), original
+    return replace(
+        rope, factors=factors, scale=fields.number("attention_factor", scale), original_context=original
+    )
+
+
+def _longrope(rope: _Rope, fields: _Fields, original: int, context: int) -> _Rope:
+    """LongRoPE (arXiv 2402.13753): a divisor a pair, one set up to the original context, one past it."""
+    short, long = (_factors(fields, key, rope.dim) for key in ("short_factor", "long_factor"))
+    factor = fields.number("factor", context / max(original, 1))
+    _check_scaling(factor, original=original)
+    scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return replace(
+        rope,
+        factors=short,
+        long_factors=long,
+        scale=fields.number("attention_factor", scale),
+        original_context=original,
+    )
+
+
+def _factors(fields: _Fields, key: str, rope_dim: int) -> tuple[float, ...]:
+    values = fields.get(key)
+    if not isinstance(values, list) or len(values) != rope_dim // 2:
+        raise FormatError(f"{key} must be a list of {rope_dim // 2} numbers, not {_brief(values)}")
+    if any(type(value) not in (int, float) or not abs(value) < 1e30 for value in values):
+        raise FormatError(f"{key} holds what is no number: {_brief(values)}")
+    return _float32(np.array(values, np.float64))
 
 
 def _head_dim(dim: int, n_heads: int) -> int | None:
     """The head size where nothing states it; None where dim / n_heads is no whole number."""
     return dim // n_heads if dim % n_heads == 0 else None
-
-
-def _refuse_window(window: int, context: int) -> None:
-    if 0 < window < context:
-        raise UnsupportedError(f"a sliding window of {window} in a context of {context} is not supported")
 
 
 def _float32(factors: npt.NDArray[np.float64]) -> tuple[float, ...]:
@@ -466,13 +636,18 @@ def _linear(factor: float, rope_dim: int) -> tuple[float, ...] | None:
     return None if factor == 1 else _float32(np.full(rope_dim // 2, factor))
 
 
-def _multiply(factors: tuple[float, ...] | None, tensor: Tensor, rope_dim: int) -> tuple[float, ...]:
-    """GGUF's rope_freqs.weight: one more divisor for each pair."""
+def _multiply(
+    factors: tuple[float, ...] | None, name: str, tensors: Mapping[str, Tensor], rope_dim: int
+) -> tuple[float, ...]:
+    """GGUF's rope_freqs.weight and its like: one more divisor for each pair."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise FormatError(f"{name} is missing")
     if tensor.shape != (rope_dim // 2,):
-        raise FormatError(f"rope_freqs.weight has shape {tensor.shape}, expected ({rope_dim // 2},)")
+        raise FormatError(f"{name} has shape {tensor.shape}, expected ({rope_dim // 2},)")
     more = tensor.read_f32()
     if not ((more >= 1e-6) & (more <= 1e30)).all():
-        raise FormatError("rope_freqs.weight: a RoPE factor is not a positive number between 1e-6 and 1e30")
+        raise FormatError(f"{name}: a RoPE factor is not a positive number between 1e-6 and 1e30")
     return _float32(more * np.array(factors or (1.0,)))
 
 

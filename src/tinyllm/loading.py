@@ -11,7 +11,6 @@ import operator
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from . import backends
 from .backends import PAGE, CacheType
@@ -43,7 +42,8 @@ def load(
     path: a GGUF file (of a split set the first), a directory with config.json and *.safetensors, a
     .safetensors file in one, or "stories", the model that comes with tinyllm. device: "auto" or "cpu".
     threads: None for one a physical core. context: how many tokens a sequence may hold; None: what the
-    model was trained for, or less where only less fits into 80 % of the free memory. cache_type: the
+    model was trained for (with LongRoPE, as in Phi-3: at first; more chooses the factors for long texts), or
+    less where only less fits into 80 % of the free memory. cache_type: the
     numbers of the KV cache, "f16", "f32" or "q8_0". weights: a format ("q8_0", "q4_0") to quantize float
     matrices to while loading. progress: called with (bytes done, bytes in all).
 
@@ -64,12 +64,19 @@ def load(
     formats = kept_formats(files.weights, weights, name)
     weight_bytes = sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
     context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name)
-    model = backends.Model(replace(files.config, context=context), device=device, threads=threads)
+    model = backends.Model(files.config.with_context(context), device=device, threads=threads)
     try:
         done, total = 0, sum(info.n_bytes for info in files.weights.values())
         for (weight, layer), info in files.weights.items():
             format = formats[weight, layer] if formats[weight, layer] != info.format else None
-            model.upload(weight, layer, info, row_order=files.weights.row_order(weight), format=format)
+            model.upload(
+                weight,
+                layer,
+                info,
+                row_order=files.weights.row_order(weight),
+                format=format,
+                plus=files.weights.plus(weight),
+            )
             done += info.n_bytes
             if progress is not None:
                 progress(done, total)
@@ -117,7 +124,8 @@ def _fit_memory(
     """(context, most pages of the cache) for the memory there is, or MemoryLimitError."""
     free = backends.free_memory()
     page_bytes = backends.page_bytes(config, cache_type)
-    wanted = -(-(context or config.context) // PAGE)
+    usual = config.default_context
+    wanted = -(-(context or usual) // PAGE)
     # A context that was asked for may take all that is free; one that we choose leaves some.
     budget = int(MEMORY_SHARE * free) if context is None else free
     fitting = (budget - weight_bytes) // page_bytes
@@ -125,13 +133,13 @@ def _fit_memory(
         hint = f"; a context of {fitting * PAGE} would fit" if fitting > 0 else ""
         raise MemoryLimitError(
             f"{name} does not fit into memory: its weights take {size_text(weight_bytes)}, a context of "
-            f"{context or config.context} takes {size_text(wanted * page_bytes)}, {size_text(free)} are "
+            f"{context or usual} takes {size_text(wanted * page_bytes)}, {size_text(free)} are "
             f"free{hint}"
         )
     if context is None:
-        context = min(config.context, fitting * PAGE)
-        if context < config.context:
-            log.warning("context %d instead of %d: more does not fit into memory", context, config.context)
+        context = min(usual, fitting * PAGE)
+        if context < usual:
+            log.warning("context %d instead of %d: more does not fit into memory", context, usual)
     elif context > config.context:
         log.warning("context %d is more than the %d the model was trained for", context, config.context)
     return context, min(max(wanted, fitting), MAX_PAGES)

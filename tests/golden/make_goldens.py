@@ -1,12 +1,13 @@
-"""Computes golden/logits.npz: what Hugging Face transformers says of the models in specs.json.
+"""Computes golden/logits.npz and families.npz: what Hugging Face transformers says of the models in
+specs.json and families.json.
 
 Run from anywhere, with an interpreter that has torch and transformers (the tests need neither):
     python tests/golden/make_goldens.py
 
 transformers runs unmodified with weights in float64, except where it goes to float32 by itself (norms, the
-attention's softmax, rotary angles); `test_reference.py` derives its tolerance from that. logits.npz holds,
-for each model, `NAME.positions` int64 [m] and `NAME.logits` float64 [m, vocab_size]. The prompt is
-`random_ids(config, seed, n_tokens)`."""
+attention's softmax, rotary angles); `test_reference.py` derives its tolerance from that. The files hold, for
+each model, `NAME.positions` int64 [m] and `NAME.logits` [m, vocab_size], float64 (families.npz: float32). The
+prompt is `random_ids(config, seed, n_tokens)`."""
 
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ N_POSITIONS = 16
 BORDERS = (0, 1, 2, 62, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 
 
-def main() -> None:
+def make(specs: str, file: str, dtype: Any) -> None:
     arrays: dict[str, Any] = {}
-    for spec in golden_specs():
+    for spec in golden_specs(specs):
         with tempfile.TemporaryDirectory() as folder:
             path = golden_model(spec, Path(folder))
             model = AutoModelForCausalLM.from_pretrained(
@@ -43,9 +44,14 @@ def main() -> None:
         spread = [others[i] for i in np.linspace(0, len(others) - 1, N_POSITIONS - len(borders)).astype(int)]
         positions = np.array(sorted(borders + spread))
         arrays[spec.name + ".positions"] = positions
-        arrays[spec.name + ".logits"] = logits[positions].astype(np.float64)
+        arrays[spec.name + ".logits"] = logits[positions].astype(dtype)
         print(f"{spec.name}: {len(positions)} positions, max |logit| {np.abs(logits).max():.2f}")
-    np.savez_compressed(GOLDEN_DIR / "logits.npz", **arrays)
+    np.savez_compressed(GOLDEN_DIR / file, **arrays)
+
+
+def main() -> None:
+    make("specs", "logits.npz", np.float64)
+    make("families", "families.npz", np.float32)
 
 
 if __name__ == "__main__":

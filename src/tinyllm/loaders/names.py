@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from ..config import ModelConfig, family
+from ..config import ModelConfig
 from ..errors import FormatError
+from ..families import Source, family
 from . import BF16, F16, F32, FORMATS, TensorInfo, show
 
-Source = Literal["gguf", "hf"]
 Key = tuple[str, "int | None"]  # (canonical name, layer)
 MAX_PROBLEMS = 20
 
@@ -78,6 +77,20 @@ def _dim(c: ModelConfig) -> int:
     return c.dim
 
 
+def _q_norm(c: ModelConfig) -> tuple[int, ...]:
+    return _norm_of(c, c.n_heads)
+
+
+def _k_norm(c: ModelConfig) -> tuple[int, ...]:
+    return _norm_of(c, c.n_kv_heads)
+
+
+def _norm_of(c: ModelConfig, n_heads: int) -> tuple[int, ...]:
+    if c.qk_norm == "heads":
+        return (n_heads, c.head_dim)
+    return (c.head_dim,) if c.qk_norm == "head" else (n_heads * c.head_dim,)
+
+
 def _ff_dim(c: ModelConfig) -> int:
     return c.ff_dim
 
@@ -86,31 +99,95 @@ def _attention_bias(c: ModelConfig) -> bool | None:
     return c.attention_bias
 
 
+def _output_bias(c: ModelConfig) -> bool | None:
+    return c.output_bias
+
+
 def _ffn_bias(c: ModelConfig) -> bool | None:
     return c.ffn_bias
 
 
-_LAYER = "model.layers.{}."
+def _norm(
+    canonical: str, gguf: str, hf: str, present: Callable[[ModelConfig], bool | None] = lambda c: True
+) -> Name:
+    """A norm of x in every layer."""
+    return Name(canonical, f"blk.{{}}.{gguf}.weight", f"model.layers.{{}}.{hf}.weight", _vector, present)
+
+
+def _qk_norm(
+    of: str, shape: Callable[[ModelConfig], tuple[int, ...]], rotated: Callable[[ModelConfig], int]
+) -> Name:
+    return Name(
+        f"{of}_norm",
+        f"blk.{{}}.attn_{of}_norm.weight",
+        f"model.layers.{{}}.self_attn.{of}_norm.weight",
+        shape,
+        lambda c: c.qk_norm is not None,
+        lambda c: 1 if c.qk_norm == "head" else rotated(c),
+    )
+
+
+# A canonical name has several rows where its file's name depends on the family; one of them is present.
 TABLE: tuple[Name, ...] = (
     Name("embedding", "token_embd.weight", "model.embed_tokens.weight", _vocabulary),
     Name("output_norm", "output_norm.weight", "model.norm.weight", _vector),
     Name("output", "output.weight", "lm_head.weight", _vocabulary, lambda c: not c.tied),
-    Name("attention_norm", "blk.{}.attn_norm.weight", _LAYER + "input_layernorm.weight", _vector),
+    _norm("attention_norm", "attn_norm", "input_layernorm", lambda c: c.norm_place != "after"),
     *_linear("q", "attn_q", "self_attn.q_proj", _q_dim, _dim, _attention_bias, lambda c: c.n_heads),
     *_linear("k", "attn_k", "self_attn.k_proj", _kv_dim, _dim, _attention_bias, lambda c: c.n_kv_heads),
     *_linear("v", "attn_v", "self_attn.v_proj", _kv_dim, _dim, _attention_bias),
-    *_linear("o", "attn_output", "self_attn.o_proj", _dim, _q_dim, _attention_bias),
-    Name("ffn_norm", "blk.{}.ffn_norm.weight", _LAYER + "post_attention_layernorm.weight", _vector),
+    _qk_norm("q", _q_norm, lambda c: c.n_heads),
+    _qk_norm("k", _k_norm, lambda c: c.n_kv_heads),
+    *_linear("o", "attn_output", "self_attn.o_proj", _dim, _q_dim, _output_bias),
+    _norm(
+        "attention_post_norm",
+        "post_attention_norm",
+        "post_attention_layernorm",
+        lambda c: c.norm_place != "before",
+    ),
+    _norm(
+        "ffn_norm",
+        "ffn_norm",
+        "post_attention_layernorm",
+        lambda c: c.norm_place == "before" and not c.parallel,
+    ),
+    _norm("ffn_norm", "ffn_norm", "pre_feedforward_layernorm", lambda c: c.norm_place == "both"),
+    _norm("ffn_norm", "attn_norm", "input_layernorm", lambda c: c.parallel),  # both halves read the same
     *_linear("_gate", "ffn_gate", "mlp.gate_proj", _ff_dim, _dim, _ffn_bias),
     *_linear("_up", "ffn_up", "mlp.up_proj", _ff_dim, _dim, _ffn_bias),
     *_linear("_down", "ffn_down", "mlp.down_proj", _dim, _ff_dim, _ffn_bias),
+    _norm("ffn_post_norm", "post_ffw_norm", "post_feedforward_layernorm", lambda c: c.norm_place != "before"),
 )
 
-# Tensors that say nothing new: tables of rotary frequencies, and an output matrix beside tied embeddings
-# (which transformers drops as well). rope_freqs.weight is read into the config.
+# Matrices that lie on top of each other in one tensor: (its name, {the name of a part: its rows}).
+_Parts = tuple[tuple[str, Callable[[ModelConfig], int]], ...]
+_FUSED: dict[Source, tuple[tuple[str, _Parts], ...]] = {
+    "gguf": (
+        ("attn_qkv", (("attn_q", _q_dim), ("attn_k", _kv_dim), ("attn_v", _kv_dim))),
+        ("ffn_up", (("ffn_gate", _ff_dim), ("ffn_up", _ff_dim))),
+    ),
+    "hf": (
+        (
+            "self_attn.qkv_proj",
+            (("self_attn.q_proj", _q_dim), ("self_attn.k_proj", _kv_dim), ("self_attn.v_proj", _kv_dim)),
+        ),
+        ("mlp.gate_up_proj", (("mlp.gate_proj", _ff_dim), ("mlp.up_proj", _ff_dim))),
+    ),
+}
+
+# Language models inside models that also read images.
+_WRAPPED = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
+            ("model.language_model.", "model."))  # fmt: skip
+
+# Tensors that say nothing new: tables of rotary frequencies, an output matrix beside tied embeddings (which
+# transformers drops as well), and what reads images. Factors of RoPE are read into the config.
 _HARMLESS = {
-    "gguf": re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight"),
-    "hf": re.compile(r"(.*\.)?rotary_emb\.inv_freq|lm_head\.weight"),
+    "gguf": re.compile(
+        r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd\.weight"
+    ),
+    "hf": re.compile(
+        r"(.*\.)?rotary_emb\.inv_freq|lm_head\.weight|(model\.)?(vision_tower|multi_modal_projector)\..*"
+    ),
 }
 
 
@@ -121,9 +198,15 @@ class Weights(Mapping[Key, TensorInfo]):
     serves.
     """
 
-    def __init__(self, tensors: dict[Key, TensorInfo], row_orders: dict[str, npt.NDArray[np.int32]]) -> None:
+    def __init__(
+        self,
+        tensors: dict[Key, TensorInfo],
+        row_orders: dict[str, npt.NDArray[np.int32]],
+        norms_minus_one: bool = False,
+    ) -> None:
         self._tensors = tensors
         self._row_orders = row_orders
+        self._norms_minus_one = norms_minus_one
 
     def __getitem__(self, key: Key) -> TensorInfo:
         return self._tensors[key]
@@ -141,13 +224,22 @@ class Weights(Mapping[Key, TensorInfo]):
         """
         return self._row_orders.get(canonical)
 
+    def plus(self, canonical: str) -> float:
+        """What is to be added to a vector's numbers: 1 for norms that the file holds minus 1."""
+        return 1.0 if self._norms_minus_one and canonical.endswith("norm") else 0.0
+
 
 def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: Source) -> Weights:
     """Match a file's tensors with the table.
 
-    Raises one FormatError that lists every tensor that is missing, unexpected, wrongly shaped, or a norm or
-    bias in blocks.
+    A fused tensor counts as its parts. Raises one FormatError that lists every tensor that is missing,
+    unexpected, wrongly shaped, or a norm or bias in blocks.
     """
+    row_of_family = family(config.architecture, source)
+    if source == "hf":
+        tensors = {_unwrapped(name): info for name, info in tensors.items()}
+    if row_of_family.fused:
+        tensors = _split_fused(tensors, config, source)
     found: dict[Key, TensorInfo] = {}
     problems: list[str] = []
     expected: set[str] = set()
@@ -178,7 +270,38 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
         listed = "".join(f"\n  {problem}" for problem in problems[:MAX_PROBLEMS])
         model = f"{config.architecture}, {config.n_layers} layers"
         raise FormatError(f"the tensors do not fit the config ({model}):{listed}{more}")
-    return Weights(found, _row_orders(config, source))
+    minus_one = source == "hf" and row_of_family.norms_minus_one
+    return Weights(found, _row_orders(config, source), minus_one)
+
+
+def _unwrapped(name: str) -> str:
+    return next((to + name[len(start) :] for start, to in _WRAPPED if name.startswith(start)), name)
+
+
+def _split_fused(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig, source: Source
+) -> dict[str, TensorInfo]:
+    """Fused tensors as their parts: rows of the file one after another, under the parts' names. One of
+    another height stays whole, and so does not fit the table."""
+    found = dict(tensors)
+    layer = "blk.{}." if source == "gguf" else "model.layers.{}."
+    for fused, parts in _FUSED[source]:
+        heights = [rows(config) for _, rows in parts]
+        for i in range(config.n_layers):
+            whole = found.get(name := f"{layer.format(i)}{fused}.weight")
+            if whole is None or len(whole.shape) != 2 or whole.shape[0] != sum(heights):
+                continue
+            del found[name]
+            row_bytes, first = whole.n_bytes // whole.shape[0], 0
+            for (part, _), n in zip(parts, heights, strict=True):
+                found[f"{layer.format(i)}{part}.weight"] = replace(
+                    whole,
+                    shape=(n, whole.shape[1]),
+                    offset=whole.offset + first * row_bytes,
+                    n_bytes=n * row_bytes,
+                )
+                first += n
+    return found
 
 
 def _mismatch(tensor: TensorInfo, shape: tuple[int, ...]) -> Iterator[str]:
@@ -189,9 +312,10 @@ def _mismatch(tensor: TensorInfo, shape: tuple[int, ...]) -> Iterator[str]:
 
 
 def _row_orders(config: ModelConfig, source: Source) -> dict[str, npt.NDArray[np.int32]]:
-    if source != "gguf" or not family(config.architecture).gguf_interleaved:
+    if source not in family(config.architecture, source).interleaved:
         return {}
-    return {row.canonical: half_split_order(config, row.rotated(config)) for row in TABLE if row.rotated}
+    present = [row for row in TABLE if row.rotated and row.present(config) is not False]
+    return {row.canonical: half_split_order(config, row.rotated(config)) for row in present if row.rotated}
 
 
 def half_split_order(config: ModelConfig, n_heads: int) -> npt.NDArray[np.int32]:

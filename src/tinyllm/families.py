@@ -1,0 +1,222 @@
+"""The families of models that are read: what sets each apart from Llama, as its files spell it.
+
+A row says how a family's config.json and GGUF differ; what the arithmetic needs becomes fields of
+`config.ModelConfig`. Keys of config.json that a family's row does not know are refused when they are set,
+never ignored. Imports only `errors`. Read next: config.py, which reads the files by these rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import UnsupportedError
+
+Source = Literal["gguf", "hf"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart. Defaults are Llama's; `json_defaults` are those of transformers' classes."""
+
+    title: str  # the family's name, and models that belong to it
+    interleaved: tuple[Source, ...] = ()  # files that hold q and k rows pair by pair instead of half-split
+    json_defaults: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json of its own, defaults
+    json_known: tuple[str, ...] = ()  # keys of config.json that say nothing about the arithmetic here
+    features: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig that no file states
+    gguf_defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # keys of GGUF metadata of its own, defaults
+    window_period: int = 1  # where there is a window: every so-many-th layer attends to everything; 1: none
+    local_rope: bool = False  # windowed layers have a RoPE of their own, without scaling
+    rope_in_windows: bool = False  # only windowed layers have RoPE
+    no_rope_interval: int = 0  # every so-many-th layer has no RoPE; 0: all have
+    scaled_embedding: bool = False  # embeddings are multiplied by the root of their width
+    divides_logits: bool = False  # by GGUF's logit_scale, which others multiply by
+    optional_qk_norm: Literal["heads"] | None = None  # some of its models have q/k norms of this kind
+    norms_minus_one: bool = False  # safetensors hold the norms' weights minus 1
+    fused: bool = False  # q, k and v are one matrix, gate and up another
+    qkv_bias: bool | None = False  # biases of q, k and v alone, whatever attention_bias says
+    text_of: str | None = None  # the model type of the text_config inside a model that also reads images
+
+
+_LLAMA_LIKE: tuple[Source, ...] = ("gguf",)
+_GEMMA = {"activation": "gelu"}
+_GEMMA_JSON = {
+    "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256,
+}  # fmt: skip
+_GEMMA2_JSON = {
+    **_GEMMA_JSON, "query_pre_attn_scalar": 256, "sliding_window": 4096, "max_position_embeddings": 8192,
+}  # fmt: skip
+_COHERE = {"norm_kind": "layer", "parallel": True}
+_COHERE_JSON = {
+    "tie_word_embeddings": True, "logit_scale": 0.0625, "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+_QWEN_JSON = {
+    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+    "max_window_layers": 28,
+}  # fmt: skip
+_OLMO = {"norm_place": "after", "qk_norm": "all"}
+
+# By config.json's model_type and GGUF's general.architecture.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "Llama 1 to 3.3, Vicuna, Vigogne, Yi, TinyLlama, SmolLM 1 and 2, DeepSeek-R1 distills of Llama",
+        _LLAMA_LIKE,
+        {"max_position_embeddings": 2048},
+    ),
+    "mistral": Family(
+        "Mistral 7B, Zephyr, Mistral Nemo and Small",
+        _LLAMA_LIKE,
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "mistral3": Family("Mistral Small 3.1 (text)", text_of="mistral"),
+    "ministral": Family(
+        "Ministral 8B",
+        json_defaults={
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
+        },
+    ),
+    "qwen2": Family(
+        "Qwen 2, Qwen 2.5, QwQ, DeepSeek-R1 distills of Qwen",
+        json_defaults={**_QWEN_JSON, "attention_bias": False},
+        json_known=("use_mrope",),
+        qkv_bias=True,
+    ),
+    "qwen3": Family(
+        "Qwen 3",
+        json_defaults={**_QWEN_JSON, "head_dim": 128},
+        features={"qk_norm": "head"},
+    ),
+    "phi3": Family(
+        "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+        json_defaults={
+            "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0, "sliding_window": None,
+        },
+        fused=True,
+    ),
+    "smollm3": Family(
+        "SmolLM3",
+        _LLAMA_LIKE,
+        {
+            "max_position_embeddings": 32768, "tie_word_embeddings": True, "rope_theta": 2000000.0,
+            "no_rope_layer_interval": 4, "num_key_value_heads": 4, "use_sliding_window": False,
+            "sliding_window": None, "no_rope_layers": None,
+        },
+        ("max_window_layers",),
+        no_rope_interval=4,
+    ),
+    "granite": Family(
+        "Granite 3",
+        _LLAMA_LIKE,
+        {
+            "max_position_embeddings": 2048, "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0, "logits_scaling": 1.0,
+        },
+        gguf_defaults={"embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0},
+        divides_logits=True,
+    ),
+    "olmo2": Family(
+        "OLMo 2",
+        json_defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        features=_OLMO,
+        window_period=4,
+        local_rope=True,
+    ),
+    "olmo3": Family(
+        "OLMo 3",
+        json_defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096},
+        features=_OLMO,
+        window_period=4,
+        local_rope=True,
+    ),
+    "gemma": Family(
+        "Gemma",
+        json_defaults={**_GEMMA_JSON, "max_position_embeddings": 8192},
+        json_known=("hidden_act",),
+        features=_GEMMA,
+        scaled_embedding=True,
+        norms_minus_one=True,
+    ),
+    "gemma2": Family(
+        "Gemma 2",
+        json_defaults={**_GEMMA2_JSON, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        json_known=("hidden_act", "cache_implementation"),
+        features={**_GEMMA, "norm_place": "both"},
+        gguf_defaults={
+            "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 4096,
+        },
+        window_period=2,
+        scaled_embedding=True,
+        norms_minus_one=True,
+    ),
+    "gemma3_text": Family(
+        "Gemma 3",
+        json_defaults={
+            **_GEMMA2_JSON, "max_position_embeddings": 131072, "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        },
+        json_known=("hidden_act", "cache_implementation"),
+        features={**_GEMMA, "norm_place": "both", "qk_norm": "head"},
+        gguf_defaults={
+            "rope.freq_base": 1000000.0, "rope.freq_base_swa": 10000.0, "attn_logit_softcapping": 0.0,
+            "final_logit_softcapping": 0.0,
+        },
+        window_period=6,
+        local_rope=True,
+        scaled_embedding=True,
+        norms_minus_one=True,
+    ),
+    "gemma3": Family("Gemma 3 (text)", text_of="gemma3_text"),
+    "cohere": Family(
+        "Command R, Command R+",
+        ("gguf", "hf"),
+        {**_COHERE_JSON, "rope_theta": 500000.0, "use_qk_norm": False},
+        features=_COHERE,
+        gguf_defaults={"logit_scale": 1.0},
+        optional_qk_norm="heads",
+    ),
+    "cohere2": Family(
+        "Command R7B, Command A",
+        ("gguf", "hf"),
+        {**_COHERE_JSON, "sliding_window": 4096, "head_dim": 128},
+        ("rotary_pct", "position_embedding_type", "order_of_interleaved_layers", "cache_implementation"),
+        _COHERE,
+        {"logit_scale": 1.0},
+        window_period=4,
+        rope_in_windows=True,
+    ),
+}  # fmt: skip
+
+# General architectures of GGUF files that are called otherwise than the model type.
+_GGUF_NAMES = {"gemma3": "gemma3_text", "command-r": "cohere"}
+SUPPORTED = tuple(dict.fromkeys((*FAMILIES, *_GGUF_NAMES)))
+
+# What says nothing about the arithmetic in any family's config.json.
+JSON_HARMLESS = (
+    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path",
+    "name_or_path", "auto_map", "use_cache", "initializer_range", "bos_token_id", "eos_token_id",
+    "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "attention_dropout",
+    "hidden_dropout", "resid_pdrop", "embd_pdrop", "pretraining_tp", "output_attentions",
+    "output_hidden_states", "output_router_logits", "return_dict", "chunk_size_feed_forward",
+    "problem_type", "id2label", "label2id", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_autoset", "use_flash_attn", "_flash_attn_2_enabled", "torchscript",
+    "tokenizer_class", "model_max_length", "unsloth_fixed", "unsloth_version", "task_specific_params",
+    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "num_beams", "num_beam_groups", "num_return_sequences",
+    "diversity_penalty", "no_repeat_ngram_size", "max_sequence_length", "finetuning_task",
+)  # fmt: skip
+
+
+def family(architecture: Any, source: Source) -> Family:
+    """The family that a file names; raises UnsupportedError with the list of those there are."""
+    name = architecture if isinstance(architecture, str) else ""
+    name = _GGUF_NAMES.get(name, name) if source == "gguf" else name
+    if name not in FAMILIES or (source == "gguf" and FAMILIES[name].text_of):
+        raise UnsupportedError(
+            f"architecture {str(architecture)[:80]!r} is not supported; supported: {', '.join(SUPPORTED)}"
+        )
+    return FAMILIES[name]
