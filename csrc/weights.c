@@ -98,6 +98,7 @@ static void create_layer(tl_layer *layer, const tl_config *c, int l) {
     tl_norm *norms[] = {&layer->attention_norm, &layer->attention_post_norm,
                         &layer->ffn_norm,       &layer->ffn_post_norm,
                         &layer->q_norm,         &layer->k_norm};
+    // One by one: GCC 12 loses eps where a chain of struct assignments sets it.
     for (size_t i = 0; i < sizeof norms / sizeof norms[0]; i++) {
         norms[i]->eps = c->norm_eps;
         norms[i]->kind = c->norm_kind;

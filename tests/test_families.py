@@ -165,6 +165,42 @@ def test_unknown_keys_are_refused(spec: Spec) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("yi", {"pretraining_tp": 1, "is_llama_config": True, "transformers.js_config": {"dtype": "q4"},
+                "unsloth_fixed": True, "rope_interleaved": False, "eos_token_id": [1, 2]}),
+        ("qwen2", {"use_mrope": False, "_name_or_path": "x", "_attn_implementation_autoset": True}),
+        ("phi3_long", {"full_attn_mod": 1, "interpolate_factor": 1, "embd_pdrop": 0.1, "lm_head_bias": False,
+                       "auto_map": {"AutoConfig": "x"}}),
+        ("smollm3", {"max_window_layers": 28, "pretraining_tp": 2}),
+        ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4096}),
+        ("gemma3", {"cache_implementation": "hybrid", "attn_logit_softcapping": None}),
+        ("cohere", {"model_max_length": 131072}),
+        ("cohere2", {"layer_switch": 4, "order_of_interleaved_layers": "local_attn_first", "rotary_pct": 1.0,
+                     "position_embedding_type": "rope_gptj", "use_parallel_block": True, "use_qk_norm": False,
+                     "use_gated_activation": True, "use_embedding_sharing": True,
+                     "use_parallel_embedding": True}),
+    ],
+)  # fmt: skip
+def test_keys_that_change_nothing(name: str, keys: dict[str, Any]) -> None:
+    """As the files of well-known models have them."""
+    assert config_from_json({**spec_of(name).config, **keys}) == config_from_json(spec_of(name).config)
+
+
+def test_the_little_that_gemma3s_text_config_says() -> None:
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "sliding_window": 1024,
+            "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip
+    config = config_from_json({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    assert (config.n_heads, config.n_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262208)
+    assert (config.windows[4:7], config.local_rope_theta, config.tied) == ((1024, 0, 1024), 10000.0, True)
+
+
+def test_an_unknown_text_config_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="'ministral3' is not supported"):
+        config_from_json({"model_type": "mistral3", "text_config": {"model_type": "ministral3"}})
+
+
+@pytest.mark.parametrize(
     "key",
     ["attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale",
      "use_qk_norm", "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier",

@@ -96,6 +96,7 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
             "partial_rotary_factor": 1.0, "sliding_window": None,
         },
+        json_known=("full_attn_mod", "interpolate_factor"),
         fused=True,
     ),
     "smollm3": Family(
@@ -144,7 +145,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         "Gemma 2",
         json_defaults={**_GEMMA2_JSON, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        json_known=("hidden_act", "cache_implementation"),
+        json_known=("hidden_act", "cache_implementation", "sliding_window_size"),
         features={**_GEMMA, "norm_place": "both"},
         gguf_defaults={
             "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 4096,
@@ -158,6 +159,7 @@ FAMILIES: dict[str, Family] = {
         json_defaults={
             **_GEMMA2_JSON, "max_position_embeddings": 131072, "rope_theta": 1000000.0,
             "rope_local_base_freq": 10000.0, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208,
         },
         json_known=("hidden_act", "cache_implementation"),
         features={**_GEMMA, "norm_place": "both", "qk_norm": "head"},
@@ -183,7 +185,11 @@ FAMILIES: dict[str, Family] = {
         "Command R7B, Command A",
         ("gguf", "hf"),
         {**_COHERE_JSON, "sliding_window": 4096, "head_dim": 128},
-        ("rotary_pct", "position_embedding_type", "order_of_interleaved_layers", "cache_implementation"),
+        (
+            "rotary_pct", "position_embedding_type", "order_of_interleaved_layers", "cache_implementation",
+            "layer_switch", "use_embedding_sharing", "use_gated_activation", "use_parallel_block",
+            "use_parallel_embedding",
+        ),
         _COHERE,
         {"logit_scale": 1.0},
         window_period=4,
@@ -208,6 +214,7 @@ JSON_HARMLESS = (
     "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p",
     "repetition_penalty", "length_penalty", "num_beams", "num_beam_groups", "num_return_sequences",
     "diversity_penalty", "no_repeat_ngram_size", "max_sequence_length", "finetuning_task",
+    "is_llama_config", "transformers.js_config",
 )  # fmt: skip
 
 
