@@ -188,8 +188,10 @@ def test_keys_that_change_nothing(name: str, keys: dict[str, Any]) -> None:
 
 
 def test_the_little_that_gemma3s_text_config_says() -> None:
-    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "sliding_window": 1024,
-            "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip
+    text = {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "sliding_window": 1024, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    }  # fmt: skip
     config = config_from_json({"model_type": "gemma3", "text_config": text, "vision_config": {}})
     assert (config.n_heads, config.n_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262208)
     assert (config.windows[4:7], config.local_rope_theta, config.tied) == ((1024, 0, 1024), 10000.0, True)
