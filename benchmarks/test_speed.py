@@ -30,7 +30,7 @@ N_DECODE = 64
 N_PREFILL = 384
 
 
-@pytest.fixture(scope="module", params=["f16", *(name for name in backends.WRITABLE if name != "f16")])
+@pytest.fixture(scope="module", params=["f16", *(name for name in backends.FORMAT_IDS if name != "f16")])
 def llm(request: pytest.FixtureRequest, master: Path) -> Iterator[tinyllm.LLM]:
     weights = None if request.param == "f16" else request.param
     with tinyllm.load(master, weights=weights) as model:
@@ -137,7 +137,7 @@ def test_load_42m(type: str, synthetic_model: Callable[..., Path], measure: Meas
     measure(lambda: tinyllm.load(path).close(), n=path.stat().st_size / 1e6, unit="MB/s", rounds=5)
 
 
-@pytest.mark.parametrize("format", [name for name in backends.WRITABLE if name not in ("f32", "f16")])
+@pytest.mark.parametrize("format", [name for name in backends.FORMAT_IDS if name not in ("f32", "f16")])
 def test_quantize_42m(format: str, synthetic_model: Callable[..., Path], measure: Measure) -> None:
     """Random F16 weights quantized while they are loaded; millions of weights a second."""
     path = synthetic_model(MIDDLE, "f16")

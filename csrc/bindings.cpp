@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <numeric>
@@ -89,6 +90,7 @@ struct Cache {
 
 struct Model {
     std::shared_ptr<tl_model> p;
+    std::vector<py::array_t<double>> observed;
 
     explicit Model(const py::dict &c) {
         Floats factors;
@@ -234,6 +236,18 @@ struct Model {
         return out;
     }
 
+    // Its numbers grow with every call; they are freed with the model.
+    py::array_t<double> observe(const std::string &name, int layer) {
+        const tl_matrix *matrix = tl_model_matrix(get(), name.c_str(), layer);
+        if (!matrix) raise_argument("there is no matrix \"" + name + "\" in layer " + std::to_string(layer));
+        py::array_t<double> seen(matrix->k + 1);
+        std::fill_n(seen.mutable_data(), seen.size(), 0.0);
+        observed.push_back(seen);
+        tl_message message;
+        tl_model_observe(get(), name.c_str(), layer, seen.mutable_data(), &message);
+        return seen;
+    }
+
     Cache cache(int type, int max_pages) {
         tl_cache *cache = nullptr;
         tl_message message;
@@ -257,7 +271,7 @@ Floats pack_unpack(const py::bytes &data, int format, int rows, int k) {
         bytes.size() !=
             static_cast<size_t>(rows) * static_cast<size_t>(k / f->block) * static_cast<size_t>(f->block_bytes))
         raise_argument("data is not rows x k numbers of this format");
-    tl_matrix matrix{f, rows, k, nullptr, 0, nullptr};
+    tl_matrix matrix{f, rows, k, nullptr, 0, nullptr, nullptr};
     tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr, 0};
     Floats out({rows, k});
     tl_message message;
@@ -371,6 +385,7 @@ PYBIND11_MODULE(_core, m) {
              py::arg("sequences"), py::arg("page_tables"), py::arg("rows"), py::arg("first_layer"),
              py::arg("last_layer"), py::arg("logits"), py::arg("threads"), py::arg("should_stop"))
         .def("unpack", &Model::unpack, py::arg("name"), py::arg("layer"))
+        .def("observe", &Model::observe, py::arg("name"), py::arg("layer"))
         .def("cache", &Model::cache, py::arg("type"), py::arg("max_pages"))
         .def_property_readonly("weight_bytes", [](Model &model) { return model.get()->weight_bytes; })
         .def_property_readonly("token_bytes", [](Model &model) { return tl_model_token_bytes(model.get()); })

@@ -52,6 +52,8 @@ void tl_cpu_norm(const tl_norm *norm, float *out, const float *x, int n);
 void tl_cpu_rotate_and_store(tl_cpu_run *run, int layer);
 void tl_cpu_add(tl_cpu_run *run, float *add, const tl_norm *norm);
 void tl_cpu_finish_logits(tl_cpu_run *run);
+// Adds n rows x [n, k] to what the matrix has seen, where somebody asked. On one thread, in order: the same bits always.
+void tl_cpu_observe(const tl_matrix *w, const float *x, int n);
 // cpu_attend.c
 void tl_cpu_tiles(tl_cpu_run *run);
 void tl_cpu_attend(tl_run *run, int layer);

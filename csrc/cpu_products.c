@@ -67,6 +67,13 @@ static void cut(job *j, int n_products, int threads) {
     }
 }
 
+void tl_cpu_observe(const tl_matrix *w, const float *x, int n) {
+    if (!w->seen) return;
+    for (int t = 0; t < n; t++, x += w->k)
+        for (int i = 0; i < w->k; i++) w->seen[i] += (double)x[i] * (double)x[i];
+    w->seen[w->k] += n;
+}
+
 void tl_cpu_products(tl_cpu_run *r, const float *x, const int32_t *rows, int n, const tl_norm *norm,
                      tl_product *products, int n_products) {
     const int threads = r->base.batch->threads;
@@ -80,6 +87,8 @@ void tl_cpu_products(tl_cpu_run *r, const float *x, const int32_t *rows, int n, 
             j.quantize |= !p->w->format->is_float;
         }
     if (norm || j.quantize) tl_parallel(n < TL_FEW_TOKENS ? 1 : threads, n, prepare_row, &j);
+    for (int i = 0; i < n_products; i++)
+        for (const tl_product *p = &products[i]; p; p = p->up) tl_cpu_observe(p->w, r->in.x, n);
     cut(&j, n_products, threads);
     tl_parallel(threads, j.first_unit[n_products], product_unit, &j);
 }

@@ -91,6 +91,7 @@ typedef struct tl_matrix {
     void *data;     // the backend's; NULL: absent
     size_t n_bytes; // of data
     float *bias;    // [rows] in the backend's memory, or NULL
+    double *seen;   // [k + 1] sums of squares of the rows it met, by column, and their number; or NULL: nobody asked
 } tl_matrix;
 
 typedef enum tl_norm_kind { TL_RMS_NORM, TL_LAYER_NORM } tl_norm_kind; // LayerNorm (arXiv 1607.06450) without a bias
@@ -185,6 +186,10 @@ tl_status tl_model_check(const tl_model *model, tl_message *message);
 size_t tl_model_token_bytes(const tl_model *model);
 // The slow truth of a packed matrix: out [rows, k] float32.
 tl_status tl_model_unpack(const tl_model *model, const char *name, int layer, float *out, tl_message *message);
+// From now on calls add to seen [k + 1] the squares of every row of activations that meets the matrix, as floats, column
+// by column, and 1 to the last; the caller keeps it, zeroed first, until NULL ends it. Which inputs matter is what
+// quantizing wants to know. CPU only.
+tl_status tl_model_observe(tl_model *model, const char *name, int layer, double *seen, tl_message *message);
 const tl_matrix *tl_model_matrix(const tl_model *model, const char *name, int layer); // NULL if there is none
 void tl_model_free(tl_model *model);
 

@@ -197,6 +197,13 @@ const tl_matrix *tl_model_matrix(const tl_model *model, const char *name, int la
     return matrix && matrix->data ? matrix : NULL;
 }
 
+tl_status tl_model_observe(tl_model *model, const char *name, int layer, double *seen, tl_message *message) {
+    tl_matrix *matrix = (tl_matrix *)(uintptr_t)tl_model_matrix(model, name, layer);
+    if (!matrix) return tl_fail(message, TL_ARGUMENT, "there is no matrix \"%s\" in layer %d", name, layer);
+    matrix->seen = seen;
+    return TL_OK;
+}
+
 tl_status tl_model_unpack(const tl_model *model, const char *name, int layer, float *out, tl_message *message) {
     const tl_matrix *matrix = tl_model_matrix(model, name, layer);
     if (!matrix) return tl_fail(message, TL_ARGUMENT, "there is no matrix \"%s\" in layer %d", name, layer);

@@ -303,6 +303,19 @@ class Model:
         """A matrix as float32 [rows, k], exactly the numbers its format means."""
         return self._core.unpack(name, -1 if layer is None else layer)
 
+    def observe(self, name: str, layer: int | None = None) -> npt.NDArray[np.float64]:
+        """What a matrix [rows, k] meets from now on: float64 [k + 1] that every call adds to.
+
+        Sums over rows of activations (after the norm, before rounding) of the square of each column, and at
+        the end the number of rows. The same bits whatever threads and batches. Raises ArgumentError where
+        there is no such matrix, UnsupportedError on a device other than the CPU.
+        """
+        if self.device != "cpu":
+            raise UnsupportedError(
+                f"inputs are observed on the CPU only, not on {self.device}; use device='cpu'"
+            )
+        return self._core.observe(name, -1 if layer is None else layer)
+
     def cache(self, type: CacheType = "f16", max_pages: int | None = None) -> PagePool:
         """A page pool for this model; max_pages None: one sequence of the whole context."""
         if type not in CACHE_TYPES:

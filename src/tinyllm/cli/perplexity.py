@@ -49,6 +49,7 @@ EPILOG = f"""examples:
   {PROG} model-q4.gguf wiki.test.raw --against model-f16.gguf
   {PROG} model-f16.gguf text.txt --weights q4_0 --against model-f16.gguf
   {PROG} model.gguf text.txt --stride 64                 every token after 448 others: 8 times the work
+  {PROG} model-f16.gguf calibration.txt --imatrix imatrix.gguf
   {PROG} model.gguf text.txt --chunks 20                 the first 20 windows, for a quick look
 
 {EXIT_CODES}"""
@@ -62,8 +63,10 @@ def _run(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     if args.against == "-" or args.model == "-":
         raise UsageError("a model is a file; only TEXT can be -")
+    if args.imatrix is not None and not Path(args.imatrix).expanduser().parent.is_dir():
+        raise UsageError(f"--imatrix {args.imatrix}: there is no such folder")
     text = read_text(args.text)
-    from tinyllm import quality
+    from tinyllm import imatrix, quality
 
     with ExitStack() as stack:
         model = stack.enter_context(load_model(args.model, args))
@@ -73,10 +76,16 @@ def _run(argv: list[str]) -> int:
             quality.require_same_vocabulary(reference, model)
             models = [reference, model]
         on = quality.text_windows(models[0], text, args.context, stride=args.stride, most=args.chunks)
+        seen = {} if args.imatrix is None else imatrix.observe(model)
         with progress_bar("perplexity") as progress:
             found = quality.measure(
                 models, on, progress=lambda done, total, nll: progress(done, total, _so_far(nll))
             )
+        if args.imatrix is not None:
+            n_windows, n_ctx = on.ids.shape
+            names = [] if args.text == "-" else [Path(args.text).name]
+            where = Path(args.imatrix).expanduser()
+            imatrix.write(where, seen, texts=names, n_windows=n_windows, n_ctx=n_ctx)
         WRITERS[args.output](args, models, on, found)
     return EXIT_OK
 
@@ -105,6 +114,11 @@ def _parser() -> Parser:
         metavar="N",
         help="windows N tokens apart, of each the last N tokens scored (default: windows side by side, of "
         "each the second half)",
+    )
+    how.add_argument(
+        "--imatrix",
+        metavar="OUT.gguf",
+        help="also keep how much each input of each matrix matters on this text, for better quantizing",
     )
     how.add_argument("--chunks", type=positive, metavar="N", help="only the first N windows")
     add_model_options(

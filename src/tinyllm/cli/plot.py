@@ -56,7 +56,7 @@ def draw(records: list[dict[str, Any]], path: str) -> None:
         left.set_ylabel("KL divergence from the float model, nats a token\n(lower is better)")
         left.set_title("smaller is to the left", loc="left", fontsize=9, color=FLOAT)
         right.set_title("faster is to the right", loc="left", fontsize=9, color=FLOAT)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=110)
         pyplot.close(figure)
 
 
@@ -69,7 +69,8 @@ def _panel(axes: Any, points: list[dict[str, Any]], reference: dict[str, Any], n
     axes.set_yscale("log")
     if max(xs) > 3 * min(xs):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
+        few = max(xs) > 10 * min(xs)
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if few else (1, 2, 3, 4, 5, 6, 8)))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.grid(True, which="major", color=GRID, linewidth=0.6)
