@@ -681,3 +681,37 @@ def test_suite_keeps_a_run_and_compares_with_it(tmp_path: Path) -> None:
     slower = run("--against", str(kept))
     assert slower.returncode == 1
     assert "slower: 2 of 2" in slower.stdout
+
+
+# --- the page about quantization ----------------------------------------------------------------------------
+
+
+def test_quantization_page_is_what_the_script_makes_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody typed a number into it, and the formats are all there."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    quantization = script("quantization")
+    newest = max((BENCHMARKS / "results").glob("*-quantization.json"))
+    found = json.loads(newest.read_text(encoding="utf-8"))
+    page = quantization.PAGE.read_text(encoding="utf-8")
+    assert page == quantization.page(found)
+    assert quantization.PLOT.read_bytes().startswith(b"\x89PNG")
+    assert {row["weights"] or "f16" for row in found["rows"]} == set(backends.FORMAT_IDS) - {"f32"}
+    assert set(quantization.WHAT) == set(backends.FORMAT_IDS)
+    assert "/" not in found["text"]
+
+
+def test_weight_error_is_that_of_the_gguf_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q8_0 of the gguf package, dequantized, against the master's weights."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    quantization = script("quantization")
+    error = total = 0.0
+    for tensor in gguf.GGUFReader(quantization.MASTER).tensors:
+        if len(tensor.shape) == 2:
+            w = tensor.data.astype(np.float32)
+            q = gguf.quants.dequantize(
+                gguf.quants.quantize(w, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
+            )
+            error += float(((q.astype(np.float64) - w) ** 2).sum())
+            total += float((w.astype(np.float64) ** 2).sum())
+    assert quantization.weight_error("q8_0") == pytest.approx(math.sqrt(error / total), rel=1e-9)
+    assert quantization.weight_error(None) == 0

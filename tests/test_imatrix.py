@@ -12,7 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import reference
-from helpers_models import random_ids, random_weights, write_hf_directory
+from helpers_models import (
+    Spec,
+    golden_model,
+    golden_specs,
+    random_ids,
+    random_weights,
+    write_hf_directory,
+)
 
 import tinyllm
 from tinyllm import backends, imatrix, quality
@@ -91,6 +98,19 @@ def test_every_matrix_sees_what_the_reference_feeds_it(
         want = (expected[hugging_face(name)] ** 2).sum(axis=0)
         assert sums[-1] == 40, name
         np.testing.assert_allclose(sums[:-1], want, rtol=0, atol=1e-4 * want.max(), err_msg=name)
+
+
+@pytest.mark.parametrize("spec", golden_specs("families"), ids=lambda spec: spec.name)
+def test_every_family_is_observed(spec: Spec, tmp_path: Path) -> None:
+    """Every matrix of a layer meets every token, and something other than zeros."""
+    with tinyllm.load(golden_model(spec, tmp_path)) as llm:
+        seen = imatrix.observe(llm)
+        llm.logits(random_ids(spec.config, 1, 7))
+        n_fused = llm.config.n_layers if "blk.0.attn_qkv.weight" in seen else 0
+        assert len(seen) == 7 * llm.config.n_layers + 1 + n_fused
+    for name, sums in seen.items():
+        assert sums[-1] == 7, name
+        assert sums[:-1].sum() > 0, name
 
 
 def test_observing_changes_nothing_and_does_not_depend_on_threads_or_calls() -> None:

@@ -3,7 +3,7 @@
 A weight's rounding error reaches the output times its input, so a quantizer that knows the mean square of
 every input puts the error where it does least. The file is llama.cpp's (a GGUF with, for each matrix, the
 sums `NAME.in_sum2` [k] and how many rows they are of, `NAME.counts`), so that its tools read it too. Imports
-llm, loaders, backends and errors.
+families, llm and loaders.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .families import FAMILIES
 from .llm import LLM
 from .loaders.names import TABLE
 
@@ -34,13 +35,16 @@ def observe(llm: LLM) -> dict[str, F64]:
     config = llm.config
     seen: dict[str, F64] = {}
     for row in TABLE:
-        if len(row.shape(config)) != 2 or row.canonical == "embedding":
-            continue
         if row.canonical == "output":
             seen["token_embd.weight" if config.tied else row.gguf] = llm.model.observe("output")
-        elif row.present(config):
+        elif row.canonical.startswith("w") and row.present(config):
             for layer in range(config.n_layers):
                 seen[row.gguf.format(layer)] = llm.model.observe(row.canonical, layer)
+    if (
+        config.architecture in FAMILIES and FAMILIES[config.architecture].fused
+    ):  # q, k and v in one tensor, which all meet the same
+        for layer in range(config.n_layers):
+            seen[f"blk.{layer}.attn_qkv.weight"] = seen[f"blk.{layer}.attn_q.weight"]
     return seen
 
 
