@@ -145,7 +145,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "loading": {"backends", "config", "errors", "llm", "loaders", "modelfiles"},
     "benchmark": {"backends", "errors", "loaders", "loading", "modelfiles"},
-    "imatrix": {"families", "llm", "loaders"},
+    "calibration": {"families", "llm", "loaders"},
     "quality": {"backends", "errors", "llm", "tokenizer"},
     "compare": {"backends", "benchmark", "errors", "llm", "loading", "quality"},
     "tinyllm": {"backends", "engine", "errors", "llm", "loading", "sampling", "tokenizer"},

@@ -66,7 +66,7 @@ def _run(argv: list[str]) -> int:
     if args.imatrix is not None and not Path(args.imatrix).expanduser().parent.is_dir():
         raise UsageError(f"--imatrix {args.imatrix}: there is no such folder")
     text = read_text(args.text)
-    from tinyllm import imatrix, quality
+    from tinyllm import calibration, quality
 
     with ExitStack() as stack:
         model = stack.enter_context(load_model(args.model, args))
@@ -76,7 +76,7 @@ def _run(argv: list[str]) -> int:
             quality.require_same_vocabulary(reference, model)
             models = [reference, model]
         on = quality.text_windows(models[0], text, args.context, stride=args.stride, most=args.chunks)
-        seen = {} if args.imatrix is None else imatrix.observe(model)
+        seen = {} if args.imatrix is None else calibration.observe(model)
         with progress_bar("perplexity") as progress:
             found = quality.measure(
                 models, on, progress=lambda done, total, nll: progress(done, total, _so_far(nll))
@@ -85,7 +85,7 @@ def _run(argv: list[str]) -> int:
             n_windows, n_ctx = on.ids.shape
             names = [] if args.text == "-" else [Path(args.text).name]
             where = Path(args.imatrix).expanduser()
-            imatrix.write(where, seen, texts=names, n_windows=n_windows, n_ctx=n_ctx)
+            calibration.write(where, seen, texts=names, n_windows=n_windows, n_ctx=n_ctx)
         WRITERS[args.output](args, models, on, found)
     return EXIT_OK
 

@@ -22,7 +22,7 @@ from helpers_models import (
 )
 
 import tinyllm
-from tinyllm import backends, imatrix, quality
+from tinyllm import backends, calibration, quality
 from tinyllm.cli.perplexity import main
 from tinyllm.errors import ArgumentError, UnsupportedError
 
@@ -90,7 +90,7 @@ def test_every_matrix_sees_what_the_reference_feeds_it(
     ids = random_ids(CONFIG, 3, 40)
     expected = inputs(monkeypatch, weights, ids)
     with tinyllm.load(write_hf_directory(tmp_path / "m", CONFIG, weights), cache_type="f32") as llm:
-        seen = imatrix.observe(llm)
+        seen = calibration.observe(llm)
         llm.logits(ids)
     assert {hugging_face(name) for name in seen} == set(expected)
     assert len(seen) == 7 * 2 + 1
@@ -104,7 +104,7 @@ def test_every_matrix_sees_what_the_reference_feeds_it(
 def test_every_family_is_observed(spec: Spec, tmp_path: Path) -> None:
     """Every matrix of a layer meets every token, and something other than zeros."""
     with tinyllm.load(golden_model(spec, tmp_path)) as llm:
-        seen = imatrix.observe(llm)
+        seen = calibration.observe(llm)
         llm.logits(random_ids(spec.config, 1, 7))
         n_fused = llm.config.n_layers if "blk.0.attn_qkv.weight" in seen else 0
         assert len(seen) == 7 * llm.config.n_layers + 1 + n_fused
@@ -124,7 +124,7 @@ def test_observing_changes_nothing_and_does_not_depend_on_threads_or_calls() -> 
             with tinyllm.load(MASTER, weights="q8_0", threads=threads) as llm:
                 plain = llm.logits(ids)[-1].tobytes()
             with tinyllm.load(MASTER, weights="q8_0", threads=threads) as llm:
-                seen = imatrix.observe(llm)
+                seen = calibration.observe(llm)
                 if threads == 1:
                     logits.append(llm.logits(ids)[-1].tobytes())
                 else:  # the same tokens in calls of 50
@@ -148,13 +148,13 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
             llm.model.observe("wq", 4)
         monkeypatch.setattr(llm.model, "device", "cuda:0")
         with pytest.raises(UnsupportedError, match="on the CPU only, not on cuda:0"):
-            imatrix.observe(llm)
+            calibration.observe(llm)
 
 
 def test_nothing_is_left_behind() -> None:
     before = backends.live_allocations()
     with tinyllm.load("stories") as llm:
-        seen = imatrix.observe(llm)
+        seen = calibration.observe(llm)
         llm.logits([1, 2, 3])
     assert seen["blk.0.attn_q.weight"][-1] == 3, "the numbers outlive the model"
     assert backends.live_allocations() == before
@@ -181,7 +181,7 @@ def test_command_writes_what_gguf_reads(tmp_path: Path, capsys: pytest.CaptureFi
     assert (fields["imatrix.chunk_count"], fields["imatrix.chunk_size"]) == (3, 40)
     held = {t.name: t for t in reader.tensors}
     with tinyllm.load(MASTER) as llm:
-        seen = imatrix.observe(llm)
+        seen = calibration.observe(llm)
         quality.measure([llm], quality.text_windows(llm, text, 40, most=3))
     assert len(held) == 2 * len(seen) == 2 * (4 * 7 + 1)
     for name, sums in seen.items():
@@ -194,7 +194,7 @@ def test_command_writes_what_gguf_reads(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_unseen_matrices_are_left_out(tmp_path: Path) -> None:
-    imatrix.write(tmp_path / "a.gguf", {"seen": np.ones(4), "unseen": np.zeros(4)})
+    calibration.write(tmp_path / "a.gguf", {"seen": np.ones(4), "unseen": np.zeros(4)})
     assert [t.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors] == ["seen.counts", "seen.in_sum2"]
 
 
