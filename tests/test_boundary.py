@@ -144,6 +144,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
     },
     "loading": {"backends", "config", "errors", "llm", "loaders", "modelfiles"},
+    "inspection": {
+        *{"backends", "chat", "config", "engine", "errors", "loaders", "loading", "modelfiles"},
+        *{"reasoning", "tokenizer"},
+    },
     "benchmark": {"backends", "errors", "loaders", "loading", "modelfiles"},
     "calibration": {"families", "llm", "loaders"},
     "quality": {"backends", "errors", "llm", "tokenizer"},

@@ -100,6 +100,26 @@ def test_loop_knows_its_length_and_neighbours() -> None:
     assert render("{% for x in x | select %}{{ loop.length }}{% else %}none{% endfor %}", x=[0]) == "none"
 
 
+def test_variables_that_a_caller_may_give() -> None:
+    source = (
+        "{% if a is defined %}{% set b = 1 %}{% endif %}{{ b }}{{ c }}{% for d in messages %}{{ loop.index }}"
+        "{{ d.role }}{% endfor %}{% macro e(f) %}{{ f }}{% endmacro %}{{ e(1) }}{{ strftime_now('%Y') }}"
+        "{% if g is not defined %}{% set g = true %}{% endif %}{{ bos_token }}{{ unk_token }}{{ tools }}"
+    )
+    assert ChatTemplate(source, variables={"unk_token": "<unk>"}).free_variables() == ["a", "c", "g"]
+    with pytest.raises(TemplateError, match="not valid"):
+        ChatTemplate("{% if %}").free_variables()
+
+
+def test_variables_of_the_makers_templates(data_dir: Path) -> None:
+    found = {
+        path.stem: ChatTemplate(path.read_text(encoding="utf-8")).free_variables()
+        for path in (data_dir / "chat/jinja").glob("*.jinja")
+    }
+    assert found["Qwen-Qwen3-0.6B"] == found["HuggingFaceTB-SmolLM3-3B"] == ["enable_thinking"]
+    assert "reasoning_effort" in found["openai-gpt-oss-120b"]
+
+
 def test_tools_choose_the_tool_template() -> None:
     template = ChatTemplate("plain", tool_source="{{ tools | length }} tools")
     assert template.render(HELLO) == "plain"

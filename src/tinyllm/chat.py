@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 _TOOL_USE = "tool_use"  # the name that model makers give to the template with tools
+_GIVEN = {"bos_token", "eos_token", "messages", "tools", "documents", "add_generation_prompt"}  # by `render`
 _MAX_NESTING = 64  # of lists and dicts in messages and tools
 
 
@@ -87,14 +89,31 @@ class ChatTemplate:
         }
         return self._run(self.tool_source if tools and self.tool_source else self.source, variables)
 
+    def free_variables(self) -> list[str]:
+        """Names that the template reads and that a caller may give it, such as "enable_thinking"; sorted.
+
+        Raises TemplateError for a template that is not valid.
+        """
+        from tinyllm import sandbox
+
+        with self._reported():
+            names = sandbox.Sandbox().free_variables(self.source, self._filename)
+        return sorted(names - {*self.variables, *_GIVEN})
+
     def _run(self, source: str, variables: dict[str, Any]) -> str:
+        with self._reported():
+            environment, template = self._compile(source)
+            return environment.render(template, variables)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """What goes wrong inside becomes a TemplateError."""
         import jinja2
 
         from tinyllm import sandbox
 
         try:
-            environment, template = self._compile(source)
-            return environment.render(template, variables)
+            yield
         except sandbox.LimitError as e:
             raise self._error(f"was stopped: {e}", e) from None
         except sandbox.RefusedError as e:

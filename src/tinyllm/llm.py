@@ -127,8 +127,8 @@ class LLM:
     """A loaded model. Made by `load`; any number of threads may use one.
 
     model: the layer below, with `model.forward`. tokenizer: None for a model that takes and gives ids only.
-    chat_template: None for a base model. context: how many tokens a sequence may hold. load_s: seconds of
-    loading.
+    chat_template: None for a base model. defaults: the model's own sampling parameters, by name. context: how
+    many tokens a sequence may hold. load_s: seconds of loading.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class LLM:
         self.device, self.context = model.device, config.context
         defaults = defaults or GenerationDefaults()
         self.eos_ids = frozenset(defaults.eos_ids) | (tokenizer.eos_ids if tokenizer else frozenset())
-        self._defaults = asdict(defaults)
+        self.defaults = asdict(defaults)
         n_pages = -(-config.context // PAGE)
         max_pages = max_pages or n_pages
         self._cache = KVCache(
@@ -209,7 +209,7 @@ class LLM:
         given = _merge(params, sampling)
         requests: list[list[_Request]] = []
         for one in prompts:
-            ids, resolved = self._prompt(one, special), given.resolve(self._defaults)
+            ids, resolved = self._prompt(one, special), given.resolve(self.defaults)
             first = self._request(resolved, ids, self._engine.sequence(ids), reasoning)
             others = (_derive(resolved, i) for i in range(1, n or 1))
             requests.append([first, *(self._request(other, ids, None, reasoning) for other in others)])
@@ -235,7 +235,7 @@ class LLM:
         """
         if not _is_prompt(prompt):
             raise ArgumentError("stream takes one prompt; call the model with a list of them")
-        ids, resolved = self._prompt(prompt, special), _merge(params, sampling).resolve(self._defaults)
+        ids, resolved = self._prompt(prompt, special), _merge(params, sampling).resolve(self.defaults)
         request = self._request(resolved, ids, self._engine.sequence(ids), reasoning)
 
         def pieces() -> Generator[Piece, None, None]:
@@ -569,7 +569,7 @@ class Session:
         merged = _merge(params, sampling)
         if merged.seed is None:
             merged = replace(merged, seed=self.seed)
-        return merged.resolve(self._llm._defaults)
+        return merged.resolve(self._llm.defaults)
 
     def _evaluate(self, cancel: Cancel | None = None) -> Logits | None:
         """The logits after the last token; None when cancelled."""

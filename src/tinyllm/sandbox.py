@@ -349,6 +349,11 @@ def _finalize(context: Context, value: Any) -> str:
     return text
 
 
+def _check_length(source: str) -> None:
+    if len(source) > MAX_SOURCE:
+        raise LimitError(f"it has {len(source)} characters, and {MAX_SOURCE} is the most")
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
     """The environment; `compile_template` and `render` are all that chat.py needs of it."""
 
@@ -377,10 +382,20 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def compile_template(self, source: str, filename: str) -> Any:
         """The jinja2.Template of `source`, whose frames in a traceback bear `filename`."""
-        if len(source) > MAX_SOURCE:
-            raise LimitError(f"it has {len(source)} characters, and {MAX_SOURCE} is the most")
+        _check_length(source)
         tree = _Rewrite().visit(self.parse(source, filename=filename))
         return self.template_class.from_code(self, self.compile(tree, filename=filename), self.globals)
+
+    def free_variables(self, source: str, filename: str) -> set[str]:
+        """The names that a template reads and sets nowhere itself, or asks of whether they are defined."""
+        _check_length(source)
+        tree = self.parse(source, filename=filename)
+        names = list(tree.find_all(nodes.Name))
+        own = {name.name for name in names if name.ctx != "load"}
+        own |= {macro.name for macro in tree.find_all(nodes.Macro)} | self.globals.keys() | {"loop"}
+        tests = (test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined"))
+        asked = {test.node.name for test in tests if isinstance(test.node, nodes.Name)}
+        return ({name.name for name in names} - own) | (asked - self.globals.keys())
 
     def render(self, template: Any, variables: dict[str, Any]) -> str:
         token = _current.set(Budget(sum(map(_tree_size, variables.values()))))

@@ -71,6 +71,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self._tokens)
 
+    @property
+    def kind(self) -> str:
+        """How the vocabulary spells its tokens, in words."""
+        return _KINDS.get(self._speller, "BPE")
+
     def encode(self, text: str, bos: bool | None = None, special: bool = False) -> list[int]:
         """The ids of `text`.
 
@@ -205,3 +210,6 @@ def byte_of(text: str) -> int | None:
         except ValueError:
             return None
     return None
+
+
+_KINDS: dict[Speller, str] = {spell_byte_level: "byte-level BPE", spell_sentencepiece: "SentencePiece"}

@@ -1,0 +1,178 @@
+"""What may come next: the probabilities of the tokens after a text at several temperatures, and what the
+filters of sampling leave of them, as lines for a terminal, JSON or a picture.
+
+Imports common.py, and matplotlib only to draw. docs/sampling.md says what the filters do. Read next:
+inspect.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyllm.cli.common import BOLD, DIM, UsageError, shown, styled
+
+if TYPE_CHECKING:
+    from tinyllm.sampling import SamplingParams
+
+F64 = npt.NDArray[np.float64]
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_KEPT, _MOST_NAME = "\x1b[36m", 16
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """ids: all tokens, the likeliest first. probabilities: float64 [temperatures, tokens], in that order,
+    before any filter. left: (filter, how many tokens are left after it), in the order they are applied."""
+
+    ids: list[int]
+    temperatures: list[float]
+    probabilities: F64
+    left: list[tuple[str, int]]
+
+    def dropped_by(self, rank: int) -> str | None:
+        """The filter that removes the token of this rank, or None."""
+        return next((name for name, n in self.left if rank >= n), None)
+
+
+def look(logits: npt.NDArray[np.float32], temperatures: list[float], params: SamplingParams) -> NextToken:
+    """logits: float32 [vocab_size]. params: resolved; of its fields top_k, top_p and min_p count.
+
+    The filters look at temperature 1, one after the other (docs/sampling.md), and keep likelier tokens before
+    less likely ones; so what they leave is a number each.
+    """
+    top_k, top_p, min_p = params.top_k or 0, cast(float, params.top_p), params.min_p or 0.0
+    x = logits.astype(np.float64)
+    order = np.argsort(-x, kind="stable")
+    x = x[order] - x[order[0]]
+    p = np.exp(x)
+    n, left = len(p), []
+    if top_k:
+        n = min(n, top_k)
+        left.append((f"top-k {top_k}", n))
+    if top_p != 1:
+        share = np.cumsum(p[:n]) / p[:n].sum()
+        n = int(np.sum(share[:-1] < np.float32(top_p))) + 1
+        left.append((f"top-p {top_p:g}", n))
+    if min_p:
+        n = int(np.sum(p[:n] >= min_p))
+        left.append((f"min-p {min_p:g}", n))
+    rows = [np.exp(x / t) if t else (x == 0) * (np.arange(len(x)) == 0) for t in temperatures]
+    probabilities = np.array([row / row.sum() for row in rows])
+    return NextToken(order.tolist(), temperatures, probabilities, left)
+
+
+def record(found: NextToken, names: list[str], n_rows: int) -> dict[str, Any]:
+    """What JSON gets: the n_rows likeliest tokens."""
+    n_rows = min(n_rows, len(found.ids))
+    tokens = [
+        {
+            "id": found.ids[rank],
+            "text": names[rank],
+            "probabilities": found.probabilities[:, rank].tolist(),
+            "dropped_by": found.dropped_by(rank),
+        }
+        for rank in range(n_rows)
+    ]
+    filters = [{"filter": name, "left": n} for name, n in found.left]
+    return {"temperatures": found.temperatures, "filters": filters, "tokens": tokens}
+
+
+def lines(found: NextToken, names: list[str], n_rows: int) -> Iterator[str]:
+    """A table for the terminal: a row a token, a bar a temperature, and what becomes of it."""
+    from rich.cells import cell_len, set_cell_size
+
+    n_rows = min(n_rows, len(found.ids))
+    name_width = min(_MOST_NAME, max(8, *(cell_len(name) for name in names[:n_rows])))
+    droppers = [found.dropped_by(rank) for rank in range(n_rows)]
+    verdicts = ["kept" if name is None else f"dropped by {name.split()[0]}" for name in droppers]
+    verdict_width = max(map(len, verdicts))
+    n_columns = len(found.temperatures)
+    room = shutil.get_terminal_size((100, 40)).columns - name_width - verdict_width - 2
+    bar_width = max(4, min(30, room // n_columns - 10))
+    most = found.probabilities.max()
+
+    head = "".join(f"  {f'temperature {t:g}':<{bar_width + 8}}" for t in found.temperatures)
+    yield styled(" " * name_width + head.rstrip(), DIM, sys.stdout)
+    for rank in range(n_rows):
+        is_kept = droppers[rank] is None
+        name = set_cell_size(shown(names[rank], sys.stdout), name_width)
+        row = styled(name, BOLD, sys.stdout) if is_kept else styled(name, DIM, sys.stdout)
+        for p in found.probabilities[:, rank]:
+            bar = styled(_bar(p / most, bar_width), _KEPT if is_kept else DIM, sys.stdout)
+            row += f"  {bar} {percent(p):>7}"
+        yield row + "  " + styled(verdicts[rank], "" if is_kept else DIM, sys.stdout)
+    if len(found.ids) > n_rows:
+        row = f"{'others':<{name_width}}"
+        for p in found.probabilities[:, n_rows:].sum(axis=1):
+            row += f"  {'':<{bar_width}} {percent(p):>7}"
+        yield styled(row, DIM, sys.stdout)
+    yield ""
+    yield from summary(found)
+
+
+def summary(found: NextToken) -> list[str]:
+    """What the filters leave, in words."""
+    steps = [f"{name} keeps {n}" for name, n in found.left]
+    if not steps:
+        return [f"all {len(found.ids)} tokens can be drawn"]
+    kept = f"of {len(found.ids)} tokens {', then '.join(steps)}"
+    return [kept, "filters look at the probabilities at temperature 1, so they keep the same at any"]
+
+
+def percent(p: float) -> str:
+    return f"{p:.1%}".replace("%", " %")
+
+
+def _bar(share: float, width: int) -> str:
+    """A bar of `share` of the width, in eighths of a character; a sliver where there is anything."""
+    eighths = max(round(share * width * 8), 1 if share > 0 else 0)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'tinyllm-inference[plot]'") from None
+
+
+def plot(found: NextToken, names: list[str], n_rows: int, title: str, path: str) -> None:
+    """Draws the n_rows likeliest tokens, a panel a temperature, into a picture of the kind its name says."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    n_rows = min(n_rows, len(found.ids))
+    kept = [found.dropped_by(rank) is None for rank in range(n_rows)]
+    figure = Figure(figsize=(1.5 + 3 * len(found.temperatures), 1.6 + 0.32 * n_rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(found.temperatures), sharex=True, sharey=True, squeeze=False)[0]
+    most = float(found.probabilities.max())
+    for panel, temperature, p in zip(panels, found.temperatures, found.probabilities, strict=True):
+        panel.barh(
+            range(n_rows), p[:n_rows], color=["#2a6f97" if k else "#c9ced6" for k in kept], height=0.75
+        )
+        for rank in range(n_rows):
+            panel.text(
+                p[rank] + 0.015 * most, rank, percent(p[rank]), va="center", fontsize=8, color="#444444"
+            )
+        others = f"others: {percent(p[n_rows:].sum())}" if n_rows < len(p) else ""
+        panel.text(1.25 * most, n_rows - 1, others, ha="right", va="center", fontsize=8, color="#444444")
+        panel.set_title(f"temperature {temperature:g}", fontsize=10)
+        panel.set_xlim(0, 1.25 * most)
+        panel.set_xticks([])
+        panel.tick_params(left=False)
+        for side in ("top", "right", "bottom"):
+            panel.spines[side].set_visible(False)
+    panels[0].set_yticks(range(n_rows), [name.replace("$", r"\$") for name in names[:n_rows]])
+    panels[0].invert_yaxis()
+    figure.suptitle(title.replace("$", r"\$"), fontsize=12, fontweight="bold")
+    figure.supxlabel("; ".join([*summary(found)[:1], "grey ones are dropped"]), fontsize=8)
+    figure.savefig(path, dpi=150)
