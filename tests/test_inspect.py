@@ -123,11 +123,13 @@ def test_lines(cli: Cli) -> None:
         r"tokenizer +SentencePiece, 2048 tokens, 3 special; texts begin with <s> \(1\); </s> \(2\) ends",
         r"chat template +none: a base model",
         r"memory +weights 3\.91 MB \+ cache 1\.05 MB \+ scratch [\d.]+ MB = [\d.]+ MB for a context of 512",
-        r"4 x +w_down +256 x 768 +Q8_0 +836 kB",
+        r"\| w_down +\| 256 x 768 +\| Q8_0 +\| +4 \| +836 kB \|",
     ):
         assert re.search(line, result.out), line
     assert "blk.3.ffn_down.weight" not in result.out
-    assert re.search(r"blk\.3\.ffn_down\.weight +256 x 768 +Q8_0 +209 kB", cli("stories", "--tensors").out)
+    assert re.search(
+        r"blk\.3\.ffn_down\.weight +\| 256 x 768 +\| Q8_0 +\| +209 kB", cli("stories", "--tensors").out
+    )
 
 
 def test_json_holds_what_the_lines_say(cli: Cli) -> None:

@@ -29,6 +29,7 @@ from tinyllm.cli.common import (
     shown,
     size,
     styled,
+    table,
 )
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ def _lines(found: Inspection, all_tensors: bool) -> Iterator[str]:
         yield from _wrapped(label, 15, shown(text, sys.stdout))
         before = name
     yield ""
-    yield from _tensor_table(found.tensors) if all_tensors else _group_table(found.tensors)
+    rows = _tensor_table(found.tensors) if all_tensors else _group_table(found.tensors)
+    yield shown(rows, sys.stdout)
     if found.warnings:
         yield ""
     for warning in found.warnings:
@@ -225,41 +227,22 @@ def _memory_lines(memory: Memory) -> Iterator[str]:
     yield f"{size(memory.free)} are free here: {fits}"
 
 
-def _tensor_table(tensors: Iterable[Tensor]) -> Iterator[str]:
-    rows: list[tuple[str, ...]] = [(t.name, _shape(t.shape), t.format, size(t.n_bytes)) for t in tensors]
-    yield from _table(("tensor", "shape", "format", "size"), rows)
+def _tensor_table(tensors: Iterable[Tensor]) -> str:
+    rows = [(t.name, _shape(t.shape), t.format, size(t.n_bytes)) for t in tensors]
+    return table(("tensor", "shape", "format", "size"), rows, left=("tensor", "shape", "format"))
 
 
-def _group_table(tensors: Iterable[Tensor]) -> Iterator[str]:
+def _group_table(tensors: Iterable[Tensor]) -> str:
     """One row for each kind of weight and format."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for t in tensors:
         groups.setdefault((t.weight, _shape(t.shape), t.format), []).append(t.n_bytes)
-    rows: list[tuple[str, ...]] = [
-        (f"{len(sizes)} x" if len(sizes) > 1 else "", *group, size(sum(sizes)))
-        for group, sizes in groups.items()
-    ]
-    yield from _table(("", "weight", "shape", "format", "size"), rows)
+    rows = [(*group, str(len(sizes)), size(sum(sizes))) for group, sizes in groups.items()]
+    return table(("weight", "shape", "format", "tensors", "size"), rows, left=("weight", "shape", "format"))
 
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
-    """Columns as wide as they must be, the last and an untitled one to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [
-            f"{cell:>{width}}" if title in ("", head[-1]) else f"{cell:<{width}}"
-            for cell, width, title in zip(row, widths, head, strict=True)
-        ]
-        return "  ".join(cells)
-
-    yield styled(line(head), DIM, sys.stdout)
-    for row in rows:
-        yield shown(line(row), sys.stdout)
 
 
 # Tokens

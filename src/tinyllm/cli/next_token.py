@@ -123,7 +123,7 @@ def summary(found: NextToken) -> list[str]:
     if not steps:
         return [f"all {len(found.ids)} tokens can be drawn"]
     kept = f"of {len(found.ids)} tokens {', then '.join(steps)}"
-    return [kept, "filters look at the probabilities at temperature 1, so they keep the same at any"]
+    return [kept, "(the filters look at temperature 1, so they keep the same tokens at any)"]
 
 
 def percent(p: float) -> str:
