@@ -97,6 +97,13 @@ def test_a_directory(tmp_path: Path) -> None:
     assert found.warnings == ["no tokenizer: this model takes and gives ids, not text"]
 
 
+def test_sliding_windows(cli: Cli, tmp_path: Path) -> None:
+    config = {**golden_spec("mistral").config, "sliding_window": 16}
+    write_hf_directory(tmp_path, config, random_weights(config, 1))
+    n_layers = config["num_hidden_layers"]
+    assert f"; {n_layers} layers see the last 16 tokens only" in cli(tmp_path).out
+
+
 def test_only_the_header_is_read(tmp_path: Path, reads: ReadCount, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2, "head_dim": 64}
     path = write(tmp_path / "big.gguf", **config)

@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 
 PROG = "tinyllm-inspect"
 
-DESCRIPTION = """Shows what a model is made of, from its files' headers and without loading it: architecture,
-parameters, formats, tokenizer, chat template, the memory it would take here, and what looks wrong.
+DESCRIPTION = """Shows what a model is made of, from its files' headers and without loading it:
+architecture, parameters, formats, tokenizer, chat template, the memory it would take here, and what
+looks wrong.
 
---tokens shows the pieces that a text is cut into. --next loads the model and shows what it thinks may come
-after a text: each token's probability at several temperatures, and which ones sampling would choose from."""
+--tokens shows the pieces that a text is cut into. --next loads the model and shows what it thinks may
+come after a text: each token's probability at several temperatures, and which ones sampling would
+choose from."""
 
 EPILOG = f"""examples:
   {PROG} model.gguf                              the facts
@@ -161,7 +163,9 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
         f"{c.architecture}: {c.n_layers} layers of width {c.dim}, feed-forward {c.ff_dim}",
     )
     shared = "" if c.n_kv_heads == c.n_heads else f", sharing {c.n_kv_heads} for keys and values"
-    yield "attention", f"{c.n_heads} heads of {c.head_dim}{shared}"
+    windows = [window for window in c.windows if window]
+    local = f"; {len(windows)} layers see the last {max(windows)} tokens only" if windows else ""
+    yield "attention", f"{c.n_heads} heads of {c.head_dim}{shared}{local}"
     extended = "" if c.original_context is None else f", extended from {c.original_context}"
     yield "context", f"{c.context} tokens{extended}; RoPE base {c.rope_theta:g}"
     tied = "; the output matrix is the embedding" if c.tied else ""
