@@ -26,10 +26,12 @@ from tinyllm.cli.common import BOLD, DIM, shown
 from tinyllm.cli.interactive import Chat, Talk, Text, interact
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
-# Takes the terminal over first, so that Ctrl-C is a signal.
+# Takes the terminal over first, so that Ctrl-C is a signal, and listens to it even where the tests run in the
+# background, whose commands ignore it.
 LAUNCH = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tinyllm.cli.run import main
 sys.exit(main())
 """
