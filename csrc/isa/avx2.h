@@ -52,8 +52,19 @@ static inline void vf_store_f16(uint8_t *p, vf x) {
     _mm_storeu_si128((__m128i *)(p + 16), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+static inline float vf_largest(vf x) {
+    const __m256 eight = _mm256_max_ps(x.a, x.b);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
 static inline vi vi_set1(int32_t x) { return (vi){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 static inline vi vi_add(vi x, vi y) { return (vi){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+static inline vi vi_sub(vi x, vi y) { return (vi){_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+static inline __attribute__((always_inline)) vi vi_shl(vi x, const int n) {
+    return (vi){_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)};
+}
 static inline vi vi_mul(vi x, vi y) { return (vi){_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
 static inline vi vi_load_u8(const uint8_t *p) {
     return (vi){_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)),
@@ -102,35 +113,33 @@ static inline vb vb_lookup(vb x, const uint8_t table[16]) {
                 _mm256_shuffle_epi8(values, _mm256_and_si256(x.b, low))};
 }
 
-static inline __m256i v_quad(const int8_t *a) { // a token's 4 activations in every lane
+typedef __m256i vq;
+static inline vq vq_load(const int8_t *p) {
     int32_t quad;
-    memcpy(&quad, a, 4);
+    memcpy(&quad, p, 4);
     return _mm256_set1_epi32(quad);
 }
 #ifdef TINYLLM_AVX_VNNI
-static inline vi vi_dot(vi sum, vb w, const int8_t *a) {
-    const __m256i quad = v_quad(a);
-    return (vi){_mm256_dpbusd_avx_epi32(sum.a, w.a, quad), _mm256_dpbusd_avx_epi32(sum.b, w.b, quad)};
+static inline vi vi_dot(vi sum, vb w, vq a) {
+    return (vi){_mm256_dpbusd_avx_epi32(sum.a, w.a, a), _mm256_dpbusd_avx_epi32(sum.b, w.b, a)};
 }
 #define V_OFFSET 128
-static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) { return vi_dot(sum, w, a); }
+static inline vi vi_dot_offset(vi sum, vb w, vq a) { return vi_dot(sum, w, a); }
 #else
 static inline __m256i v_pairs(__m256i w,
                               __m256i a) { // u8 x s8, added in fours; exact while a pair fits 16 bits
     return _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1));
 }
-static inline vi vi_dot(vi sum, vb w, const int8_t *a) {
-    const __m256i quad = v_quad(a);
-    return (vi){_mm256_add_epi32(sum.a, v_pairs(w.a, quad)), _mm256_add_epi32(sum.b, v_pairs(w.b, quad))};
+static inline vi vi_dot(vi sum, vb w, vq a) {
+    return (vi){_mm256_add_epi32(sum.a, v_pairs(w.a, a)), _mm256_add_epi32(sum.b, v_pairs(w.b, a))};
 }
 #define V_OFFSET 0 // the offset is taken off here: |w| x (a with w's sign)
 static inline __m256i v_signed(__m256i w, __m256i a) {
     const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80));
     return v_pairs(_mm256_abs_epi8(s), _mm256_sign_epi8(a, s));
 }
-static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) {
-    const __m256i quad = v_quad(a);
-    return (vi){_mm256_add_epi32(sum.a, v_signed(w.a, quad)), _mm256_add_epi32(sum.b, v_signed(w.b, quad))};
+static inline vi vi_dot_offset(vi sum, vb w, vq a) {
+    return (vi){_mm256_add_epi32(sum.a, v_signed(w.a, a)), _mm256_add_epi32(sum.b, v_signed(w.b, a))};
 }
 #endif
 

@@ -33,8 +33,12 @@ static inline void vf_store_f16(uint8_t *p, vf a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+static inline float vf_largest(vf a) { return _mm512_reduce_max_ps(a); }
+
 static inline vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+static inline __attribute__((always_inline)) vi vi_shl(vi a, const int n) { return _mm512_slli_epi32(a, (unsigned)n); }
 static inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 static inline vi vi_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 static inline vi vi_load_s8(const uint8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
@@ -58,29 +62,25 @@ static inline vb vb_lookup(vb a, const uint8_t table[16]) {
     return _mm512_shuffle_epi8(values, _mm512_and_si512(a, _mm512_set1_epi8(15)));
 }
 
-#ifdef TINYLLM_VNNI
-// Written out, because compilers give the broadcast a register of its own, keep 48 of them across panels, and spill.
-typedef int32_t v_int __attribute__((may_alias));
-static inline vi vi_dot(vi sum, vb w, const int8_t *a) {
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*(const v_int *)a));
-    return sum;
-}
-#define V_OFFSET 128
-static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) { return vi_dot(sum, w, a); }
-#else
-static inline vi v_quad(const int8_t *a) { // a token's 4 activations in every lane
+typedef __m512i vq;
+static inline vq vq_load(const int8_t *p) {
     int32_t quad;
-    memcpy(&quad, a, 4);
+    memcpy(&quad, p, 4);
     return _mm512_set1_epi32(quad);
 }
+#ifdef TINYLLM_VNNI
+static inline vi vi_dot(vi sum, vb w, vq a) { return _mm512_dpbusd_epi32(sum, w, a); }
+#define V_OFFSET 128
+static inline vi vi_dot_offset(vi sum, vb w, vq a) { return vi_dot(sum, w, a); }
+#else
 static inline vi v_pairs(vb w, vi a) { // u8 x s8, added in fours; exact while a pair fits 16 bits
     return _mm512_madd_epi16(_mm512_maddubs_epi16(w, a), _mm512_set1_epi16(1));
 }
-static inline vi vi_dot(vi sum, vb w, const int8_t *a) { return _mm512_add_epi32(sum, v_pairs(w, v_quad(a))); }
+static inline vi vi_dot(vi sum, vb w, vq a) { return _mm512_add_epi32(sum, v_pairs(w, a)); }
 #define V_OFFSET 0 // the offset is taken off here: |w| x (a with w's sign)
-static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) {
-    vi quad = v_quad(a), s = _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80));
-    vi signed_quad = _mm512_mask_sub_epi8(quad, _mm512_movepi8_mask(s), _mm512_setzero_si512(), quad);
+static inline vi vi_dot_offset(vi sum, vb w, vq a) {
+    vi s = _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80));
+    vi signed_quad = _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(s), _mm512_setzero_si512(), a);
     return _mm512_add_epi32(sum, v_pairs(_mm512_abs_epi8(s), signed_quad));
 }
 #endif

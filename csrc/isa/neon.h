@@ -67,8 +67,14 @@ static inline void vf_store_f16(uint8_t *p, vf x) {
     vst1q_u8(p + 16, vreinterpretq_u8_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.c), x.d)));
 }
 
+static inline float vf_largest(vf x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d))); }
+
 static inline vi vi_set1(int32_t x) { return (vi){vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x)}; }
 static inline vi vi_add(vi x, vi y) { return (vi)V_BOTH(vaddq_s32, x, y); }
+static inline vi vi_sub(vi x, vi y) { return (vi)V_BOTH(vsubq_s32, x, y); }
+static inline __attribute__((always_inline)) vi vi_shl(vi x, const int n) {
+    return (vi){x.a << vdupq_n_s32(n), x.b << vdupq_n_s32(n), x.c << vdupq_n_s32(n), x.d << vdupq_n_s32(n)};
+}
 static inline vi vi_mul(vi x, vi y) { return (vi)V_BOTH(vmulq_s32, x, y); }
 static inline vi v_widen(int16x8_t low, int16x8_t high) {
     return (vi){vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)};
@@ -113,9 +119,10 @@ static inline vb vb_lookup(vb x, const uint8_t table[16]) {
                 vqtbl1q_u8(values, vandq_u8(x.c, low)), vqtbl1q_u8(values, vandq_u8(x.d, low))};
 }
 
-static inline int8x8_t v_quad(const int8_t *a) { // a token's 4 activations, in lane 0 of two
+typedef int8x8_t vq; // in lane 0 of two
+static inline vq vq_load(const int8_t *p) {
     uint32_t quad;
-    memcpy(&quad, a, 4);
+    memcpy(&quad, p, 4);
     return vcreate_s8(quad);
 }
 #ifdef TINYLLM_DOTPROD
@@ -127,13 +134,12 @@ static inline int32x4_t v_dot(int32x4_t sum, int8x16_t w, int8x8_t quad) {
     return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a)));
 }
 #endif
-static inline vi vi_dot(vi sum, vb w, const int8_t *a) {
-    const int8x8_t quad = v_quad(a);
-    return (vi){v_dot(sum.a, vreinterpretq_s8_u8(w.a), quad), v_dot(sum.b, vreinterpretq_s8_u8(w.b), quad),
-                v_dot(sum.c, vreinterpretq_s8_u8(w.c), quad), v_dot(sum.d, vreinterpretq_s8_u8(w.d), quad)};
+static inline vi vi_dot(vi sum, vb w, vq a) {
+    return (vi){v_dot(sum.a, vreinterpretq_s8_u8(w.a), a), v_dot(sum.b, vreinterpretq_s8_u8(w.b), a),
+                v_dot(sum.c, vreinterpretq_s8_u8(w.c), a), v_dot(sum.d, vreinterpretq_s8_u8(w.d), a)};
 }
 #define V_OFFSET 0 // the offset is taken off here: + 128 turns the sign bit around
-static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) {
+static inline vi vi_dot_offset(vi sum, vb w, vq a) {
     const uint8x16_t sign = vdupq_n_u8(0x80);
     return vi_dot(sum, (vb){veorq_u8(w.a, sign), veorq_u8(w.b, sign), veorq_u8(w.c, sign), veorq_u8(w.d, sign)}, a);
 }

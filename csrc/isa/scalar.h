@@ -53,8 +53,16 @@ static inline void vf_store_f16(uint8_t *p, vf a) {
     memcpy(p, h, sizeof h);
 }
 
+static inline float vf_largest(vf a) {
+    float largest = a.v[0];
+    for (int i = 1; i < 16; i++) largest = a.v[i] > largest ? a.v[i] : largest;
+    return largest;
+}
+
 static inline vi vi_set1(int32_t x) { V_OP(vi, x); }
 static inline vi vi_add(vi a, vi b) { V_OP(vi, a.v[i] + b.v[i]); }
+static inline vi vi_sub(vi a, vi b) { V_OP(vi, a.v[i] - b.v[i]); }
+static inline vi vi_shl(vi a, int n) { V_OP(vi, a.v[i] * (1 << n)); } // n is a constant
 static inline vi vi_mul(vi a, vi b) { V_OP(vi, a.v[i] * b.v[i]); }
 static inline vi vi_load_u8(const uint8_t *p) { V_OP(vi, p[i]); }
 static inline vi vi_load_s8(const uint8_t *p) { V_OP(vi, (int8_t)p[i]); }
@@ -97,14 +105,20 @@ static inline vb vb_lookup(vb a, const uint8_t table[16]) {
     return r;
 }
 
-// Adds to each row's lane its 4 weights times the token's 4 activations at a. vi_dot: weights 0..63.
+// A token's 4 activations, ready to meet 4 weights in every lane.
+typedef struct vq {
+    int8_t v[4];
+} vq;
+static inline vq vq_load(const int8_t *p) { return (vq){{p[0], p[1], p[2], p[3]}}; }
+
+// Adds to each row's lane its 4 weights times a token's 4 activations. vi_dot: weights 0..63.
 // vi_dot_offset: weights -128..127 stored +128, for accumulators that started at -V_OFFSET x (sum of the
 // activations).
-static inline vi vi_dot(vi sum, vb w, const int8_t *a) {
-    V_EACH sum.v[i] += w.v[4 * i] * a[0] + w.v[4 * i + 1] * a[1] + w.v[4 * i + 2] * a[2] + w.v[4 * i + 3] * a[3];
+static inline vi vi_dot(vi sum, vb w, vq a) {
+    for (int j = 0; j < 4; j++) V_EACH sum.v[i] += w.v[4 * i + j] * a.v[j];
     return sum;
 }
 #define V_OFFSET 128
-static inline vi vi_dot_offset(vi sum, vb w, const int8_t *a) { return vi_dot(sum, w, a); }
+static inline vi vi_dot_offset(vi sum, vb w, vq a) { return vi_dot(sum, w, a); }
 
 #endif
