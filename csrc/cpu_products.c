@@ -3,6 +3,7 @@
 #include "cpu.h"
 
 #define BLOCK_BYTES  (512 << 10) // weights a unit reads: about half of L2, so that they stay there for all its tokens
+#define MOST_TOKENS  96          // of a unit: what it writes and reads again (gate and up) stays in L2, too
 #define FEWEST_TOKEN 48          // tokens a unit is not cut below
 
 typedef struct job {
@@ -53,7 +54,7 @@ static void cut(job *j, int n_products, int threads) {
     const int wanted = threads == 1 ? 1 : TL_UNITS_THREAD * threads;
     int panels = 0;
     for (int i = 0; i < n_products; i++) panels += tl_panels(j->products[i].w);
-    j->token_block = j->n_tokens;
+    j->token_block = tl_min(j->n_tokens, MOST_TOKENS);
     while (j->token_block > FEWEST_TOKEN && panels / TL_GROUP * (j->n_tokens / j->token_block) < wanted)
         j->token_block = (j->token_block / 2 + 5) / 6 * 6;
     j->n_token_blocks = (j->n_tokens + j->token_block - 1) / j->token_block;
