@@ -15,6 +15,7 @@
 
 namespace py = pybind11;
 using Floats = py::array_t<float, py::array::c_style>;
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Ints = py::array_t<int32_t, py::array::c_style>;
 
 namespace {
@@ -260,7 +261,7 @@ struct Model {
 py::list formats() {
     py::list all;
     for (const tl_format *f = tl_formats; f->name; f++)
-        all.append(py::make_tuple(f->id, f->name, f->block, f->block_bytes, f->quantize != nullptr, f->panel_bytes));
+        all.append(py::make_tuple(f->id, f->name, f->block, f->block_bytes, f->panel_bytes));
     return all;
 }
 
@@ -284,15 +285,27 @@ Floats pack_unpack(const py::bytes &data, int format, int rows, int k) {
     return out;
 }
 
-py::bytes quantize(const Floats &x, int format) {
-    const tl_format *f = format_of(format);
-    if (!f->quantize) raise_argument(std::string(f->name) + " cannot be written");
-    if (x.ndim() != 2 || x.shape(1) % f->block) raise_argument("x must be [rows, k], k a multiple of the block");
-    size_t row_bytes = static_cast<size_t>(x.shape(1) / f->block) * static_cast<size_t>(f->block_bytes);
-    std::string out(row_bytes * static_cast<size_t>(x.shape(0)), '\0');
-    for (py::ssize_t i = 0; i < x.shape(0); i++)
-        f->quantize(reinterpret_cast<uint8_t *>(&out[row_bytes * static_cast<size_t>(i)]), x.data(i, 0),
-                    static_cast<size_t>(x.shape(1)));
+// rows of a tensor in one format -> uint8 [rows, bytes of a row] in another.
+Bytes convert(const Bytes &data, int source_format, int format, size_t rows, size_t k, const py::object &importance,
+              int threads) {
+    const tl_format *from = format_of(source_format), *to = format_of(format);
+    auto bytes_of = [k](const tl_format *f) {
+        return k / static_cast<size_t>(f->block) * static_cast<size_t>(f->block_bytes);
+    };
+    if (static_cast<size_t>(data.size()) != rows * bytes_of(from)) raise_argument("data is not rows x k numbers");
+    Floats weights;
+    if (!importance.is_none()) weights = importance.cast<Floats>();
+    if (!importance.is_none() && static_cast<size_t>(weights.size()) != k) raise_argument("importance must be [k]");
+    Bytes out({rows, bytes_of(to)});
+    uint8_t *blocks = out.mutable_data();
+    const float *of_columns = importance.is_none() ? nullptr : weights.data();
+    tl_message message;
+    tl_status status;
+    {
+        py::gil_scoped_release released;
+        status = tl_convert(blocks, to, data.data(), from, rows, k, of_columns, threads, &message);
+    }
+    if (status != TL_OK) raise(status, message);
     return out;
 }
 
@@ -393,7 +406,8 @@ PYBIND11_MODULE(_core, m) {
 
     m.def("formats", &formats);
     m.def("pack_unpack", &pack_unpack, py::arg("data"), py::arg("format"), py::arg("rows"), py::arg("k"));
-    m.def("quantize", &quantize, py::arg("x"), py::arg("format"));
+    m.def("convert", &convert, py::arg("data"), py::arg("source_format"), py::arg("format"), py::arg("rows"),
+          py::arg("k"), py::arg("importance"), py::arg("threads"));
     m.def("sample", &sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
           py::arg("min_p"), py::arg("typical_p"), py::arg("repetition_penalty"), py::arg("presence_penalty"),
           py::arg("frequency_penalty"), py::arg("bias_tokens"), py::arg("bias"), py::arg("history"), py::arg("seed"),

@@ -26,16 +26,6 @@ static int read_at(const tl_source *s, uint8_t *to, uint64_t from, size_t n_byte
     return 0;
 }
 
-static void rows_to_floats(float *out, const tl_format *format, const uint8_t *from, int n) {
-    for (int i = 0; i < n; i++) {
-        uint16_t h;
-        if (format->id == 0) memcpy(out + i, from + 4 * (size_t)i, 4);
-        if (format->id == 0) continue;
-        memcpy(&h, from + 2 * (size_t)i, 2);
-        out[i] = format->id == 1 ? tl_f16_to_f32(h) : tl_bf16_to_f32(h);
-    }
-}
-
 static void upload_rows(void *data, int unit, int thread) {
     upload_job *job = data;
     const tl_matrix *m = job->matrix;
@@ -55,8 +45,8 @@ static void upload_rows(void *data, int unit, int thread) {
         kept = file + COPY_UNIT * job->source_bytes;
         float *floats = (float *)(void *)(kept + COPY_UNIT * job->row_bytes);
         for (int i = 0; i < n; i++) {
-            rows_to_floats(floats, from, file + (size_t)i * job->source_bytes, m->k);
-            f->quantize(kept + (size_t)i * job->row_bytes, floats, (size_t)m->k);
+            tl_to_floats(floats, from->id, file + (size_t)i * job->source_bytes, (size_t)m->k);
+            f->quantize(kept + (size_t)i * job->row_bytes, floats, (size_t)m->k, NULL);
         }
     }
     const int lead = unit * (COPY_UNIT / TL_ROWS), side = tl_min(TL_GROUP, job->n_panels - lead);
@@ -110,7 +100,7 @@ tl_status tl_cpu_upload_floats(float **to, const tl_source *source, int n, tl_me
                          (unsigned long long)source->offset);
     for (int i = 0; status == TL_OK && i < n; i++) {
         int row = source->row_order ? source->row_order[i] : i;
-        rows_to_floats(floats + i, source->format, file + (size_t)row * (size_t)source->format->block_bytes, 1);
+        tl_to_floats(floats + i, source->format->id, file + (size_t)row * (size_t)source->format->block_bytes, 1);
     }
     tl_free(file);
     *to = status == TL_OK ? floats : NULL;

@@ -50,12 +50,6 @@ unsigned short tl_f32_to_f16(float x) {
 
 float tl_bf16_to_f32(unsigned short h) { return as_float((uint32_t)h << 16); }
 
-unsigned short tl_f32_to_bf16(float x) {
-    uint32_t bits = as_bits(x);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (unsigned short)(bits >> 16 | 0x40); // NaN, made quiet
-    return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 static uint16_t half_at(const uint8_t *p) {
     uint16_t h;
     memcpy(&h, p, 2);
@@ -354,8 +348,8 @@ static void unpack_bf16(float *out, const uint8_t *panel, int row) { *out = tl_b
 
 // ---- the table -----------------------------------------------------------------------------------------------------
 const tl_format tl_formats[TL_N_FORMATS + 1] = {
-#define X(name, id, block, block_bytes, panel_bytes, is_float, quantize)                                               \
-    {id, #name, block, block_bytes, panel_bytes, is_float, pack_##name, unpack_##name, quantize},
+#define X(name, id, block, block_bytes, panel_bytes, is_float)                                                         \
+    {id, #name, block, block_bytes, panel_bytes, is_float, pack_##name, unpack_##name, tl_quantize_##name},
     TL_FORMATS(X)
 #undef X
 };

@@ -1,57 +1,68 @@
-// quantize.c: floats -> a file's blocks, to the bits of ggml's reference quantizers (they are part of the
-// formats). Includes formats.h only. pack.c reads what is written here.
-#include "formats.h"
+// quantize.c: floats -> a file's blocks, on any number of threads. How a row is rounded is quantize.inc's, with the
+// instruction set in use. Includes isa.h. pack.c reads what is written here.
+#include "isa/isa.h"
 #include <math.h>
-#include <string.h>
 
-static void put_half(uint8_t *p, unsigned short h) { memcpy(p, &h, 2); }
+#define X(name, ...)                                                                                                   \
+    void tl_quantize_##name(uint8_t *blocks, const float *x, size_t k, const float *importance) {                      \
+        tl_isa()->to_blocks[TL_INDEX_##name](blocks, x, k, importance);                                                \
+    }
+TL_FORMATS(X)
+#undef X
 
-void tl_quantize_f32(uint8_t *blocks, const float *x, size_t k) { memcpy(blocks, x, 4 * k); }
-
-void tl_quantize_f16(uint8_t *blocks, const float *x, size_t k) {
-    for (size_t i = 0; i < k; i++) put_half(blocks + 2 * i, tl_f32_to_f16(x[i]));
+void tl_to_floats(float *out, int format, const uint8_t *in, size_t n) {
+    tl_isa()->to_floats(out, in, n, (int)(tl_format_of(format) - tl_formats));
 }
 
-void tl_quantize_bf16(uint8_t *blocks, const float *x, size_t k) {
-    for (size_t i = 0; i < k; i++) put_half(blocks + 2 * i, tl_f32_to_bf16(x[i]));
-}
+typedef struct convert_job {
+    uint8_t *to;
+    const uint8_t *in;
+    const tl_format *format, *from;
+    size_t rows, k, rows_per_unit;
+    const float *importance;
+    float *floats; // [threads, k]
+} convert_job;
 
-// 1 / d, or 0 for a block whose d is 0 or so small (its f16 is 0 by far) that the inverse overflows.
-static float inverse(float d) {
-    float inverse = d != 0 ? 1 / d : 0;
-    return isfinite(inverse) ? inverse : 0;
-}
-
-// Whichever is farther from zero, the first at equal distance; a NaN is farthest, so that it shows in d.
-static float farther(float a, float b) { return fabsf(b) > fabsf(a) || isnan(b) ? b : a; }
-
-// d = max|x| / 127; q = x / d rounded half away from zero.
-void tl_quantize_q8_0(uint8_t *blocks, const float *x, size_t k) {
-    for (; k; k -= 32, x += 32, blocks += 34) {
-        float farthest = x[0];
-        for (int i = 1; i < 32; i++) farthest = farther(farthest, x[i]);
-        float d = fabsf(farthest) / 127, scale = inverse(d);
-        put_half(blocks, tl_f32_to_f16(d));
-        for (int i = 0; i < 32; i++) {
-            float q = roundf(x[i] * scale);
-            blocks[2 + i] = (uint8_t)(fabsf(q) <= 127 ? (int)q : 0);
-        }
+// The slow truth: one row packed into panels, and out again.
+static void unpack_row(float *out, const tl_format *from, const uint8_t *in, size_t k) {
+    uint8_t panel[TL_LARGEST_PANEL];
+    for (size_t at = 0; at < k; at += (size_t)from->block, in += from->block_bytes) {
+        const uint8_t *rows[TL_ROWS] = {in};
+        from->pack(panel, rows);
+        from->unpack(out + at, panel, 0);
     }
 }
 
-// d = the x farthest from zero / -8, so that it becomes code 0; code = x / d + 8 rounded half up, at most 15.
-static unsigned code_q4_0(float x, float scale) {
-    float code = x * scale + 8.5f;
-    return code < 0 || isnan(code) ? 0 : code < 15 ? (unsigned)code : 15;
+static void convert_rows(void *data, int unit, int thread) {
+    const convert_job *job = data;
+    const size_t in_bytes = job->k / (size_t)job->from->block * (size_t)job->from->block_bytes;
+    const size_t out_bytes = job->k / (size_t)job->format->block * (size_t)job->format->block_bytes;
+    const size_t first = (size_t)unit * job->rows_per_unit, end = first + job->rows_per_unit;
+    float *floats = job->floats + (size_t)thread * job->k;
+    for (size_t row = first; row < end && row < job->rows; row++) {
+        if (job->from->is_float)
+            tl_to_floats(floats, job->from->id, job->in + row * in_bytes, job->k);
+        else
+            unpack_row(floats, job->from, job->in + row * in_bytes, job->k);
+        job->format->quantize(job->to + row * out_bytes, floats, job->k, job->importance);
+    }
 }
 
-void tl_quantize_q4_0(uint8_t *blocks, const float *x, size_t k) {
-    for (; k; k -= 32, x += 32, blocks += 18) {
-        float farthest = x[0];
-        for (int i = 1; i < 32; i++) farthest = farther(farthest, x[i]);
-        float d = farthest / -8, scale = inverse(d);
-        put_half(blocks, tl_f32_to_f16(d));
-        for (int i = 0; i < 16; i++)
-            blocks[2 + i] = (uint8_t)(code_q4_0(x[i], scale) | code_q4_0(x[16 + i], scale) << 4);
-    }
+tl_status tl_convert(uint8_t *to, const tl_format *format, const uint8_t *in, const tl_format *from, size_t rows,
+                     size_t k, const float *importance, int threads, tl_message *message) {
+    if (!k || k % (size_t)format->block || k % (size_t)from->block || threads < 1 || threads > TL_MAX_THREADS)
+        return tl_fail(message, TL_ARGUMENT, "rows of %zu numbers do not fit %s's blocks of %d, on %d threads", k,
+                       format->name, format->block, threads);
+    for (size_t i = 0; importance && i < k; i++)
+        if (!(importance[i] >= 0 && importance[i] < INFINITY))
+            return tl_fail(message, TL_ARGUMENT, "the importance of column %zu is %g", i, (double)importance[i]);
+    const size_t some = 16384 / k + 1, most = rows / 1048576 + 1; // numbers enough for a unit, and units few enough
+    convert_job job = {to, in, format, from, rows, k, some > most ? some : most, importance, NULL};
+    job.floats = tl_alloc((size_t)threads * k * sizeof(float));
+    if (!job.floats) return tl_fail(message, TL_MEMORY, "no memory for %d rows of %zu floats", threads, k);
+    tl_pool_enter();
+    tl_parallel(threads, (int)((rows + job.rows_per_unit - 1) / job.rows_per_unit), convert_rows, &job);
+    tl_pool_leave();
+    tl_free(job.floats);
+    return TL_OK;
 }

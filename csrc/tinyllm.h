@@ -61,9 +61,9 @@ typedef struct tl_format {
     void (*pack)(uint8_t *panel, const uint8_t *const rows[16]);
     // The slow truth: out[block] = row's numbers in a packed block, exactly what the file's block means.
     void (*unpack)(float *out, const uint8_t *panel, int row);
-    // Rounds k floats (a multiple of block) to the file's blocks; NULL where this library cannot write the
-    // format.
-    void (*quantize)(uint8_t *blocks, const float *x, size_t k);
+    // Rounds k floats (a multiple of block) to the file's blocks. importance [k]: weights of the columns' squared
+    // errors, finite and >= 0, or NULL: all alike. What is not finite makes its block's numbers not finite.
+    void (*quantize)(uint8_t *blocks, const float *x, size_t k, const float *importance);
 } tl_format;
 
 #define TL_ROWS  16 // rows of a panel
@@ -72,6 +72,11 @@ typedef struct tl_format {
 
 extern const tl_format tl_formats[];   // one row a format, ends with name == NULL
 const tl_format *tl_format_of(int id); // NULL if unknown
+
+// Turns rows of a file's tensor into another format: blocks [rows, k] in both. `from` may be any format; what is in
+// blocks is unpacked first. importance [k] or NULL, as above. TL_ARGUMENT, TL_MEMORY. (quantize.c)
+tl_status tl_convert(uint8_t *to, const tl_format *format, const uint8_t *in, const tl_format *from, size_t rows,
+                     size_t k, const float *importance, int threads, tl_message *message);
 
 // ---- matrices ------------------------------------------------------------------------------------------------------
 // Where a tensor's bytes lie: at `offset` of an open file, or in memory (fd < 0). Rows lie one after another.

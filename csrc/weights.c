@@ -158,7 +158,7 @@ tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl
         tl_matrix *matrix = at;
         if (matrix->data)
             status = tl_fail(message, TL_ARGUMENT, "%s of layer %d is there already", name, layer);
-        else if (source->format != format && (!source->format->is_float || !format->quantize))
+        else if (source->format != format && !source->format->is_float)
             status = tl_fail(message, TL_UNSUPPORTED, "%s cannot be turned into %s while loading", source->format->name,
                              format->name);
         else if (k % format->block || k % source->format->block)

@@ -216,9 +216,7 @@ def test_bytes_of_a_step_are_the_sums_of_the_tensors(cli: Cli, tiny: Path) -> No
     """By hand, for the tiny shape: 2 layers of dim 256, 4 heads and 2 kv heads of 64, ff 512, 512 tokens.
     Q4_K_M gives attn_v and ffn_down of the last layer Q6_K (the last eighth), and the output Q6_K.
     """
-    panel = {
-        name: n_bytes for _, name, _, _, _, n_bytes in backends._core.formats()
-    }  # 16 rows' blocks, packed
+    panel = {name: n_bytes for _, name, _, _, n_bytes in backends._core.formats()}  # 16 rows' blocks, packed
     q, kv, ff = 256 * 256, 128 * 256, 512 * 256
     q4_k, q6_k = (panel[name] / 16 / 256 for name in ("q4_k", "q6_k"))  # bytes a weight
     layer_0 = (q + kv + kv + q + ff + ff + ff) * q4_k

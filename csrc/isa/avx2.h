@@ -23,6 +23,25 @@ static inline void vf_store(float *p, vf x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
 }
+static inline __m256 v_halves(const float *p, size_t step) { // four numbers each of rows 0 and 4 in a register's halves
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + step), 1);
+}
+static inline void v_load_columns(__m256 columns[4], const float *p, size_t stride) {
+    const __m256 a = v_halves(p, 4 * stride), b = v_halves(p + stride, 4 * stride);
+    const __m256 c = v_halves(p + 2 * stride, 4 * stride), d = v_halves(p + 3 * stride, 4 * stride);
+    const __m256 ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
+    const __m256 ab_high = _mm256_unpackhi_ps(a, b), cd_high = _mm256_unpackhi_ps(c, d);
+    columns[0] = _mm256_shuffle_ps(ab, cd, 0x44);
+    columns[1] = _mm256_shuffle_ps(ab, cd, 0xee);
+    columns[2] = _mm256_shuffle_ps(ab_high, cd_high, 0x44);
+    columns[3] = _mm256_shuffle_ps(ab_high, cd_high, 0xee);
+}
+static inline void vf_load_columns(vf columns[4], const float *p, size_t stride) {
+    __m256 low[4], high[4];
+    v_load_columns(low, p, stride);
+    v_load_columns(high, p + 8 * stride, stride);
+    for (int j = 0; j < 4; j++) columns[j] = (vf){low[j], high[j]};
+}
 static inline vf vf_set1(float x) { return (vf){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 static inline vf vf_add(vf x, vf y) { return (vf){_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 static inline vf vf_sub(vf x, vf y) { return (vf){_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
@@ -36,6 +55,10 @@ static inline vf vf_min(vf x, vf y) { return (vf){_mm256_min_ps(x.a, y.a), _mm25
 static inline vf vf_abs(vf x) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return (vf){_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+static inline vf vf_if_greater(vf p, vf q, vf x, vf y) {
+    return (vf){_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(p.a, q.a, _CMP_GT_OQ)),
+                _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(p.b, q.b, _CMP_GT_OQ))};
 }
 static inline __m256i v_load16(const uint8_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
 static inline vf vf_load_f16(const uint8_t *p) {
@@ -79,6 +102,10 @@ static inline void vi_store_s8(int8_t *p, vi x) {
     _mm256_storeu_si256((__m256i *)lanes, x.a);
     _mm256_storeu_si256((__m256i *)(lanes + 8), x.b);
     for (int i = 0; i < 16; i++) p[i] = (int8_t)lanes[i];
+}
+static inline void vi_store(int32_t *p, vi x) {
+    _mm256_storeu_si256((__m256i *)p, x.a);
+    _mm256_storeu_si256((__m256i *)(p + 8), x.b);
 }
 static inline int32_t vi_sum(vi x) {
     int32_t lanes[8], sum = 0;

@@ -15,6 +15,23 @@ typedef __m512i vb;
 
 static inline vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+static inline vf v_quarters(const float *p,
+                            size_t step) { // four numbers each of rows 0, 4, 8, 12 in a register's quarters
+    vf r = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    r = _mm512_insertf32x4(r, _mm_loadu_ps(p + step), 1);
+    r = _mm512_insertf32x4(r, _mm_loadu_ps(p + 2 * step), 2);
+    return _mm512_insertf32x4(r, _mm_loadu_ps(p + 3 * step), 3);
+}
+static inline void vf_load_columns(vf columns[4], const float *p, size_t stride) {
+    const vf a = v_quarters(p, 4 * stride), b = v_quarters(p + stride, 4 * stride);
+    const vf c = v_quarters(p + 2 * stride, 4 * stride), d = v_quarters(p + 3 * stride, 4 * stride);
+    const vf ab = _mm512_unpacklo_ps(a, b), cd = _mm512_unpacklo_ps(c, d);
+    const vf ab_high = _mm512_unpackhi_ps(a, b), cd_high = _mm512_unpackhi_ps(c, d);
+    columns[0] = _mm512_shuffle_ps(ab, cd, 0x44);
+    columns[1] = _mm512_shuffle_ps(ab, cd, 0xee);
+    columns[2] = _mm512_shuffle_ps(ab_high, cd_high, 0x44);
+    columns[3] = _mm512_shuffle_ps(ab_high, cd_high, 0xee);
+}
 static inline vf vf_set1(float x) { return _mm512_set1_ps(x); }
 static inline vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 static inline vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
@@ -24,6 +41,9 @@ static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+static inline vf vf_if_greater(vf a, vf b, vf x, vf y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
+}
 static inline vf vf_load_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline float v_f16_to_f32(uint16_t h) { return _cvtsh_ss(h); }
 static inline vf vf_load_bf16(const uint8_t *p) {
@@ -43,6 +63,7 @@ static inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 static inline vi vi_load_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 static inline vi vi_load_s8(const uint8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 static inline void vi_store_s8(int8_t *p, vi a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
+static inline void vi_store(int32_t *p, vi a) { _mm512_storeu_si512(p, a); }
 static inline int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32(a); }
 static inline vf vf_from_vi(vi a) { return _mm512_cvtepi32_ps(a); }
 static inline vi vi_round(vf a) { return _mm512_cvtps_epi32(a); }

@@ -79,6 +79,9 @@ typedef struct tl_kernels {
     void (*layernorm)(float *out, const float *x, const float *weight, float eps, int n);
     void (*gelu_mul)(float *gate, const float *up, int n); // gate = gelu(gate) * up
     void (*soft_cap)(float *x, float cap, int n);          // x = cap * tanh(x / cap)
+    // A row of floats to a file's blocks, as tl_format.quantize; and n numbers of a format of floats to floats.
+    void (*to_blocks[TL_N_FORMATS])(uint8_t *blocks, const float *x, size_t k, const float *importance);
+    void (*to_floats)(float *out, const uint8_t *in, size_t n, int index);
 } tl_kernels;
 
 const tl_kernels *tl_isa(void); // the one in use

@@ -34,6 +34,22 @@ static inline void vf_store(float *p, vf x) {
     vst1q_f32(p + 8, x.c);
     vst1q_f32(p + 12, x.d);
 }
+static inline void v_load_columns(float32x4_t columns[4], const float *p, size_t stride) {
+    const float32x4_t a = vld1q_f32(p), b = vld1q_f32(p + stride);
+    const float32x4_t c = vld1q_f32(p + 2 * stride), d = vld1q_f32(p + 3 * stride);
+    const float64x2_t ab = vreinterpretq_f64_f32(vzip1q_f32(a, b)), cd = vreinterpretq_f64_f32(vzip1q_f32(c, d));
+    const float64x2_t ab_high = vreinterpretq_f64_f32(vzip2q_f32(a, b));
+    const float64x2_t cd_high = vreinterpretq_f64_f32(vzip2q_f32(c, d));
+    columns[0] = vreinterpretq_f32_f64(vzip1q_f64(ab, cd));
+    columns[1] = vreinterpretq_f32_f64(vzip2q_f64(ab, cd));
+    columns[2] = vreinterpretq_f32_f64(vzip1q_f64(ab_high, cd_high));
+    columns[3] = vreinterpretq_f32_f64(vzip2q_f64(ab_high, cd_high));
+}
+static inline void vf_load_columns(vf columns[4], const float *p, size_t stride) {
+    float32x4_t rows[4][4]; // [rows 4j..4j+3][column]
+    for (size_t j = 0; j < 4; j++) v_load_columns(rows[j], p + 4 * j * stride, stride);
+    for (int j = 0; j < 4; j++) columns[j] = (vf){rows[0][j], rows[1][j], rows[2][j], rows[3][j]};
+}
 static inline vf vf_set1(float x) { return (vf){vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}; }
 static inline vf vf_add(vf x, vf y) { return (vf)V_BOTH(vaddq_f32, x, y); }
 static inline vf vf_sub(vf x, vf y) { return (vf)V_BOTH(vsubq_f32, x, y); }
@@ -46,6 +62,8 @@ static inline float32x4_t v_min(float32x4_t x, float32x4_t y) { return vbslq_f32
 static inline vf vf_max(vf x, vf y) { return (vf)V_BOTH(v_max, x, y); }
 static inline vf vf_min(vf x, vf y) { return (vf)V_BOTH(v_min, x, y); }
 static inline vf vf_abs(vf x) { return (vf)V_EACH(vabsq_f32, x); }
+#define V_PICK(part) vbslq_f32(vcgtq_f32(p.part, q.part), x.part, y.part)
+static inline vf vf_if_greater(vf p, vf q, vf x, vf y) { return (vf){V_PICK(a), V_PICK(b), V_PICK(c), V_PICK(d)}; }
 static inline vf vf_load_f16(const uint8_t *p) {
     const float16x8_t low = vreinterpretq_f16_u8(vld1q_u8(p)), high = vreinterpretq_f16_u8(vld1q_u8(p + 16));
     return (vf){vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
@@ -90,6 +108,12 @@ static inline vi vi_load_s8(const uint8_t *p) {
 static inline void vi_store_s8(int8_t *p, vi x) {
     const int16x8_t low = vmovn_high_s32(vmovn_s32(x.a), x.b), high = vmovn_high_s32(vmovn_s32(x.c), x.d);
     vst1q_s8(p, vmovn_high_s16(vmovn_s16(low), high));
+}
+static inline void vi_store(int32_t *p, vi x) {
+    vst1q_s32(p, x.a);
+    vst1q_s32(p + 4, x.b);
+    vst1q_s32(p + 8, x.c);
+    vst1q_s32(p + 12, x.d);
 }
 static inline int32_t vi_sum(vi x) { return vaddvq_s32(vaddq_s32(vaddq_s32(x.a, x.b), vaddq_s32(x.c, x.d))); }
 static inline vf vf_from_vi(vi x) { return (vf)V_EACH(vcvtq_f32_s32, x); }

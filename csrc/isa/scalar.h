@@ -27,6 +27,10 @@ typedef struct {
 
 static inline vf vf_load(const float *p) { V_OP(vf, p[i]); }
 static inline void vf_store(float *p, vf a) { V_EACH p[i] = a.v[i]; }
+// columns[j] lane i = p[i * stride + j]: four numbers of each of 16 rows.
+static inline void vf_load_columns(vf columns[4], const float *p, size_t stride) {
+    for (int j = 0; j < 4; j++) V_EACH columns[j].v[i] = p[(size_t)i * stride + (size_t)j];
+}
 static inline vf vf_set1(float x) { V_OP(vf, x); }
 static inline vf vf_add(vf a, vf b) { V_OP(vf, a.v[i] + b.v[i]); }
 static inline vf vf_sub(vf a, vf b) { V_OP(vf, a.v[i] - b.v[i]); }
@@ -36,6 +40,7 @@ static inline vf vf_fma(vf a, vf b, vf c) { V_OP(vf, fmaf(a.v[i], b.v[i], c.v[i]
 static inline vf vf_max(vf a, vf b) { V_OP(vf, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 static inline vf vf_min(vf a, vf b) { V_OP(vf, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 static inline vf vf_abs(vf a) { V_OP(vf, fabsf(a.v[i])); }
+static inline vf vf_if_greater(vf a, vf b, vf x, vf y) { V_OP(vf, a.v[i] > b.v[i] ? x.v[i] : y.v[i]); } // NaN: y
 static inline vf vf_load_f16(const uint8_t *p) {
     uint16_t h[16];
     memcpy(h, p, sizeof h);
@@ -67,6 +72,7 @@ static inline vi vi_mul(vi a, vi b) { V_OP(vi, a.v[i] * b.v[i]); }
 static inline vi vi_load_u8(const uint8_t *p) { V_OP(vi, p[i]); }
 static inline vi vi_load_s8(const uint8_t *p) { V_OP(vi, (int8_t)p[i]); }
 static inline void vi_store_s8(int8_t *p, vi a) { V_EACH p[i] = (int8_t)a.v[i]; } // values fit
+static inline void vi_store(int32_t *p, vi a) { V_EACH p[i] = a.v[i]; }
 static inline int32_t vi_sum(vi a) {
     int32_t s = 0;
     V_EACH s += a.v[i];

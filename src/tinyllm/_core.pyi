@@ -63,11 +63,19 @@ class Model:
     def token_bytes(self) -> int: ...
     def close(self) -> None: ...
 
-def formats() -> list[tuple[int, str, int, int, bool, int]]:
-    """(id, name, numbers a block, bytes a block, can be written, bytes of 16 rows' blocks when packed)."""
+def formats() -> list[tuple[int, str, int, int, int]]:
+    """(id, name, numbers a block, bytes a block, bytes of 16 rows' blocks when packed)."""
 
 def pack_unpack(data: bytes, format: int, rows: int, k: int) -> NDArray[np.float32]: ...
-def quantize(x: NDArray[np.float32], format: int) -> bytes: ...
+def convert(
+    data: NDArray[np.uint8],
+    source_format: int,
+    format: int,
+    rows: int,
+    k: int,
+    importance: NDArray[np.float32] | None,
+    threads: int,
+) -> NDArray[np.uint8]: ...
 def sample(
     logits: NDArray[np.float32],
     temperature: float,

@@ -28,7 +28,6 @@ CacheType = Literal["f16", "f32", "q8_0"]
 PAGE = 64  # tokens of a KV page, TL_PAGE
 CACHE_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q8_0": 8}  # by name: the core's format id
 FORMAT_IDS: dict[str, int] = {name: id for id, name, *_ in _core.formats()}
-WRITABLE: tuple[str, ...] = tuple(name for _, name, _, _, writable, _ in _core.formats() if writable)
 
 sample = _core.sample
 top_logprobs = _core.top_logprobs
@@ -148,8 +147,27 @@ def info() -> dict[str, Any]:
         "cuda": False,
         "cuda_reason": cuda_reason(),
         "formats": list(FORMAT_IDS),
-        "formats_writable": list(WRITABLE),
     }
+
+
+def convert(
+    data: npt.NDArray[np.uint8],
+    source_format: int,
+    format: int,
+    rows: int,
+    k: int,
+    *,
+    importance: F32 | None = None,
+    threads: int = 1,
+) -> npt.NDArray[np.uint8]:
+    """Rows of a tensor in another format.
+
+    data: uint8, the file's blocks of rows x k numbers in `source_format`. importance: float32 [k], finite and
+    >= 0, what a squared error in each column counts; None: all alike. Returns uint8 [rows, bytes of a row],
+    the same whatever the threads. A number that is not finite makes its block's numbers not finite.
+    Raises ArgumentError, MemoryLimitError.
+    """
+    return _core.convert(data, source_format, format, rows, k, importance, threads)
 
 
 def packed_bytes(shape: tuple[int, ...], format: int) -> int:
@@ -158,7 +176,7 @@ def packed_bytes(shape: tuple[int, ...], format: int) -> int:
         return 4 * int(np.prod(shape))
     rows, k = shape[-2:]
     block = FORMATS[format].block
-    panel_bytes = next(row[5] for row in _core.formats() if row[0] == format)
+    panel_bytes = next(row[4] for row in _core.formats() if row[0] == format)
     return -(-rows // 16) * (-(-k // block)) * panel_bytes
 
 

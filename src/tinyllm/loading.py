@@ -44,7 +44,7 @@ def load(
     threads: None for one a physical core. context: how many tokens a sequence may hold; None: what the
     model was trained for (with LongRoPE, as in Phi-3: at first; more chooses the factors for long texts), or
     less where only less fits into 80 % of the free memory. cache_type: the
-    numbers of the KV cache, "f16", "f32" or "q8_0". weights: a format ("q8_0", "q4_0") to quantize float
+    numbers of the KV cache, "f16", "f32" or "q8_0". weights: a format ("q8_0", "q4_k") to quantize float
     matrices to while loading. progress: called with (bytes done, bytes in all).
 
     Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
@@ -103,8 +103,8 @@ def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[t
     formats = {key: info.format for key, info in weights.items()}
     if quantize_to is None:
         return formats
-    if quantize_to not in backends.WRITABLE:
-        raise ArgumentError(f"weights is {quantize_to!r}, expected one of {', '.join(backends.WRITABLE)}")
+    if quantize_to not in backends.FORMAT_IDS:
+        raise ArgumentError(f"weights is {quantize_to!r}, expected one of {', '.join(backends.FORMAT_IDS)}")
     target = backends.FORMAT_IDS[quantize_to]
     block = FORMATS[target].block
     matrices = {k: t for k, t in weights.items() if len(t.shape) == 2 and t.format in (F32, F16, BF16)}

@@ -88,7 +88,7 @@ static matrix make_matrix(const tl_format *f, int rows, int k, int with_bias) {
     matrix a = {.w = exactly(n * sizeof(float)), .min = exactly(n * sizeof(float))};
     if (f->is_float) {
         float *x = random_floats(n, 1);
-        f->quantize(file, x, n);
+        f->quantize(file, x, n, NULL);
         free(x);
     } else {
         for (size_t i = 0; i < n_blocks; i++) random_block(file + i * (size_t)f->block_bytes, f);

@@ -108,7 +108,7 @@ static void upload(tl_model *model, const char *name, int layer, int id, int row
     float *x = random_floats(n, size);
     for (size_t i = 0; i < n; i++) x[i] += mean;
     uint8_t *file = exactly(n / (size_t)f->block * (size_t)f->block_bytes);
-    f->quantize(file, x, n);
+    f->quantize(file, x, n, NULL);
     const tl_source source = {.format = f, .fd = -1, .memory = file};
     tl_message message;
     const tl_status status = tl_model_upload(model, name, layer, &source, f, 2, &message);

@@ -1,0 +1,310 @@
+"""Floats to blocks: how close they come, the same bits on every instruction set and number of threads, what
+importance does, and what becomes of numbers at the edges. The gguf package says what blocks mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from tinyllm import _core, backends
+from tinyllm.errors import ArgumentError
+
+F32 = NDArray[np.float32]
+
+FLOATS = [Type.F32, Type.F16, Type.BF16]
+BLOCKS = [
+    Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K,
+    Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS, Type.MXFP4,
+]  # fmt: skip
+# What llama.cpp's quantizers leave of the sum of squares of `samples`, without importance and with
+# `IMPORTANCE`. Made with ggml_quantize_chunk of llama-cpp-python 0.3.36, rounded down.
+LLAMA_CPP: dict[str, dict[str, tuple[float, float]]] = {
+    "Q8_0": {
+        "gauss": (2.852e-05, 2.839e-05),
+        "laplace": (4.508e-05, 4.545e-05),
+        "tails": (0.0001187, 0.0001457),
+        "shifted": (1.459e-05, 1.437e-05),
+    },
+    "Q4_0": {
+        "gauss": (0.007337, 0.006023),
+        "laplace": (0.01145, 0.009864),
+        "tails": (0.01371, 0.0174),
+        "shifted": (0.003684, 0.002703),
+    },
+    "Q4_1": {
+        "gauss": (0.006119, 0.004116),
+        "laplace": (0.008481, 0.005798),
+        "tails": (0.01123, 0.008077),
+        "shifted": (0.0008431, 0.0007464),
+    },
+    "Q5_0": {
+        "gauss": (0.00182, 0.001478),
+        "laplace": (0.002845, 0.002437),
+        "tails": (0.004625, 0.005884),
+        "shifted": (0.0009028, 0.0006795),
+    },
+    "Q5_1": {
+        "gauss": (0.001418, 0.0009549),
+        "laplace": (0.002003, 0.001388),
+        "tails": (0.003305, 0.002271),
+        "shifted": (0.0001953, 0.0001712),
+    },
+    "Q2_K": {
+        "gauss": (0.08754, 0.05657),
+        "laplace": (0.1174, 0.07107),
+        "tails": (0.09887, 0.07855),
+        "shifted": (0.01776, 0.01403),
+    },
+    "Q3_K": {
+        "gauss": (0.02271, 0.01816),
+        "laplace": (0.03046, 0.02511),
+        "tails": (0.02357, 0.02848),
+        "shifted": (0.01155, 0.008264),
+    },
+    "Q4_K": {
+        "gauss": (0.005043, 0.004222),
+        "laplace": (0.007191, 0.006044),
+        "tails": (0.007367, 0.008659),
+        "shifted": (0.0008957, 0.0007577),
+    },
+    "Q5_K": {
+        "gauss": (0.001281, 0.001085),
+        "laplace": (0.001851, 0.001614),
+        "tails": (0.002223, 0.002642),
+        "shifted": (0.000218, 0.0001851),
+    },
+    "Q6_K": {
+        "gauss": (0.0003173, 0.0002644),
+        "laplace": (0.0004639, 0.0004023),
+        "tails": (0.0008351, 0.000933),
+        "shifted": (0.0001618, 0.0001306),
+    },
+    "IQ4_NL": {
+        "gauss": (0.005775, 0.004982),
+        "laplace": (0.007766, 0.006798),
+        "tails": (0.009797, 0.01172),
+        "shifted": (0.003924, 0.00345),
+    },
+    "IQ4_XS": {
+        "gauss": (0.005867, 0.005097),
+        "laplace": (0.007904, 0.006956),
+        "tails": (0.01097, 0.01346),
+        "shifted": (0.003997, 0.003526),
+    },
+    "MXFP4": {
+        "gauss": (0.01308, 0.01324),
+        "laplace": (0.01591, 0.0161),
+        "tails": (0.01739, 0.02131),
+        "shifted": (0.01144, 0.01145),
+    },
+}
+each_block = pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
+each_format = pytest.mark.parametrize("kind", [*FLOATS, *BLOCKS], ids=lambda kind: kind.name)
+
+
+def quantize(x: F32, kind: Type, importance: F32 | None = None, threads: int = 1) -> NDArray[np.uint8]:
+    """Blocks uint8 [rows, bytes] of x [rows, k]."""
+    rows, k = x.shape
+    data = np.ascontiguousarray(x).view(np.uint8).ravel()
+    return backends.convert(data, int(Type.F32), int(kind), rows, k, importance=importance, threads=threads)
+
+
+def values(blocks: NDArray[np.uint8], kind: Type) -> F32:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(dequantize(blocks, kind), np.float32)
+
+
+def uniform(seed: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """In (0, 1), from raw Philox words, which numpy promises never to change."""
+    words = np.random.Philox(key=[seed, 0]).random_raw(int(np.prod(shape)))
+    return ((words >> np.uint64(11)).astype(np.float64) + 0.5).reshape(shape) * 2.0**-53
+
+
+def samples(name: str) -> F32:
+    """Rows [32, 1024] as weights are distributed: bell-shaped, with heavier tails, off zero."""
+    u, v = uniform(1, (32, 1024)), uniform(2, (32, 1024))
+    gauss = np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)
+    x = {
+        "gauss": gauss,
+        "laplace": np.log(u) * np.sign(v - 0.5),
+        "tails": gauss / np.sqrt(-np.log(uniform(3, (32, 1024)))),  # Student's t with two degrees of freedom
+        "shifted": gauss + 2.5,
+    }[name]
+    return (0.02 * x).astype(np.float32)
+
+
+IMPORTANCE = (-np.log(uniform(4, (1024,)))).astype(np.float32)
+
+
+def error(x: F32, blocks: NDArray[np.uint8], kind: Type, importance: F32 | None = None) -> float:
+    """Squared error as a share of the sum of squares, both weighted."""
+    exact = x.astype(np.float64)
+    weights = np.ones(x.shape[1]) if importance is None else importance.astype(np.float64)
+    return float((weights * (exact - values(blocks, kind)) ** 2).sum() / (weights * exact**2).sum())
+
+
+@pytest.mark.parametrize("name", ["gauss", "laplace", "tails", "shifted"])
+@each_block
+def test_no_worse_than_llama_cpp(kind: Type, name: str) -> None:
+    plain, weighted = LLAMA_CPP[kind.name][name]
+    x = samples(name)
+    assert error(x, quantize(x, kind), kind) <= plain
+    assert error(x, quantize(x, kind, IMPORTANCE), kind, IMPORTANCE) <= weighted
+
+
+@pytest.mark.parametrize(
+    "kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1], ids=lambda k: k.name
+)
+def test_no_worse_than_gguf(kind: Type) -> None:
+    for name in ("gauss", "laplace", "tails", "shifted"):
+        x = samples(name)
+        theirs = np.asarray(gguf.quants.quantize(x, kind), np.uint8)
+        assert error(x, quantize(x, kind), kind) <= error(x, theirs, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lo", "hi"), [(Type.Q4_0, -8, 7), (Type.Q5_0, -16, 15), (Type.Q8_0, -127, 127)]
+)
+def test_close_to_the_best_scale(kind: Type, lo: int, hi: int) -> None:
+    """A dense search over 4000 scales a block finds at most a few percent more."""
+    x = samples("laplace")[:2].reshape(-1, 32).astype(np.float64)
+    scales = np.concatenate([np.linspace(0.6, 1.4, 2000) / lo, np.linspace(0.6, 1.4, 2000) / hi])
+    farthest = x[np.arange(len(x)), np.abs(x).argmax(axis=1)]
+    d = farthest[:, None, None] * scales[None, :, None]
+    best = ((x[:, None] - d * np.clip(np.rint(x[:, None] / d), lo, hi)) ** 2).sum(axis=2).min(axis=1).sum()
+    ours = error(x.astype(np.float32), quantize(x.astype(np.float32), kind), kind) * (x**2).sum()
+    assert ours <= 1.12 * best
+
+
+@each_block
+def test_importance_moves_the_error(kind: Type) -> None:
+    """Columns that count gain, and with them the weighted sum; none known (all zero) is as all alike."""
+    x = samples("gauss")
+    importance = np.where(np.arange(1024) % 32 < 4, 100, 1).astype(np.float32)
+    plain, weighted = quantize(x, kind), quantize(x, kind, importance)
+    assert error(x, weighted, kind, importance) < 0.97 * error(x, plain, kind, importance)
+    ones, zeros = np.ones(1024, np.float32), np.zeros(1024, np.float32)
+    assert np.array_equal(quantize(x, kind, zeros), quantize(x, kind, ones))
+    assert np.array_equal(quantize(x, kind, 16 * IMPORTANCE), quantize(x, kind, IMPORTANCE))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_importance_must_be_finite_and_not_negative(bad: float) -> None:
+    importance = np.ones(64, np.float32)
+    importance[7] = bad
+    with pytest.raises(ArgumentError, match="column 7"):
+        quantize(np.ones((1, 64), np.float32), Type.Q4_0, importance)
+
+
+@pytest.fixture
+def any_isa() -> Iterator[list[str]]:
+    before = _core.isa_name()
+    yield _core.isa_names()
+    backends.select_isa(before)
+
+
+def hard_rows() -> F32:
+    """Rows [n, 768] of zeros, constants, single spikes, of every magnitude that a float32 has."""
+    x = np.concatenate([samples(name)[:3, :768] for name in ("gauss", "tails", "shifted")])
+    constant = np.full((2, 768), [[0.25], [-3.0]])
+    spikes = np.zeros((2, 768))
+    spikes[0, ::97], spikes[1, 5] = 1.0, -2.0
+    parts = [x, np.zeros((1, 768)), -np.zeros((1, 768)), constant, spikes, np.abs(x[:2]), -np.abs(x[:2])]
+    parts += [x[:1] * 2.0**e for e in range(-149, 126, 11)]
+    return np.concatenate(parts).astype(np.float32)
+
+
+@each_format
+def test_the_same_bits_everywhere(kind: Type, any_isa: list[str]) -> None:
+    """Instruction sets and thread counts, at widths that fill no tile of sixteen groups."""
+    x = hard_rows()
+    importance = IMPORTANCE[:768]
+    for k in (256, 768) if gguf.GGML_QUANT_SIZES[kind][0] == 256 else (32, 96, 768):
+        some = np.ascontiguousarray(x[:, :k])
+        backends.select_isa("scalar")
+        plain, weighted = quantize(some, kind), quantize(some, kind, importance[:k])
+        for isa in any_isa:
+            backends.select_isa(isa)
+            for threads in (1, 3):
+                assert np.array_equal(quantize(some, kind, threads=threads), plain), (isa, k)
+                assert np.array_equal(quantize(some, kind, importance[:k], threads), weighted), (isa, k)
+
+
+@each_block
+def test_a_row_stands_alone(kind: Type) -> None:
+    x = hard_rows()
+    whole = quantize(x, kind)
+    assert all(np.array_equal(quantize(x[i : i + 1], kind)[0], whole[i]) for i in range(len(x)))
+    assert quantize(x[:0], kind).shape == (0, whole.shape[1])
+
+
+@each_block
+def test_edges(kind: Type) -> None:
+    """Zeros stay zeros, and whatever a half can scale comes back within the format's step."""
+    x = hard_rows()
+    y = values(quantize(x, kind), kind)
+    largest = np.abs(x).max(axis=1)
+    assert not y[largest == 0].any()
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    far = np.abs(x.reshape(-1, block)).max(axis=1)
+    share = (
+        np.abs(x - y).reshape(-1, block).max(axis=1)[(far > 1e-3) & (far < 1e3)]
+        / far[(far > 1e-3) & (far < 1e3)]
+    )
+    step = {Type.Q8_0: 1 / 127, Type.Q6_K: 1 / 16, Type.Q5_K: 1 / 15, Type.Q2_K: 0.6, Type.Q3_K: 0.4}
+    assert share.max() <= step.get(kind, 0.3)
+
+
+@each_block
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_shows(kind: Type, bad: float) -> None:
+    """In its block, and in no other."""
+    x = samples("gauss")[:1].copy()
+    x[0, 300] = bad
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    for importance in (None, IMPORTANCE):
+        shown = np.isfinite(values(quantize(x, kind, importance), kind)).reshape(-1, block)
+        assert not shown[300 // block].any()
+        assert np.delete(shown, 300 // block, axis=0).all()
+
+
+@pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: kind.name)
+def test_floats_are_rounded_half_to_even(kind: Type) -> None:
+    patterns = np.random.Philox(key=[9, 0]).random_raw(1 << 16).astype(np.uint32)
+    middle = patterns.copy()
+    middle[::2] = middle[::2] >> 13 << 13 | 1 << 12  # half way between two halves
+    middle[1::2] = middle[1::2] >> 16 << 16 | 1 << 15  # and between two bfloat16
+    x = np.concatenate([patterns, middle]).view(np.float32).reshape(-1, 512)[:, :509]
+    assert np.isnan(values(quantize(x, kind), kind)[np.isnan(x)]).all()
+    x = np.where(np.isnan(x), np.float32(1), x)  # what else a NaN says is nobody's promise
+    with np.errstate(all="ignore"):
+        expected = np.ascontiguousarray(gguf.quants.quantize(np.ascontiguousarray(x), kind)).view(np.uint8)
+    assert np.array_equal(quantize(x, kind), expected)
+
+
+@each_block
+def test_requantizing_goes_through_the_numbers_it_means(kind: Type) -> None:
+    x = samples("gauss")[:4]
+    blocks = quantize(x, kind)
+    back = backends.convert(blocks.ravel(), int(kind), int(Type.F32), 4, 1024)
+    assert np.array_equal(back.view(np.float32), values(blocks, kind))
+
+
+def test_half_sources() -> None:
+    x = samples("gauss")
+    halves = x.astype(np.float16)
+    direct = backends.convert(halves.view(np.uint8).ravel(), int(Type.F16), int(Type.Q4_K), 32, 1024)
+    assert np.array_equal(direct, quantize(halves.astype(np.float32), Type.Q4_K))
+
+
+def test_rows_that_fit_no_block() -> None:
+    with pytest.raises(ArgumentError, match="rows of 96 numbers do not fit q4_k's blocks of 256"):
+        quantize(np.ones((1, 96), np.float32), Type.Q4_K)
+    with pytest.raises(ArgumentError, match="not rows x k"):
+        backends.convert(np.zeros(10, np.uint8), int(Type.F32), int(Type.Q4_0), 1, 32)
