@@ -179,8 +179,8 @@ tl_status tl_config_check(const tl_config *config, tl_message *message);
 tl_status tl_model_create(tl_model **model, const tl_config *config, const tl_backend *backend, tl_message *message);
 // Packs one tensor. `name` is embedding, output, output_norm or, for a layer, attention_norm, wq, wk, wv, wo,
 // ffn_norm, w_gate, w_up, w_down; where the configuration asks for it attention_post_norm, ffn_post_norm, q_norm, k_norm;
-// sinks; or a bias: bq, bk, bv, bo, b_gate, b_up, b_down. Vectors (norms, biases, sinks) are read as floats. `format` is what to keep matrices in: the source's own, or one to quantize a float source
-// to.
+// sinks; or a bias: bq, bk, bv, bo, b_gate, b_up, b_down. Vectors (norms, biases, sinks) are read as floats. `format` is
+// what to keep matrices in: the source's own, or one to quantize a float source to.
 tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl_source *source,
                           const tl_format *format, int threads, tl_message *message);
 // The output matrix is the embedding, from now on, where it has none of its own: one copy serves both.
