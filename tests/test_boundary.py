@@ -143,16 +143,21 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"backends", "chat", "config", "engine", "errors", "kvcache", "reasoning", "sampling"},
         "tokenizer",
     },
-    "loading": {"backends", "config", "errors", "llm", "loaders", "modelfiles"},
+    "mixes": {"errors", "loaders"},
+    "imatrix": {"errors", "loaders"},
+    "loading": {"backends", "config", "errors", "llm", "loaders", "mixes", "modelfiles"},
+    "quantization": {
+        *{"backends", "chat", "config", "errors", "imatrix", "loaders", "mixes", "modelfiles", "tokenizer"},
+    },
     "inspection": {
         *{"backends", "chat", "config", "engine", "errors", "loaders", "loading", "modelfiles"},
         *{"reasoning", "tokenizer"},
     },
     "benchmark": {"backends", "errors", "loaders", "loading", "modelfiles"},
-    "calibration": {"families", "llm", "loaders"},
+    "calibration": {"families", "imatrix", "llm", "loaders"},
     "quality": {"backends", "errors", "llm", "tokenizer"},
     "compare": {"backends", "benchmark", "errors", "llm", "loading", "quality"},
-    "tinyllm": {"backends", "engine", "errors", "llm", "loading", "sampling", "tokenizer"},
+    "tinyllm": {"backends", "engine", "errors", "llm", "loading", "quantization", "sampling", "tokenizer"},
 }
 
 

@@ -405,7 +405,7 @@ def test_bad_arguments(
     [
         ({"context": 0}, "context is 0"),
         ({"cache_type": "f8"}, "cache_type is 'f8', expected one of f32, f16, q8_0"),
-        ({"weights": "q9"}, "weights is 'q9', expected one of"),
+        ({"weights": "q9"}, "'q9' is no quantization; there are f32"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"threads": 0}, "threads is 0"),
     ],

@@ -24,6 +24,7 @@ from .errors import (
     ReadError,
     TemplateError,
     UnsupportedError,
+    WriteError,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .engine import Piece
     from .llm import LLM, Completion, Score, Session
     from .loading import load
+    from .quantization import quantize
     from .sampling import SamplingParams
     from .tokenizer import Tokenizer, load_tokenizer
 
@@ -54,10 +56,12 @@ __all__ = [
     "TemplateError",
     "Tokenizer",
     "UnsupportedError",
+    "WriteError",
     "__version__",
     "info",
     "load",
     "load_tokenizer",
+    "quantize",
 ]
 
 # Where the other names live: imported when first used, so that `import tinyllm` is quick.
@@ -72,6 +76,7 @@ _HOMES = {
     "info": "backends",
     "load": "loading",
     "load_tokenizer": "tokenizer",
+    "quantize": "quantization",
 }
 
 

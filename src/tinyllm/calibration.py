@@ -3,26 +3,23 @@
 A weight's rounding error reaches the output times its input, so a quantizer that knows the mean square of
 every input puts the error where it does least. The file is llama.cpp's (a GGUF with, for each matrix, the
 sums `NAME.in_sum2` [k] and how many rows they are of, `NAME.counts`), so that its tools read it too. Imports
-families, llm and loaders.
+families, imatrix, llm and loaders.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from .families import FAMILIES
+from .imatrix import Imatrix, write_imatrix
 from .llm import LLM
 from .loaders.names import TABLE
 
 F64 = npt.NDArray[np.float64]
-
-_U32, _STRING, _ARRAY, _F32_TENSOR, _ALIGNMENT = 4, 8, 9, 0, 32
 
 
 def observe(llm: LLM) -> dict[str, F64]:
@@ -59,41 +56,9 @@ def write(
     """Writes what `observe` gathered as llama.cpp's importance matrix.
 
     texts: names of what was read. n_windows, n_ctx: how it was cut. The file appears under its name once it
-    is complete; matrices that met no row are left out. Raises OSError.
+    is complete; matrices that met no row are left out. Raises WriteError.
     """
-    target = Path(path)
-    tensors: list[tuple[str, tuple[int, ...], bytes]] = []
-    for name, sums in sorted(seen.items()):
-        if sums[-1] > 0:
-            tensors.append((f"{name}.counts", (1, 1), sums[-1:].astype("<f4").tobytes()))
-            tensors.append((f"{name}.in_sum2", (len(sums) - 1, 1), sums[:-1].astype("<f4").tobytes()))
-    keys = [
-        (_string("general.type"), struct.pack("<I", _STRING) + _string("imatrix")),
-        (
-            _string("imatrix.datasets"),
-            struct.pack("<IIQ", _ARRAY, _STRING, len(texts)) + b"".join(map(_string, texts)),
-        ),
-        (_string("imatrix.chunk_count"), struct.pack("<II", _U32, n_windows)),
-        (_string("imatrix.chunk_size"), struct.pack("<II", _U32, n_ctx)),
-    ]
-    data = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(k + v for k, v in keys)
-    offset = 0
-    for name, dims, raw in tensors:
-        data += _string(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
-        data += struct.pack("<IQ", _F32_TENSOR, offset)
-        offset += len(raw) + -len(raw) % _ALIGNMENT
-    data += bytes(-len(data) % _ALIGNMENT)
-    part = target.with_name(target.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            for _, _, raw in tensors:
-                file.write(raw + bytes(-len(raw) % _ALIGNMENT))
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
+    known = {name: sums for name, sums in sorted(seen.items()) if sums[-1] > 0}
+    sums = {name: values[None, :-1].astype(np.float32) for name, values in known.items()}
+    counts = {name: values[-1:].astype(np.float32) for name, values in known.items()}
+    write_imatrix(path, Imatrix(sums, counts, tuple(texts), n_windows, n_ctx))

@@ -32,6 +32,10 @@ class ReadError(Error, OSError):
     file)."""
 
 
+class WriteError(Error, OSError):
+    """A file cannot be written: no space, no permission, a device error. Nothing is left behind."""
+
+
 class ArgumentError(Error, ValueError):
     """An argument has a value that makes no sense."""
 

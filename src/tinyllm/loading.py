@@ -1,7 +1,7 @@
 """`load`: from a path to a model that runs, its weights packed and its context fitted into the memory.
 
-Imports `llm`, `modelfiles`, `backends`, `loaders`, `config` and `errors`. Read next: llm.py, what `load`
-returns.
+Imports `llm`, `modelfiles`, `backends`, `loaders`, `mixes`, `config` and `errors`. Read next: llm.py, what
+`load` returns.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from .backends import PAGE, CacheType
 from .config import ModelConfig
 from .errors import ArgumentError, MemoryLimitError, size_text
 from .llm import LLM
-from .loaders import BF16, F16, F32, FORMATS
-from .loaders.names import Weights
+from .loaders import BF16, F16, F32
+from .loaders.names import Weights, gguf_names
+from .mixes import tensor_formats
 from .modelfiles import read_model
 
 MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
@@ -43,9 +44,9 @@ def load(
     .safetensors file in one, or "stories", the model that comes with tinyllm. device: "auto" or "cpu".
     threads: None for one a physical core. context: how many tokens a sequence may hold; None: what the
     model was trained for (with LongRoPE, as in Phi-3: at first; more chooses the factors for long texts), or
-    less where only less fits into 80 % of the free memory. cache_type: the
-    numbers of the KV cache, "f16", "f32" or "q8_0". weights: a format ("q8_0", "q4_k") to quantize float
-    matrices to while loading. progress: called with (bytes done, bytes in all).
+    less where only less fits into 80 % of the free memory. cache_type: the numbers of the KV cache, "f16",
+    "f32" or "q8_0". weights: a quantization ("q8_0", "q4_k_m"...) for a float model, made while loading: the
+    same bits as in the file that `quantize` writes. progress: called with (bytes done, bytes in all).
 
     Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
     with the numbers, before anything big is allocated.
@@ -103,19 +104,12 @@ def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[t
     formats = {key: info.format for key, info in weights.items()}
     if quantize_to is None:
         return formats
-    if quantize_to not in backends.FORMAT_IDS:
-        raise ArgumentError(f"weights is {quantize_to!r}, expected one of {', '.join(backends.FORMAT_IDS)}")
-    target = backends.FORMAT_IDS[quantize_to]
-    block = FORMATS[target].block
+    names = gguf_names(weights)
+    chosen = tensor_formats({names[key]: info.shape for key, info in weights.items()}, quantize_to)
     matrices = {k: t for k, t in weights.items() if len(t.shape) == 2 and t.format in (F32, F16, BF16)}
     if not matrices:
         raise ArgumentError(f"{name} is quantized already; weights= is for float models")
-    for key, tensor in matrices.items():
-        if tensor.shape[1] % block == 0:
-            formats[key] = target
-        else:
-            log.info("%s stays a float matrix: %d is no multiple of %d", tensor.name, tensor.shape[1], block)
-    return formats
+    return formats | {key: chosen[names[key]] for key in matrices}
 
 
 def _fit_memory(

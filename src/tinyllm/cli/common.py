@@ -156,7 +156,7 @@ def add_model_options(
     group.add_argument(
         "--weights",
         metavar="F",
-        help="quantize a float model while loading, to q8_0, q4_k, q4_0...: smaller, faster, less exact",
+        help="quantize a float model while loading, to q8_0, q4_k_m...: smaller, faster, less exact",
     )
 
 

@@ -56,6 +56,9 @@ class GGUFFile:
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: tuple[Path, ...]
+    types: dict[
+        str, int
+    ]  # of the metadata: GGUF's number of the value's type, of an array that of its elements
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
@@ -65,13 +68,13 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     a tensor type that is not read).
     """
     path = Path(path)
-    metadata, tensors = _read_part(path)
+    metadata, types, tensors = _read_part(path)
     files: tuple[Path, ...] = (path,)
     count = _split_field(metadata, path, "split.count", 1)
     if count > 1:
         files = _add_parts(path, metadata, tensors, count)
     _check_tokenizer(metadata, path)
-    return GGUFFile(metadata, tensors, files)
+    return GGUFFile(metadata, tensors, files, types)
 
 
 class _Header:
@@ -167,7 +170,7 @@ class _Header:
         self._start, self._next = position, 0
 
 
-def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, TensorInfo]]:
     with FileReader(path) as file:
         header = _Header(file)
         if header.take(4, "the magic number") != b"GGUF":
@@ -177,8 +180,8 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         n_pairs = header.u64("the number of metadata entries")
         what = f"a header of {n_pairs} entries and {n_tensors} tensors"
         header.require(_MIN_TENSOR_BYTES * n_tensors + _MIN_PAIR_BYTES * n_pairs, what)
-        metadata, alignment = _read_metadata(header, n_pairs)
-        return metadata, _read_tensors(header, n_tensors, alignment)
+        metadata, types, alignment = _read_metadata(header, n_pairs)
+        return metadata, types, _read_tensors(header, n_tensors, alignment)
 
 
 def _check_version(header: _Header) -> None:
@@ -193,36 +196,37 @@ def _check_version(header: _Header) -> None:
     raise UnsupportedError(f"{path}: GGUF version {version} is unknown; versions 2 and 3 are read")
 
 
-def _read_metadata(header: _Header, n_pairs: int) -> tuple[dict[str, Any], int]:
+def _read_metadata(header: _Header, n_pairs: int) -> tuple[dict[str, Any], dict[str, int], int]:
     metadata: dict[str, Any] = {}
+    types: dict[str, int] = {}
     alignment = 32
     for i in range(n_pairs):
         key = header.name(f"metadata key {i}")
         if key in metadata:
             header.fail(f"the metadata key {show(key)} appears twice")
         kind = header.u32(f"the type of {show(key)}")
-        metadata[key] = value = _read_value(header, kind, show(key))
+        metadata[key], types[key] = value, _ = _read_value(header, kind, show(key))
         if key == "general.alignment":
             if kind != _U32_TYPE or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
                 header.fail(
                     f"general.alignment must be a uint32 power of two up to {MAX_ALIGNMENT}, not {value!r}"
                 )
             alignment = value
-    return metadata, alignment
+    return metadata, types, alignment
 
 
-def _read_value(header: _Header, kind: int, what: str) -> Any:
+def _read_value(header: _Header, kind: int, what: str) -> tuple[Any, int]:
     if kind == _STRING:
-        return header.string(what)
+        return header.string(what), kind
     if kind != _ARRAY:
-        return _read_numbers(header, kind, 1, what)[0].item()
+        return _read_numbers(header, kind, 1, what)[0].item(), kind
     kind = header.u32(f"the element type of {what}")
     count = header.u64(f"the length of {what}")
     if kind == _ARRAY:
         header.fail(f"{what} is an array of arrays")
     if kind == _STRING:
-        return header.strings(count, what)
-    return _read_numbers(header, kind, count, what)
+        return header.strings(count, what), kind
+    return _read_numbers(header, kind, count, what), kind
 
 
 def _read_numbers(header: _Header, kind: int, count: int, what: str) -> npt.NDArray[Any]:
@@ -329,7 +333,7 @@ def _add_parts(
         part = path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf")
         paths.append(part)
         try:
-            part_metadata, part_tensors = _read_part(part)
+            part_metadata, _, part_tensors = _read_part(part)
         except NotFoundError:
             raise NotFoundError(
                 f"{part}: part {i + 1} of {count} is missing; all parts must lie together"

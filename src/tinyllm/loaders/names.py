@@ -271,7 +271,7 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
         model = f"{config.architecture}, {config.n_layers} layers"
         raise FormatError(f"the tensors do not fit the config ({model}):{listed}{more}")
     minus_one = source == "hf" and row_of_family.norms_minus_one
-    return Weights(found, _row_orders(config, source), minus_one)
+    return Weights(found, row_orders(config, source), minus_one)
 
 
 def _unwrapped(name: str) -> str:
@@ -304,6 +304,12 @@ def _split_fused(
     return found
 
 
+def gguf_names(weights: Weights) -> dict[Key, str]:
+    """What each weight is called in GGUF files."""
+    names = {row.canonical: row.gguf for row in TABLE}  # of norms with several, one
+    return {(canonical, layer): names[canonical].format(layer) for canonical, layer in weights}
+
+
 def _mismatch(tensor: TensorInfo, shape: tuple[int, ...]) -> Iterator[str]:
     if tensor.shape != shape:
         yield f"{tensor.name} has shape {tensor.shape}, expected {shape}"
@@ -311,7 +317,8 @@ def _mismatch(tensor: TensorInfo, shape: tuple[int, ...]) -> Iterator[str]:
         yield f"{tensor.name} is {FORMATS[tensor.format].name}; a norm or bias must be F32, F16 or BF16"
 
 
-def _row_orders(config: ModelConfig, source: Source) -> dict[str, npt.NDArray[np.int32]]:
+def row_orders(config: ModelConfig, source: Source) -> dict[str, npt.NDArray[np.int32]]:
+    """Of the weights whose rows such files hold in another order than the model: see `Weights.row_order`."""
     if source not in family(config.architecture, source).interleaved:
         return {}
     present = [row for row in TABLE if row.rotated and row.present(config) is not False]

@@ -1,0 +1,101 @@
+"""tinyllm-quantize: a model as a GGUF file in another quantization, smaller or for other tools.
+
+What it did goes to stderr, one line. Imports common.py, and quantization.py when it is needed.
+"""
+
+from __future__ import annotations
+
+import time
+
+from tinyllm.cli.common import (
+    EXIT_CODES,
+    EXIT_OK,
+    Parser,
+    note,
+    positive,
+    progress_bar,
+    run_command,
+    seconds,
+    size,
+)
+
+PROG = "tinyllm-quantize"
+
+DESCRIPTION = """Writes a model as a GGUF file in another quantization.
+
+MODEL is a GGUF file with float weights (F32, F16, BF16) or a Hugging Face directory with safetensors.
+Tokenizer and chat template come along. OUT appears when it is complete; llama.cpp reads it as well."""
+
+EPILOG = f"""types, best first; a name means the same tensors as with llama.cpp:
+%s
+
+examples:
+  {PROG} path/to/hf-directory model-q4_k_m.gguf q4_k_m
+  {PROG} model-f16.gguf model-q8_0.gguf q8_0
+  {PROG} model-f16.gguf small.gguf q3_k_m --imatrix model.imatrix
+  {PROG} path/to/hf-directory model-f16.gguf f16       only convert
+
+An imatrix says which columns of the weights matter, from a run over a text of your choice; with it low-bit
+types lose less. tinyllm-perplexity --against measures what a type costs, tinyllm-bench compares several.
+
+{EXIT_CODES}"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(PROG, _run, argv)
+
+
+def _parser() -> Parser:
+    from tinyllm.mixes import MIXES
+
+    types = "\n".join(f"  {name:<8}{mix.note}" for name, mix in MIXES.items())
+    parser = Parser(PROG, "MODEL OUT TYPE [options]", DESCRIPTION, (EPILOG % types).replace("%", "%%"))
+    parser.add_argument(
+        "model", metavar="MODEL", help="a .gguf file, of a split model the first, or a directory"
+    )
+    parser.add_argument("out", metavar="OUT", help="the .gguf file to write; one that is there is replaced")
+    parser.add_argument("type", metavar="TYPE", help="see below; q4_k_m is a good start")
+    parser.add_argument(
+        "--imatrix",
+        metavar="FILE",
+        help="importance of columns: tinyllm-perplexity's file, or llama.cpp's (GGUF or .dat)",
+    )
+    parser.add_argument(
+        "--allow-requantize",
+        action="store_true",
+        help="take a quantized model too; worse than from its float original",
+    )
+    parser.add_argument(
+        "-t", "--threads", type=positive, metavar="N", help="processor threads (default: the physical cores)"
+    )
+    return parser
+
+
+def _run(argv: list[str]) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    from tinyllm.quantization import quantize
+
+    start = time.perf_counter()
+    with progress_bar("quantizing") as progress:
+        done = quantize(
+            args.model,
+            args.out,
+            args.type,
+            imatrix=args.imatrix,
+            allow_requantize=args.allow_requantize,
+            threads=args.threads,
+            progress=progress,
+        )
+    formats = ", ".join(f"{n} {name}" for name, n in sorted(done.formats.items(), key=lambda item: -item[1]))
+    note(
+        f"{done.path}: {size(done.n_bytes)}, {done.bits:.2f} bits a weight ({formats}), "
+        f"{seconds(time.perf_counter() - start)}"
+    )
+    if done.without_importance:
+        some = ", ".join(done.without_importance[:4])
+        note(f"the imatrix says nothing of {len(done.without_importance)} tensors: {some}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,163 @@
+"""Importance matrices: how large the inputs of each matrix are, column by column, on a text that a model
+read.
+
+Quantizing weighs squared errors with them: a column whose input is mostly near zero may be wrong. Two files
+are read, llama.cpp's GGUF form (general.type "imatrix"; of each tensor NAME.in_sum2, sums of squares
+[matrices, k], and NAME.counts, rows added up [matrices, 1]) and its older .dat; the first is written.
+Tensors go by their GGUF names. Imports `errors` and the loaders. Used by quantization.py and by the
+calibration run.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import FormatError
+from .loaders import F32, FileReader, show
+from .loaders.gguf import read_gguf
+from .loaders.gguf_writer import OutTensor, write_gguf
+
+Array = npt.NDArray[np.float32]
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_MOST = 1 << 24  # entries, columns, bytes of a name in a .dat file: far above any model's
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """sums: of squared inputs, float32 [matrices, k] by GGUF tensor name (one matrix, or one an expert).
+    counts: how many inputs were added up, float32 [matrices]. datasets: the texts' names. chunks of
+    chunk_size tokens.
+    """
+
+    sums: Mapping[str, Array]
+    counts: Mapping[str, Array]
+    datasets: tuple[str, ...] = ()
+    chunks: int = 0
+    chunk_size: int = 0
+    path: Path | None = field(default=None, compare=False)
+
+    def importance(self, name: str, n_matrices: int, k: int) -> Array | None:
+        """float32 [n_matrices, k]: the mean squared input, scaled to a mean of 1 in each matrix; 1 where an
+        expert was never asked. None where nothing is known of the tensor. Raises FormatError where it has
+        another shape.
+        """
+        if name not in self.sums:
+            return None
+        sums, counts = self.sums[name].astype(np.float64), self.counts[name].astype(np.float64)
+        if sums.shape != (n_matrices, k):
+            raise FormatError(
+                f"{self.path or 'imatrix'}: {name} is {sums.shape}, but the model's is {(n_matrices, k)}: it "
+                "was made from another model"
+            )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean = sums / counts[:, None]
+            scaled = mean / mean.mean(axis=1, keepdims=True)
+        known = np.isfinite(scaled).all(axis=1, keepdims=True)
+        return np.where(known, scaled, 1.0).astype(np.float32)
+
+
+def write_imatrix(path: str | os.PathLike[str], imatrix: Imatrix) -> None:
+    """Writes llama.cpp's GGUF form. Raises WriteError."""
+    metadata = {
+        "general.type": "imatrix",
+        "imatrix.datasets": list(imatrix.datasets),
+        "imatrix.chunk_count": imatrix.chunks,
+        "imatrix.chunk_size": imatrix.chunk_size,
+    }
+    tensors = []
+    for name, sums in imatrix.sums.items():
+        for suffix, values in ((_SUMS, sums), (_COUNTS, imatrix.counts[name].reshape(-1, 1))):
+            raw = np.ascontiguousarray(values, "<f4").tobytes()
+            tensors.append(OutTensor(name + suffix, values.shape, F32, lambda raw=raw: [raw]))  # type: ignore[misc]
+    write_gguf(path, metadata, tensors)
+
+
+def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
+    """Reads either form, told apart by content. Raises NotFoundError, ReadError, FormatError."""
+    path = Path(path).expanduser()
+    with FileReader(path) as file:
+        if file.read_at(0, min(4, file.size)) != b"GGUF":
+            return _read_dat(path, file)
+    return _read_gguf(path)
+
+
+def _read_gguf(path: Path) -> Imatrix:
+    file = read_gguf(path)
+    if file.metadata.get("general.type") != "imatrix":
+        raise FormatError(f"{path}: a GGUF file, but no imatrix (general.type is not 'imatrix')")
+    sums: dict[str, Array] = {}
+    counts: dict[str, Array] = {}
+    for name, tensor in file.tensors.items():
+        if not name.endswith(_SUMS):
+            continue
+        base = name[: -len(_SUMS)]
+        other = file.tensors.get(base + _COUNTS)
+        if other is None:
+            raise FormatError(f"{path}: {show(name)} has no {_COUNTS[1:]} beside it")
+        values, n = tensor.read_f32(), other.read_f32().ravel()
+        sums[base] = values.reshape(-1, values.shape[-1])
+        counts[base] = n
+        if len(n) != len(sums[base]):
+            raise FormatError(f"{path}: {show(name)} has {len(sums[base])} rows and {len(n)} counts")
+    _check(path, sums, counts)
+    datasets = file.metadata.get("imatrix.datasets", [])
+    numbers = [file.metadata.get(f"imatrix.chunk_{what}", 0) for what in ("count", "size")]
+    chunks, size = (n if type(n) is int else 0 for n in numbers)
+    return Imatrix(sums, counts, tuple(datasets) if isinstance(datasets, list) else (), chunks, size, path)
+
+
+def _read_dat(path: Path, file: FileReader) -> Imatrix:
+    """int32 entries, then of each: int32 length and name, int32 calls, int32 n, float32 [n] means times
+    calls; at the end, in newer ones, int32 chunks and the text's name."""
+    data = file.read_at(0, file.size)
+    at = 0
+
+    def whole(what: str, most: int = _MOST) -> int:
+        nonlocal at
+        if at + 4 > len(data):
+            raise FormatError(f"{path}: ends in {what} at byte {at}: no imatrix, or a truncated one")
+        value: int = struct.unpack_from("<i", data, at)[0]
+        at += 4
+        if not 0 <= value <= most:
+            raise FormatError(f"{path}: {what} is {value} at byte {at - 4}: no imatrix")
+        return value
+
+    def take(n_bytes: int, what: str) -> bytes:
+        nonlocal at
+        if at + n_bytes > len(data):
+            raise FormatError(f"{path}: {what} at byte {at} needs {n_bytes} bytes, {len(data) - at} are left")
+        at += n_bytes
+        return data[at - n_bytes : at]
+
+    sums: dict[str, Array] = {}
+    counts: dict[str, Array] = {}
+    for i in range(whole("the number of entries")):
+        name = take(whole(f"the length of name {i}"), f"name {i}").decode("utf-8", "replace")
+        calls = whole(f"the calls of {show(name)}", (1 << 31) - 1)
+        n = whole(f"the size of {show(name)}")
+        sums[name] = np.frombuffer(take(4 * n, show(name)), "<f4").reshape(1, n)
+        counts[name] = np.array([max(calls, 1)], np.float32)
+    _check(path, sums, counts)
+    chunks, datasets = 0, ()
+    if at < len(data):
+        chunks = whole("the number of chunks", (1 << 31) - 1)
+        text = take(whole("the length of the text's name"), "the text's name").decode("utf-8", "replace")
+        return Imatrix(sums, counts, (text,), chunks, 0, path)
+    return Imatrix(sums, counts, datasets, chunks, 0, path)
+
+
+def _check(path: Path, sums: Mapping[str, Array], counts: Mapping[str, Array]) -> None:
+    if not sums:
+        raise FormatError(f"{path}: an imatrix without entries")
+    for name in sums:
+        for values in (sums[name], counts[name]):
+            if not (values >= 0).all() or not np.isfinite(values).all():
+                raise FormatError(f"{path}: {show(name)} has a number that is negative or not finite")

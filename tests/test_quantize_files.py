@@ -1,0 +1,438 @@
+"""`tinyllm.quantize` and its command: a file means the same model, and nothing half-written stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+from helpers_gguf import small_tokenizer, write_gguf
+from helpers_models import golden_specs, random_ids, random_weights, write_hf_directory
+
+import tinyllm
+from tinyllm import errors, mixes
+from tinyllm.cli.quantize import main
+from tinyllm.imatrix import Imatrix, read_imatrix, write_imatrix
+from tinyllm.loaders import FORMATS, gguf_writer
+from tinyllm.loaders.gguf import read_gguf
+from tinyllm.loaders.gguf_writer import OutTensor
+from tinyllm.quantization import ARCHITECTURES
+
+SPECS = [
+    spec
+    for spec in golden_specs() + golden_specs("families")
+    if spec.config["model_type"] in ARCHITECTURES and spec.name != "qwen2_window"
+]
+# Wide enough for blocks of 256, with rows that fit none: k of w_down is 288.
+CONFIG = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 288, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("float") / "model.gguf"
+    template = {"chat_template": "{{ messages[0].content }}"}
+    write_gguf(out, CONFIG, random_weights(CONFIG, seed=3), tokenizer=small_tokenizer(400) | template,
+               metadata={"general.sampling.temp": 0.5})  # fmt: skip
+    return out
+
+
+def formats_of(path: Path) -> dict[str, str]:
+    return {name: FORMATS[t.format].name.lower() for name, t in read_gguf(path).tensors.items()}
+
+
+@pytest.mark.parametrize("type", list(mixes.MIXES))
+def test_a_written_file_is_what_loading_makes(type: str, path: Path, tmp_path: Path) -> None:
+    """The same bits as load(weights=), and gguf reads the same numbers."""
+    out = tmp_path / "out.gguf"
+    done = tinyllm.quantize(path, out, type)
+    assert done.n_bytes == out.stat().st_size
+    ids = random_ids(CONFIG, 1, 20)
+    with tinyllm.load(path, weights=type) as a, tinyllm.load(out) as b:
+        np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
+        values = b.model.unpack("w_gate", 1)
+    tensor = next(t for t in gguf.GGUFReader(out).tensors if t.name == "blk.1.ffn_gate.weight")
+    np.testing.assert_array_equal(values, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+
+
+def test_metadata_comes_along(path: Path, tmp_path: Path) -> None:
+    tinyllm.quantize(path, tmp_path / "out.gguf", "q4_k_m")
+    before, after = read_gguf(path), read_gguf(tmp_path / "out.gguf")
+    new = {"general.file_type": 15, "general.quantization_version": 2}
+    assert {k: after.metadata[k] for k in new} == new
+    for key in before.metadata.keys() - new.keys():
+        np.testing.assert_array_equal(after.metadata[key], before.metadata[key])
+        assert after.types[key] == before.types[key]
+    assert "tokenizer.chat_template" in after.metadata
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_directory_becomes_the_same_model(spec: Any, dtype: str, tmp_path: Path) -> None:
+    """Keys, rope scaling, biases, the order of q and k: the logits are the very same."""
+    folder = write_hf_directory(
+        tmp_path / "hf", spec.config, random_weights(spec.config, spec.seed), dtype=dtype
+    )
+    tinyllm.quantize(folder, tmp_path / "out.gguf", dtype.lower())
+    ids = random_ids(spec.config, 1, 24)
+    with tinyllm.load(folder) as a, tinyllm.load(tmp_path / "out.gguf") as b:
+        np.testing.assert_allclose(
+            a.logits(ids), b.logits(ids), rtol=0, atol=2e-6
+        )  # norm_eps becomes float32
+    llama = read_gguf(tmp_path / "out.gguf").metadata
+    assert llama["general.architecture"] == ARCHITECTURES[spec.config["model_type"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("qwen2_window", "cannot say this model's windows"),
+        ("gemma3", "gemma3_text models are not written as GGUF"),
+    ],
+)
+def test_what_a_file_could_not_say_is_refused(name: str, why: str, tmp_path: Path) -> None:
+    spec = next(spec for spec in golden_specs("families") if spec.name == name)
+    folder = write_hf_directory(tmp_path / "hf", spec.config, random_weights(spec.config, spec.seed))
+    with pytest.raises(errors.UnsupportedError, match=why):
+        tinyllm.quantize(folder, tmp_path / "out.gguf", "f32")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-tok105-hf"])
+def test_a_trained_directory_keeps_its_tokenizer(name: str, data_dir: Path, tmp_path: Path) -> None:
+    folder = data_dir / "models" / name
+    tinyllm.quantize(folder, tmp_path / "out.gguf", "f32")
+    text = "Once upon a time, there was a café.\n <s> x"
+    with tinyllm.load(folder) as a, tinyllm.load(tmp_path / "out.gguf") as b:
+        assert a.tokenizer.encode(text) == b.tokenizer.encode(text)
+        assert a.tokenizer.encode(text, special=True) == b.tokenizer.encode(text, special=True)
+        assert (a.tokenizer.bos_id, a.tokenizer.eos_ids) == (b.tokenizer.bos_id, b.tokenizer.eos_ids)
+        assert str(a("Once upon", max_tokens=30, temperature=0)) == str(
+            b("Once upon", max_tokens=30, temperature=0)
+        )
+
+
+def test_byte_level_tokenizers_get_the_name_of_their_rule(data_dir: Path, tmp_path: Path) -> None:
+    """A tokenizer.json made of a GGUF's vocabulary gives the GGUF's entries again."""
+    from tinyllm.tokenizer import tokenizer_from_gguf
+    from tinyllm.tokenizer.to_gguf import tokenizer_to_gguf
+
+    for name, pre in (("llama-bpe", "llama-bpe"), ("qwen2", "qwen2"), ("gpt-2", "gpt-2")):
+        metadata = read_gguf(data_dir / "vocab" / f"ggml-vocab-{name}.gguf").metadata
+        backend = tokenizer_from_gguf(metadata)._encoder._tokenizer
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        folder = tmp_path / name
+        folder.mkdir()
+        backend.save(str(folder / "tokenizer.json"))
+        entries = tokenizer_to_gguf(folder)
+        assert entries["tokenizer.ggml.pre"] == pre
+        assert entries["tokenizer.ggml.merges"] == metadata["tokenizer.ggml.merges"]
+        n = len(metadata["tokenizer.ggml.tokens"])
+        assert entries["tokenizer.ggml.tokens"][:n] == metadata["tokenizer.ggml.tokens"]
+
+
+# What a name stands for
+
+
+def shapes(
+    n_layers: int = 17, k: int = 256, kv: int = 64, experts: int = 0, tied: bool = False
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"token_embd.weight": (64, k), "output_norm.weight": (k,)}
+    found |= {} if tied else {"output.weight": (64, k)}
+    for layer in range(n_layers):
+        names = {
+            "attn_q": (256, k),
+            "attn_k": (kv, k),
+            "attn_v": (kv, k),
+            "attn_output": (k, 256),
+            "attn_norm": (k,),
+        }
+        if experts:
+            names |= {"ffn_gate_inp": (experts, k), "ffn_down_exps": (experts, k, 256)}
+        else:
+            names |= {"ffn_down": (k, 256)}
+        found |= {f"blk.{layer}.{name}.weight": shape for name, shape in names.items()}
+    return found
+
+
+def named(found: dict[str, Any], type: str, **options: Any) -> Callable[[str], str]:
+    chosen = mixes.tensor_formats(found, type, **options)
+    return lambda name: FORMATS[chosen[name]].name.lower()
+
+
+def test_q4_k_m() -> None:
+    """As llama.cpp chooses: layers 0, 1 (the first eighth), 14 and up, every third between."""
+    format = named(shapes(), "Q4_K_M")
+    better = [layer for layer in range(17) if format(f"blk.{layer}.ffn_down.weight") == "q6_k"]
+    assert better == [0, 1, 4, 7, 10, 13, 14, 15, 16]
+    assert [format(f"blk.{layer}.attn_v.weight") == "q6_k" for layer in better] == [True] * 9
+    assert format("blk.3.ffn_down.weight") == format("token_embd.weight") == "q4_k"
+    assert format("output.weight") == "q6_k"
+    assert format("blk.0.attn_norm.weight") == "f32"
+
+
+def test_exceptions() -> None:
+    assert named(shapes(tied=True), "q4_0")("token_embd.weight") == "q6_k"
+    assert named(shapes(k=288), "q4_k_m")("blk.3.attn_q.weight") == "q5_0"
+    assert named(shapes(k=288), "q6_k")("output.weight") == "q8_0"
+    assert named(shapes(k=172), "q4_0")("blk.3.attn_q.weight") == "f16"
+    assert named(shapes(), "q4_0", imatrix=True)("blk.0.ffn_down.weight") == "q4_1"
+    assert named(shapes(), "iq4_xs")("blk.0.ffn_down.weight") == "q5_k"
+    assert named(shapes(), "iq4_xs", imatrix=True)("blk.0.ffn_down.weight") == "iq4_xs"
+    assert named(shapes(kv=256), "q2_k")("blk.9.attn_v.weight") == "q3_k"
+    assert named(shapes(), "q2_k")("blk.9.attn_v.weight") == "q4_k"
+    eight = named(shapes(experts=8), "q4_k_s")
+    assert [eight(f"blk.9.{name}.weight") for name in ("attn_k", "attn_output", "ffn_gate_inp")] == [
+        "q8_0",
+        "q5_k",
+        "f32",
+    ]
+    assert named(shapes(experts=8), "mxfp4")("blk.9.ffn_down_exps.weight") == "mxfp4"
+    assert named(shapes(experts=8), "mxfp4")("blk.9.attn_q.weight") == "q8_0"
+    with pytest.raises(errors.ArgumentError, match="'q9' is no quantization; there are f32, bf16"):
+        mixes.type_named("q9")
+
+
+# Importance
+
+
+def importance_file(path: Path) -> Imatrix:
+    rng = np.random.default_rng(0)
+    sums = {"blk.0.ffn_gate.weight": rng.random((1, 256), np.float32) ** 4 + 0.001,
+            "blk.1.ffn_down_exps.weight": rng.random((4, 32), np.float32)}  # fmt: skip
+    counts = {"blk.0.ffn_gate.weight": np.array([7.0], np.float32),
+              "blk.1.ffn_down_exps.weight": np.array([3, 0, 2, 1], np.float32)}  # fmt: skip
+    imatrix = Imatrix(sums, counts, ("a.txt",), 5, 512)
+    write_imatrix(path, imatrix)
+    return imatrix
+
+
+def test_imatrix_is_written_as_llama_cpp_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "i.gguf"
+    written = importance_file(path)
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["general.type"].contents() == "imatrix"
+    assert reader.fields["imatrix.datasets"].contents() == ["a.txt"]
+    assert reader.fields["imatrix.chunk_count"].contents() == 5
+    found = {t.name: t.data for t in reader.tensors}
+    np.testing.assert_array_equal(
+        found["blk.1.ffn_down_exps.weight.in_sum2"], written.sums["blk.1.ffn_down_exps.weight"]
+    )
+    assert found["blk.1.ffn_down_exps.weight.counts"].shape == (4, 1)
+    read = read_imatrix(path)
+    assert (read.datasets, read.chunks, read.chunk_size) == (("a.txt",), 5, 512)
+    for name, sums in written.sums.items():
+        np.testing.assert_array_equal(read.sums[name], sums)
+        np.testing.assert_array_equal(read.counts[name], written.counts[name])
+
+
+def test_importance_has_a_mean_of_one(tmp_path: Path) -> None:
+    importance_file(tmp_path / "i.gguf")
+    imatrix = read_imatrix(tmp_path / "i.gguf")
+    found = imatrix.importance("blk.1.ffn_down_exps.weight", 4, 32)
+    assert found is not None
+    np.testing.assert_allclose(found.mean(axis=1), 1, rtol=1e-6)
+    assert (found[1] == 1).all()  # an expert that was never asked
+    assert imatrix.importance("blk.9.ffn_up.weight", 1, 256) is None
+    with pytest.raises(errors.FormatError, match="another model"):
+        imatrix.importance("blk.0.ffn_gate.weight", 1, 128)
+
+
+def dat(entries: dict[str, tuple[int, list[float]]], end: bytes = b"") -> bytes:
+    out = struct.pack("<i", len(entries))
+    for name, (calls, values) in entries.items():
+        out += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, len(values))
+        out += struct.pack(f"<{len(values)}f", *values)
+    return out + end
+
+
+def test_older_imatrix_files(tmp_path: Path) -> None:
+    path = tmp_path / "i.dat"
+    end = struct.pack("<ii", 12, 5) + b"a.txt"
+    path.write_bytes(dat({"blk.0.ffn_up.weight": (4, [4.0, 8.0, 12.0])}, end))
+    imatrix = read_imatrix(path)
+    assert (imatrix.chunks, imatrix.datasets) == (12, ("a.txt",))
+    found = imatrix.importance("blk.0.ffn_up.weight", 1, 3)
+    assert found is not None
+    np.testing.assert_allclose(found, [[0.5, 1, 1.5]])
+    good = dat({"blk.0.ffn_up.weight": (4, [4.0, 8.0])})
+    for cut in range(len(good)):
+        path.write_bytes(good[:cut])
+        with pytest.raises(errors.FormatError):
+            read_imatrix(path)
+    path.write_bytes(dat({"a": (1, [-1.0])}))
+    with pytest.raises(errors.FormatError, match="negative"):
+        read_imatrix(path)
+
+
+def test_quantizing_with_an_imatrix(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It lowers the weighted error, and the command says what it knew nothing of."""
+    importance_file(tmp_path / "i.gguf")
+    imatrix = read_imatrix(tmp_path / "i.gguf")
+    weights = imatrix.importance("blk.0.ffn_gate.weight", 1, 256)
+    exact = random_weights(CONFIG, seed=3)["model.layers.0.mlp.gate_proj.weight"].astype(np.float64)
+    error = []
+    for name, more in (("plain", []), ("weighted", ["--imatrix", str(tmp_path / "i.gguf")])):
+        out = tmp_path / f"{name}.gguf"
+        assert main([str(path), str(out), "q4_k_s", *more]) == 0
+        with tinyllm.load(out) as llm:
+            error.append(float((weights * (llm.model.unpack("w_gate", 0) - exact) ** 2).sum()))
+    assert error[1] < 0.95 * error[0]
+    assert "the imatrix says nothing of 22 tensors: token_embd.weight" in capsys.readouterr().err
+
+
+# What cannot be
+
+
+def test_quantized_models_are_refused_unless_asked(path: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    tinyllm.quantize(path, first, "q8_0")
+    with pytest.raises(errors.ArgumentError, match=r"quantized already .*--allow-requantize"):
+        tinyllm.quantize(first, second, "q4_0")
+    assert not second.exists()
+    assert main([str(first), str(second), "q4_0", "--allow-requantize"]) == 0
+    assert formats_of(second)["blk.0.attn_q.weight"] == "q4_0"
+
+
+def test_a_nan_is_named(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG, seed=3)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    write_gguf(tmp_path / "nan.gguf", CONFIG, weights)
+    with pytest.raises(errors.FormatError, match=r"blk\.1\.ffn_up\.weight holds a NaN"):
+        tinyllm.quantize(tmp_path / "nan.gguf", tmp_path / "out.gguf", "q4_0")
+    assert sorted(os.listdir(tmp_path)) == ["nan.gguf"]
+
+
+def test_wrong_places(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(errors.ArgumentError, match="is the model itself"):
+        tinyllm.quantize(path, path, "q4_0")
+    with pytest.raises(errors.WriteError, match="is a directory; name a file"):
+        tinyllm.quantize(path, tmp_path, "q4_0")
+    with pytest.raises(errors.WriteError, match="cannot be written: No such file"):
+        tinyllm.quantize(path, tmp_path / "nowhere" / "x.gguf", "q4_0")
+    with pytest.raises(errors.NotFoundError):
+        tinyllm.quantize(tmp_path / "missing.gguf", tmp_path / "x.gguf", "q4_0")
+    assert main([str(path), str(tmp_path / "x.gguf"), "q9"]) == 2
+
+
+def test_no_room_is_said_before_any_work(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(gguf_writer.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(errors.WriteError, match=r"no room: 0\.\d MB are needed, 0\.0 MB were free"):
+        tinyllm.quantize(path, tmp_path / "x.gguf", "q4_0")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "x.gguf"
+    target.write_bytes(b"before")
+
+    def full() -> Any:
+        yield bytes(64)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(errors.WriteError, match="no room"):
+        gguf_writer.write_gguf(target, {}, [OutTensor("t", (32,), 0, full)])
+    assert target.read_bytes() == b"before"
+    assert os.listdir(tmp_path) == ["x.gguf"]
+
+
+def test_a_size_limit_is_a_clear_error(path: Path, tmp_path: Path) -> None:
+    """The kernel refuses in the middle of the file."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, "-m", "tinyllm.cli.quantize", str(path), str(tmp_path / "x.gguf"), "q8_0"]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("tinyllm-quantize: ")
+    assert "x.gguf: cannot be written: File too large" in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupting_leaves_nothing(path: Path, tmp_path: Path) -> None:
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tinyllm.quantize(path, tmp_path / "x.gguf", "q4_0", progress=interrupted)
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    """The process, stopped while it writes."""
+    script = (
+        "import sys, time, tinyllm.cli.quantize as q, tinyllm.quantization as z\n"
+        "write = z.write_gguf\n"
+        "def slow(*a, progress, **k):\n"
+        "    return write(*a, progress=lambda d, t: (print(flush=True), time.sleep(60)), **k)\n"
+        "z.write_gguf = slow\n"
+        f"sys.exit(q.main(['stories', {str(tmp_path / 'x.gguf')!r}, 'q4_0', '--allow-requantize']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    assert len(os.listdir(tmp_path)) == 1
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert stderr == "tinyllm-quantize: interrupted\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_help_lists_the_types(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in mixes.MIXES)
+
+
+# Other tools
+
+
+def test_llama_cpp_gives_the_same_perplexity(data_dir: Path, tmp_path: Path) -> None:
+    """What is written loads there, and its logits are ours but for the rounding of activations."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    folder = data_dir / "models" / "stories260K-hf"
+    for type, most in (("f32", 1e-3), ("q8_0", 0.02), ("q4_0", 0.02), ("q5_1", 0.02)):
+        out = tmp_path / f"{type}.gguf"
+        tinyllm.quantize(folder, out, type)
+        theirs = llama_cpp.Llama(str(out), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
+        with tinyllm.load(out) as llm:
+            ids = llm.tokenizer.encode(
+                "Once upon a time, there was a little girl named Lily. She loved to play outside."
+            )
+            assert theirs.tokenize(b"Once upon a time", add_bos=True) == llm.tokenizer.encode(
+                "Once upon a time"
+            )
+            theirs.eval(ids)
+            logits = np.array(theirs.scores[: len(ids)], np.float64)
+            logprobs = (
+                logits
+                - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+                - logits.max(1, keepdims=True)
+            )
+            score = -np.mean([logprobs[i, ids[i + 1]] for i in range(len(ids) - 1)])
+            assert abs(score - np.log(llm.score(ids).perplexity)) < most, type
