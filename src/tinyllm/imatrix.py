@@ -74,7 +74,7 @@ def write_imatrix(path: str | os.PathLike[str], imatrix: Imatrix) -> None:
     }
     tensors = []
     for name, sums in imatrix.sums.items():
-        for suffix, values in ((_SUMS, sums), (_COUNTS, imatrix.counts[name].reshape(-1, 1))):
+        for suffix, values in ((_COUNTS, imatrix.counts[name].reshape(-1, 1)), (_SUMS, sums)):
             raw = np.ascontiguousarray(values, "<f4").tobytes()
             tensors.append(OutTensor(name + suffix, values.shape, F32, lambda raw=raw: [raw]))  # type: ignore[misc]
     write_gguf(path, metadata, tensors)
