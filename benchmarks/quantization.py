@@ -24,11 +24,12 @@ import kl_peers
 import numpy as np
 
 import tinyllm
-from tinyllm import backends, benchmark, compare
+from tinyllm import benchmark, compare
 from tinyllm.cli.common import progress_line, read_text, seconds, size, table
 from tinyllm.cli.plot import draw
 from tinyllm.errors import Error
 from tinyllm.loaders import FORMATS
+from tinyllm.mixes import MIXES
 from tinyllm.modelfiles import read_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,9 +46,9 @@ model has no quality to measure. *% of read*: what decoding reads, of the memory
 PEERS = """
 ### Beside llama.cpp
 
-The same files in both engines, on the same tokens, against the float master run by tinyllm with a float32
-cache. KL is the weights' own error and what an engine adds to it. *difference*: the mean over the tokens of
-tinyllm's KL minus llama.cpp's, ± standard error.
+The master with every matrix in the one format, in both engines, on the same tokens, against the master run
+by tinyllm with a float32 cache. KL is the weights' own error and what an engine adds to it. *difference*:
+the mean over the tokens of tinyllm's KL minus llama.cpp's, ± standard error.
 
 """
 
@@ -245,7 +246,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--types",
         type=lambda t: t.split(","),
         metavar="T,...",
-        default=[t for t in backends.FORMAT_IDS if t not in ("f32", "f16")],
+        default=[t for t in MIXES if t not in ("f32", "f16")],
     )
     add("--large", nargs="*", default=[], metavar="FILE", help="measure speed of these too")
     add("--peers", metavar="PEERS.json", help="what kl_peers.py printed with -o json")

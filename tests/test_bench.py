@@ -30,6 +30,7 @@ import tinyllm
 from tinyllm import backends, benchmark
 from tinyllm.cli.bench import main
 from tinyllm.errors import ArgumentError, MemoryLimitError, UnsupportedError
+from tinyllm.mixes import MIXES
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 LLAMA_BENCH_KEYS = [
@@ -685,7 +686,7 @@ def test_suite_keeps_a_run_and_compares_with_it(tmp_path: Path) -> None:
 
 
 def test_quantization_page_is_what_the_script_makes_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody typed a number into it, and the formats are all there."""
+    """Nobody typed a number into it, and all formats and mixes are there."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     quantization = script("quantization")
     newest = max((BENCHMARKS / "results").glob("*-quantization.json"))
@@ -693,7 +694,7 @@ def test_quantization_page_is_what_the_script_makes_of_the_results(monkeypatch: 
     page = quantization.PAGE.read_text(encoding="utf-8")
     assert page == quantization.page(found)
     assert quantization.PLOT.read_bytes().startswith(b"\x89PNG")
-    assert {row["weights"] or "f16" for row in found["rows"]} == set(backends.FORMAT_IDS) - {"f32"}
+    assert {row["weights"] or "f16" for row in found["rows"]} == set(MIXES) - {"f32"}
     assert set(quantization.WHAT) == set(backends.FORMAT_IDS)
     assert "/" not in found["text"]
 
