@@ -10,8 +10,8 @@
 typedef struct upload_job {
     tl_matrix *matrix;
     const tl_source *source;
-    uint8_t *buffers; // [threads][COPY_UNIT] rows of the file, then of the format kept, then of floats
-    size_t source_bytes, row_bytes;
+    uint8_t *buffers; // [threads][COPY_UNIT] rows of the file, then, where it changes, of the format kept and of floats
+    size_t source_bytes, row_bytes, buffer_bytes; // of a row: in the file, as kept, in the buffers
     int n_panels;
     int failed_row;
 } upload_job;
@@ -31,8 +31,7 @@ static void upload_rows(void *data, int unit, int thread) {
     const tl_matrix *m = job->matrix;
     const tl_format *f = m->format, *from = job->source->format;
     const int first = unit * COPY_UNIT, n = tl_min(COPY_UNIT, m->rows - first), n_blocks = m->k / f->block;
-    const size_t stride = job->source_bytes + job->row_bytes + (size_t)m->k * sizeof(float);
-    uint8_t *file = job->buffers + (size_t)thread * COPY_UNIT * stride, *kept = file;
+    uint8_t *file = job->buffers + (size_t)thread * COPY_UNIT * job->buffer_bytes, *kept = file;
     for (int i = 0, run; i < n; i += run) { // rows that follow each other in the file are one read
         const int32_t *order = job->source->row_order;
         const int row = order ? order[first + i] : first + i;
@@ -71,8 +70,8 @@ tl_status tl_cpu_upload(tl_matrix *m, const tl_source *source, int threads, tl_m
                       .n_panels = (m->rows + TL_ROWS - 1) / TL_ROWS};
     m->n_bytes = (size_t)job.n_panels * (size_t)(m->k / f->block) * (size_t)f->panel_bytes;
     m->data = tl_alloc(m->n_bytes);
-    job.buffers =
-        tl_alloc((size_t)threads * COPY_UNIT * (job.source_bytes + job.row_bytes + (size_t)m->k * sizeof(float)));
+    job.buffer_bytes = job.source_bytes + (f == from ? 0 : job.row_bytes + (size_t)m->k * sizeof(float));
+    job.buffers = tl_alloc((size_t)threads * COPY_UNIT * job.buffer_bytes);
     if (m->data && job.buffers) tl_parallel(threads, (m->rows + COPY_UNIT - 1) / COPY_UNIT, upload_rows, &job);
     int complete = m->data && job.buffers && !job.failed_row;
     tl_free(job.buffers);

@@ -304,8 +304,6 @@ class Model:
                 row_order,
                 self.threads,
             )
-            if hasattr(os, "posix_fadvise"):  # the packed copy is what is read from now on
-                os.posix_fadvise(fd, info.offset, info.n_bytes, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
 
