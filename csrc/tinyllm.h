@@ -288,6 +288,16 @@ struct tl_backend {
 
 extern const tl_backend tl_backend_cpu;
 
+// Changes with the structs that a backend in another library reads: equal on both sides, or it must not be used.
+static inline int tl_seam_abi(void) {
+    const size_t sizes[] = {sizeof(tl_backend), sizeof(tl_run),   sizeof(tl_model),  sizeof(tl_layer),
+                            sizeof(tl_config),  sizeof(tl_cache), sizeof(tl_matrix), sizeof(tl_source),
+                            sizeof(tl_batch),   sizeof(tl_format)};
+    unsigned abi = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) abi = abi * 31 + (unsigned)sizes[i];
+    return (int)(abi & 0x7fffffff);
+}
+
 // ---- threads -------------------------------------------------------------------------------------------------------
 // Runs work(data, unit, thread) for every unit in [0, n_units) on up to `threads` threads (the caller is one)
 // and returns when all are done. Thread i starts on the i-th share of the units and then takes from the tails
