@@ -93,7 +93,7 @@ struct Model {
     std::shared_ptr<tl_model> p;
     std::vector<py::array_t<double>> observed;
 
-    explicit Model(const py::dict &c) {
+    Model(const py::dict &c, uintptr_t backend) { // backend: the address of its tl_backend, 0: the CPU's
         Floats factors;
         Ints windows, ropes;
         tl_config config{};
@@ -137,7 +137,8 @@ struct Model {
         }
         tl_model *model = nullptr;
         tl_message message;
-        tl_status status = tl_model_create(&model, &config, &tl_backend_cpu, &message);
+        const auto *table = backend ? reinterpret_cast<const tl_backend *>(backend) : &tl_backend_cpu;
+        tl_status status = tl_model_create(&model, &config, table, &message);
         if (status != TL_OK) raise(status, message);
         p.reset(model, tl_model_free);
     }
@@ -373,6 +374,8 @@ float logprob(const Floats &logits, int32_t token) {
 PYBIND11_MODULE(_core, m) {
     m.doc() = "tinyllm's C core. Use it through tinyllm.backends.";
     m.attr("version") = TINYLLM_VERSION;
+    m.attr("abi") = tl_seam_abi();
+    m.attr("cuda_build") = TINYLLM_CUDA_BUILD;
 
     py::class_<Cache>(m, "Cache")
         .def(
@@ -388,7 +391,7 @@ PYBIND11_MODULE(_core, m) {
         .def("close", [](Cache &c) { c.p.reset(); });
 
     py::class_<Model>(m, "Model")
-        .def(py::init<const py::dict &>(), py::arg("config"))
+        .def(py::init<const py::dict &, uintptr_t>(), py::arg("config"), py::arg("backend"))
         .def("upload", &Model::upload, py::arg("name"), py::arg("layer"), py::arg("fd"), py::arg("offset"),
              py::arg("source_format"), py::arg("format"), py::arg("row_order"), py::arg("threads"))
         .def("upload_vector", &Model::upload_vector, py::arg("name"), py::arg("layer"), py::arg("values"))

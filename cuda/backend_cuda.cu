@@ -1,4 +1,5 @@
 // backend_cuda.cu: the GPU's implementation of the operations that csrc/model.c calls, and what the library exports.
+#include "bandwidth.cuh"
 #include "runtime.cuh"
 #include <stdio.h>
 
@@ -34,4 +35,21 @@ EXPORT tl_status tl_cuda_backend(int device, const tl_backend **backend, tl_mess
     *backend = NULL;
     if (status != TL_OK) return status;
     return tl_fail(message, TL_UNSUPPORTED, "the CUDA backend has no kernels yet");
+}
+
+EXPORT tl_status tl_cuda_read_bandwidth(int device, double *gb_s, size_t n_bytes, int repetitions,
+                                        tl_message *message) {
+    const size_t n_read = n_bytes / READ_UNIT_BYTES * READ_UNIT_BYTES;
+    double seconds = 0;
+    tl_status status = check_device(device, message);
+    if (status != TL_OK) return status;
+    if (n_read == 0 || repetitions < 1)
+        return tl_fail(message, TL_ARGUMENT, "%zu bytes (at least %zu), %d repetitions (at least 1)", n_bytes,
+                       READ_UNIT_BYTES, repetitions);
+    const int error = read_timed(device, &seconds, n_read, repetitions);
+    if (error)
+        return tl_fail(message, gpu_out_of_memory(error) ? TL_MEMORY : TL_UNSUPPORTED,
+                       "%zu bytes of device %d could not be read: %s", n_read, device, gpu_reason(error));
+    *gb_s = 1e-9 * (double)n_read * repetitions / seconds;
+    return TL_OK;
 }

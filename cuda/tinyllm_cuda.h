@@ -30,6 +30,9 @@ tl_status tl_cuda_device_info(int device, tl_cuda_info *info, tl_message *messag
 // The operation table of a device: the same pointer each time, never freed. TL_ARGUMENT for a device that is not there,
 // TL_UNSUPPORTED for one older than compute capability 8.0.
 tl_status tl_cuda_backend(int device, const tl_backend **backend, tl_message *message);
+// How fast the device reads n_bytes (at least 1 MB) of its memory, in 1e9 bytes a second over all repetitions: the limit
+// of decoding, as tl_read_bandwidth is the CPU's. Takes the memory and writes it once before. (bandwidth.cuh)
+tl_status tl_cuda_read_bandwidth(int device, double *gb_s, size_t n_bytes, int repetitions, tl_message *message);
 
 #ifdef __cplusplus
 }

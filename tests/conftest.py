@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tinyllm import backends
 
 # No deadline: the machine that runs the tests may be busy. Reproducible in CI, exploring elsewhere.
 settings.register_profile(
@@ -16,6 +19,45 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("tinyllm")
+
+
+# The tests compare bits of the CPU: they see no GPU but where they ask for one.
+CUDA_LIBRARY = os.environ.get("TINYLLM_CUDA_LIBRARY")
+os.environ["TINYLLM_CUDA_LIBRARY"] = ""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device to test on, "cuda:0"; the test is skipped where there is none. For tests marked `gpu`."""
+    if CUDA_LIBRARY is None:
+        monkeypatch.delenv("TINYLLM_CUDA_LIBRARY")
+    else:
+        monkeypatch.setenv("TINYLLM_CUDA_LIBRARY", CUDA_LIBRARY)
+    found, reason = backends.find_gpus()
+    if not found:
+        pytest.skip(f"no GPU: {reason}")
+    return found[0].name
+
+
+@pytest.fixture(scope="session")
+def stub_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """c/cuda_stub.c as a library, which pretends to have GPUs."""
+    source, library = Path(__file__).parent / "c" / "cuda_stub.c", tmp_path_factory.mktemp("stub") / "stub.so"
+    compiler = os.environ.get("CC", "cc").split()
+    command = [
+        *compiler,
+        "-std=c11",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        "-o",
+        library,
+        source,
+    ]
+    subprocess.run(command, check=True)
+    return library
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ OUR_KEYS = {
     "version", "test", "isa", "n_sequences", "median_ns", "median_ts", "min_ts", "max_ts", "gb_s",
     "weight_bytes_per_token", "kv_bytes_per_position", "bytes_per_step", "percent_of_read", "read_gb_s",
     "read_gb_s_min", "read_gb_s_max", "samples_read_gb_s", "gmac_s", "load_s", "peak_memory_bytes",
-    "file_hash",
+    "file_hash", "device",
 }  # fmt: skip
 
 
@@ -275,13 +275,10 @@ def test_runs_compute_what_they_claim_to(tiny: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(backends.Model, "forward", watching)
     n_chunk = benchmark.CHUNK
     of = benchmark.cases(n_prompt=[n_chunk + 8], n_gen=[2], n_depth=[0, 65], n_sequences=[1, 2])
-    subject = benchmark.Subject(str(tiny), of)
-    try:
+    with benchmark.loaded(str(tiny), of) as subject:
         calls.clear()
         for case in (*of, *reversed(of)):
             subject.run(case)
-    finally:
-        subject.close()
     both = [n_chunk, 8]
     for (name, first, sequences), case in zip(
         [("pp", 0, 1), ("tg", 0, 1), ("tg", 0, 2), ("pp", 65, 1), ("tg", 65, 1), ("tg", 65, 2)],
@@ -302,8 +299,7 @@ def test_runs_compute_what_they_claim_to(tiny: Path, monkeypatch: pytest.MonkeyP
 def test_all_sequences_see_the_same_past(tiny: Path) -> None:
     """Sequence 1's pages are copies of sequence 0's, in pages of their own."""
     (case,) = benchmark.cases(n_prompt=[], n_gen=[1], n_depth=[130], n_sequences=[2])
-    subject = benchmark.Subject(str(tiny), [case])
-    try:
+    with benchmark.loaded(str(tiny), [case]) as subject:
         table = subject._tables["f16"]
         assert len(set(table.ravel().tolist())) == table.size
         positions = np.array([130, 130], np.int32)
@@ -312,8 +308,6 @@ def test_all_sequences_see_the_same_past(tiny: Path) -> None:
         )
         with tinyllm.load(tiny) as llm:
             assert logits[0].tobytes() == logits[1].tobytes() == llm.logits(subject._ids[:131])[-1].tobytes()
-    finally:
-        subject.close()
 
 
 def test_nothing_is_left_in_memory(cli: Cli, tiny: Path) -> None:
@@ -355,8 +349,9 @@ def test_cache_that_does_not_fit_is_refused(tiny: Path, monkeypatch: pytest.Monk
     of = benchmark.cases(n_prompt=[], n_gen=[1], n_depth=[1000], n_sequences=[8])
     # One sequence fits: 16 pages of 64 positions of 1024 bytes; eight do not.
     monkeypatch.setattr(backends, "free_memory", lambda: 5_000_000)
-    with pytest.raises(MemoryLimitError, match="8 x 1024 positions takes 8388608 bytes, 5000000 are free"):
-        benchmark.Subject(str(tiny), of)
+    words = "8 x 1024 positions takes 8388608 bytes, 5000000 are free"
+    with pytest.raises(MemoryLimitError, match=words), benchmark.loaded(str(tiny), of):
+        pass
 
 
 # --- what is written ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 from helpers_models import golden_spec
 
 import tinyllm
-from tinyllm import _core, backends, kvcache, loading
+from tinyllm import _core, backends, cuda, kvcache, loading
 from tinyllm.config import config_from_json
 from tinyllm.loaders import FORMATS
 
@@ -130,7 +130,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": {"errors"},
     "config": {"errors", "families"},
     "loaders": {"config", "errors", "families"},
-    "backends": {"_core", "config", "errors", "loaders"},
+    "cuda": {"errors"},
+    "backends": {"_core", "config", "cuda", "errors", "loaders"},
     "kvcache": {"errors"},
     "sampling": {"backends", "errors"},
     "tokenizer": {"errors", "loaders"},
@@ -194,6 +195,12 @@ def part_of(name: str) -> str:
     return parts[1] if there else "tinyllm"
 
 
+def test_one_module_opens_libraries() -> None:
+    openers = re.compile(r"\b(import|from) (cffi|ctypes)\b")
+    found = {p.name for p in PACKAGE.rglob("*.py") if openers.search(p.read_text(encoding="utf-8"))}
+    assert found == {"cuda.py"}
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_import_directions(path: Path) -> None:
     first = path.relative_to(PACKAGE).parts[0]
@@ -209,6 +216,7 @@ def test_import_directions(path: Path) -> None:
 def test_the_rules_themselves_have_one_direction() -> None:
     """MAY_IMPORT has no circle, only backends knows the core, and nobody knows the command line."""
     assert {module for module, known in MAY_IMPORT.items() if "_core" in known} == {"backends"}
+    assert {module for module, known in MAY_IMPORT.items() if "cuda" in known} == {"backends"}
     assert not any("cli" in known for known in MAY_IMPORT.values())
     left = {module: known - {"_core"} for module, known in MAY_IMPORT.items()}
     while left:
@@ -291,6 +299,23 @@ def test_constants_agree() -> None:
         r"max_pages < 1 \|\| max_pages > 1 << (\d+)", (CSRC / "cache.c").read_text(encoding="utf-8")
     )
     assert 1 << int(most) == loading.MAX_PAGES
+
+
+def test_cffi_is_told_what_the_headers_say() -> None:
+    def code(text: str) -> str:
+        return " ".join(re.sub(r"//[^\n]*|#[^\n]*", "", text).split())
+
+    headers = code((CSRC / "tinyllm.h").read_text() + (CUDA / "tinyllm_cuda.h").read_text())
+    declarations = re.findall(r"[^{};]+(?:\{[^}]*\}[^;]*)?;", code(cuda.CORE + cuda.INTERFACE))
+    assert len(declarations) == 9
+    missing = [d for d in declarations if d.strip() not in headers]
+    assert missing == ["typedef int tl_status;"]
+    (enum,) = re.findall(r"typedef enum tl_status \{(.*?)\}", (CSRC / "tinyllm.h").read_text(), re.DOTALL)
+    names = re.findall(r"\bTL_[A-Z]+\b", enum)
+    assert {names[status]: error for status, error in cuda.ERRORS.items()} == {
+        "TL_ARGUMENT": tinyllm.ArgumentError,
+        "TL_MEMORY": tinyllm.MemoryLimitError,
+    }
 
 
 PAGE_SIZES = [

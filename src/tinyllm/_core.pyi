@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 version: str
+abi: int  # tl_seam_abi(): what a backend's library must say
+cuda_build: str  # why libtinyllm_cuda.so was not built; empty: it was
 
 class Cache:
     """Pages of the KV cache."""
@@ -24,7 +26,7 @@ class Cache:
 class Model:
     """Packed weights and the forward pass over them."""
 
-    def __init__(self, config: Mapping[str, object]) -> None: ...
+    def __init__(self, config: Mapping[str, object], backend: int) -> None: ...
     def upload(
         self,
         name: str,

@@ -1,7 +1,7 @@
 """The one door to compiled code: models and caches on a device, the machine's facts, sampling's arithmetic.
 
-Only this module imports `_core`. Imports config, errors and the loaders' TensorInfo. Read next: engine.py,
-which calls `Model`.
+Only this module imports `_core`, and `cuda`, which opens the CUDA library. Imports config, errors and the
+loaders' TensorInfo. Read next: engine.py, which calls `Model`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from . import _core
+from . import _core, cuda
 from .config import ModelConfig
-from .errors import ArgumentError, UnsupportedError
+from .errors import ArgumentError, UnsupportedError, size_text
 from .loaders import FORMATS, TensorInfo
 
 F32 = npt.NDArray[np.float32]
@@ -34,6 +34,8 @@ top_logprobs = _core.top_logprobs
 logprob = _core.logprob
 live_allocations = _core.live_allocations  # () -> (blocks, bytes) that the core holds now
 version = _core.version
+isa_name = _core.isa_name  # () -> the one in use
+isa_names = _core.isa_names  # () -> those usable here, the best first
 
 log = logging.getLogger(__name__)
 
@@ -52,21 +54,64 @@ if os.environ.get("TINYLLM_ISA"):
     select_isa(os.environ["TINYLLM_ISA"])
 
 
-def device_of(device: str) -> str:
-    """The device that "auto", "cpu" or "cuda[:N]" names here.
+class Cpu:
+    """The processor as a place for a model, beside `cuda.Gpu`."""
 
-    Raises UnsupportedError for one that is not there.
+    name, title = "cpu", ""
+    table = 0  # the core's own operations
+
+    def free_memory(self) -> int:
+        """Bytes this process can still take."""
+        return free_memory()
+
+
+Device = Cpu | cuda.Gpu
+CPU = Cpu()
+
+
+def choose_device(device: str, needed_bytes: int = 0) -> Device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" names here.
+
+    "auto" is the first GPU with needed_bytes of free memory, else the CPU, and the reason is logged. "cuda"
+    is that GPU, else the one with the most. Raises UnsupportedError, which says what is missing, for one that
+    is not there; ArgumentError for another name.
     """
-    if device in ("auto", "cpu"):
-        return "cpu"
-    if device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit()):
-        raise UnsupportedError(f"device {device!r} asked for, but {cuda_reason()}; use device='cpu'")
-    raise ArgumentError(f"device is {device!r}; it is 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if device == "cpu":
+        return CPU
+    number = device[5:] if device.startswith("cuda:") else None
+    if device not in ("auto", "cuda") and not (number and number.isdecimal() and number.isascii()):
+        raise ArgumentError(f"device is {device!r}; it is 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    gpus, reason = find_gpus()
+    if number is not None and gpus:
+        gpus = [gpu for gpu in gpus if gpu.name == f"cuda:{int(number)}"]
+        reason = f"the GPUs here are {', '.join(gpu.name for gpu in find_gpus()[0])}"
+    if device != "auto" and not gpus:
+        raise UnsupportedError(f"device {device!r} asked for, but {reason}; use device='cpu'")
+    free = {gpu: gpu.free_memory() for gpu in gpus}
+    fitting = [gpu for gpu in gpus if free[gpu] >= needed_bytes]
+    if device != "auto":
+        return (fitting or sorted(gpus, key=lambda gpu: -free[gpu]))[0]
+    if fitting:
+        return fitting[0]
+    if gpus:
+        room = ", ".join(f"{gpu.name} has {size_text(n)} free" for gpu, n in free.items())
+        reason = f"the model needs {size_text(needed_bytes)}, {room}"
+    log.info("device cpu: %s", reason)
+    return CPU
 
 
-def cuda_reason() -> str:
-    """Why CUDA is not used."""
-    return "this version of tinyllm has no CUDA backend"
+def find_gpus() -> tuple[list[cuda.Gpu], str]:
+    """The GPUs that can be used here, and "" or why there are none.
+
+    TINYLLM_CUDA_LIBRARY names another library than the one beside the core; empty: no GPU is used.
+    """
+    given = os.environ.get("TINYLLM_CUDA_LIBRARY")
+    if given == "":
+        return [], "TINYLLM_CUDA_LIBRARY is empty"
+    path = Path(given) if given else Path(_core.__file__).with_name("libtinyllm_cuda.so")
+    if given is None and _core.cuda_build:
+        return [], f"tinyllm was built without it: {_core.cuda_build}"
+    return cuda.look(path, _core.abi)
 
 
 def _read_number(path: str) -> int | None:
@@ -129,23 +174,27 @@ def free_memory() -> int:
     return free
 
 
-def read_bandwidth(n_bytes: int, threads: int, repetitions: int = 1) -> float:
-    """How fast `threads` threads read n_bytes (at least 1 MB) of memory now, in GB/s (1e9 bytes).
+def read_bandwidth(n_bytes: int, threads: int, repetitions: int = 1, device: Device = CPU) -> float:
+    """How fast a device reads n_bytes (at least 1 MB) of its memory now, in GB/s (1e9 bytes).
 
-    With the instruction set in use. Raises ArgumentError, MemoryLimitError.
+    The CPU with `threads` threads and the instruction set in use. Raises ArgumentError, MemoryLimitError.
     """
+    if isinstance(device, cuda.Gpu):
+        return device.read_bandwidth(n_bytes, repetitions)
     return _core.read_bandwidth(n_bytes, threads, repetitions)
 
 
 def info() -> dict[str, Any]:
-    """Version, instruction sets (in use, usable), default threads, whether CUDA is there and if not why."""
+    """Version, instruction sets (in use, usable), default threads, the GPUs, or why none is used."""
+    gpus, reason = find_gpus()
     return {
         "version": version,
         "isa": _core.isa_name(),
         "isa_usable": _core.isa_names(),
         "threads": default_threads(),
-        "cuda": False,
-        "cuda_reason": cuda_reason(),
+        "cuda": bool(gpus),
+        "cuda_reason": reason,
+        "cuda_devices": [f"{gpu.name} {gpu.title}, {size_text(gpu.total_bytes)}" for gpu in gpus],
         "formats": list(FORMAT_IDS),
     }
 
@@ -250,16 +299,21 @@ class Model:
 
     def __init__(self, config: ModelConfig, *, device: str = "auto", threads: int | None = None) -> None:
         self.config = config
-        self.device = device_of(device)
+        self._device = choose_device(device)
+        self.device = self._device.name
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise ArgumentError(f"threads is {threads}, not in 1..{MAX_THREADS}")
         self.threads = threads or default_threads()
-        self._core = _core.Model(_core_config(config))
+        self._core = _core.Model(_core_config(config), self._device.table)
 
     @property
     def isa(self) -> str:
         """The instruction set in use."""
         return _core.isa_name()
+
+    def free_memory(self) -> int:
+        """Bytes that are free where the weights and the cache lie."""
+        return self._device.free_memory()
 
     @property
     def weight_bytes(self) -> int:

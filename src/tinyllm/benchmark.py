@@ -13,9 +13,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from .backends import I32, PAGE, CacheType, PagePool
 from .errors import ArgumentError, MemoryLimitError
 from .loaders import FORMATS, FileReader, TensorInfo
 from .loading import kept_formats, load
-from .modelfiles import read_model
+from .modelfiles import ModelFiles, read_model
 
 CHUNK = 512  # tokens of a prefill call, as in llama-bench and in engine.py
 READ_BYTES = 1 << 30  # that a sample of the read bandwidth reads at least
@@ -84,7 +85,7 @@ def cases(
     UnsupportedError for an instruction set that is not usable here.
     """
     threads = [backends.default_threads()] if threads is None else list(threads)
-    isa = [backends.info()["isa"]] if isa is None else list(isa)
+    isa = [backends.isa_name()] if isa is None else list(isa)
     cache_type = list(cache_type)
     for n in threads:
         if not 1 <= n <= backends.MAX_THREADS:
@@ -125,7 +126,11 @@ def read_facts(path: str, weights: str | None = None) -> Facts:
     """Reads a model's headers and hashes its files. weights: what `load` is told to quantize it to; the sizes
     are then those of such a file. Raises what `read_model` does, and ArgumentError.
     """
-    files = read_model(path)
+    return facts_of(read_model(path), weights)
+
+
+def facts_of(files: ModelFiles, weights: str | None = None) -> Facts:
+    """The same of files that are read already."""
     tensors: Mapping[tuple[str, int | None], TensorInfo] = files.weights
     kept = kept_formats(files.weights, weights, str(files.path))
     n_params = sum(_elements(t) for t in tensors.values())
@@ -191,51 +196,48 @@ class Subject:
 
     def __init__(
         self,
-        path: str,
+        facts: Facts,
+        model: backends.Model,
         for_cases: Sequence[Case],
         progress: Progress | None = None,
         *,
-        weights: str | None = None,
+        load_s: float = 0.0,
         others_bytes: int = 0,
     ) -> None:
-        """weights: as `load` takes it. others_bytes: memory that this process holds for other models.
+        """model: loaded in load_s, with a context that holds the cases. others_bytes: memory that this process
+        holds for other models.
 
-        Raises what `tinyllm.load` does, and MemoryLimitError when the caches do not fit.
+        Raises MemoryLimitError when the caches do not fit.
         """
-        self.facts = read_facts(path, weights)
+        self.facts, self._model, self.load_s = facts, model, load_s
         self._pools: dict[str, PagePool] = {}
         self._tables: dict[str, I32] = {}
-        _reset_peak_memory()
         n_positions = max(case.n_positions for case in for_cases)
-        self._llm = load(
-            path,
-            threads=max(case.threads for case in for_cases),
-            context=n_positions,
-            cache_type=cast(CacheType, for_cases[0].cache_type),
-            weights=weights,
-            progress=progress and (lambda done, total: progress(f"loading {path}", done, total)),
-        )
         try:
-            self._model, self.load_s = self._llm.model, self._llm.load_s
-            ids = np.random.default_rng(0).integers(self._model.config.vocab_size, size=n_positions)
+            ids = np.random.default_rng(0).integers(model.config.vocab_size, size=n_positions)
             self._ids = ids.astype(np.int32)
             for cache_type in dict.fromkeys(case.cache_type for case in for_cases):
                 self._make_cache(cache_type, [c for c in for_cases if c.cache_type == cache_type])
             for i, case in enumerate(for_cases):
                 if progress is not None:
-                    progress(f"warming up {path}", i, len(for_cases))
+                    progress(f"warming up {facts.name}", i, len(for_cases))
                 self.run(case)
             self.peak_memory_bytes = _memory("VmHWM") - others_bytes
         except BaseException:
             self.close()
             raise
 
+    @property
+    def device(self) -> backends.Device:
+        """Where it runs."""
+        return backends.choose_device(self._model.device)
+
     def _make_cache(self, cache_type: str, for_cases: Sequence[Case]) -> None:
         n_sequences = max(case.n_sequences for case in for_cases)
         a_sequence = -(-max(case.n_positions for case in for_cases) // PAGE)
         pool = self._model.cache(cast(CacheType, cache_type), n_sequences * a_sequence)
         self._pools[cache_type] = pool
-        n_bytes, free = pool.page_bytes * pool.max_pages, backends.free_memory()
+        n_bytes, free = pool.page_bytes * pool.max_pages, self._model.free_memory()
         if n_bytes > free:
             raise MemoryLimitError(
                 f"{self.facts.name}: a cache of {n_sequences} x {a_sequence * PAGE} positions takes "
@@ -314,11 +316,70 @@ class Subject:
                 self._ids[positions], positions, sequences, table, cache=self._pools[case.cache_type]
             )
 
+    def result(
+        self,
+        case: Case,
+        samples_ns: list[int],
+        reads: list[tuple[float, float]],
+        test_time: str | None = None,
+    ) -> Result:
+        """What the repetitions of a case say. reads: see Result. test_time: ISO 8601; None: now."""
+        return Result(
+            facts=self.facts,
+            case=case,
+            device=self.device,
+            load_s=self.load_s,
+            peak_memory_bytes=self.peak_memory_bytes,
+            weight_bytes=self.weight_bytes,
+            kv_bytes=self.kv_bytes(case.cache_type),
+            step_bytes=self.step_bytes(case),
+            macs=self.macs(case),
+            test_time=test_time or _now(),
+            samples_ns=samples_ns,
+            reads=reads,
+        )
+
     def close(self) -> None:
-        """Frees the model and its caches."""
+        """Frees the caches."""
         for pool in self._pools.values():
             pool.close()
-        self._llm.close()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@contextmanager
+def loaded(
+    path: str,
+    for_cases: Sequence[Case],
+    progress: Progress | None = None,
+    *,
+    device: str = "auto",
+    weights: str | None = None,
+    others_bytes: int = 0,
+) -> Iterator[Subject]:
+    """A model from its files, for as long as the context lasts. device, weights: as `load` takes them.
+
+    Raises what `load` and `Subject` do.
+    """
+    facts = read_facts(path, weights)
+    _reset_peak_memory()
+    with (
+        load(
+            path,
+            device=device,
+            threads=max(case.threads for case in for_cases),
+            context=max(case.n_positions for case in for_cases),
+            cache_type=cast(CacheType, for_cases[0].cache_type),
+            weights=weights,
+            progress=progress and (lambda done, total: progress(f"loading {path}", done, total)),
+        ) as llm,
+        closing(
+            Subject(facts, llm.model, for_cases, progress, load_s=llm.load_s, others_bytes=others_bytes)
+        ) as subject,
+    ):
+        yield subject
 
 
 @dataclass(frozen=True)
@@ -327,6 +388,7 @@ class Result:
 
     facts: Facts
     case: Case
+    device: backends.Device
     load_s: float
     peak_memory_bytes: int
     weight_bytes: int  # that a token reads
@@ -359,8 +421,8 @@ class Result:
             "build_commit": f"tinyllm-{backends.version}",
             "build_number": 0,
             "cpu_info": cpu_name(),
-            "gpu_info": "",
-            "backends": "CPU",
+            "gpu_info": self.device.title,
+            "backends": "CPU" if self.device.name == "cpu" else "CUDA",
             "model_filename": facts.name,
             "model_type": facts.kind,
             "model_size": facts.size_bytes,
@@ -382,6 +444,7 @@ class Result:
             "samples_ts": samples_ts,
             "version": backends.version,
             "test": case.name,
+            "device": self.device.name,
             "isa": case.isa,
             "n_sequences": case.n_sequences,
             "median_ns": round(statistics.median(self.samples_ns)),
@@ -413,60 +476,45 @@ def measure(
     paths: Sequence[str],
     of: Sequence[Case],
     *,
+    device: str = "auto",
     weights: Sequence[str | None] | None = None,
     repetitions: int = 5,
     read_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[Result]:
     """Measures every case with every model, the models in turns, every other turn in reverse order, so that
-    what the machine's neighbours do meets them alike. All models are in memory at once. weights: of each
-    path, as `load` takes it; None: all as they are. read_bytes: see `sample_read_gb_s`.
+    what the machine's neighbours do meets them alike. All models are in memory at once, on one device, named
+    as for `load`. weights: of each path, as `load` takes it; None: all as they are. read_bytes: see
+    `sample_read_gb_s`.
 
-    Returns the results case by case, models in the order given. Raises what `Subject` does.
+    Returns the results case by case, models in the order given. Raises what `loaded` does.
     """
     with ExitStack() as stack:
         stack.enter_context(_using(of[0].isa))
         subjects, at_start = [], _memory("VmRSS")
         for path, kept in zip(paths, weights or [None] * len(paths), strict=True):
-            others_bytes = _memory("VmRSS") - at_start
-            subjects.append(Subject(path, of, progress, weights=kept, others_bytes=others_bytes))
-            stack.callback(subjects[-1].close)
+            others = _memory("VmRSS") - at_start
+            one = loaded(path, of, progress, device=device, weights=kept, others_bytes=others)
+            subjects.append(stack.enter_context(one))
         results, total = [], len(of) * repetitions * len(paths)
         for done, case in enumerate(of):
             times: list[list[int]] = [[] for _ in subjects]
             reads: list[list[tuple[float, float]]] = [[] for _ in subjects]
-            test_time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-            before = sample_read_gb_s(case.threads, read_bytes)
+            test_time = _now()
+            read = partial(sample_read_gb_s, case.threads, read_bytes, subjects[0].device)
+            before = read()
             for turn in range(repetitions):
                 order = list(range(len(subjects)))[:: -1 if turn % 2 else 1]
                 for n, i in enumerate(order):
                     if progress is not None:
                         progress(case.name, (done * repetitions + turn) * len(paths) + n, total)
                     times[i].append(subjects[i].run(case))
-                    after = sample_read_gb_s(case.threads, read_bytes)
+                    after = read()
                     reads[i].append((before, after))
                     before = after
             for subject, samples_ns, around in zip(subjects, times, reads, strict=True):
-                results.append(_result(subject, case, test_time, samples_ns, around))
+                results.append(subject.result(case, samples_ns, around, test_time))
         return results
-
-
-def _result(
-    subject: Subject, case: Case, test_time: str, samples_ns: list[int], reads: list[tuple[float, float]]
-) -> Result:
-    return Result(
-        facts=subject.facts,
-        case=case,
-        load_s=subject.load_s,
-        peak_memory_bytes=subject.peak_memory_bytes,
-        weight_bytes=subject.weight_bytes,
-        kv_bytes=subject.kv_bytes(case.cache_type),
-        step_bytes=subject.step_bytes(case),
-        macs=subject.macs(case),
-        test_time=test_time,
-        samples_ns=samples_ns,
-        reads=reads,
-    )
 
 
 # The machine
@@ -475,7 +523,7 @@ def _result(
 @contextmanager
 def _using(isa: str) -> Iterator[None]:
     """An instruction set for a while. Raises UnsupportedError where it is not usable."""
-    before = str(backends.info()["isa"])
+    before = backends.isa_name()
     backends.select_isa(isa)
     try:
         yield
@@ -483,15 +531,18 @@ def _using(isa: str) -> Iterator[None]:
         backends.select_isa(before)
 
 
-def sample_read_gb_s(threads: int, n_bytes: int | None = None) -> float:
-    """GB/s at which `threads` threads read memory now, with the best instruction set, three times over.
+def sample_read_gb_s(
+    threads: int, n_bytes: int | None = None, device: backends.Device = backends.CPU
+) -> float:
+    """GB/s at which a device's memory is read now, three times over: by all of a GPU, or by `threads` threads
+    with the best instruction set.
 
     n_bytes: of memory; None: 1 GB or four times the last-level caches, at most a quarter of what is free.
     """
     if n_bytes is None:
-        n_bytes = min(max(READ_BYTES, 4 * last_level_cache_bytes()), backends.free_memory() // 4)
-    with _using(backends.info()["isa_usable"][0]):
-        return backends.read_bandwidth(max(n_bytes, 1 << 20), threads, 3)
+        n_bytes = min(max(READ_BYTES, 4 * last_level_cache_bytes()), device.free_memory() // 4)
+    with _using(backends.isa_names()[0]):
+        return backends.read_bandwidth(max(n_bytes, 1 << 20), threads, 3, device)
 
 
 def last_level_cache_bytes() -> int:

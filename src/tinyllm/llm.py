@@ -158,7 +158,7 @@ class LLM:
             max_pages,
             root_key(repr(config), cache_type),
             max_unused=n_pages,
-            free_bytes=backends.free_memory,
+            free_bytes=model.free_memory,
         )
         self._engine = Engine(model, self._cache, vocab_size=config.vocab_size)
 

@@ -20,16 +20,17 @@ from .llm import LLM
 from .loaders import BF16, F16, F32
 from .loaders.names import Weights, gguf_names
 from .mixes import tensor_formats
-from .modelfiles import read_model
+from .modelfiles import ModelFiles, read_model
 
 MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
+USEFUL_CONTEXT = 4096  # that a GPU must have room for, to be chosen where no context is asked for
 MAX_PAGES = 1 << 24  # of a pool, the core's limit
 
 log = logging.getLogger(__name__)
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | ModelFiles,
     *,
     device: str = "auto",
     threads: int | None = None,
@@ -41,12 +42,14 @@ def load(
     """Loads a model.
 
     path: a GGUF file (of a split set the first), a directory with config.json and *.safetensors, a
-    .safetensors file in one, or "stories", the model that comes with tinyllm. device: "auto" or "cpu".
-    threads: None for one a physical core. context: how many tokens a sequence may hold; None: what the
-    model was trained for (with LongRoPE, as in Phi-3: at first; more chooses the factors for long texts), or
-    less where only less fits into 80 % of the free memory. cache_type: the numbers of the KV cache, "f16",
-    "f32" or "q8_0". weights: a quantization ("q8_0", "q4_k_m"...) for a float model, made while loading: the
-    same bits as in the file that `quantize` writes. progress: called with (bytes done, bytes in all).
+    .safetensors file in one, "stories", the model that comes with tinyllm, or what `read_model` has read.
+    device: "cpu", "cuda" or "cuda:N", the N-th GPU; "auto": a GPU where one has enough free memory, else the
+    CPU, for a reason that is logged and in `tinyllm.info()`. threads: None for one a physical core. context:
+    how many tokens a sequence may hold; None: what the model was trained for (with LongRoPE, as in Phi-3: at
+    first; more chooses the factors for long texts), or less where only less fits into 80 % of the device's
+    free memory. cache_type: the numbers of the KV cache, "f16", "f32" or "q8_0". weights: a quantization
+    ("q8_0", "q4_k_m"...) for a float model, made while loading: the same bits as in the file that `quantize`
+    writes. progress: called with (bytes done, bytes in all).
 
     Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
     with the numbers, before anything big is allocated.
@@ -60,12 +63,15 @@ def load(
         raise ArgumentError(
             f"cache_type is {cache_type!r}, expected one of {', '.join(backends.CACHE_TYPES)}"
         )
-    files = read_model(path)
+    files = path if isinstance(path, ModelFiles) else read_model(path)
     name = str(files.path)
     formats = kept_formats(files.weights, weights, name)
     weight_bytes = sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
-    context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name)
-    model = backends.Model(files.config.with_context(context), device=device, threads=threads)
+    wanted = min(files.config.default_context, USEFUL_CONTEXT) if context is None else context
+    cache_bytes = -(-wanted // PAGE) * backends.page_bytes(files.config, cache_type)
+    chosen = backends.choose_device(device, weight_bytes + cache_bytes)
+    context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name, chosen)
+    model = backends.Model(files.config.with_context(context), device=chosen.name, threads=threads)
     try:
         done, total = 0, sum(info.n_bytes for info in files.weights.values())
         for (weight, layer), info in files.weights.items():
@@ -113,10 +119,16 @@ def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[t
 
 
 def _fit_memory(
-    config: ModelConfig, cache_type: CacheType, weight_bytes: int, context: int | None, name: str
+    config: ModelConfig,
+    cache_type: CacheType,
+    weight_bytes: int,
+    context: int | None,
+    name: str,
+    device: backends.Device = backends.CPU,
 ) -> tuple[int, int]:
-    """(context, most pages of the cache) for the memory there is, or MemoryLimitError."""
-    free = backends.free_memory()
+    """(context, most pages of the cache) for the memory that the device has, or MemoryLimitError."""
+    free = device.free_memory()
+    memory = f"the memory of {device.name} ({device.title})" if device.title else "memory"
     page_bytes = backends.page_bytes(config, cache_type)
     usual = config.default_context
     wanted = -(-(context or usual) // PAGE)
@@ -126,14 +138,14 @@ def _fit_memory(
     if fitting < (1 if context is None else wanted):
         hint = f"; a context of {fitting * PAGE} would fit" if fitting > 0 else ""
         raise MemoryLimitError(
-            f"{name} does not fit into memory: its weights take {size_text(weight_bytes)}, a context of "
+            f"{name} does not fit into {memory}: its weights take {size_text(weight_bytes)}, a context of "
             f"{context or usual} takes {size_text(wanted * page_bytes)}, {size_text(free)} are "
             f"free{hint}"
         )
     if context is None:
         context = min(usual, fitting * PAGE)
         if context < usual:
-            log.warning("context %d instead of %d: more does not fit into memory", context, usual)
+            log.warning("context %d instead of %d: more does not fit into %s", context, usual, memory)
     elif context > config.context:
         log.warning("context %d is more than the %d the model was trained for", context, config.context)
     return context, min(max(wanted, fitting), MAX_PAGES)

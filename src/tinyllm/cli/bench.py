@@ -81,6 +81,7 @@ def _run(argv: list[str]) -> int:
         results = benchmark.measure(
             args.models,
             to_measure,
+            device=args.device,
             repetitions=args.repetitions,
             read_bytes=None if args.buffer is None else args.buffer * 1_048_576,
             progress=progress,
@@ -124,6 +125,9 @@ def _parser() -> Parser:
         "-r", "--repetitions", type=positive, default=5, metavar="N", help="of each measurement (5)"
     )
     how = parser.add_argument_group("how to run it")
+    how.add_argument(
+        "--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     how.add_argument("-t", "--threads", type=_positives, metavar="N,...", help="threads (the physical cores)")
     how.add_argument(
         "--cache-type", type=_names, default=["f16"], metavar="T,...", help="f16, f32, q8_0 (f16)"
@@ -188,9 +192,14 @@ def _cells(record: dict[str, Any]) -> dict[str, str]:
         "load": seconds(record["load_s"]),
         "peak memory": size(record["peak_memory_bytes"]),
         "file": f"{kind}:{digest[:12]}",
-        "machine": f"{record['cpu_info']}, {record['isa']}, {record['n_threads']} threads, "
-        f"tinyllm {record['version']}",
+        "machine": f"{_machine(record)}, tinyllm {record['version']}",
     }
+
+
+def _machine(record: dict[str, Any]) -> str:
+    if record["gpu_info"]:
+        return f"{record['device']} {record['gpu_info']}"
+    return f"{record['cpu_info']}, {record['isa']}, {record['n_threads']} threads"
 
 
 def _write_csv(records: list[dict[str, Any]]) -> None:

@@ -373,9 +373,10 @@ def _print_logprobs(llm: LLM, completion: Completion) -> None:
 
 def _print_figures(llm: LLM, completion: Completion) -> None:
     t = completion.timings
+    where = f"cpu, {llm.model.threads} threads" if llm.device == "cpu" else llm.device
     note(
         f"{Path(llm.name).name}: loaded in {seconds(llm.load_s)}, {size(llm.model.weight_bytes)} of weights, "
-        f"context {llm.context}, {llm.device}, {llm.model.threads} threads; "
+        f"context {llm.context}, {where}; "
         f"peak memory {size(peak_memory_bytes())}"
     )
     prompt_rate, token_rate = rate(t.prompt_tokens, t.prompt_s), rate(t.generated_tokens, t.generate_s)
