@@ -128,6 +128,77 @@ def test_no_compiler_is_one_paragraph_that_names_the_package(source: Path, tmp_p
     assert "Traceback" not in said
 
 
+def configure_cuda(folder: Path, *options: str, **env: str) -> tuple[int, str]:
+    """What CMake says to cuda/ alone, in an environment of `env`."""
+    folder.mkdir()
+    (folder / "CMakeLists.txt").write_text(
+        f"""cmake_minimum_required(VERSION 3.20)
+        project(cuda_only LANGUAGES C CXX)
+        add_subdirectory({ROOT}/cuda cuda)
+        message(STATUS "the reason is: ${{TINYLLM_CUDA_BUILD}}")
+        file(WRITE ${{CMAKE_BINARY_DIR}}/x.c "int x;")
+        add_library(dummy OBJECT EXCLUDE_FROM_ALL ${{CMAKE_BINARY_DIR}}/x.c)
+        target_compile_definitions(dummy PRIVATE REASON="${{TINYLLM_CUDA_BUILD}}")"""
+    )
+    done = subprocess.run(
+        ["cmake", "-S", folder, "-B", folder / "build", "-G", "Unix Makefiles", *options],
+        env={"PATH": "/usr/bin:/bin", **env},
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT_S,
+        check=False,
+    )
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.skipif(not shutil.which("cmake", path="/usr/bin:/bin"), reason="no cmake in /usr/bin")
+def test_cuda_is_built_where_nvcc_works(tmp_path: Path) -> None:
+    missing = "no nvcc was found in CUDA_HOME, PATH or /usr/local/cuda"
+    code, said = configure_cuda(tmp_path / "a", "-DTINYLLM_NVCC=OFF")
+    assert code == 0
+    assert f"CUDA: not built, {missing}" in said
+    assert f"the reason is: {missing}" in said
+    code, said = configure_cuda(tmp_path / "b", "-DTINYLLM_NVCC=OFF", "-DTINYLLM_CUDA=ON")
+    assert code != 0
+    assert f"TINYLLM_CUDA=ON, but {missing}. With TINYLLM_CUDA=AUTO tinyllm is built for the CPU" in said
+
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho >&2 'h.h:1: #error -- unsupported GNU version! \"$5;\"'\nexit 1\n")
+    nvcc.chmod(0o755)
+    home = {"CUDA_HOME": str(nvcc.parent.parent)}
+    refused = f"{nvcc} does not work with /usr/bin/c++: h.h:1: #error -- unsupported GNU version!"
+    code, said = configure_cuda(tmp_path / "c", **home)
+    assert code == 0
+    assert f"CUDA: not built, {refused}" in said
+    assert f"the reason is: {refused.replace('#', '')} 5" in said, "what compiler flags can carry"
+    assert "dropping" not in said
+    code, said = configure_cuda(tmp_path / "d", "-DTINYLLM_CUDA=1", **home)
+    assert code != 0
+    assert f"TINYLLM_CUDA=1, but {refused}" in said
+    code, said = configure_cuda(tmp_path / "e", "-DTINYLLM_CUDA=OFF", **home)
+    assert code == 0
+    assert "the reason is: TINYLLM_CUDA was OFF" in said
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize(
+    ("wanted", "codes"), [("all", "sm_80 sm_86 sm_89 sm_90a sm_120? compute_80"), ("90;75;999", "sm_90a")]
+)
+def test_cuda_is_built_for_the_gpus_asked_for(tmp_path: Path, wanted: str, codes: str) -> None:
+    nvcc = shutil.which("nvcc")
+    assert nvcc is not None
+    options = (f"-DTINYLLM_NVCC={nvcc}", f"-DTINYLLM_CUDA_ARCHS={wanted}")
+    code, said = configure_cuda(tmp_path / "a", *options)
+    assert code == 0, said
+    assert "the reason is: --" in said, "there is none"
+    (rules,) = tmp_path.rglob("tinyllm_cuda.dir/build.make")
+    command = next(line for line in rules.read_text().splitlines() if " -shared " in line)
+    known = "compute_120" in run(nvcc, "--list-gpu-arch").split()
+    expected = codes.replace("sm_120?", "sm_120" if known else "").split()
+    assert re.findall(r"code=(\w+)", command) == expected
+
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
