@@ -204,8 +204,8 @@ class Subject:
         load_s: float = 0.0,
         others_bytes: int = 0,
     ) -> None:
-        """model: loaded in load_s, with a context that holds the cases. others_bytes: memory that this process
-        holds for other models.
+        """model: loaded in load_s, with a context that holds the cases. others_bytes: memory that this
+        process holds for other models.
 
         Raises MemoryLimitError when the caches do not fit.
         """
