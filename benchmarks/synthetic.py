@@ -72,6 +72,7 @@ SHAPES = {
         "Llama 3.1 8B", 32, 4096, 32, 8, 14336,
         LLAMA_3_VOCABULARY, LLAMA_3_CONTEXT, LLAMA_3_THETA, RopeScaling(8.0), False,
     ),
+    "llama-2-70b": Shape("Llama 2 70B", 80, 8192, 64, 8, 28672, 32000, 4096, 10000.0, None, False),
     "tiny": Shape(
         "tiny", 2, 256, 4, 2, 512, 512, 2048, LLAMA_3_THETA, RopeScaling(8.0, original_context=512), False
     ),
