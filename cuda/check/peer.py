@@ -9,6 +9,7 @@ says so.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -110,20 +111,19 @@ def captured(step: Any) -> Any:
     return graph.replay
 
 
-def linear(kind: str, rows: int, k: int, device: str) -> Any:
-    """x [1, k] -> [1, rows], with random weights of a kind."""
+@functools.cache  # one class a kind, else every block would be compiled for itself
+def linears() -> dict[str, Any]:
+    """Modules of random weights by kind: x [1, k] -> [1, rows]."""
     import torch
     from torch import nn
 
     half = torch.bfloat16
-    groups = k // GROUP
 
     class Int8(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, rows: int, k: int, device: str) -> None:
             super().__init__()
-            self.register_buffer(
-                "weight", torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=device)
-            )
+            numbers = torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=device)
+            self.register_buffer("weight", numbers)
             self.register_buffer("weight_scale", torch.full((rows,), k**-0.5 / 73, dtype=half, device=device))
 
         def forward(self, x: Any) -> Any:
@@ -132,22 +132,21 @@ def linear(kind: str, rows: int, k: int, device: str) -> Any:
     class Int4(nn.Module):
         """Byte (j, i) of a row holds numbers i and 16 + i of group j."""
 
-        def __init__(self) -> None:
+        def __init__(self, rows: int, k: int, device: str) -> None:
             super().__init__()
-            self.register_buffer(
-                "weight", torch.randint(0, 256, (rows, groups, 16), dtype=torch.uint8, device=device)
-            )
-            self.register_buffer(
-                "weight_scale", torch.full((rows, groups), k**-0.5 / 4.6, dtype=half, device=device)
-            )
+            self.rows, self.groups = rows, k // GROUP
+            numbers = torch.randint(0, 256, (rows, k // GROUP, 16), dtype=torch.uint8, device=device)
+            self.register_buffer("weight", numbers)
+            scales = torch.full((rows, k // GROUP), k**-0.5 / 4.6, dtype=half, device=device)
+            self.register_buffer("weight_scale", scales)
 
         def forward(self, x: Any) -> Any:
-            low, high = x.view(groups, 2, 16).unbind(1)
+            low, high = x.view(self.groups, 2, 16).unbind(1)
             both = ((self.weight & 15).to(half) - 8) * low + ((self.weight >> 4).to(half) - 8) * high
-            return (both.float().sum(-1) * self.weight_scale).sum(-1).to(half).view(1, rows)
+            return (both.float().sum(-1) * self.weight_scale).sum(-1).to(half).view(1, self.rows)
 
     class Int4Aten(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, rows: int, k: int, device: str) -> None:
             super().__init__()
             if device == "cpu":  # these two take other arguments there
                 self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -158,14 +157,14 @@ def linear(kind: str, rows: int, k: int, device: str) -> Any:
                 pack = torch.ops.aten._convert_weight_to_int4pack
                 numbers = torch.randint(0, 256, (rows, k // 2), dtype=torch.uint8, device=device)
             self.register_buffer("weight", pack(numbers, 8))
-            scales = torch.full((groups, rows, 2), k**-0.5 / 4.6, dtype=half, device=device)
+            scales = torch.full((k // GROUP, rows, 2), k**-0.5 / 4.6, dtype=half, device=device)
             scales[..., 1] = 0
             self.register_buffer("weight_scale", scales)
 
         def forward(self, x: Any) -> Any:
             return self.product(x, self.weight, GROUP, self.weight_scale)
 
-    return {"int8": Int8, "int4": Int4, "int4 aten": Int4Aten}[kind]()
+    return {"int8": Int8, "int4": Int4, "int4 aten": Int4Aten}
 
 
 def decoder(shape: synthetic.Shape, kind: str, device: str) -> Any:
@@ -173,7 +172,7 @@ def decoder(shape: synthetic.Shape, kind: str, device: str) -> Any:
     import torch
     from torch import nn
 
-    half, d = torch.bfloat16, shape.head_dim
+    half, d, linear = torch.bfloat16, shape.head_dim, linears()[kind]
     kv_dim = shape.n_kv_heads * d
 
     def normed(x: Any) -> Any:
@@ -187,10 +186,10 @@ def decoder(shape: synthetic.Shape, kind: str, device: str) -> Any:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.qkv = linear(kind, shape.dim + 2 * kv_dim, shape.dim, device)
-            self.o = linear(kind, shape.dim, shape.dim, device)
-            self.gate_up = linear(kind, 2 * shape.ff_dim, shape.dim, device)
-            self.down = linear(kind, shape.dim, shape.ff_dim, device)
+            self.qkv = linear(shape.dim + 2 * kv_dim, shape.dim, device)
+            self.o = linear(shape.dim, shape.dim, device)
+            self.gate_up = linear(2 * shape.ff_dim, shape.dim, device)
+            self.down = linear(shape.dim, shape.ff_dim, device)
             cache = (1, shape.n_kv_heads, POSITIONS, d)
             self.register_buffer("k", torch.zeros(cache, dtype=half, device=device))
             self.register_buffer("v", torch.zeros(cache, dtype=half, device=device))
@@ -214,7 +213,7 @@ def decoder(shape: synthetic.Shape, kind: str, device: str) -> Any:
             super().__init__()
             self.blocks = nn.ModuleList(Block() for _ in range(shape.n_layers))
             self.embedding = torch.randn(shape.vocab_size, shape.dim, dtype=half, device=device)
-            self.output = linear(kind, shape.vocab_size, shape.dim, device)
+            self.output = linear(shape.vocab_size, shape.dim, device)
             steps = torch.arange(0, d, 2, device=device) / d
             self.frequencies = shape.rope_theta**-steps
             self.at = torch.arange(POSITIONS, device=device)
