@@ -41,6 +41,8 @@ class Library:
 
     def __init__(self, path: Path, abi: int) -> None:
         """abi: what the library has to say of the interface it was built with."""
+        if not path.exists():
+            raise UnsupportedError(f"there is no {path}")
         import cffi  # half of its 50 ms is spent in cdef, and most machines have no such library
 
         self.ffi = cffi.FFI()
@@ -49,7 +51,8 @@ class Library:
             self._lib = self.ffi.dlopen(os.fspath(path))
             same = self._lib.tl_cuda_abi() == abi
         except (OSError, AttributeError) as error:
-            raise UnsupportedError(f"{path} cannot be opened: {error}") from None
+            why = str(error).split(".  Additionally")[0]  # cffi goes on about other ways to name it
+            raise UnsupportedError(f"{path} cannot be opened: {why}") from None
         if not same:
             raise UnsupportedError(f"{path} is of another build of tinyllm: install tinyllm again")
 
