@@ -148,6 +148,24 @@ def test_auto_logs_why_it_is_the_cpu(look: Look, caplog: pytest.LogCaptureFixtur
     assert "device cpu: there is no NVIDIA driver" in caplog.text
 
 
+def test_auto_is_the_cpu_where_the_gpu_cannot_compute_the_model(
+    look: Look, caplog: pytest.LogCaptureFixture
+) -> None:
+    look(refuses=1)
+    caplog.set_level(logging.INFO)
+    before = backends.live_allocations()
+    with tinyllm.load("stories", context=100) as llm:
+        assert (llm.device, llm.context) == ("cpu", 100)
+        assert len(llm("Once", max_tokens=3).tokens) == 3
+    assert "device cpu: experts cannot be computed yet" in caplog.text
+    assert backends.live_allocations() == before
+    with (
+        tinyllm.load("stories", device="cuda") as llm,
+        pytest.raises(errors.UnsupportedError, match="experts cannot"),
+    ):
+        llm("Once", max_tokens=3)
+
+
 @pytest.mark.parametrize("device", ["tpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cuda:²", "", "cpu:0"])
 def test_other_names_are_refused(look: Look, device: str) -> None:
     look()

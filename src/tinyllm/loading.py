@@ -15,7 +15,7 @@ from collections.abc import Callable
 from . import backends
 from .backends import PAGE, CacheType
 from .config import ModelConfig
-from .errors import ArgumentError, MemoryLimitError, size_text
+from .errors import ArgumentError, MemoryLimitError, UnsupportedError, size_text
 from .llm import LLM
 from .loaders import BF16, F16, F32
 from .loaders.names import Weights, gguf_names
@@ -70,6 +70,7 @@ def load(
     wanted = min(files.config.default_context, USEFUL_CONTEXT) if context is None else context
     cache_bytes = -(-wanted // PAGE) * backends.page_bytes(files.config, cache_type)
     chosen = backends.choose_device(device, weight_bytes + cache_bytes)
+    asked = context
     context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name, chosen)
     model = backends.Model(files.config.with_context(context), device=chosen.name, threads=threads)
     try:
@@ -90,6 +91,18 @@ def load(
         if files.config.tied:
             model.tie()
         model.check()
+        if device == "auto" and (reason := _refusal(model, cache_type)):
+            log.info("device cpu: %s", reason)
+            model.close()
+            return load(
+                files,
+                device="cpu",
+                threads=threads,
+                context=asked,
+                cache_type=cache_type,
+                weights=weights,
+                progress=progress,
+            )
         return LLM(
             model,
             files.tokenizer,
@@ -103,6 +116,21 @@ def load(
     except BaseException:
         model.close()
         raise
+
+
+def _refusal(model: backends.Model, cache_type: CacheType) -> str:
+    """What a GPU says where it cannot compute this model, "" where it can."""
+    if model.device == "cpu":
+        return ""
+    pool = model.cache(cache_type, 1)
+    try:
+        pool.grow(1)
+        model.forward([0], [0], [0], [[0]], cache=pool)
+    except UnsupportedError as error:
+        return str(error)
+    finally:
+        pool.close()
+    return ""
 
 
 def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[tuple[str, int | None], int]:

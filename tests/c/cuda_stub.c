@@ -1,6 +1,6 @@
 // cuda_stub.c: a libtinyllm_cuda.so without a GPU, for tests of how the library is opened and chosen. Its devices are
-// what STUB_DEVICES, STUB_FREE (bytes), STUB_WHY, STUB_OLD (devices it refuses) and STUB_ABI say; its model answers each
-// token with the next one.
+// what STUB_DEVICES, STUB_FREE (bytes), STUB_WHY, STUB_OLD (devices it refuses), STUB_REFUSES (models) and STUB_ABI say; its
+// model answers each token with the next one.
 #include "../../cuda/tinyllm_cuda.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,7 +43,7 @@ static tl_status stub_upload_floats(float **to, const tl_source *source, int n, 
 
 static tl_status stub_begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *batch,
                             tl_message *message) {
-    (void)message;
+    if (getenv("STUB_REFUSES")) return fail(message, TL_UNSUPPORTED, "experts cannot be computed yet");
     if (!*run) *run = calloc(1, sizeof **run);
     **run = (tl_run){.model = model, .cache = cache, .batch = batch};
     return TL_REPLAYED; // it has nothing to run
