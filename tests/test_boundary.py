@@ -11,7 +11,7 @@ from types import ModuleType, WrapperDescriptorType
 
 import count_lines
 import pytest
-from helpers_models import golden_spec
+from helpers_models import golden_model, golden_spec
 
 import tinyllm
 from tinyllm import _core, backends, cuda, kvcache, loading
@@ -330,6 +330,13 @@ def test_sizes_of_pages_agree(cache_type: backends.CacheType, head_dim: int) -> 
     model = backends.Model(config, threads=1)
     assert model.cache(cache_type, 1).page_bytes == backends.page_bytes(config, cache_type)
     model.close()
+
+
+def test_pages_of_q8_0_need_whole_groups(tmp_path: Path) -> None:
+    spec = golden_spec("llama3")
+    small = spec._replace(config={**spec.config, "head_dim": 20})
+    with pytest.raises(tinyllm.ArgumentError, match="heads of a multiple of 32 dimensions, not 20"):
+        tinyllm.load(golden_model(small, tmp_path), cache_type="q8_0")
 
 
 def test_errors_of_the_core_exist() -> None:

@@ -230,8 +230,12 @@ def packed_bytes(shape: tuple[int, ...], format: int) -> int:
 
 
 def page_bytes(config: ModelConfig, cache_type: CacheType) -> int:
-    """Bytes of a KV page of 64 tokens, all layers (tl_cache in tinyllm.h)."""
+    """Bytes of a KV page of 64 tokens, all layers (tl_cache in tinyllm.h). Raises ArgumentError for q8_0 with
+    heads that are no whole groups of 32.
+    """
     d = config.head_dim
+    if cache_type == "q8_0" and d % 32:
+        raise ArgumentError(f"cache type q8_0 needs heads of a multiple of 32 dimensions, not {d}; use f16")
     of_token = (
         2 * (d // 32) * 34
         if cache_type == "q8_0"
