@@ -97,11 +97,11 @@ def test_trained_model_quantized_says_what_the_cpu_says(
 @pytest.mark.parametrize("format", FORMATS)
 def test_against_the_cpu(gpu: str, format: str, tmp_path: Path) -> None:
     """Both round activations to int8 by the same rule and add integers exactly. But floats are added in
-    another order, so an activation near the middle between two steps may go the other way; each that does moves what
-    comes after it, and more go the other way there. At worst the two roundings have nothing in common: then
-    their errors (from float64 of the same weights) are as large and independent, and the difference is
-    sqrt(2) times such an error. An error's square is a sum over at least k = 256 roundings, known to
-    sqrt(2 / 256); five such deviations, halved by the root.
+    another order, so an activation near the middle between two steps may go the other way; each that does
+    moves what comes after it, and more go the other way there. At worst the two roundings have nothing in
+    common: then their errors (from float64 of the same weights) are as large and independent, and the
+    difference is sqrt(2) times such an error. An error's square is a sum over at least k = 256 roundings,
+    known to sqrt(2 / 256); five such deviations, halved by the root.
     """
     held = model_file(tmp_path / "model.gguf", format)
     spread = 1 + 5 * math.sqrt(2 / 256) / 2
