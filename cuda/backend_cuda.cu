@@ -1,16 +1,398 @@
-// backend_cuda.cu: the GPU's implementation of the operations that csrc/model.c calls, and what the library exports.
+// backend_cuda.cu: the GPU's implementation of the operations that csrc/model.c calls, and what the library exports. An
+// operation launches one kernel, two where many tokens share the weights. An error in one is kept for `end`. Includes
+// call.cuh (a call's buffers and graphs) and load.cuh (weights in and out); the arithmetic is in kernels/.
 #include "bandwidth.cuh"
-#include "runtime.cuh"
-#include <stdio.h>
+#include "call.cuh"
+#include <mutex>
+#include <utility>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+static cuda_run *run_of(tl_run *run) { return (cuda_run *)run; }
+
+template <class A>
+static void launch(cuda_run *r, void (*kernel)(A), gpu_grid grid, int threads, size_t shared_bytes, bool after,
+                   const A &arguments) {
+    if (!r->error) r->error = gpu_launch(r->device->stream, kernel, grid, threads, shared_bytes, after, arguments);
+}
+
+// ---- products -----------------------------------------------------------------------------------------------------------
+
+// As many slots for a warp's ring as leave room for two blocks a processor; else for one.
+static int slots_for(const gpu *d, const product_arguments &a, size_t others) {
+    const int most[] = {6, 4, 3, 2};
+    for (int blocks = 2; blocks >= 1; blocks--) {
+        size_t room = (size_t)d->shared_processor / (size_t)blocks - 1024;
+        if (room > (size_t)d->shared_block) room = (size_t)d->shared_block;
+        for (int n : most)
+            if (others + (size_t)BLOCK_WARPS * (size_t)n * (size_t)a.slot_bytes <= room) return n;
+    }
+    return 0;
+}
+
+// The chosen rows of x (NULL: as they come; from `first` on), normed where there is a norm, times matrices that are all
+// quantized or all floats. n: rows at most, count: there are (on the device).
+static void product_of(cuda_run *r, product_arguments a, const float *x, const int *rows, const tl_norm *norm, int k,
+                       int n, const int *count, int first) {
+    const gpu *d = r->device;
+    const bool floats = quantized_index(a.w[0].format) < 0;
+    a.source = {x, rows, norm ? norm->weight : NULL, norm ? norm->eps : 0, k, !floats, floats};
+    a.n_units = (a.w[0].rows + 15) / 16;
+    for (int i = 0; i < a.n_matrices; i++) {
+        if (i > 0 && a.epilogue != GLU) a.n_units += (a.w[i].rows + 15) / 16;
+        if (a.w[i].chunk_bytes > a.slot_bytes) a.slot_bytes = a.w[i].chunk_bytes;
+    }
+    a.n = count;
+    a.first = first;
+    a.prepared = n > 2; // few tokens: every block prepares them for itself
+    size_t shared = product_shared_bytes(a, n);
+    if (!a.prepared && slots_for(d, a, shared) == 0) {
+        a.prepared = true;
+        shared = product_shared_bytes(a, n);
+    }
+    if (a.prepared) {
+        place_activations(&a.in, r->prepared, n, k, !floats, floats);
+        const prepare_arguments p = {a.source, a.in, count, first};
+        launch(r, prepare, {n, 1, 1}, BLOCK_THREADS, TOKENS * BLOCK_WARPS * sizeof(float), true, p);
+    }
+    a.n_slots = slots_for(d, a, shared);
+    shared = product_shared_bytes(a, n);
+    const int blocks = 2 * (shared + 1024) <= (size_t)d->shared_processor ? 2 : 1;
+    const int most = d->info.n_processors * blocks;
+    const gpu_grid grid = {a.n_units < most ? a.n_units : most, (n + TOKENS - 1) / TOKENS, 1};
+    void (*const kernels[2][2])(product_arguments) = {{product<TOKENS, false>, product<TOKENS, true>},
+                                                      {product<1, false>, product<1, true>}};
+    launch(r, kernels[n == 1][floats], grid, BLOCK_THREADS, shared, true, a);
+}
+
+// The same for any matrices: the quantized ones first. (Both of GLU's are of one kind, begin sees to that.)
+static void products(cuda_run *r, const product_arguments &all, const float *x, const int *rows, const tl_norm *norm,
+                     int k, int n, const int *count, int first) {
+    for (int floats = 0; floats < 2; floats++) {
+        product_arguments some = all;
+        some.n_matrices = 0;
+        for (int i = 0; i < all.n_matrices; i++)
+            if ((quantized_index(all.w[i].format) < 0) == floats) some.w[some.n_matrices++] = all.w[i];
+        if (some.n_matrices > 0) product_of(r, some, x, rows, norm, k, n, count, first);
+    }
+}
+
+static void product_qkv(tl_run *run, int layer) {
+    cuda_run *r = run_of(run);
+    const tl_layer *w = &run->model->layers[layer];
+    product_arguments a = {};
+    a.w[0] = matrix_of(&w->wq, run->q);
+    a.w[1] = matrix_of(&w->wk, r->k);
+    a.w[2] = matrix_of(&w->wv, r->v);
+    a.n_matrices = 3;
+    a.epilogue = STORE;
+    products(r, a, run->x, NULL, &w->attention_norm, w->wq.k, r->shape.n, in_block(r, 4 * N_TOKENS), 0);
+}
+
+static void linear_add(tl_run *run, const float *in, const tl_matrix *w, const tl_norm *norm) {
+    (void)norm; // begin refuses models that have one
+    cuda_run *r = run_of(run);
+    product_arguments a = {};
+    a.w[0] = matrix_of(w, run->x);
+    a.n_matrices = 1;
+    a.epilogue = ADD;
+    products(r, a, in, NULL, NULL, w->k, r->shape.n, in_block(r, 4 * N_TOKENS), 0);
+}
+
+static void norm_glu(tl_run *run, int layer) {
+    cuda_run *r = run_of(run);
+    const tl_layer *w = &run->model->layers[layer];
+    product_arguments a = {};
+    a.w[0] = matrix_of(&w->w_gate, run->hidden);
+    a.w[1] = matrix_of(&w->w_up, run->hidden);
+    a.n_matrices = 2;
+    a.epilogue = GLU;
+    products(r, a, run->x, NULL, &w->ffn_norm, w->w_up.k, r->shape.n, in_block(r, 4 * N_TOKENS), 0);
+}
+
+// Recorded: all rows (they are few); end fetches them. Else: some rows at a time, fetched at once.
+static void norm_linear(tl_run *run, const tl_norm *norm, const tl_matrix *w) {
+    cuda_run *r = run_of(run);
+    const tl_batch *b = run->batch;
+    product_arguments a = {};
+    a.w[0] = matrix_of(w, r->logits);
+    a.n_matrices = 1;
+    a.epilogue = STORE;
+    for (int first = 0; first < b->n_rows; first += LOGIT_ROWS) {
+        const int left = b->n_rows - first, n = r->recording ? r->shape.n_rows : left < LOGIT_ROWS ? left : LOGIT_ROWS;
+        products(r, a, run->x, in_block(r, r->at.rows), norm, w->k, n, in_block(r, 4 * N_ROWS), first);
+        const size_t vocabulary = (size_t)w->rows;
+        if (!r->recording && !r->error)
+            r->error = gpu_copy_out(r->device->stream, b->logits + (size_t)first * vocabulary, r->logits,
+                                    (size_t)n * vocabulary * sizeof(float));
+    }
+}
+
+// ---- attention and the embedding ----------------------------------------------------------------------------------------
+
+static void attention(tl_run *run, int layer) {
+    cuda_run *r = run_of(run);
+    const tl_config &c = run->model->config;
+    const tl_cache *cache = run->cache;
+    attend_arguments a = {};
+    a.q = run->q;
+    a.k = r->k;
+    a.v = r->v;
+    a.out = run->attended;
+    a.cos = r->cos;
+    a.sin = r->sin;
+    a.positions = in_block(r, r->at.positions);
+    a.sequences = in_block(r, r->at.sequences);
+    a.n = in_block(r, 4 * N_TOKENS);
+    a.tiles = (const attend_tile *)(const void *)(r->block + r->at.tiles);
+    a.n_tiles = in_block(r, 4 * N_TILES);
+    a.pages = (const uint64_t *)(const void *)(r->block + r->at.pages);
+    a.page_stride = r->at.page_stride;
+    a.head_at = (size_t)layer * (size_t)c.n_kv_heads * (cache->k_bytes + cache->v_bytes);
+    a.k_bytes = cache->k_bytes;
+    a.v_bytes = cache->v_bytes;
+    a.n_kv_heads = c.n_kv_heads;
+    a.group = heads_a_kv_head(c);
+    a.head_dim = c.head_dim;
+    a.v_stride = cache->v_stride;
+    a.rope_dim = c.rope_dim;
+    a.kind = page_kind_of(cache->type, c.head_dim);
+    a.scale = c.attention_scale;
+    a.stores = r->shape.stores;
+    a.n_splits = r->n_splits;
+    a.partial = r->partial;
+    a.arrived = r->arrived;
+    if (!a.stores) {
+        const gpu_grid heads = {r->shape.n, (2 * c.n_kv_heads + ATTEND_WARPS - 1) / ATTEND_WARPS, 1};
+        launch(r, store_kv, heads, ATTEND_THREADS, 0, true, a);
+    }
+    attend_shared s;
+    const size_t shared = place_attend(&s, NULL, a.kind, a.head_dim, a.v_stride);
+    launch(r, attend, {r->tile_limit, c.n_kv_heads, a.n_splits}, ATTEND_THREADS, shared, true, a);
+}
+
+static void embedding(tl_run *run) {
+    cuda_run *r = run_of(run);
+    const tl_config &c = run->model->config;
+    const tl_matrix *w = &run->model->embedding;
+    embed_arguments e = {};
+    e.data = (const uint8_t *)w->data;
+    e.format = w->format ? w->format->id : 0;
+    e.n_chunks = w->format ? chunks_of(w) : 0;
+    e.dim = c.dim;
+    e.rope_dim = c.rope_dim;
+    e.tokens = run->batch->tokens ? in_block(r, r->at.tokens) : NULL;
+    e.positions = in_block(r, r->at.positions);
+    e.n = in_block(r, 4 * N_TOKENS);
+    e.frequencies = r->frequencies;
+    e.rope_scale = c.rope_scale;
+    e.x = run->x;
+    e.cos = r->cos;
+    e.sin = r->sin;
+    launch(r, embed, {r->shape.n, 1, 1}, 256, 0, false, e); // after the copies, so never before they have ended
+}
+
+// ---- a call -------------------------------------------------------------------------------------------------------------
+
+static tl_status refuse(const gpu *d, const char *what, tl_message *message) {
+    return tl_fail(message, TL_UNSUPPORTED, "%s cannot be computed on device %d (%s) yet; use device='cpu'", what,
+                   d->index, d->info.name);
+}
+
+// What this backend cannot compute, by name.
+static tl_status check_model(const gpu *d, const tl_model *model, tl_message *message) {
+    const tl_config &c = model->config;
+    attend_shared s;
+    for (int kind = F16_FRAGMENTS; kind <= PLAIN_Q8_0; kind++)
+        if (place_attend(&s, NULL, (page_kind)kind, c.head_dim, (c.head_dim + 15) / 16 * 16) > (size_t)d->shared_block)
+            return tl_fail(message, TL_UNSUPPORTED, "heads of %d dimensions are too wide for device %d (%s)",
+                           c.head_dim, d->index, d->info.name);
+    const struct {
+        bool there;
+        const char *name;
+    } missing[] = {{c.norm_kind != TL_RMS_NORM, "LayerNorm"},
+                   {c.norm_place != TL_NORM_BEFORE, "norms after attention and feed-forward"},
+                   {c.activation != TL_SILU, "GELU"},
+                   {c.qk_norm != TL_QK_NONE, "norms of queries and keys"},
+                   {c.attention_cap != 0, "soft-capped attention"},
+                   {c.logit_cap != 0 || c.logit_scale != 1, "scaled or soft-capped logits"},
+                   {c.embedding_scale != 1, "scaled embeddings"},
+                   {c.residual_scale != 1, "scaled residuals"},
+                   {c.local_rope_theta != 0, "a second RoPE"}};
+    for (const auto &m : missing)
+        if (m.there) return refuse(d, m.name, message);
+    for (int l = 0; l < c.n_layers; l++) {
+        const tl_layer &w = model->layers[l];
+        if (w.window > 0 && w.window < c.context) return refuse(d, "sliding windows", message);
+        if (w.rope != TL_ROPE) return refuse(d, "layers without RoPE", message);
+        if (w.sinks) return refuse(d, "attention sinks", message);
+        const tl_format *gate = model->layers[l].w_gate.format, *up = model->layers[l].w_up.format;
+        if (!gate || !up) return refuse(d, "a feed-forward of experts", message);
+        if (gate->is_float != up->is_float)
+            return tl_fail(message, TL_UNSUPPORTED,
+                           "w_gate and w_up of layer %d are %s and %s: on a GPU both or neither must "
+                           "be quantized",
+                           l, gate->name, up->name);
+    }
+    return TL_OK;
+}
+
+static tl_status new_run(gpu *d, tl_run **run, const tl_model *model, tl_message *message) {
+    const tl_status status = check_model(d, model, message);
+    if (status != TL_OK) return status;
+    cuda_run *r = new cuda_run();
+    r->device = d;
+    r->base.model = model;
+    *run = &r->base;
+    const size_t n_bytes = (size_t)model->config.rope_dim / 2 * sizeof(double);
+    void *data = NULL;
+    int error = gpu_alloc(&data, n_bytes ? n_bytes : 8);
+    r->frequencies = (double *)data;
+    if (!error) error = gpu_copy_in(d->stream, data, model->rope_frequencies, n_bytes);
+    if (!error) error = gpu_wait(d->stream);
+    if (!error) return TL_OK;
+    release_run(r);
+    *run = NULL;
+    return gpu_fail(d, error, "a call", message);
+}
+
+static tl_status begin_call(gpu *d, tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *b,
+                            tl_message *message) {
+    int error = gpu_use(d->index);
+    if (error) return gpu_fail(d, error, "a call", message);
+    free_staging(d);
+    if (!*run) {
+        const tl_status status = new_run(d, run, model, message);
+        if (status != TL_OK) return status;
+    }
+    cuda_run *r = run_of(*run);
+    if (r->recording) (void)gpu_record_end(d->stream, NULL); // the call before was cancelled
+    r->recording = false;
+    r->error = 0;
+    r->base.cache = cache;
+    r->base.batch = b;
+    error = prepare_call(r);
+    if (!error) {
+        fill_block(r, r->host_block);
+        error = gpu_copy_in(d->stream, r->block, r->host_block, r->at.n_bytes);
+    }
+    if (!error && b->x)
+        error = gpu_copy_in(d->stream, r->base.x, b->x, (size_t)b->n * (size_t)model->config.dim * sizeof(float));
+    if (error) return gpu_fail(d, error, "the buffers of a call", message);
+    r->record = b->tokens && !b->activations && b->n <= GRAPH_TOKENS && b->first_layer == 0 &&
+                b->last_layer == model->config.n_layers;
+    if (!r->record) return TL_OK;
+    const auto known = r->graphs.find(r->shape);
+    if (known != r->graphs.end()) {
+        r->error = gpu_run(d->stream, known->second);
+        return TL_REPLAYED;
+    }
+    error = gpu_record(d->stream);
+    if (error) return gpu_fail(d, error, "recording a call", message);
+    r->recording = true;
+    return TL_OK;
+}
+
+static tl_status end_call(tl_run *run, tl_message *message) {
+    cuda_run *r = run_of(run);
+    const gpu *d = r->device;
+    const tl_batch *b = run->batch;
+    if (r->recording) {
+        gpu_graph graph = NULL;
+        const int error = gpu_record_end(d->stream, r->error ? NULL : &graph);
+        r->recording = false;
+        if (!r->error) r->error = error;
+        if (!r->error) {
+            r->graphs[r->shape] = graph;
+            r->error = gpu_run(d->stream, graph);
+        }
+    }
+    const size_t n_bytes = (size_t)b->n_rows * (size_t)run->model->config.vocab_size * sizeof(float);
+    const bool fetch = r->record && b->logits && b->n_rows > 0;
+    bool changed;
+    if (fetch && !r->error) r->error = grow(&r->host_logits, &r->host_logits_bytes, n_bytes, true, &changed);
+    if (fetch && !r->error) r->error = gpu_copy_out(d->stream, r->host_logits, r->logits, n_bytes);
+    if (b->activations && !r->error)
+        r->error = gpu_copy_out(d->stream, b->activations, run->x,
+                                (size_t)b->n * (size_t)run->model->config.dim * sizeof(float));
+    const int waited = gpu_wait(d->stream);
+    if (!r->error) r->error = waited;
+    if (r->error) return gpu_fail(d, r->error, "a call", message);
+    if (fetch) memcpy(b->logits, r->host_logits, n_bytes);
+    return TL_OK;
+}
+
+// ---- devices ------------------------------------------------------------------------------------------------------------
+
+static gpu gpus[MAX_DEVICES];
+static std::mutex gpus_lock;
+
+// The seam's functions do not say which device they are for, so each device has its own.
+template <int I> struct on_device {
+    static void *alloc(size_t n_bytes) {
+        void *p = NULL;
+        if (gpu_use(I) || gpu_alloc(&p, n_bytes ? n_bytes : 1)) return NULL;
+        if (!gpu_clear(gpus[I].stream, p, n_bytes) && !gpu_wait(gpus[I].stream)) return p;
+        gpu_free(p);
+        return NULL;
+    }
+    static void free(void *p) {
+        if (p && !gpu_use(I)) gpu_free(p);
+    }
+    static tl_status clear(void *to, size_t n_bytes) {
+        return gpu_use(I) || gpu_clear(gpus[I].stream, to, n_bytes) ? TL_MEMORY : TL_OK;
+    }
+    static tl_status copy(void *to, const void *from, size_t n_bytes) {
+        return gpu_use(I) || gpu_copy(gpus[I].stream, to, from, n_bytes) ? TL_MEMORY : TL_OK;
+    }
+    static tl_status upload(tl_matrix *m, const tl_source *source, int threads, tl_message *message) {
+        return upload_matrix(&gpus[I], m, source, threads, message);
+    }
+    static tl_status upload_floats(float **to, const tl_source *source, int n, tl_message *message) {
+        return upload_vector(&gpus[I], to, source, n, message);
+    }
+    static tl_status unpack(const tl_matrix *m, float *out) { return unpack_matrix(&gpus[I], m, out); }
+    static tl_status begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *b, tl_message *message) {
+        return begin_call(&gpus[I], run, model, cache, b, message);
+    }
+    static void release(tl_run *run) { release_run(run_of(run)); }
+    static const tl_backend *table() {
+        static const tl_backend made = [] {
+            tl_backend t = {}; // an operation that is not named here is one this backend lacks
+            t.name = "cuda";
+            t.alloc = alloc;
+            t.free = free;
+            t.clear = clear;
+            t.copy = copy;
+            t.upload = upload;
+            t.upload_floats = upload_floats;
+            t.unpack = unpack;
+            t.begin = begin;
+            t.embed = embedding;
+            t.qkv = product_qkv;
+            t.attend = attention;
+            t.linear_add = linear_add;
+            t.norm_glu = norm_glu;
+            t.norm_linear = norm_linear;
+            t.end = end_call;
+            t.release = release;
+            return t;
+        }();
+        return &made;
+    }
+};
+
+template <int... I> static const tl_backend *table_of(int device, std::integer_sequence<int, I...>) {
+    static const tl_backend *(*const tables[])() = {on_device<I>::table...};
+    return tables[device]();
+}
 
 EXPORT int tl_cuda_abi(void) { return tl_seam_abi(); }
 
 EXPORT int tl_cuda_device_count(tl_message *why) {
     int n = 0;
     gpu_count(&n, why->text, sizeof why->text);
-    return n;
+    return n < MAX_DEVICES ? n : MAX_DEVICES;
 }
 
 static tl_status check_device(int device, tl_message *message) {
@@ -29,12 +411,33 @@ EXPORT tl_status tl_cuda_device_info(int device, tl_cuda_info *info, tl_message 
     return error ? tl_fail(message, TL_UNSUPPORTED, "device %d does not answer: %s", device, gpu_reason(error)) : TL_OK;
 }
 
-EXPORT tl_status tl_cuda_backend(int device, const tl_backend **backend, tl_message *message) {
-    tl_cuda_info info;
-    tl_status status = tl_cuda_device_info(device, &info, message);
-    *backend = NULL;
+// A device is set up when it is first asked for.
+static tl_status set_up(int device, tl_message *message) {
+    gpu *d = &gpus[device];
+    d->index = device;
+    tl_status status = tl_cuda_device_info(device, &d->info, message);
     if (status != TL_OK) return status;
-    return tl_fail(message, TL_UNSUPPORTED, "the CUDA backend has no kernels yet");
+    if (d->info.major < 8)
+        return tl_fail(message, TL_UNSUPPORTED,
+                       "device %d (%s) has compute capability %d.%d; tinyllm needs 8.0 or newer", device, d->info.name,
+                       d->info.major, d->info.minor);
+    int error = gpu_shared_bytes(device, &d->shared_block, &d->shared_processor);
+    if (!error) error = gpu_allow_shared(product<1, false>, d->shared_block);
+    if (!error) error = gpu_allow_shared(product<1, true>, d->shared_block);
+    if (!error) error = gpu_allow_shared(product<TOKENS, false>, d->shared_block);
+    if (!error) error = gpu_allow_shared(product<TOKENS, true>, d->shared_block);
+    if (!error) error = gpu_allow_shared(attend, d->shared_block);
+    if (!error) error = gpu_stream_create(&d->stream);
+    return error ? gpu_fail(d, error, "being set up", message) : TL_OK;
+}
+
+EXPORT tl_status tl_cuda_backend(int device, const tl_backend **backend, tl_message *message) {
+    std::lock_guard<std::mutex> locked(gpus_lock);
+    *backend = NULL;
+    tl_status status = check_device(device, message);
+    if (status == TL_OK && !gpus[device].stream) status = set_up(device, message);
+    if (status == TL_OK) *backend = table_of(device, std::make_integer_sequence<int, MAX_DEVICES>());
+    return status;
 }
 
 EXPORT tl_status tl_cuda_read_bandwidth(int device, double *gb_s, size_t n_bytes, int repetitions,

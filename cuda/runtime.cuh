@@ -64,5 +64,86 @@ static inline int gpu_info(int device, tl_cuda_info *info) {
     return 0;
 }
 
+// ---- memory and the stream ----------------------------------------------------------------------------------------------
+
+static inline int gpu_shared_bytes(int device, int *of_block, int *of_processor) {
+    int error = gpu_checked(cudaDeviceGetAttribute(of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (error) return error;
+    return gpu_checked(cudaDeviceGetAttribute(of_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+}
+static inline int gpu_stream_create(gpu_stream *s) {
+    return gpu_checked(cudaStreamCreateWithFlags(s, cudaStreamNonBlocking));
+}
+static inline int gpu_alloc(void **p, size_t n_bytes) { return gpu_checked(cudaMalloc(p, n_bytes)); }
+static inline void gpu_free(void *p) { (void)gpu_checked(cudaFree(p)); }
+static inline int gpu_alloc_pinned(void **p, size_t n_bytes) { return gpu_checked(cudaMallocHost(p, n_bytes)); }
+static inline void gpu_free_pinned(void *p) { (void)gpu_checked(cudaFreeHost(p)); }
+static inline int gpu_copy_in(gpu_stream s, void *to, const void *from, size_t n_bytes) {
+    return gpu_checked(cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyHostToDevice, s));
+}
+static inline int gpu_copy_out(gpu_stream s, void *to, const void *from, size_t n_bytes) {
+    return gpu_checked(cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyDeviceToHost, s));
+}
+static inline int gpu_copy(gpu_stream s, void *to, const void *from, size_t n_bytes) {
+    return gpu_checked(cudaMemcpyAsync(to, from, n_bytes, cudaMemcpyDeviceToDevice, s));
+}
+static inline int gpu_clear(gpu_stream s, void *to, size_t n_bytes) {
+    return gpu_checked(cudaMemsetAsync(to, 0, n_bytes, s));
+}
+static inline int gpu_wait(gpu_stream s) { return gpu_checked(cudaStreamSynchronize(s)); }
+
+typedef cudaEvent_t gpu_event;
+static inline int gpu_event_create(gpu_event *e) {
+    return gpu_checked(cudaEventCreateWithFlags(e, cudaEventDisableTiming));
+}
+static inline int gpu_event_record(gpu_event e, gpu_stream s) { return gpu_checked(cudaEventRecord(e, s)); }
+static inline int gpu_event_wait(gpu_event e) { return gpu_checked(cudaEventSynchronize(e)); }
+static inline void gpu_event_free(gpu_event e) {
+    if (e) (void)gpu_checked(cudaEventDestroy(e));
+}
+
+// ---- launches -----------------------------------------------------------------------------------------------------------
+
+struct gpu_grid {
+    int x, y, z;
+};
+
+template <class A> static inline int gpu_allow_shared(void (*kernel)(A), int n_bytes) {
+    return gpu_checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes));
+}
+
+// after: whether the kernel may take its place before the one in front of it has ended (it calls wait_for_previous).
+template <class A>
+static inline int gpu_launch(gpu_stream s, void (*kernel)(A), gpu_grid grid, int threads, size_t shared_bytes,
+                             bool after, const A &arguments) {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = {};
+    config.gridDim = dim3((unsigned)grid.x, (unsigned)grid.y, (unsigned)grid.z);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = s;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = after ? 1 : 0;
+    return gpu_checked(cudaLaunchKernelEx(&config, kernel, arguments));
+}
+
+// ---- graphs: launches recorded once, run often ----------------------------------------------------------------------------
+
+static inline int gpu_record(gpu_stream s) {
+    return gpu_checked(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+}
+// NULL graph: what was recorded is dropped.
+static inline int gpu_record_end(gpu_stream s, gpu_graph *graph) {
+    cudaGraph_t recorded = NULL;
+    int error = gpu_checked(cudaStreamEndCapture(s, &recorded));
+    if (!error && graph) error = gpu_checked(cudaGraphInstantiate(graph, recorded, 0));
+    if (recorded) (void)gpu_checked(cudaGraphDestroy(recorded));
+    return error;
+}
+static inline int gpu_run(gpu_stream s, gpu_graph graph) { return gpu_checked(cudaGraphLaunch(graph, s)); }
+static inline void gpu_graph_free(gpu_graph graph) { (void)gpu_checked(cudaGraphExecDestroy(graph)); }
+
 #endif
 #endif

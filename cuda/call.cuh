@@ -1,0 +1,221 @@
+// call.cuh: a call's state on the device. What changes from call to call (tokens, positions, pages) goes as one block of
+// integers into a fixed place, so that the launches of a call can be recorded as a graph and run again by the next call of
+// the same shape: as many tokens (rounded up to a power of two) and segments. Includes gpu.h, load.cuh.
+#ifndef TINYLLM_CUDA_CALL_CUH
+#define TINYLLM_CUDA_CALL_CUH
+
+#include "gpu.h"
+#include "load.cuh"
+#include <map>
+#include <tuple>
+
+#define GRAPH_TOKENS 64 // calls of more are not recorded: their kernels are long
+#define LOGIT_ROWS   64 // rows of logits computed at a time
+
+// What decides which kernels a call launches, and with which arguments.
+struct call_shape {
+    int n, n_segments, n_rows; // rounded up
+    bool stores;               // every sequence has one token
+    int cache_type;
+    bool operator<(const call_shape &o) const {
+        return std::tie(n, n_segments, n_rows, stores, cache_type) <
+               std::tie(o.n, o.n_segments, o.n_rows, o.stores, o.cache_type);
+    }
+};
+
+// A call's integers: where each array stands in the block, in bytes.
+struct call_block {
+    size_t tokens, positions, sequences, rows, tiles, pages, n_bytes;
+    int page_stride;
+};
+enum { N_TOKENS, N_ROWS, N_TILES, N_COUNTS = 4 }; // the block's first integers
+
+struct cuda_run {
+    tl_run base;
+    gpu *device;
+    int error;              // the first that an operation met: end reports it
+    bool recording, record; // a graph is being recorded; this call's is to be
+    call_shape shape;
+    call_block at;
+    uint8_t *block, *host_block; // on the device; pinned
+    size_t block_bytes, host_block_bytes;
+    uint8_t *arena; // every buffer below, and base's
+    size_t arena_bytes;
+    int capacity, logit_rows, n_units, n_parts; // what the arena is for: tokens, rows, (tile, kv head)s, their splits
+    float *k, *v, *cos, *sin, *logits, *partial;
+    uint8_t *prepared; // activations of many tokens
+    int *arrived;
+    double *frequencies; // [rope_dim / 2]
+    float *host_logits;  // pinned
+    size_t host_logits_bytes;
+    std::map<call_shape, gpu_graph> graphs;
+    int n_tiles, tile_limit; // of this call: there are; there may be
+    int n_splits;            // blocks that share a tile's segments
+};
+
+static int round_up_to_power(int n) {
+    int power = 1;
+    while (power < n) power *= 2;
+    return power;
+}
+
+static void forget_graphs(cuda_run *r) {
+    for (auto &entry : r->graphs) gpu_graph_free(entry.second);
+    r->graphs.clear();
+}
+
+static int q_width(const tl_config &c) { return c.n_heads * c.head_dim; }
+static int kv_width(const tl_config &c) { return c.n_kv_heads * c.head_dim; }
+static int heads_a_kv_head(const tl_config &c) { return c.n_heads / c.n_kv_heads; }
+
+// Places the buffers behind base (or only counts, base NULL); returns the bytes.
+static size_t place_buffers(cuda_run *r, uint8_t *base) {
+    const tl_config &c = r->base.model->config;
+    const size_t n = (size_t)r->capacity, half = (size_t)c.rope_dim / 2;
+    const int v_stride = (c.head_dim + 15) / 16 * 16;
+    size_t used = 0;
+#define PLACE(field, type, n_bytes)                                                                                    \
+    r->field = (type *)(void *)(base + used);                                                                          \
+    used += ((size_t)(n_bytes) + 255) / 256 * 256
+    PLACE(base.x, float, n *(size_t)c.dim * 4);
+    PLACE(base.q, float, n *(size_t)q_width(c) * 4);
+    PLACE(base.attended, float, n *(size_t)q_width(c) * 4);
+    PLACE(base.hidden, float, n *(size_t)c.ff_dim * 4);
+    PLACE(k, float, n *(size_t)kv_width(c) * 4);
+    PLACE(v, float, n *(size_t)kv_width(c) * 4);
+    PLACE(cos, float, n * half * 4);
+    PLACE(sin, float, n * half * 4);
+    PLACE(logits, float, (size_t)r->logit_rows *(size_t)c.vocab_size * 4);
+    int widest = c.dim > c.ff_dim ? c.dim : c.ff_dim;
+    if (q_width(c) > widest) widest = q_width(c);
+    activations a;
+    PLACE(prepared, uint8_t, place_activations(&a, NULL, (int)n, widest, true, true));
+    PLACE(arrived, int, (size_t)r->n_units * sizeof(int));
+    PLACE(partial, float, (size_t)r->n_parts *partial_size(v_stride) * 4);
+#undef PLACE
+    return used;
+}
+
+static call_block block_of(const call_shape &s, int tile_capacity) {
+    call_block b = {};
+    const size_t n = (size_t)s.n;
+    b.tokens = N_COUNTS * 4;
+    b.positions = b.tokens + 4 * n;
+    b.sequences = b.positions + 4 * n;
+    b.rows = b.sequences + 4 * n;
+    b.tiles = b.rows + 4 * n;
+    b.page_stride = s.n_segments * SEGMENT_PAGES;
+    b.pages = (b.tiles + (size_t)tile_capacity * sizeof(attend_tile) + 7) / 8 * 8;
+    b.n_bytes = b.pages + n * (size_t)b.page_stride * 8;
+    return b;
+}
+
+// A buffer of at least n_bytes, new if it must be; `changed` says so.
+template <class T> static int grow(T **buffer, size_t *has, size_t n_bytes, bool pinned, bool *changed) {
+    if (n_bytes <= *has) return 0;
+    void *p = NULL;
+    if (*buffer) pinned ? gpu_free_pinned(*buffer) : gpu_free(*buffer);
+    *buffer = NULL;
+    *has = 0;
+    *changed = true;
+    const int error = pinned ? gpu_alloc_pinned(&p, n_bytes) : gpu_alloc(&p, n_bytes);
+    if (error) return error;
+    *buffer = (T *)p;
+    *has = n_bytes;
+    return 0;
+}
+
+// Writes the call's integers: the sequences that have tokens are numbered anew, pages become addresses.
+static void fill_block(cuda_run *r, uint8_t *to) {
+    const tl_batch *b = r->base.batch;
+    const tl_cache *cache = r->base.cache;
+    const int group = heads_a_kv_head(r->base.model->config);
+    int *counts = (int *)(void *)to, *sequences = (int *)(void *)(to + r->at.sequences);
+    attend_tile *tiles = (attend_tile *)(void *)(to + r->at.tiles);
+    uint64_t *pages = (uint64_t *)(void *)(to + r->at.pages);
+    if (b->tokens) memcpy(to + r->at.tokens, b->tokens, (size_t)b->n * 4);
+    memcpy(to + r->at.positions, b->positions, (size_t)b->n * 4);
+    if (b->n_rows) memcpy(to + r->at.rows, b->rows, (size_t)b->n_rows * 4);
+    int n_sequences = 0;
+    r->n_tiles = 0;
+    for (int t = 0, end; t < b->n; t = end, n_sequences++) {
+        for (end = t; end < b->n && b->sequences[end] == b->sequences[t]; end++) sequences[end] = n_sequences;
+        for (int c = 0; c < (end - t) * group; c += TOKENS) {
+            const int left = (end - t) * group - c, n = left < TOKENS ? left : TOKENS;
+            const int last = t + (c + n - 1) / group;
+            tiles[r->n_tiles++] = {t + c / group, c % group, n, b->positions[last] / SEGMENT + 1, n_sequences};
+        }
+        const int32_t *table = b->page_tables + (size_t)b->sequences[t] * (size_t)b->max_pages;
+        for (int i = 0; i <= b->positions[end - 1] / PAGE_TOKENS; i++) {
+            const uint8_t *slab = (const uint8_t *)cache->slabs[table[i] / cache->pages_per_slab];
+            pages[n_sequences * r->at.page_stride + i] =
+                (uint64_t)(uintptr_t)(slab + (size_t)(table[i] % cache->pages_per_slab) * cache->page_bytes);
+        }
+    }
+    counts[N_TOKENS] = b->n;
+    counts[N_ROWS] = b->n_rows;
+    counts[N_TILES] = r->n_tiles;
+}
+
+// The call's shape, and room for it.
+static int prepare_call(cuda_run *r) {
+    const tl_batch *b = r->base.batch;
+    const tl_config &c = r->base.model->config;
+    int longest = 1;
+    bool stores = true;
+    for (int t = 0; t < b->n; t++) {
+        const int n = b->positions[t] / SEGMENT + 1;
+        if (n > longest) longest = n;
+        if (t > 0 && b->sequences[t] == b->sequences[t - 1]) stores = false;
+    }
+    r->shape = {round_up_to_power(b->n), round_up_to_power(longest), b->logits ? round_up_to_power(b->n_rows) : 0,
+                stores, r->base.cache->type};
+    // Tiles: every sequence may begin one that is not full.
+    const int tiles = r->shape.n * ((heads_a_kv_head(c) + TOKENS - 1) / TOKENS);
+    const int units = tiles * c.n_kv_heads;
+    r->tile_limit = tiles;
+    r->n_splits = units < 4 * r->device->info.n_processors ? r->shape.n_segments : 1;
+    const int parts = r->n_splits > 1 ? units * r->n_splits : 0;
+    const int logit_rows = r->shape.n_rows < LOGIT_ROWS ? r->shape.n_rows : LOGIT_ROWS;
+    const bool fits =
+        r->shape.n <= r->capacity && units <= r->n_units && parts <= r->n_parts && logit_rows <= r->logit_rows;
+    bool changed = !fits;
+    int error = 0;
+    if (!fits) { // it only grows, in each of its measures, so that recorded graphs keep their places
+        r->capacity = r->shape.n > r->capacity ? r->shape.n : r->capacity;
+        r->n_units = units > r->n_units ? units : r->n_units;
+        r->n_parts = parts > r->n_parts ? parts : r->n_parts;
+        r->logit_rows = logit_rows > r->logit_rows ? logit_rows : r->logit_rows;
+        forget_graphs(r);
+        error = grow(&r->arena, &r->arena_bytes, place_buffers(r, NULL), false, &changed);
+        if (error) {
+            r->capacity = 0; // the next call tries again
+            return error;
+        }
+        place_buffers(r, r->arena);
+        error = gpu_clear(r->device->stream, r->arrived, (size_t)r->n_units * sizeof(int));
+    }
+    r->at = block_of(r->shape, tiles);
+    changed = false;
+    if (!error) error = grow(&r->host_block, &r->host_block_bytes, r->at.n_bytes, true, &changed);
+    if (!error) error = grow(&r->block, &r->block_bytes, r->at.n_bytes, false, &changed);
+    if (changed) forget_graphs(r);
+    return error;
+}
+
+static const int *in_block(const cuda_run *r, size_t at) { return (const int *)(const void *)(r->block + at); }
+
+static void release_run(cuda_run *r) {
+    (void)gpu_use(r->device->index);
+    if (r->recording) (void)gpu_record_end(r->device->stream, NULL);
+    (void)gpu_wait(r->device->stream);
+    forget_graphs(r);
+    if (r->arena) gpu_free(r->arena);
+    if (r->block) gpu_free(r->block);
+    if (r->host_block) gpu_free_pinned(r->host_block);
+    if (r->frequencies) gpu_free(r->frequencies);
+    if (r->host_logits) gpu_free_pinned(r->host_logits);
+    delete r;
+}
+
+#endif

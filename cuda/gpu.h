@@ -1,0 +1,44 @@
+// gpu.h: what the backend's files share: a device with its stream, errors that name it, and where a call's data lie.
+// backend_cuda.cu has the operations, call.cuh a call's buffers and graphs, load.cuh weights in and out.
+#ifndef TINYLLM_CUDA_GPU_H
+#define TINYLLM_CUDA_GPU_H
+
+#include "kernels/attention.cuh"
+#include "kernels/embed.cuh"
+#include "kernels/pack.cuh"
+#include "kernels/product.cuh"
+#include "runtime.cuh"
+
+#define MAX_DEVICES 16
+
+struct gpu {
+    int index;
+    tl_cuda_info info;
+    gpu_stream stream;                  // everything on a device happens in its order
+    int shared_block, shared_processor; // bytes of shared memory a block, a processor may have
+    void *pinned[2], *staging[2];       // while weights are loaded (load.cuh)
+    size_t staging_bytes;
+};
+
+static inline tl_status gpu_fail(const gpu *d, int error, const char *doing, tl_message *message) {
+    if (!gpu_out_of_memory(error))
+        return tl_fail(message, TL_IO, "device %d (%s) failed while %s: %s", d->index, d->info.name, doing,
+                       gpu_reason(error));
+    tl_cuda_info now = {};
+    (void)gpu_info(d->index, &now);
+    return tl_fail(message, TL_MEMORY, "device %d (%s) has no memory left for %s: %.2f of %.2f GB are free", d->index,
+                   d->info.name, doing, (double)now.free_bytes / 1e9, (double)now.total_bytes / 1e9);
+}
+
+static inline int chunks_of(const tl_matrix *w) {
+    const int k = chunk_k_of(w->format->id);
+    return (w->k + k - 1) / k;
+}
+static inline int tiles_of(const tl_matrix *w) { return (w->rows + 15) / 16; }
+
+static inline product_matrix matrix_of(const tl_matrix *w, float *out) {
+    return product_matrix{(const uint8_t *)w->data,     w->bias, out, w->format->id, w->rows, chunks_of(w),
+                          chunk_bytes_of(w->format->id)};
+}
+
+#endif

@@ -1,0 +1,144 @@
+// kernels/activations.cuh: what products read: rows of x, normed where there is a norm, as int8 groups of 32 for quantized
+// weights and as floats for the others. Written into a block's shared memory when few tokens share the weights (every block
+// makes its own, which is cheaper than a launch), into global memory when many do: the same function, so the same bits.
+// Includes primitives.cuh. Read product.cuh next.
+#ifndef TINYLLM_CUDA_ACTIVATIONS_CUH
+#define TINYLLM_CUDA_ACTIVATIONS_CUH
+
+#include "primitives.cuh"
+
+#define BLOCK_THREADS 256 // of every kernel that sums a row: the order of additions depends on it
+#define BLOCK_WARPS   8
+#define TOKENS        8 // columns of a product's tile
+
+// Strides in elements, padded so that neighbouring tokens lie in other banks; past k there are zeros.
+struct activations {
+    int8_t *q;           // [n, q_stride]: of each 64 k, t = 0..3: k 4t.., 16 + 4t.., 32 + 4t.., 48 + 4t.. (B fragments)
+    float *scale;        // [n, group_stride]: x = scale * q
+    float *scaled_sum;   // [n, group_stride]: scale * sum of q
+    uint32_t *half_sums; // [n, group_stride]: int16 sums of q's first and last 16
+    float *x;            // [n, x_stride]
+    int q_stride, group_stride, x_stride;
+};
+
+// Places them behind base (or only counts, base NULL); returns the bytes, a multiple of 16.
+BOTH size_t place_activations(activations *a, uint8_t *base, int n, int k, bool quantized, bool floats) {
+    const int k_padded = (k + 255) / 256 * 256;
+    size_t used = 0;
+    a->q_stride = k_padded + 64;
+    a->group_stride = k_padded / 32 + 4;
+    a->x_stride = (k + 63) / 64 * 64 + 8;
+    a->q = (int8_t *)(base + used);
+    used += quantized ? (size_t)n * (size_t)a->q_stride : 0;
+    a->scale = (float *)(void *)(base + used);
+    used += quantized ? (size_t)n * (size_t)a->group_stride * 4 : 0;
+    a->scaled_sum = (float *)(void *)(base + used);
+    used += quantized ? (size_t)n * (size_t)a->group_stride * 4 : 0;
+    a->half_sums = (uint32_t *)(void *)(base + used);
+    used += quantized ? (size_t)n * (size_t)a->group_stride * 4 : 0;
+    a->x = (float *)(void *)(base + used);
+    used += floats ? (size_t)n * (size_t)a->x_stride * 4 : 0;
+    return used;
+}
+
+DEVICE float warp_sum(float x) { // a fixed tree
+    for (int i = 16; i >= 1; i /= 2) x += shuffle_xor(x, i);
+    return x;
+}
+
+DEVICE float warp_largest(float x) {
+    for (int i = 16; i >= 1; i /= 2) x = fmaxf(x, shuffle_xor(x, i));
+    return x;
+}
+
+// RMSNorm's sum of squares, arXiv 1910.07467: a thread's in order, the warp's tree, the warps in order. sums: [8].
+DEVICE void sum_squares(const float *x, int k, float *sums) {
+    float sum = 0;
+    for (int i = thread_id(); i < k; i += BLOCK_THREADS) sum = fmaf(x[i], x[i], sum);
+    sum = warp_sum(sum);
+    if (lane_id() == 0) sums[warp_id()] = sum;
+}
+DEVICE float norm_scale(const float *sums, int k, float eps) {
+    float sum = sums[0];
+    for (int i = 1; i < BLOCK_WARPS; i++) sum += sums[i];
+    return 1.0f / sqrtf(sum / (float)k + eps);
+}
+
+// A warp rounds one group: scale = largest / 127, q = x / scale half to even. A group too small for 127 / largest to be
+// finite becomes zeros.
+DEVICE void quantize_group(const activations &a, int t, int group, float x) {
+    const int lane = lane_id(), e = lane % 16;
+    const float largest = warp_largest(fabsf(x));
+    const bool usable = largest > 0x1p-100f;
+    const int q = round_to_int(x * (usable ? 127.0f / largest : 0.0f));
+    int half = q;
+    for (int i = 8; i >= 1; i /= 2) half += shuffle_xor(half, i);
+    const int other = shuffle_xor(half, 16);
+    a.q[(size_t)t * a.q_stride + group / 2 * 64 + e / 4 * 16 + group % 2 * 8 + lane / 16 * 4 + e % 4] = (int8_t)q;
+    if (lane == 0) {
+        const size_t at = (size_t)t * a.group_stride + group;
+        const float scale = usable ? largest / 127.0f : 0.0f;
+        a.scale[at] = scale;
+        a.scaled_sum[at] = scale * (float)(half + other);
+        a.half_sums[at] = ((uint32_t)half & 0xffff) | (uint32_t)other << 16;
+    }
+}
+
+struct activation_source {
+    const float *x;    // [.., k]
+    const int *rows;   // which of x, or NULL: as they come
+    const float *norm; // [k], or NULL
+    float eps;
+    int k;
+    bool quantized, floats; // what to make
+};
+
+// A block makes tokens first..first + n - 1 (n <= 8) into 0.. of `to`. sums: 8 floats a token. Ends with a barrier.
+DEVICE void prepare_tokens(const activation_source &s, const activations &to, int first, int n, float *sums) {
+    const int k_padded = s.floats && !s.quantized ? (s.k + 63) / 64 * 64 : (s.k + 255) / 256 * 256;
+    const int x_padded = (s.k + 63) / 64 * 64;
+    if (s.norm) {
+        for (int t = 0; t < n; t++) {
+            const int row = s.rows ? s.rows[first + t] : first + t;
+            sum_squares(s.x + (size_t)row * s.k, s.k, sums + t * BLOCK_WARPS);
+        }
+        block_barrier();
+    }
+    for (int t = 0; t < n; t++) {
+        const int row = s.rows ? s.rows[first + t] : first + t;
+        const float *x = s.x + (size_t)row * s.k;
+        const float scale = s.norm ? norm_scale(sums + t * BLOCK_WARPS, s.k, s.eps) : 1.0f;
+        for (int i = thread_id(); i < k_padded; i += BLOCK_THREADS) {
+            float value = i < s.k ? x[i] : 0.0f;
+            if (s.norm && i < s.k) value = value * scale * s.norm[i];
+            if (s.floats && i < x_padded) to.x[(size_t)t * to.x_stride + i] = value;
+            if (s.quantized) quantize_group(to, t, i / 32, value);
+        }
+    }
+    block_barrier();
+}
+
+struct prepare_arguments {
+    activation_source source;
+    activations to;
+    const int *n; // tokens there are
+    int first;    // of them, from here on, into 0.. of `to`
+};
+
+// Many tokens: a block each.
+KERNEL(BLOCK_THREADS, 1) prepare(const prepare_arguments p) {
+    float *sums = (float *)(void *)shared_memory();
+    wait_for_previous();
+    let_next_start();
+    const int t = block_x();
+    if (p.first + t >= *p.n) return;
+    activations to = p.to;
+    to.q += (size_t)t * to.q_stride;
+    to.scale += (size_t)t * to.group_stride;
+    to.scaled_sum += (size_t)t * to.group_stride;
+    to.half_sums += (size_t)t * to.group_stride;
+    to.x += (size_t)t * to.x_stride;
+    prepare_tokens(p.source, to, p.first + t, 1, sums);
+}
+
+#endif

@@ -1,0 +1,45 @@
+// kernels/numeric.cuh: exp, SiLU, sin and cos from explicit operations, as csrc/rows.inc and csrc/numeric.c have them: the
+// same numbers on every device, and on the CPU that runs these kernels. Includes primitives.cuh.
+#ifndef TINYLLM_CUDA_NUMERIC_CUH
+#define TINYLLM_CUDA_NUMERIC_CUH
+
+#include "primitives.cuh"
+
+// e^x to about one unit in the last place; exactly 1 at 0; x below -87.3 counts as -87.3, above 88 as 88.
+DEVICE float exponential(float x) {
+    x = fminf(fmaxf(x, -87.3f), 88.0f);
+    const int n = round_to_int(x * 1.44269504f);
+    float r = fmaf((float)n, -0x1.62e4p-1f, x); // ln 2 in two parts, the first exact times n
+    r = fmaf((float)n, -0x1.7f7d1cp-20f, r);
+    float sum = 1.0f / 720; // Taylor, |r| <= 0.35
+    sum = fmaf(sum, r, 1.0f / 120);
+    sum = fmaf(sum, r, 1.0f / 24);
+    sum = fmaf(sum, r, 1.0f / 6);
+    sum = fmaf(sum, r, 0.5f);
+    sum = fmaf(sum, r, 1.0f);
+    sum = fmaf(sum, r, 1.0f);
+    return sum * as_float((uint32_t)(n + 127) << 23);
+}
+
+// SwiGLU's gate, arXiv 2002.05202.
+DEVICE float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+// In float64, so that RoPE's angles are good at any position; the reduction is Cody and Waite's.
+DEVICE void sine_cosine(double radians, double *sine, double *cosine) {
+    const double n = rint(radians * 0x1.45f306dc9c883p-1); // quarter turns, taken off with pi/2 in three parts
+    double r = fma(n, -0x1.921fb54442d18p0, radians);
+    r = fma(n, -0x1.1a62633145c07p-54, r);
+    r = fma(n, 0x1.f1976b7ed8fbcp-110, r);
+    const double r2 = r * r;
+    double s = 1, c = 1;
+    for (int i = 20; i >= 2; i -= 2) {
+        s = fma(s, -r2 / (i * (i + 1)), 1.0);
+        c = fma(c, -r2 / (i * (i - 1)), 1.0);
+    }
+    s *= r;
+    const int quarter = (int)((long long)n & 3);
+    *sine = quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c;
+    *cosine = quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s;
+}
+
+#endif

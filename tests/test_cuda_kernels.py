@@ -1,0 +1,388 @@
+"""The CUDA backend without a GPU: cuda/host/ runs the very same kernels on the CPU, a fiber a thread, and the
+library made of them is opened like the other one. What only hardware can show (memory order, speed, the
+tensor cores' roundings) is not tested here. docs/cuda.md explains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cffi
+import numpy as np
+import numpy.typing as npt
+import pytest
+import reference
+from helpers_gguf import FORMATS, write_gguf
+from helpers_models import GOLDEN_DIR, golden_model, golden_spec, random_ids, random_weights
+
+import tinyllm
+from tinyllm import backends
+from tinyllm.loaders import TensorInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+F32 = npt.NDArray[np.float32]
+PAGE = 64
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The backend and its kernels, compiled for the CPU."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("kernels")
+    flags = [
+        "-O2",
+        "-march=native",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-fPIC",
+        "-fvisibility=hidden",
+    ]
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    objects = []
+    for name in ("memory", "pack", "quantize"):
+        objects.append(str(folder / f"{name}.o"))
+        c = [*compiler.split(), "-x", "c", "-std=c11", *flags, "-c", str(ROOT / "csrc" / f"{name}.c")]
+        subprocess.run([*c, "-o", objects[-1]], check=True)
+    out = folder / "libtinyllm_cuda_host.so"
+    cpp = [
+        *compiler.split(),
+        "-std=c++17",
+        *flags,
+        *warnings,
+        "-shared",
+        "-pthread",
+        "-o",
+        str(out),
+        *objects,
+    ]
+    subprocess.run([*cpp, "-x", "c++", str(ROOT / "cuda" / "backend_cuda.cu")], check=True)
+    return out
+
+
+class Host:
+    """What the library exports for tests alone."""
+
+    def __init__(self, library: Path) -> None:
+        ffi = cffi.FFI()
+        ffi.cdef("void tl_host_reverse(int on); long tl_host_live();")
+        self._lib = ffi.dlopen(str(library))
+
+    def live(self) -> int:
+        """Blocks of device and pinned memory."""
+        return int(self._lib.tl_host_live())
+
+    def reverse(self, on: bool) -> None:
+        """Whether a block's last thread goes first."""
+        self._lib.tl_host_reverse(on)
+
+
+@pytest.fixture
+def host(library: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """With it the device "cuda" is the kernels on the CPU."""
+    monkeypatch.setenv("TINYLLM_CUDA_LIBRARY", str(library))
+    return Host(library)
+
+
+def load(path: Path, **options: Any) -> tinyllm.LLM:
+    return tinyllm.load(path, device="cuda", **options)
+
+
+def relative_error(logits: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
+# ---- every format
+
+
+def one_layer(**changes: Any) -> dict[str, Any]:
+    """Rows of whole blocks of 256, and a vocabulary that fills no whole tile."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return {**golden_spec("llama3").config, "num_hidden_layers": 1, "vocab_size": 105, **sizes, **changes}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_format(format: str, host: Host, tmp_path: Path) -> None:
+    """Unpacked, a matrix is exactly what the file holds; multiplied, it gives what float64 arithmetic gives
+    for activations rounded to int8 (test_golden.py derives the tolerances), for one token (the kernel for
+    one) and for two."""
+    config = one_layer()
+    held = write_gguf(tmp_path / "model.gguf", config, random_weights(config, seed=7), format=format)
+    quantized = () if format in ("F32", "F16", "BF16") else held
+    errors, int8_errors = [], []
+    with load(tmp_path / "model.gguf", cache_type="f32") as llm:
+        np.testing.assert_array_equal(llm.model.unpack("embedding"), held["model.embed_tokens.weight"])
+        np.testing.assert_array_equal(
+            llm.model.unpack("w_down", 0), held["model.layers.0.mlp.down_proj.weight"]
+        )
+        for seed in range(8):
+            ids = random_ids(config, seed, 1 + seed % 2)
+            expected = reference.logits(config, held, ids, quantized=quantized)
+            errors.append(relative_error(llm.logits(ids), expected))
+            int8_errors.append(relative_error(reference.logits(config, held, ids), expected))
+    assert np.quantile(errors, 0.6) < 1e-5
+    assert max(errors) < max(*int8_errors, 1e-5)
+
+
+def test_formats_may_differ_from_matrix_to_matrix(host: Host, tmp_path: Path) -> None:
+    config = one_layer(intermediate_size=172)
+    formats = {
+        "model.embed_tokens.weight": "Q5_0",
+        "model.layers.0.self_attn.v_proj.weight": "F16",
+        "model.layers.0.self_attn.k_proj.weight": "Q6_K",
+        "lm_head.weight": "Q8_0",
+    }
+    weights = random_weights(config, seed=8)
+    held = write_gguf(tmp_path / "model.gguf", config, weights, format="Q4_K", formats=formats)
+    quantized = set(held) - {
+        f"model.layers.0.{name}.weight" for name in ("mlp.down_proj", "self_attn.v_proj")
+    }
+    with load(tmp_path / "model.gguf", cache_type="f32") as llm:
+        errors = [
+            relative_error(llm.logits(ids), reference.logits(config, held, ids, quantized=quantized))
+            for ids in (random_ids(config, seed, 2) for seed in range(6))
+        ]
+    assert np.median(errors) < 1e-5
+
+
+@pytest.mark.parametrize("weights", ["q8_0", "q4_0"])
+def test_quantized_while_loading(weights: str, host: Host, tmp_path: Path) -> None:
+    config = one_layer()
+    write_gguf(tmp_path / "model.gguf", config, random_weights(config, seed=9))
+    with (
+        load(tmp_path / "model.gguf", weights=weights) as llm,
+        tinyllm.load(tmp_path / "model.gguf", device="cpu", weights=weights) as cpu,
+    ):
+        for name in ("wq", "w_down"):
+            np.testing.assert_array_equal(llm.model.unpack(name, 0), cpu.model.unpack(name, 0))
+
+
+def test_a_file_that_ends_early(host: Host, tmp_path: Path) -> None:
+    config = one_layer()
+    path = tmp_path / "model.gguf"
+    write_gguf(path, config, random_weights(config, seed=9), format="Q4_0")
+    whole = path.read_bytes()
+    with load(path) as llm:
+        model = llm.model
+        info = TensorInfo("cut", (512, 256), 2, path, len(whole) - 1000, 512 * 144)
+        with pytest.raises(tinyllm.FormatError, match="could not be read"):
+            backends.Model(model.config, device="cuda").upload("w_up", 0, info)
+        llm.logits([1])  # frees what loading kept for the next matrix
+    assert host.live() == 0
+
+
+# ---- every shape of Llama
+
+
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("llama2", 70),
+        ("llama3", 66),
+        ("yarn_mscale", 20),
+        ("attention_bias", 20),
+        ("mlp_bias", 20),
+        ("head_dim", 70),
+    ],
+)
+def test_equals_transformers(name: str, n: int, host: Host, tmp_path: Path) -> None:
+    """The first n tokens of a golden, float32 throughout: within 1e-4 of the largest logit."""
+    spec = golden_spec(name)
+    goldens = np.load(GOLDEN_DIR / "logits.npz")
+    positions = goldens[spec.name + ".positions"]
+    seen = positions < n
+    with load(golden_model(spec, tmp_path), cache_type="f32") as llm:
+        logits = llm.logits(random_ids(spec.config, spec.seed, spec.n_tokens)[:n])
+    assert seen.sum() >= 2
+    assert relative_error(logits[positions[seen]], goldens[spec.name + ".logits"][seen]) < 1e-4
+
+
+def test_greedy_text_of_a_trained_model(host: Host, data_dir: Path) -> None:
+    """Token by token, so every call after the first of a shape is a graph run again."""
+    path = data_dir / "models/stories260K/reference_numpy_f64.json"
+    ids = json.loads(path.read_text(encoding="utf-8"))["greedy_from_bos_200"][:80]
+    with load(data_dir / "models/stories260K/stories260K.gguf") as llm:
+        assert ids[:1] + list(llm(ids[:1], max_tokens=len(ids) - 1, temperature=0).tokens) == ids
+
+
+# ---- the same bits
+
+
+CONTEXT = 384
+TABLE = CONTEXT // PAGE
+N_TOKENS = 300  # a segment of 256 and a piece
+SUBJECTS = {  # format, cache, heads, kv heads, width of a head
+    "q4_0-f16": ("Q4_0", "f16", 4, 2, 16),
+    "q8_0-q8_0": ("Q8_0", "q8_0", 2, 1, 32),
+    "f16-f16": ("F16", "f16", 3, 1, 12),
+    "f32-f32": ("F32", "f32", 9, 1, 8),
+}
+
+
+class Subject:
+    """A model, pages for three sequences, and what everything is compared with: a prompt at once."""
+
+    def __init__(
+        self, path: Path, format: str, cache: backends.CacheType, sizes: tuple[int, int, int]
+    ) -> None:
+        self.config = one_layer(
+            hidden_size=64,
+            intermediate_size=96,
+            num_attention_heads=sizes[0],
+            num_key_value_heads=sizes[1],
+            head_dim=sizes[2],
+            max_position_embeddings=CONTEXT,
+            vocab_size=40,
+        )
+        write_gguf(path, self.config, random_weights(self.config, seed=41), format=format)
+        self.llm = load(path, cache_type=cache)
+        self.ids = np.array(random_ids(self.config, 42, N_TOKENS))
+        self.pool = self.llm.model.cache(cache, 3 * TABLE)
+        self.pool.grow(3 * TABLE)
+        self.tables = np.arange(3 * TABLE, dtype=np.int32).reshape(3, TABLE)
+        self.expected = self.forward([(0, 0, N_TOKENS)])
+        assert self.expected.std() > 0.3
+
+    def forward(self, pieces: list[tuple[int, int, int]], **options: Any) -> F32:
+        """One call. Each piece is (sequence, first, n): n tokens of the prompt from position `first` on."""
+        positions = np.concatenate([np.arange(first, first + n) for _, first, n in pieces])
+        sequences = np.concatenate([np.full(n, sequence) for sequence, _, n in pieces])
+        given = options.pop("x", self.ids[positions])
+        return self.llm.model.forward(given, positions, sequences, self.tables, cache=self.pool, **options)
+
+    def check(self, *pieces: tuple[int, int, int]) -> None:
+        positions = np.concatenate([np.arange(first, first + n) for _, first, n in pieces])
+        np.testing.assert_array_equal(self.forward(list(pieces)), self.expected[positions])
+
+    def close(self) -> None:
+        self.pool.close()
+        self.llm.close()
+
+
+@pytest.fixture(params=SUBJECTS)
+def subject(request: pytest.FixtureRequest, host: Host, tmp_path: Path) -> Iterator[Subject]:
+    format, cache, *sizes = SUBJECTS[request.param]
+    made = Subject(tmp_path / "model.gguf", format, cache, (sizes[0], sizes[1], sizes[2]))
+    yield made
+    made.close()
+
+
+def test_bits(subject: Subject, host: Host) -> None:
+    """Alone or in a batch, in any chunking, from a prefix that another sequence computed, from a graph that
+    is run again, and whichever thread of a block goes first."""
+    for first in range(4):  # the second is recorded, the others run it again
+        subject.check((1, first, 1))
+    subject.check((1, 4, 7), (2, 0, 257))
+    subject.check((0, 299, 1), (1, 11, 1), (2, 257, 1))
+    subject.check((0, 299, 1), (1, 12, 1), (2, 258, 1))
+    subject.check((0, 290, 10), (1, 13, 100))
+    host.reverse(True)
+    try:
+        subject.check((1, 113, 20), (2, 259, 30))
+        subject.check((0, 299, 1))
+        subject.check((0, 299, 1), (2, 289, 1))
+    finally:
+        host.reverse(False)
+    subject.tables[2, :4] = subject.tables[0, :4]
+    subject.check((2, 256, 40))
+    subject.pool.copy_page(int(subject.tables[1, 1]), int(subject.tables[0, 1]), 50)
+    subject.tables[1, 0] = subject.tables[0, 0]
+    subject.check((1, 64 + 50, 60))
+
+
+def test_rows_and_layers(host: Host, tmp_path: Path) -> None:
+    subject = Subject(tmp_path / "model.gguf", "Q4_0", "f16", (4, 2, 16))
+    rows = [299, 0, 7, 7]
+    logits = subject.forward([(0, 0, N_TOKENS)], rows=rows)
+    np.testing.assert_array_equal(logits, subject.expected[rows])
+    x = subject.forward([(0, 0, N_TOKENS)], layers=(0, 0), rows=[])
+    np.testing.assert_array_equal(subject.forward([(0, 0, N_TOKENS)], x=x), subject.expected)
+    np.testing.assert_array_equal(subject.forward([(1, 0, 5)], x=x[:5]), subject.expected[:5])
+    subject.close()
+
+
+def test_a_cancelled_call_leaves_nothing_behind(host: Host, tmp_path: Path) -> None:
+    """It is cancelled while its launches are recorded; the next call records them anew."""
+    subject = Subject(tmp_path / "model.gguf", "Q4_0", "f16", (4, 2, 16))
+    with pytest.raises(tinyllm.CancelledError):
+        subject.forward([(1, 0, 1)], should_stop=lambda: True)
+    subject.check((1, 0, 1))
+    subject.check((1, 1, 1))
+    subject.close()
+
+
+def test_everything_is_freed(host: Host, tmp_path: Path) -> None:
+    before = host.live()
+    subjects = [
+        Subject(tmp_path / "a.gguf", "Q4_0", "f16", (4, 2, 16)),
+        Subject(tmp_path / "b.gguf", "F16", "f32", (3, 1, 12)),
+    ]
+    for first in range(3):  # several models at once, in turns
+        for subject in subjects:
+            subject.check((1, first, 1))
+    assert host.live() > before
+    for subject in subjects:
+        subject.close()
+    assert host.live() == before
+
+
+# ---- what is refused
+
+
+def test_what_the_device_cannot_do_is_said(host: Host, tmp_path: Path) -> None:
+    config = one_layer()
+    mixed = {"model.layers.0.mlp.gate_proj.weight": "Q4_0"}
+    write_gguf(tmp_path / "model.gguf", config, random_weights(config, seed=1), formats=mixed)
+    with load(tmp_path / "model.gguf") as llm, pytest.raises(tinyllm.UnsupportedError, match="layer 0"):
+        llm.logits([1, 2])
+
+
+# The field of the core's configuration, a value that is not Llama's, and how the refusal names it.
+BEYOND = [
+    ("attention_cap", 50.0, "soft-capped attention"),
+    ("embedding_scale", 8.0, "scaled embeddings"),
+    ("residual_scale", 0.5, "scaled residuals"),
+    ("logit_scale", 0.5, "logits"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "words"), BEYOND)
+def test_what_only_the_cpu_computes_is_refused(
+    field: str, value: float, words: str, host: Host, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    config = one_layer()
+    write_gguf(path, config, random_weights(config, seed=1), format="Q8_0")
+    with load(path) as llm:
+        changed = dataclasses.replace(llm.model.config, **{field: value})
+    model = backends.Model(changed, device="cuda")
+    pool = model.cache("f16", 1)
+    pool.grow(1)
+    with pytest.raises(tinyllm.UnsupportedError, match=words):
+        model.forward([1], [0], [0], [[0]], cache=pool)
+    pool.close()
+    model.close()
+
+
+# ---- the real compiler
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_no_kernel_spills() -> None:
+    """The kernels compile, and no hot one keeps anything in local memory. One architecture here, since each
+    takes 20 s; all of them: cuda/spills.py --all."""
+    done = subprocess.run(
+        ["python3", ROOT / "cuda" / "spills.py", "80"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
