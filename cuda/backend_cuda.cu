@@ -8,12 +8,16 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+#define MANY_FROM 33 // tokens from which on larger tiles pay
+
 static cuda_run *run_of(tl_run *run) { return (cuda_run *)run; }
 
 template <class A>
 static void launch(cuda_run *r, void (*kernel)(A), gpu_grid grid, int threads, size_t shared_bytes, bool after,
                    const A &arguments) {
-    if (!r->error) r->error = gpu_launch(r->device->stream, kernel, grid, threads, shared_bytes, after, arguments);
+    if (!r->error)
+        r->error =
+            gpu_launch(r->device->stream, kernel, grid, threads, shared_bytes, after && r->device->waits, arguments);
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------------
@@ -30,6 +34,42 @@ static int slots_for(const gpu *d, const product_arguments &a, size_t others) {
     return 0;
 }
 
+// The kernel of product_many.cuh for a format, and the bytes of one of its steps; NULL where there is none.
+typedef void (*product_kernel)(product_arguments);
+template <class F> static product_kernel many_kernel_of(size_t *step_bytes) {
+    if constexpr (F::facts.scale == HALF_SCALES_MIN) {
+        return NULL;
+    } else {
+        *step_bytes = (size_t)many_layout(F::facts).n_bytes;
+        return product_many<F>;
+    }
+}
+static product_kernel many_kernel(int format, size_t *step_bytes) {
+    switch (format) {
+#define X(name, id, ...)                                                                                               \
+    case id: return many_kernel_of<format_##name>(step_bytes);
+        QUANTIZED_FORMATS(X)
+#undef X
+    default: return NULL;
+    }
+}
+
+// For many tokens, if all matrices are of one format that has such a kernel and its steps fit.
+static bool launch_many(cuda_run *r, product_arguments a, int n) {
+    size_t step = 0;
+    product_kernel kernel = n >= MANY_FROM ? many_kernel(a.w[0].format, &step) : NULL;
+    for (int i = 1; i < a.n_matrices; i++)
+        if (a.w[i].format != a.w[0].format) kernel = NULL;
+    const size_t room = (size_t)r->device->shared_block;
+    if (!kernel || 2 * step > room) return false;
+    a.n_slots = 3 * step <= room ? 3 : 2;
+    int units = a.epilogue == GLU ? (a.w[0].rows + 31) / 32 : 0;
+    for (int i = 0; i < a.n_matrices && a.epilogue != GLU; i++) units += (a.w[i].rows + 63) / 64;
+    launch(r, kernel, {units, (n + MANY_TOKENS - 1) / MANY_TOKENS, 1}, BLOCK_THREADS, (size_t)a.n_slots * step, true,
+           a);
+    return true;
+}
+
 // The chosen rows of x (NULL: as they come; from `first` on), normed where there is a norm, times matrices that are all
 // quantized or all floats. n: rows at most, count: there are (on the device).
 static void product_of(cuda_run *r, product_arguments a, const float *x, const int *rows, const tl_norm *norm, int k,
@@ -44,6 +84,7 @@ static void product_of(cuda_run *r, product_arguments a, const float *x, const i
     }
     a.n = count;
     a.first = first;
+    a.most = n;
     a.prepared = n > 2; // few tokens: every block prepares them for itself
     size_t shared = product_shared_bytes(a, n);
     if (!a.prepared && slots_for(d, a, shared) == 0) {
@@ -55,6 +96,7 @@ static void product_of(cuda_run *r, product_arguments a, const float *x, const i
         const prepare_arguments p = {a.source, a.in, count, first};
         launch(r, prepare, {n, 1, 1}, BLOCK_THREADS, TOKENS * BLOCK_WARPS * sizeof(float), true, p);
     }
+    if (a.prepared && launch_many(r, a, n)) return;
     a.n_slots = slots_for(d, a, shared);
     shared = product_shared_bytes(a, n);
     const int blocks = 2 * (shared + 1024) <= (size_t)d->shared_processor ? 2 : 1;
@@ -427,6 +469,12 @@ static tl_status set_up(int device, tl_message *message) {
     if (!error) error = gpu_allow_shared(product<TOKENS, false>, d->shared_block);
     if (!error) error = gpu_allow_shared(product<TOKENS, true>, d->shared_block);
     if (!error) error = gpu_allow_shared(attend, d->shared_block);
+    for (int i = 0; i < n_quantized_formats && !error; i++) {
+        size_t step;
+        const product_kernel kernel = many_kernel(quantized_facts[i].id, &step);
+        if (kernel) error = gpu_allow_shared(kernel, d->shared_block);
+    }
+    d->waits = d->info.major >= 9 && gpu_waits(attend);
     if (!error) error = gpu_stream_create(&d->stream);
     return error ? gpu_fail(d, error, "being set up", message) : TL_OK;
 }

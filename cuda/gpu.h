@@ -6,7 +6,7 @@
 #include "kernels/attention.cuh"
 #include "kernels/embed.cuh"
 #include "kernels/pack.cuh"
-#include "kernels/product.cuh"
+#include "kernels/product_many.cuh"
 #include "runtime.cuh"
 
 #define MAX_DEVICES 16
@@ -18,6 +18,7 @@ struct gpu {
     int shared_block, shared_processor; // bytes of shared memory a block, a processor may have
     void *pinned[2], *staging[2];       // while weights are loaded (load.cuh)
     size_t staging_bytes;
+    bool waits; // kernels may take their places before the ones in front have ended
 };
 
 static inline tl_status gpu_fail(const gpu *d, int error, const char *doing, tl_message *message) {

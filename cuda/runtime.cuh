@@ -112,6 +112,12 @@ template <class A> static inline int gpu_allow_shared(void (*kernel)(A), int n_b
     return gpu_checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes));
 }
 
+// Whether this code waits for the kernel in front (griddepcontrol, sm_90): not if the driver made it from older PTX.
+template <class A> static inline bool gpu_waits(void (*kernel)(A)) {
+    cudaFuncAttributes attributes = {};
+    return gpu_checked(cudaFuncGetAttributes(&attributes, kernel)) == 0 && attributes.ptxVersion >= 90;
+}
+
 // after: whether the kernel may take its place before the one in front of it has ended (it calls wait_for_previous).
 template <class A>
 static inline int gpu_launch(gpu_stream s, void (*kernel)(A), gpu_grid grid, int threads, size_t shared_bytes,

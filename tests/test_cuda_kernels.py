@@ -112,7 +112,7 @@ def one_layer(**changes: Any) -> dict[str, Any]:
 def test_format(format: str, host: Host, tmp_path: Path) -> None:
     """Unpacked, a matrix is exactly what the file holds; multiplied, it gives what float64 arithmetic gives
     for activations rounded to int8 (test_golden.py derives the tolerances), for one token (the kernel for
-    one) and for two."""
+    one) and for two. A prompt of 35, for which there are larger tiles, gives the bits of its first two."""
     config = one_layer()
     held = write_gguf(tmp_path / "model.gguf", config, random_weights(config, seed=7), format=format)
     quantized = () if format in ("F32", "F16", "BF16") else held
@@ -127,6 +127,8 @@ def test_format(format: str, host: Host, tmp_path: Path) -> None:
             expected = reference.logits(config, held, ids, quantized=quantized)
             errors.append(relative_error(llm.logits(ids), expected))
             int8_errors.append(relative_error(reference.logits(config, held, ids), expected))
+        ids = random_ids(config, 1, 35)
+        np.testing.assert_array_equal(llm.logits(ids)[:2], llm.logits(ids[:2]))
     assert np.quantile(errors, 0.6) < 1e-5
     assert max(errors) < max(*int8_errors, 1e-5)
 

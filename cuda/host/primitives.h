@@ -277,6 +277,7 @@ static inline int atomic_add(int *p, int x) {
     return old;
 }
 static inline void memory_fence() {}
+static inline float load_fresh(const float *p) { return *p; }
 static inline void wait_for_previous() {}
 static inline void let_next_start() {}
 

@@ -90,6 +90,7 @@ template <class A> static inline int gpu_allow_shared(void (*kernel)(A), int n_b
     (void)kernel;
     return n_bytes > 227 << 10;
 }
+template <class A> static inline bool gpu_waits(void (*kernel)(A)) { return kernel != NULL; }
 template <class A>
 static inline int gpu_launch(gpu_stream s, void (*kernel)(A), gpu_grid grid, int threads, size_t shared_bytes,
                              bool after, const A &arguments) {

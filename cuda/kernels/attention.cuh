@@ -292,7 +292,8 @@ DEVICE void merge_parts(const attend_arguments &a, const attend_shared &s, const
                 const float *part = partial + (size_t)(first + i) * size;
                 float old_factor = 1, new_factor = 0;
                 if ((first + i) * SEGMENT <= position)
-                    merge_factors(max, sum, part[column_of], part[TOKENS + column_of], old_factor, new_factor);
+                    merge_factors(max, sum, load_fresh(part + column_of), load_fresh(part + TOKENS + column_of),
+                                  old_factor, new_factor);
                 factors[(2 * i) * TOKENS + column_of] = old_factor;
                 factors[(2 * i + 1) * TOKENS + column_of] = new_factor;
             }
@@ -307,7 +308,7 @@ DEVICE void merge_parts(const attend_arguments &a, const attend_shared &s, const
             for (int j = 0; j < n; j++)
                 if ((first + j) * SEGMENT <= position)
                     out = fmaf(out, factors[2 * j * TOKENS + column],
-                               partial[(size_t)(first + j) * size + 2 * TOKENS + i] *
+                               load_fresh(partial + (size_t)(first + j) * size + 2 * TOKENS + i) *
                                    factors[(2 * j + 1) * TOKENS + column]);
             s.out[i] = out;
         }

@@ -117,7 +117,10 @@ static inline int chunk_k_of(int id) {
 
 // The planes of four groups that one lane holds.
 struct quad {
-    uint32_t p8[16], p4[8], p2[4], p1[2];
+    alignas(16) uint32_t p8[16];
+    alignas(16) uint32_t p4[8];
+    alignas(16) uint32_t p2[4];
+    alignas(8) uint32_t p1[2];
 };
 
 template <class F> DEVICE void load_quad(quad &q, const uint8_t *chunk, int lane, int i) {
@@ -194,7 +197,7 @@ DEVICE float unsigned_byte(uint32_t word, int i) { return (float)(word >> 8 * i 
 
 // What four groups' scales of rows g and g + 8 take.
 struct quad_scales {
-    uint32_t s[8];
+    alignas(16) uint32_t s[8];
 };
 template <class F> DEVICE void load_scales(quad_scales &q, const uint8_t *chunk, int g, int i) {
     constexpr int bytes = scale_bytes(F::facts.scale);

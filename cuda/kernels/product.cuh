@@ -28,9 +28,15 @@ struct product_arguments {
     activations in; // in global memory, where `prepared`
     bool prepared;
     const int *n;            // tokens there are
-    int first;               // of them, from here on, into 0.. of out and from 0.. of in
+    int first, most;         // of them, from here on, and no more than so many, into 0.. of out and from 0.. of in
     int n_slots, slot_bytes; // of a warp's ring
 };
+
+// How many tokens there are for a block that starts at the first_token-th of the launch's.
+DEVICE int tokens_from(const product_arguments &a, int first_token) {
+    const int left = *a.n - a.first;
+    return (left < a.most ? left : a.most) - first_token;
+}
 
 // Chunks [first, last) of a tile belong to split s.
 BOTH int split_first(int n_chunks, int s) { return s * n_chunks / SPLITS; }
@@ -39,9 +45,10 @@ BOTH int split_first(int n_chunks, int s) { return s * n_chunks / SPLITS; }
 
 // A lane's part of what goes with four groups of activations: column g's B fragments, the facts of columns 2t and 2t + 1.
 struct quad_activations {
-    uint32_t b[8];
-    float scale[2][4], scaled_sum[2][4];
-    uint32_t half_sums[2][4];
+    alignas(16) uint32_t b[8];
+    alignas(16) float scale[2][4];
+    alignas(16) float scaled_sum[2][4];
+    alignas(16) uint32_t half_sums[2][4];
 };
 
 DEVICE constexpr bool has_min(scale_kind kind) { return kind == F16_SCALE_MIN || kind == BYTE_SCALE_MIN; }
@@ -322,7 +329,7 @@ product(const GRID_CONSTANT product_arguments a) {
     wait_for_previous();
     let_next_start();
 
-    const int first_token = block_y() * TOKENS, left = *a.n - a.first - first_token;
+    const int first_token = block_y() * TOKENS, left = tokens_from(a, first_token);
     const int n_tokens = COLUMNS == 1 ? 1 : left < TOKENS ? left : TOKENS;
     activations in = a.in;
     if (left > 0 && !a.prepared) {
