@@ -209,7 +209,12 @@ static void attention(tl_run *run, int layer) {
         launch(r, store_kv, heads, ATTEND_THREADS, 0, true, a);
     }
     attend_shared s;
-    const size_t shared = place_attend(&s, NULL, a.kind, a.head_dim, a.v_stride);
+    size_t shared = place_attend(&s, NULL, a.kind, a.head_dim, a.v_stride);
+    const size_t staged = shared + SEGMENT_PAGES * (cache->k_bytes + cache->v_bytes);
+    const int blocks = r->tile_limit * c.n_kv_heads * a.n_splits; // many hide each other's waits
+    a.staged = a.kind == F16_FRAGMENTS && a.n_splits == r->shape.n_segments &&
+               staged <= (size_t)r->device->shared_block && blocks <= 4 * r->device->info.n_processors;
+    if (a.staged) shared = staged;
     launch(r, attend, {r->tile_limit, c.n_kv_heads, a.n_splits}, ATTEND_THREADS, shared, true, a);
 }
 

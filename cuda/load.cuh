@@ -66,7 +66,7 @@ static int read_rows(const row_job &job, uint8_t *to, int first, int n, int thre
             if (!read_at(s, into, (uint64_t)row * job.source_bytes, (size_t)run * job.source_bytes)) failed = row;
             if (same || failed >= 0) continue;
             to_floats(floats.data(), s->format, file.data(), floats.size());
-            job.matrix->format->quantize(to + (size_t)i * job.row_bytes, floats.data(), floats.size());
+            job.matrix->format->quantize(to + (size_t)i * job.row_bytes, floats.data(), floats.size(), NULL);
         }
     });
     return failed;

@@ -69,7 +69,7 @@ def build_core() -> None:
 def build_emulated() -> Path:
     """The kernels as C++ for the CPU (docs/cuda.md)."""
     flags = ("-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-pthread")
-    objects = [SCRATCH / f"{name}.o" for name in ("memory", "pack", "quantize")]
+    objects = [SCRATCH / f"{name}.o" for name in ("memory",)]
     for path in objects:
         run("cc", "-std=c11", *flags, "-c", CSRC / f"{path.stem}.c", "-o", path)
     library = SCRATCH / "libtinyllm_cuda_host.so"

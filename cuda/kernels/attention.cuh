@@ -49,6 +49,7 @@ struct attend_arguments {
     page_kind kind;
     float scale;
     bool stores;    // every sequence has one token here: its block stores the key and value as well
+    bool staged;    // F16_FRAGMENTS and one segment a block: all its keys and values are fetched at once
     int n_splits;   // blocks a tile at most; 1: a block goes through all segments
     float *partial; // [tiles, kv heads, splits] of PARTIAL_SIZE floats
     int *arrived;   // [tiles, kv heads], zeros between kernels
@@ -118,6 +119,7 @@ KERNEL(ATTEND_THREADS, 1) store_kv(const attend_arguments a) {
 struct attend_shared {
     float *q, *p, *out;                                               // out [8][v_stride]
     float *max, *sum, *part_max, *part_sum, *old_factor, *new_factor; // [8]
+    uint8_t *pages;                                                   // the segment's, where they are staged
     uint8_t *q_fragments, *p_fragments; // [k / 16][32 lanes] of two words of the upper part, two of the rest
 };
 BOTH size_t place_attend(attend_shared *s, uint8_t *base, page_kind kind, int head_dim, int v_stride) {
@@ -139,7 +141,9 @@ BOTH size_t place_attend(attend_shared *s, uint8_t *base, page_kind kind, int he
     s->part_sum = s->part_max + TOKENS;
     s->old_factor = s->part_sum + TOKENS;
     s->new_factor = s->old_factor + TOKENS;
-    return used + 6 * TOKENS * 4;
+    used += 6 * TOKENS * 4;
+    s->pages = base + used;
+    return used;
 }
 #define P_STRIDE (SEGMENT + 4)
 
@@ -159,10 +163,29 @@ DEVICE float plain_number(page_kind kind, const uint8_t *head, int slot, int d, 
     return (float)(int8_t)block[2 + d % 32] * half_to_float(*(const uint16_t *)(const void *)block);
 }
 
-// The segment's keys or values of a page.
-DEVICE const uint8_t *page_head(const attend_arguments &a, int sequence, int page, int kv_head, bool value) {
+// The segment's keys or values of a page, here or in the pool.
+DEVICE const uint8_t *page_head(const attend_arguments &a, const attend_shared &s, int sequence, int page, int kv_head,
+                                bool value) {
+    if (a.staged) return s.pages + (size_t)(page % SEGMENT_PAGES) * (a.k_bytes + a.v_bytes) + (value ? a.k_bytes : 0);
     const uint8_t *at = (const uint8_t *)(uintptr_t)a.pages[(size_t)sequence * a.page_stride + page];
     return at + a.head_at + (size_t)kv_head * (a.k_bytes + a.v_bytes) + (value ? a.k_bytes : 0);
+}
+
+// Starts copying 16-token blocks [first, last) of a segment's keys and values to where page_head will look for them.
+DEVICE void stage_blocks(const attend_arguments &a, const attend_shared &s, int sequence, int segment, int kv_head,
+                         int first, int last) {
+    const int k_pieces = (int)(a.k_bytes / 64), pieces = k_pieces + (int)(a.v_bytes / 64); // of 16 bytes, of a block
+    for (int i = thread_id(); i < (last - first) * pieces; i += ATTEND_THREADS) {
+        const int block = first + i / pieces, part = i % pieces;
+        const int page = segment * SEGMENT_PAGES + block / 4;
+        const size_t at = part < k_pieces
+                              ? (size_t)(block % 4) * (a.k_bytes / 4) + (size_t)part * 16
+                              : a.k_bytes + (size_t)(block % 4) * (a.v_bytes / 4) + (size_t)(part - k_pieces) * 16;
+        const uint8_t *from = (const uint8_t *)(uintptr_t)a.pages[(size_t)sequence * a.page_stride + page] + a.head_at +
+                              (size_t)kv_head * (a.k_bytes + a.v_bytes);
+        copy_async(s.pages + (size_t)(block / 4) * (a.k_bytes + a.v_bytes) + at, from + at);
+    }
+    copy_async_commit();
 }
 
 // Scores of all columns with the first n positions of a segment, into p.
@@ -170,7 +193,7 @@ DEVICE void scores(const attend_arguments &a, const attend_shared &s, int sequen
     const int lane = lane_id(), g = lane / 4, t = lane % 4;
     if (a.kind == F16_FRAGMENTS) {
         if (warp_id() * PAGE_TOKENS >= n) return; // a page a warp
-        const uint8_t *keys = page_head(a, sequence, segment * SEGMENT_PAGES + warp_id(), kv_head, false);
+        const uint8_t *keys = page_head(a, s, sequence, segment * SEGMENT_PAGES + warp_id(), kv_head, false);
         for (int i = 0; i < 4 && warp_id() * PAGE_TOKENS + i * 16 < n; i++) {
             const uint8_t *block = keys + (size_t)i * (a.k_bytes / 4) + lane * 16;
             float c[4] = {0, 0, 0, 0};
@@ -187,7 +210,7 @@ DEVICE void scores(const attend_arguments &a, const attend_shared &s, int sequen
         return;
     }
     for (int i = thread_id(); i < n; i += ATTEND_THREADS) {
-        const uint8_t *keys = page_head(a, sequence, segment * SEGMENT_PAGES + i / PAGE_TOKENS, kv_head, false);
+        const uint8_t *keys = page_head(a, s, sequence, segment * SEGMENT_PAGES + i / PAGE_TOKENS, kv_head, false);
         float sum[TOKENS] = {0, 0, 0, 0, 0, 0, 0, 0};
         for (int d = 0; d < a.head_dim; d++) {
             const float key = plain_number(a.kind, keys, i % PAGE_TOKENS, d, a.head_dim);
@@ -237,7 +260,7 @@ DEVICE void values(const attend_arguments &a, const attend_shared &s, int sequen
             float c[4] = {0, 0, 0, 0};
             UNROLL_BY(4)
             for (int i = 0; i < (n + 15) / 16; i++) {
-                const uint8_t *head = page_head(a, sequence, segment * SEGMENT_PAGES + i / 4, kv_head, true);
+                const uint8_t *head = page_head(a, s, sequence, segment * SEGMENT_PAGES + i / 4, kv_head, true);
                 const uint8_t *at = head + (size_t)(i % 4) * (a.v_bytes / 4) + d * 512 + lane * 16;
                 const words4 v = *(const words4 *)(const void *)at;
                 const words4 p = *(const words4 *)(const void *)(s.p_fragments + i * 512 + lane * 16);
@@ -252,7 +275,7 @@ DEVICE void values(const attend_arguments &a, const attend_shared &s, int sequen
         const int d = i % a.head_dim, column = i / a.head_dim;
         float sum = 0;
         for (int j = 0; j < n; j++) {
-            const uint8_t *head = page_head(a, sequence, segment * SEGMENT_PAGES + j / PAGE_TOKENS, kv_head, true);
+            const uint8_t *head = page_head(a, s, sequence, segment * SEGMENT_PAGES + j / PAGE_TOKENS, kv_head, true);
             const int width = a.kind == PLAIN_Q8_0 ? a.head_dim : a.v_stride;
             sum = fmaf(s.p[column * P_STRIDE + j], plain_number(a.kind, head, j % PAGE_TOKENS, d, width), sum);
         }
@@ -328,7 +351,12 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
     place_attend(&s, shared_memory(), a.kind, a.head_dim, a.v_stride);
 
     const int first = a.n_splits > 1 ? split : 0, last = a.n_splits > 1 ? split + 1 : tile.n_segments;
-    if (a.stores && last == tile.n_segments && warp_id() < 2) store_head(a, tile.token, kv_head, warp_id() == 1);
+    const int last_position = a.positions[tile.token + (tile.first + tile.n - 1) / a.group]; // the farthest
+    const bool stores = a.stores && last == tile.n_segments;
+    int n_blocks = (last_position - first * SEGMENT) / 16 + 1; // of the segment, where it is staged
+    if (n_blocks > SEGMENT / 16) n_blocks = SEGMENT / 16;
+    if (a.staged) stage_blocks(a, s, tile.sequence, first, kv_head, 0, stores ? n_blocks - 1 : n_blocks);
+    if (stores && warp_id() < 2) store_head(a, tile.token, kv_head, warp_id() == 1);
 
     for (int i = thread_id(); i < TOKENS * a.head_dim; i += ATTEND_THREADS) {
         const int column = i / a.head_dim, d = i % a.head_dim;
@@ -351,8 +379,13 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
     }
     memory_fence(); // the key and value just stored are read below
     block_barrier();
+    if (a.staged) {
+        if (stores)
+            stage_blocks(a, s, tile.sequence, first, kv_head, n_blocks - 1, n_blocks); // with the new key and value
+        copy_async_wait<0>();
+        block_barrier();
+    }
 
-    const int last_position = a.positions[tile.token + (tile.first + tile.n - 1) / a.group]; // the farthest
     float *partial = a.partial + (((size_t)block_x() * a.n_kv_heads + kv_head) * a.n_splits) * partial_size(a.v_stride);
     for (int segment = first; segment < last; segment++) {
         const int left = last_position + 1 - segment * SEGMENT, n = left < SEGMENT ? left : SEGMENT;
