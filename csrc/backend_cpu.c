@@ -1,5 +1,5 @@
-// backend_cpu.c: the CPU's operations, each a page or less: products (cpu_products.c), attention (cpu_attend.c), and what
-// lies between them. A call's buffers are cpu_run.c's, loading is cpu_load.c's. Includes cpu.h.
+// backend_cpu.c: the CPU's operations, each a page or less: products (cpu_products.c), attention (cpu_attend.c),
+// experts (cpu_experts.c), and what lies between them. A call's buffers are cpu_run.c's, loading is cpu_load.c's. Includes cpu.h.
 #include "cpu.h"
 #include <string.h>
 
@@ -68,6 +68,7 @@ const tl_backend tl_backend_cpu = {
     .attend = tl_cpu_attend,
     .linear_add = cpu_linear_add,
     .norm_glu = cpu_norm_glu,
+    .moe = tl_cpu_moe,
     .norm_linear = cpu_norm_linear,
     .end = tl_cpu_end,
     .release = tl_cpu_release,

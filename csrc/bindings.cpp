@@ -112,6 +112,9 @@ struct Model {
         config.ff_dim = integer("ff_dim");
         config.vocab_size = integer("vocab_size");
         config.context = integer("context");
+        config.n_experts = integer("n_experts");
+        config.n_experts_used = integer("n_experts_used");
+        config.norm_topk_prob = c["norm_topk_prob"].cast<bool>();
         config.rope_dim = integer("rope_dim");
         config.norm_eps = number("norm_eps");
         config.attention_scale = number("attention_scale");

@@ -45,6 +45,13 @@ tl_status tl_config_check(const tl_config *c, tl_message *message) {
         if (sizes[i].value < 1 || sizes[i].value > sizes[i].most)
             return tl_fail(message, TL_ARGUMENT, "%s is %d, not in 1..%d", sizes[i].name, sizes[i].value,
                            sizes[i].most);
+    if (c->n_experts < 0 || c->n_experts > 1 << 12 || c->n_experts_used < 0 || c->n_experts_used > c->n_experts ||
+        !c->n_experts != !c->n_experts_used)
+        return tl_fail(message, TL_ARGUMENT, "%d experts of %d are not 1 or more of at most %d", c->n_experts_used,
+                       c->n_experts, 1 << 12);
+    if (c->n_experts &&
+        (c->parallel || c->norm_place != TL_NORM_BEFORE || (c->residual_scale != 0 && c->residual_scale != 1)))
+        return tl_fail(message, TL_UNSUPPORTED, "experts go with norms before, one after the other and unscaled");
     if (c->n_heads % c->n_kv_heads)
         return tl_fail(message, TL_ARGUMENT, "%d heads cannot share %d kv heads evenly", c->n_heads, c->n_kv_heads);
     if ((int64_t)c->n_heads * c->head_dim > 1 << 20)

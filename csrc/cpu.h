@@ -1,5 +1,6 @@
-// cpu.h: what the CPU backend's files share: backend_cpu.c (the operations), cpu_products.c and cpu_attend.c (how their
-// work is cut up), cpu_rows.c (single tokens), cpu_run.c (a call's buffers), cpu_load.c (weights in). Includes tinyllm.h, isa/isa.h.
+// cpu.h: what the CPU backend's files share: backend_cpu.c (the operations), cpu_products.c, cpu_attend.c and
+// cpu_experts.c (how their work is cut up), cpu_rows.c (single tokens), cpu_run.c (a call's buffers), cpu_load.c (weights
+// in). Includes tinyllm.h, isa/isa.h.
 #ifndef TINYLLM_CPU_H
 #define TINYLLM_CPU_H
 
@@ -15,6 +16,19 @@ typedef struct tl_tile {
     int token, first, n, n_segments;
 } tl_tile;
 
+// Which experts a batch's tokens go to. A row is one token's visit to one expert: n * n_experts_used of them, those of
+// an expert together, experts and then tokens ascending.
+typedef struct tl_routing {
+    float *scores;  // [n, n_experts] the router's
+    int *experts;   // [n, n_experts_used] ascending
+    float *weights; // [n, n_experts_used] of those
+    int *rows;      // [n, n_experts_used] where their rows are
+    int *tokens;    // [n * n_experts_used] each row's token
+    int *first_row; // [n_experts + 1] of each expert
+    int *active;    // [n_active] experts that have rows
+    int n_active;
+} tl_routing;
+
 typedef struct tl_cpu_run {
     tl_run base;
     void *arena; // every buffer below
@@ -22,7 +36,9 @@ typedef struct tl_cpu_run {
     float *cos, *sin;         // [n, rope_dim / 2], then the same of local layers
     float *k, *v;             // [n, kv heads * head_dim]
     float *normed;            // [n, dim]
-    float *up;                // [n, ff_dim]
+    float *up;                // [n, ff_dim], or [rows, ff_dim] where there are experts
+    tl_routing routing;       // where there are experts
+    float *visits;            // [rows, dim] what experts read, then what they give
     tl_activations in;        // what the products read
     tl_tile *tiles;           // [n_tiles], the same for every kv head
     float *partial;           // [n, heads, n_splits] of v_stride sums, maximum, sum of weights (16 floats apart)
@@ -54,6 +70,15 @@ void tl_cpu_add(tl_cpu_run *run, float *add, const tl_norm *norm);
 void tl_cpu_finish_logits(tl_cpu_run *run);
 // Adds n rows x [n, k] to what the matrix has seen, where somebody asked. On one thread, in order: the same bits always.
 void tl_cpu_observe(const tl_matrix *w, const float *x, int n);
+// cpu_experts.c
+void tl_cpu_route(tl_routing *routing, const tl_config *config, int n, int threads); // from scores to the rest
+// A unit of the experts' work: panels [first, last) of one expert's matrices times all its rows [from, to), so that a
+// batch reads a weight once. Units of one call: n_active * ceil(n_panels / block).
+typedef struct tl_expert_unit {
+    int expert, first, last, from, to;
+} tl_expert_unit;
+tl_expert_unit tl_cpu_expert_unit(const tl_routing *routing, int n_panels, int block, int unit);
+void tl_cpu_moe(tl_run *run, int layer);
 // cpu_attend.c
 void tl_cpu_tiles(tl_cpu_run *run);
 void tl_cpu_attend(tl_run *run, int layer);

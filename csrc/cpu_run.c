@@ -9,7 +9,9 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     const tl_config *c = &r->base.model->config;
     const tl_batch *b = r->base.batch;
     const size_t n = (size_t)b->n, width = r->q_width, kv = r->kv_width, dim = (size_t)c->dim, ff = (size_t)c->ff_dim;
-    const size_t widest = dim > width ? dim : width, k = ff > widest ? ff : widest;
+    const size_t experts = (size_t)c->n_experts, visits = n * (size_t)c->n_experts_used;
+    const size_t widest = dim > width ? dim : width, rows = experts ? visits : n; // of the feed-forward
+    const size_t n_in = n * widest, n_ff = rows * (ff > dim ? ff : dim), n_q = n_in > n_ff ? n_in : n_ff;
     size_t used = 0;
 #define PLACE(field, type, count)                                                                                      \
     r->field = (type *)(void *)(base + used);                                                                          \
@@ -17,16 +19,24 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     PLACE(base.x, float, n *dim);
     PLACE(base.q, float, n *width);
     PLACE(base.attended, float, n *width);
-    PLACE(base.hidden, float, n *ff);
-    PLACE(up, float, n *ff);
+    PLACE(base.hidden, float, rows *ff);
+    PLACE(up, float, rows *ff);
     PLACE(k, float, n *kv);
     PLACE(v, float, n *kv);
     PLACE(normed, float, n *dim);
     const size_t n_angles = n * (size_t)c->rope_dim / 2 * (r->base.model->local_rope_frequencies ? 2 : 1);
     PLACE(cos, float, n_angles);
     PLACE(sin, float, n_angles);
-    PLACE(in.q, int8_t, n *k);
-    PLACE(in.groups, tl_q_group, n * (k / TL_Q));
+    PLACE(in.q, int8_t, n_q);
+    PLACE(in.groups, tl_q_group, n_q / TL_Q);
+    PLACE(visits, float, visits *dim);
+    PLACE(routing.scores, float, n *experts);
+    PLACE(routing.experts, int, visits);
+    PLACE(routing.weights, float, visits);
+    PLACE(routing.rows, int, visits);
+    PLACE(routing.tokens, int, visits);
+    PLACE(routing.first_row, int, experts + 1);
+    PLACE(routing.active, int, experts);
     PLACE(tiles, tl_tile, n * (size_t)r->group);
     PLACE(partial, float, n *(size_t)c->n_heads *(size_t)r->n_splits *((size_t)r->v_stride + 16));
     PLACE(part, float, (size_t)b->threads * TL_COLUMNS * (size_t)r->v_stride);

@@ -18,6 +18,10 @@ static tl_status forward(tl_model *model, tl_cache *cache, const tl_batch *batch
         be->attend(run, l);
         if (model->config.parallel) be->norm_glu(run, l); // of the x that attention read
         be->linear_add(run, run->attended, &layer->wo, &layer->attention_post_norm);
+        if (layer->experts) {
+            be->moe(run, l);
+            continue;
+        }
         if (!model->config.parallel) be->norm_glu(run, l);
         be->linear_add(run, run->hidden, &layer->w_down, &layer->ffn_post_norm);
     }

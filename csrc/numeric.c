@@ -1,4 +1,4 @@
-// numeric.c: pow, sin and cos in float64 from explicit operations (Cody and Waite's reductions, Taylor and
+// numeric.c: exp, pow, sin and cos in float64 from explicit operations (Cody and Waite's reductions, Taylor and
 // atanh series), so that RoPE's angles have the same bits everywhere. Includes numeric.h.
 #include "numeric.h"
 #include <math.h>
@@ -16,14 +16,15 @@ static double natural_log(double x) {
     return fma(e, 0x1.62e42fefa39efp-1, fma(e, 0x1.abc9e3b39803fp-56, 2 * r * sum));
 }
 
-static double natural_exp(double x) {
+double tl_exp(double x) {
+    if (!(x > -745)) return 0;                // below the least number, or no number
     double n = rint(x * 0x1.71547652b82fep0); // multiples of ln 2
     double r = fma(n, -0x1.abc9e3b39803fp-56, fma(n, -0x1.62e42fefa39efp-1, x)), sum = 1;
     for (int i = 18; i >= 1; i--) sum = fma(sum, r / i, 1);
     return ldexp(sum, (int)n);
 }
 
-double tl_pow(double base, double exponent) { return natural_exp(exponent * natural_log(base)); }
+double tl_pow(double base, double exponent) { return tl_exp(exponent * natural_log(base)); }
 
 void tl_sincos(double radians, double *sin, double *cos) {
     double n = rint(radians * 0x1.45f306dc9c883p-1); // quarter turns, taken off with pi/2 in three parts

@@ -143,7 +143,15 @@ typedef struct tl_config {
     double local_rope_theta; // of TL_ROPE_LOCAL layers, whose angles have neither factors nor rope_scale; 0: none
     const int32_t *windows;  // [n_layers] positions a token attends to, itself among them; 0: all. Or NULL. Copied
     const int32_t *ropes;    // [n_layers] tl_rope, or NULL; copied
+    int n_experts;           // of every layer's feed-forward, each of ff_dim; 0: it is one dense block
+    int n_experts_used;      // by a token: those its router scores highest
+    int norm_topk_prob;      // their weights, a softmax over all scores, are divided by their sum
 } tl_config;
+
+// One block of feed-forward: [ff_dim, dim] x2, [dim, ff_dim].
+typedef struct tl_expert {
+    tl_matrix w_gate, w_up, w_down;
+} tl_expert;
 
 typedef struct tl_layer {
     int window; // as in the configuration
@@ -154,6 +162,8 @@ typedef struct tl_layer {
     float *sinks;                               // [n_heads] a score more in each head's softmax, with no value; or NULL
     tl_matrix wq, wk, wv, wo;       // [heads * head_dim, dim] x3 (kv_heads for k, v), [dim, heads * head_dim]
     tl_matrix w_gate, w_up, w_down; // [ff_dim, dim] x2, [dim, ff_dim]
+    tl_matrix router;               // [n_experts, dim]
+    tl_expert *experts;             // [n_experts] instead of w_gate, w_up and w_down; NULL: there are none
 } tl_layer;
 
 typedef struct tl_backend tl_backend;
@@ -179,15 +189,17 @@ tl_status tl_config_check(const tl_config *config, tl_message *message);
 tl_status tl_model_create(tl_model **model, const tl_config *config, const tl_backend *backend, tl_message *message);
 // Packs one tensor. `name` is embedding, output, output_norm or, for a layer, attention_norm, wq, wk, wv, wo,
 // ffn_norm, w_gate, w_up, w_down; where the configuration asks for it attention_post_norm, ffn_post_norm, q_norm, k_norm;
-// sinks; or a bias: bq, bk, bv, bo, b_gate, b_up, b_down. Vectors (norms, biases, sinks) are read as floats. `format` is
-// what to keep matrices in: the source's own, or one to quantize a float source to.
+// sinks; or a bias: bq, bk, bv, bo, b_gate, b_up, b_down. Where layers have experts: router, b_router, and expert i's
+// w_gate.i, w_up.i, w_down.i and biases. Vectors (norms, biases, sinks) are read as floats. `format` is what to keep
+// matrices in: the source's own, or one to quantize a float source to.
 tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl_source *source,
                           const tl_format *format, int threads, tl_message *message);
 // The output matrix is the embedding, from now on, where it has none of its own: one copy serves both.
 void tl_model_tie(tl_model *model);
 // Says which weight is missing, if one is. Call it once before the first forward.
 tl_status tl_model_check(const tl_model *model, tl_message *message);
-// The bytes of weights one token reads: every packed matrix once, the embedding's row not counted.
+// The bytes of weights one token reads: every packed matrix once, of the experts as many as it uses; the embedding's
+// row not counted.
 size_t tl_model_token_bytes(const tl_model *model);
 // The slow truth of a packed matrix: out [rows, k] float32.
 tl_status tl_model_unpack(const tl_model *model, const char *name, int layer, float *out, tl_message *message);
@@ -280,6 +292,7 @@ struct tl_backend {
     // x += residual_scale * norm(in @ w.T); in Llama there is no such norm.
     void (*linear_add)(tl_run *run, const float *in, const tl_matrix *w, const tl_norm *norm);
     void (*norm_glu)(tl_run *run, int layer); // hidden = activation(gate) * up of norm(x)
+    void (*moe)(tl_run *run, int layer); // x += weight * expert's output, in ascending expert index; NULL: no experts
     // Logits of the chosen rows: norm(x) @ w.T, then logit_scale and logit_cap.
     void (*norm_linear)(tl_run *run, const tl_norm *norm, const tl_matrix *w);
     tl_status (*end)(tl_run *run, tl_message *message); // activations out

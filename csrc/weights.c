@@ -3,23 +3,28 @@
 // numeric.h.
 #include "numeric.h"
 #include "tinyllm.h"
+#include <stdlib.h>
 #include <string.h>
 
-enum { HIDDEN = 1, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY, Q_NORM, K_NORM, N_HEADS };
+enum { HIDDEN = 1, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY, EXPERTS, Q_NORM, K_NORM, N_HEADS };
 enum { MATRIX, BIAS, VECTOR };
-enum { OPTIONAL, ALWAYS, NORM_BEFORE, NORM_AFTER, QK_NORM }; // when a weight is required
+enum { OPTIONAL, ALWAYS, NORM_BEFORE, NORM_AFTER, QK_NORM, DENSE, MIXTURE }; // when a weight is required
 
 typedef struct slot {
-    const char *name;
+    const char *name; // an expert's ends with '.', and its number follows
     int kind, in_layer, required;
-    size_t offset; // of the tl_matrix or the float pointer in tl_model or tl_layer
+    size_t offset; // of the tl_matrix or the float pointer in tl_model, tl_layer or (in_layer is EACH) tl_expert
     int rows, k;   // which of the configuration's sizes
 } slot;
 
+#define EACH                 2
 #define IN_MODEL(field)      0, ALWAYS, offsetof(tl_model, field)
 #define IN_LAYER(field)      1, ALWAYS, offsetof(tl_layer, field)
+#define IN_DENSE(field)      1, DENSE, offsetof(tl_layer, field)
 #define BIAS_OF(field)       1, OPTIONAL, offsetof(tl_layer, field.bias)
 #define NORM_OF(field, when) 1, when, offsetof(tl_layer, field.weight)
+#define OF_EACH(field)       EACH, MIXTURE, offsetof(tl_expert, field)
+#define BIAS_EACH(field)     EACH, OPTIONAL, offsetof(tl_expert, field.bias)
 
 static const slot slots[] = {
     {"embedding", MATRIX, IN_MODEL(embedding), VOCABULARY, HIDDEN},
@@ -31,9 +36,9 @@ static const slot slots[] = {
     {"wv", MATRIX, IN_LAYER(wv), KV_HEADS, HIDDEN},
     {"wo", MATRIX, IN_LAYER(wo), HIDDEN, HEADS},
     {"ffn_norm", VECTOR, NORM_OF(ffn_norm, NORM_BEFORE), HIDDEN, 0},
-    {"w_gate", MATRIX, IN_LAYER(w_gate), FEED_FORWARD, HIDDEN},
-    {"w_up", MATRIX, IN_LAYER(w_up), FEED_FORWARD, HIDDEN},
-    {"w_down", MATRIX, IN_LAYER(w_down), HIDDEN, FEED_FORWARD},
+    {"w_gate", MATRIX, IN_DENSE(w_gate), FEED_FORWARD, HIDDEN},
+    {"w_up", MATRIX, IN_DENSE(w_up), FEED_FORWARD, HIDDEN},
+    {"w_down", MATRIX, IN_DENSE(w_down), HIDDEN, FEED_FORWARD},
     {"attention_post_norm", VECTOR, NORM_OF(attention_post_norm, NORM_AFTER), HIDDEN, 0},
     {"ffn_post_norm", VECTOR, NORM_OF(ffn_post_norm, NORM_AFTER), HIDDEN, 0},
     {"q_norm", VECTOR, NORM_OF(q_norm, QK_NORM), Q_NORM, 0},
@@ -46,6 +51,14 @@ static const slot slots[] = {
     {"b_gate", BIAS, BIAS_OF(w_gate), FEED_FORWARD, 0},
     {"b_up", BIAS, BIAS_OF(w_up), FEED_FORWARD, 0},
     {"b_down", BIAS, BIAS_OF(w_down), HIDDEN, 0},
+    {"router", MATRIX, 1, MIXTURE, offsetof(tl_layer, router), EXPERTS, HIDDEN},
+    {"b_router", BIAS, BIAS_OF(router), EXPERTS, 0},
+    {"w_gate.", MATRIX, OF_EACH(w_gate), FEED_FORWARD, HIDDEN},
+    {"w_up.", MATRIX, OF_EACH(w_up), FEED_FORWARD, HIDDEN},
+    {"w_down.", MATRIX, OF_EACH(w_down), HIDDEN, FEED_FORWARD},
+    {"b_gate.", BIAS, BIAS_EACH(w_gate), FEED_FORWARD, 0},
+    {"b_up.", BIAS, BIAS_EACH(w_up), FEED_FORWARD, 0},
+    {"b_down.", BIAS, BIAS_EACH(w_down), HIDDEN, 0},
 };
 #define N_SLOTS (sizeof slots / sizeof slots[0])
 
@@ -59,6 +72,7 @@ static int size_of(const tl_config *c, int which) {
     case Q_NORM: return c->qk_norm == TL_QK_HEAD ? c->head_dim : c->n_heads * c->head_dim;
     case K_NORM: return c->qk_norm == TL_QK_HEAD ? c->head_dim : c->n_kv_heads * c->head_dim;
     case N_HEADS: return c->n_heads;
+    case EXPERTS: return c->n_experts;
     default: return 1;
     }
 }
@@ -68,19 +82,21 @@ static int is_required(const tl_config *c, const slot *s) {
     case NORM_BEFORE: return c->norm_place != TL_NORM_AFTER;
     case NORM_AFTER: return c->norm_place != TL_NORM_BEFORE;
     case QK_NORM: return c->qk_norm != TL_QK_NONE;
+    case DENSE: return !c->n_experts;
+    case MIXTURE: return c->n_experts > 0;
     default: return s->required;
     }
 }
 
-static const slot *find_slot(const tl_model *model, const char *name, int layer) {
-    for (size_t i = 0; i < N_SLOTS; i++)
-        if (!strcmp(slots[i].name, name))
-            return !slots[i].in_layer || (layer >= 0 && layer < model->config.n_layers) ? &slots[i] : NULL;
-    return NULL;
+// A weight of this slot is in so many layers (1: outside them), so many times in each.
+static int n_layers_with(const tl_model *model, const slot *s) { return s->in_layer ? model->config.n_layers : 1; }
+static int n_in_layer(const tl_model *model, const slot *s) {
+    return s->in_layer == EACH ? model->config.n_experts : 1;
 }
 
-static void *slot_at(const tl_model *model, const slot *s, int layer) {
+static void *slot_at(const tl_model *model, const slot *s, int layer, int i) {
     char *base = s->in_layer ? (char *)&model->layers[layer] : (char *)(uintptr_t)model;
+    if (s->in_layer == EACH) base = (char *)&model->layers[layer].experts[i];
     return base + s->offset;
 }
 
@@ -105,9 +121,28 @@ static void create_layer(tl_layer *layer, const tl_config *c, int l) {
     }
 }
 
+// The slot of a name such as wq or w_gate.17, and where that weight is.
+static const slot *find_slot(const tl_model *model, const char *name, int layer, void **at) {
+    const char *dot = strchr(name, '.');
+    const size_t length = dot ? (size_t)(dot - name) + 1 : strlen(name);
+    char *end = NULL;
+    const long i = dot ? strtol(dot + 1, &end, 10) : 0;
+    if (dot && (end == dot + 1 || *end)) return NULL;
+    for (const slot *s = slots; s < slots + N_SLOTS; s++) {
+        if (strlen(s->name) != length || strncmp(s->name, name, length)) continue;
+        const int l = s->in_layer ? layer : 0;
+        if (l < 0 || l >= n_layers_with(model, s) || i < 0 || i >= n_in_layer(model, s)) return NULL;
+        *at = slot_at(model, s, l, (int)i);
+        return s;
+    }
+    return NULL;
+}
+
 tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_backend *backend, tl_message *message) {
     tl_status status = tl_config_check(config, message);
     if (status != TL_OK) return status;
+    if (config->n_experts && !backend->moe)
+        return tl_fail(message, TL_UNSUPPORTED, "mixtures of experts do not run on %s", backend->name);
     tl_model *model = tl_alloc(sizeof *model);
     if (!model) return tl_fail(message, TL_MEMORY, "no memory for a model");
     tl_config *c = &model->config;
@@ -121,8 +156,11 @@ tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_back
     model->rope_frequencies = frequencies(config->rope_theta, config->rope_dim, config->rope_factors);
     if (config->local_rope_theta > 0)
         model->local_rope_frequencies = frequencies(config->local_rope_theta, config->rope_dim, NULL);
-    if (!model->layers || !model->rope_frequencies ||
-        (config->local_rope_theta > 0 && !model->local_rope_frequencies)) {
+    int complete =
+        model->layers && model->rope_frequencies && (config->local_rope_theta <= 0 || model->local_rope_frequencies);
+    for (int l = 0; complete && config->n_experts && l < config->n_layers; l++)
+        complete = (model->layers[l].experts = tl_alloc((size_t)config->n_experts * sizeof(tl_expert))) != NULL;
+    if (!complete) {
         tl_model_free(model);
         return tl_fail(message, TL_MEMORY, "no memory for %d layers", config->n_layers);
     }
@@ -134,10 +172,10 @@ tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_back
 
 tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl_source *source,
                           const tl_format *format, int threads, tl_message *message) {
-    const slot *s = find_slot(model, name, layer);
+    void *at;
+    const slot *s = find_slot(model, name, layer, &at);
     if (!s) return tl_fail(message, TL_ARGUMENT, "there is no weight \"%s\" in layer %d", name, layer);
     int rows = size_of(&model->config, s->rows), k = size_of(&model->config, s->k);
-    void *at = slot_at(model, s, layer);
     if (source->row_order && source->n_row_order != rows)
         return tl_fail(message, TL_ARGUMENT, "%s has %d rows, the order %d", name, rows, source->n_row_order);
     for (int i = 0; source->row_order && i < rows; i++)
@@ -181,19 +219,22 @@ void tl_model_tie(tl_model *model) {
 }
 
 tl_status tl_model_check(const tl_model *model, tl_message *message) {
-    for (size_t i = 0; i < N_SLOTS; i++)
-        for (int l = 0; l < (slots[i].in_layer ? model->config.n_layers : 1); l++) {
-            void *at = slot_at(model, &slots[i], l);
-            int there = slots[i].kind == MATRIX ? ((tl_matrix *)at)->data != NULL : *(float **)at != NULL;
-            if (is_required(&model->config, &slots[i]) && !there)
-                return tl_fail(message, TL_ARGUMENT, "weight %s of layer %d is missing", slots[i].name, l);
-        }
+    for (const slot *s = slots; s < slots + N_SLOTS; s++)
+        for (int l = 0; is_required(&model->config, s) && l < n_layers_with(model, s); l++)
+            for (int i = 0; i < n_in_layer(model, s); i++) {
+                void *at = slot_at(model, s, l, i);
+                int there = s->kind == MATRIX ? ((tl_matrix *)at)->data != NULL : *(float **)at != NULL;
+                if (!there && s->in_layer == EACH)
+                    return tl_fail(message, TL_ARGUMENT, "weight %s%d of layer %d is missing", s->name, i, l);
+                if (!there) return tl_fail(message, TL_ARGUMENT, "weight %s of layer %d is missing", s->name, l);
+            }
     return TL_OK;
 }
 
 const tl_matrix *tl_model_matrix(const tl_model *model, const char *name, int layer) {
-    const slot *s = find_slot(model, name, layer);
-    const tl_matrix *matrix = s && s->kind == MATRIX ? slot_at(model, s, layer) : NULL;
+    void *at;
+    const slot *s = find_slot(model, name, layer, &at);
+    const tl_matrix *matrix = s && s->kind == MATRIX ? at : NULL;
     return matrix && matrix->data ? matrix : NULL;
 }
 
@@ -212,18 +253,29 @@ tl_status tl_model_unpack(const tl_model *model, const char *name, int layer, fl
 
 size_t tl_model_token_bytes(const tl_model *model) {
     int tied = model->output.data == model->embedding.data;
-    return model->weight_bytes - (tied ? 0 : model->embedding.n_bytes);
+    size_t of_experts = 0;
+    for (const slot *s = slots; s < slots + N_SLOTS; s++)
+        for (int l = 0; s->in_layer == EACH && l < model->config.n_layers; l++)
+            for (int i = 0; i < model->config.n_experts; i++) {
+                void *at = slot_at(model, s, l, i);
+                size_t bias_bytes = (size_t)size_of(&model->config, s->rows) * sizeof(float);
+                of_experts += s->kind == MATRIX ? ((tl_matrix *)at)->n_bytes : *(float **)at ? bias_bytes : 0;
+            }
+    size_t used = of_experts ? of_experts / (size_t)model->config.n_experts * (size_t)model->config.n_experts_used : 0;
+    return model->weight_bytes - (tied ? 0 : model->embedding.n_bytes) - of_experts + used;
 }
 
 void tl_model_free(tl_model *model) {
     if (!model) return;
     if (model->output.data == model->embedding.data) model->output = (tl_matrix){0};
-    for (size_t i = 0; i < N_SLOTS && model->layers; i++)
-        for (int l = 0; l < (slots[i].in_layer ? model->config.n_layers : 1); l++) {
-            void *at = slot_at(model, &slots[i], l);
-            model->backend->free(slots[i].kind == MATRIX ? ((tl_matrix *)at)->data : *(void **)at);
-        }
+    for (const slot *s = slots; s < slots + N_SLOTS && model->layers; s++)
+        for (int l = 0; l < n_layers_with(model, s); l++)
+            for (int i = 0; i < n_in_layer(model, s) && (s->in_layer != EACH || model->layers[l].experts); i++) {
+                void *at = slot_at(model, s, l, i);
+                model->backend->free(s->kind == MATRIX ? ((tl_matrix *)at)->data : *(void **)at);
+            }
     if (model->scratch) model->backend->release(model->scratch);
+    for (int l = 0; model->layers && l < model->config.n_layers; l++) tl_free(model->layers[l].experts);
     tl_free(model->layers);
     tl_free(model->rope_frequencies);
     tl_free(model->local_rope_frequencies);

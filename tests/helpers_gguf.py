@@ -8,6 +8,7 @@ together."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,6 +138,14 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
 }
 _NORMS_AFTER = {
     "post_attention_layernorm": "post_attention_norm",
@@ -157,8 +166,10 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "llama": Architecture("llama", True),
     "mistral": Architecture("llama", True),
+    "mixtral": Architecture("llama", True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
+    "qwen3_moe": Architecture("qwen3moe"),
     "phi3": Architecture("phi3"),
     "smollm3": Architecture("smollm3", True),
     "granite": Architecture("granite", True),
@@ -173,8 +184,8 @@ ARCHITECTURES = {
 
 
 def gguf_name(name: str, architecture: Architecture = ARCHITECTURES["llama"]) -> str:
-    """llama.cpp's name of a tensor that Hugging Face calls `name`."""
-    stem, kind = name.rsplit(".", 1)
+    """llama.cpp's name of a tensor that Hugging Face calls `name`; experts' are parts of one tensor."""
+    stem, kind = re.sub(r"\.experts\.\d+\.", ".experts.", name).rsplit(".", 1)
     names = {**_NAMES, **_NORMS_AFTER} if architecture.norms_after else _NAMES
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
@@ -320,6 +331,11 @@ def write_gguf(
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
+    if "num_experts_per_tok" in config:
+        writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     _write_family(writer, config)
     writer.add_vocab_size(config["vocab_size"])
     _write_rope(writer, config)
@@ -328,6 +344,8 @@ def write_gguf(
         writer.add_key_value(key, value, METADATA_TYPES[type(value)])
 
     held: dict[str, F32] = {}
+    stacks: dict[str, list[Array]] = {}  # a tensor's parts: one, or one an expert
+    stored_as: dict[str, str] = {}
     for i, (name, w) in enumerate(weights.items()):
         order: npt.NDArray[np.intp] | None = None
         if architecture.interleaved and ".q_proj." in name:
@@ -335,19 +353,21 @@ def write_gguf(
         elif architecture.interleaved and ".k_proj." in name:
             order = interleaved_rows(len(w), n_kv_heads)
         rows = w if order is None else w[order]
-        if w.ndim == 1 or name.endswith("norm.weight"):
+        to = gguf_name(name, architecture)
+        if w.ndim == 1 or name.endswith("norm.weight") or to.endswith("ffn_gate_inp.weight"):
             plus = np.float32(1.0 - norm_mean(config)) if name.endswith("norm.weight") else np.float32(0)
-            writer.add_tensor(gguf_name(name, architecture), np.ascontiguousarray(rows + plus))
+            writer.add_tensor(to, np.ascontiguousarray(rows + plus))
             held[name] = w
             continue
-        stored_as = format if w.shape[1] % block_size(format)[0] == 0 else "F16"
-        stored_as = (formats or {}).get(name, stored_as)
-        stored = quantize(rows, stored_as, seed=i)
-        values = dequantize(stored, stored_as)
-        writer.add_tensor(
-            gguf_name(name, architecture), stored, raw_dtype=gguf.GGMLQuantizationType[stored_as]
-        )
+        kind = format if w.shape[1] % block_size(format)[0] == 0 else "F16"
+        stored_as[to] = kind = (formats or {}).get(name, kind)
+        stored = quantize(rows, kind, seed=i)
+        values = dequantize(stored, kind)
+        stacks.setdefault(to, []).append(stored)
         held[name] = values if order is None else values[np.argsort(order)]
+    for to, parts in stacks.items():
+        data = np.stack(parts) if "_exps." in to else parts[0]
+        writer.add_tensor(to, data, raw_dtype=gguf.GGMLQuantizationType[stored_as[to]])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,7 +1,7 @@
 """Miniature random models as Hugging Face directories: specs, weights from a seed, safetensors files.
 
-Imports numpy alone, so that `golden/make_goldens.py` can run it beside torch. `helpers_gguf.py` writes the
-same weights as GGUF, `reference.py` computes their logits."""
+Imports numpy and `reference.py`, which computes their logits, so that `golden/make_goldens.py` can run it
+beside torch. `helpers_gguf.py` writes the same weights as GGUF."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from reference import ffn_names
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -79,7 +80,7 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             linear(at + "self_attn.v_proj", kv_dim, dim, qkv_bias)
         for of, n in (("q", n_heads), ("k", n_kv_heads)):
             norm = f"{at}self_attn.{of}_norm.weight"
-            if kind in ("qwen3", "gemma3_text"):
+            if kind in ("qwen3", "qwen3_moe", "gemma3_text"):
                 shapes[norm] = (head_dim,)
             elif kind in ("olmo2", "olmo3"):
                 shapes[norm] = (n * head_dim,)
@@ -92,12 +93,18 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[at + "pre_feedforward_layernorm.weight"] = (dim,)
         if kind in ("gemma2", "gemma3_text", "olmo2", "olmo3"):
             shapes[at + "post_feedforward_layernorm.weight"] = (dim,)
-        if kind == "phi3":
-            linear(at + "mlp.gate_up_proj", 2 * ff, dim, False)
-        else:
-            linear(at + "mlp.gate_proj", ff, dim, mlp_bias)
-            linear(at + "mlp.up_proj", ff, dim, mlp_bias)
-        linear(at + "mlp.down_proj", dim, ff, mlp_bias)
+        names, ff = ffn_names(config), config.get("moe_intermediate_size", config["intermediate_size"])
+        n_experts = config.get("num_local_experts") or config.get("num_experts") or 1
+        if names.router:
+            linear(at + names.router, n_experts, dim, False)
+        for i in range(n_experts):
+            block = at + names.block.format(i)
+            if kind == "phi3":
+                linear(block + "gate_up_proj", 2 * ff, dim, False)
+            else:
+                linear(block + names.gate, ff, dim, mlp_bias)
+                linear(block + names.up, ff, dim, mlp_bias)
+            linear(block + names.down, dim, ff, mlp_bias)
     shapes["model.norm.weight"] = (dim,)
     if not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocab, dim)
@@ -107,6 +114,9 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def norm_mean(config: Mapping[str, Any]) -> float:
     """Of a norm's weights as safetensors hold them: Gemma's are what is added to 1."""
     return 0.0 if config["model_type"].startswith("gemma") else 1.0
+
+
+ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight")
 
 
 def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
@@ -120,6 +130,8 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
             value = norm_mean(config) + 0.5 * u
         elif name.endswith(".bias"):
             value = 0.8 * u
+        elif name.endswith(ROUTERS):
+            value = u * math.sqrt(3.0) * 3.0 / math.sqrt(shape[-1])
         else:
             gain = (
                 1.5

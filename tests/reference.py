@@ -2,14 +2,15 @@
 
 Written from the papers, not from any implementation: RMSNorm (arXiv 1910.07467), rotary embeddings
 (2104.09864), grouped queries (2305.13245), SwiGLU (2002.05202), YaRN (2309.00071), the Llama 3.1 frequency
-rule (2407.21783). Imports numpy alone. Weights come under Hugging Face's names, as do the config's keys;
+rule (2407.21783), mixtures of experts (1701.06538, 2401.04088). Imports numpy alone. Weights come under
+Hugging Face's names, as do the config's keys;
 `helpers_models.py` makes some."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -118,6 +119,35 @@ def attention(q: F64, k: F64, v: F64) -> F64:
     return out
 
 
+class FfnNames(NamedTuple):
+    """What a family calls the parts of a layer's feed-forward, after "model.layers.N."."""
+
+    router: str  # empty: one block, no mixture of experts
+    block: str  # with {} for an expert's number
+    gate: str
+    up: str
+    down: str
+
+
+def ffn_names(config: Config) -> FfnNames:
+    if config["model_type"] == "mixtral":
+        return FfnNames("block_sparse_moe.gate", "block_sparse_moe.experts.{}.", "w1", "w3", "w2")
+    if config["model_type"] == "qwen3_moe":
+        return FfnNames("mlp.gate", "mlp.experts.{}.", "gate_proj", "up_proj", "down_proj")
+    return FfnNames("", "mlp.", "gate_proj", "up_proj", "down_proj")
+
+
+def routes(config: Config, scores: F64) -> tuple[npt.NDArray[np.intp], F64]:
+    """The experts that tokens go to, [n, used], and their weights, from the router's scores [n, experts]."""
+    used = int(config["num_experts_per_tok"])
+    chosen = np.argsort(-scores, axis=-1, kind="stable")[:, :used]
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = np.take_along_axis(p / p.sum(axis=-1, keepdims=True), chosen, axis=-1)
+    if config.get("norm_topk_prob", config["model_type"] == "mixtral"):
+        weights /= weights.sum(axis=-1, keepdims=True)
+    return chosen, weights
+
+
 def logits(
     config: Config, weights: Mapping[str, Array], ids: Sequence[int], *, quantized: Container[str] = ()
 ) -> F64:
@@ -139,6 +169,7 @@ def logits(
         out: F64 = seen @ w[weight].T + w.get(name + ".bias", 0.0)
         return out
 
+    names = ffn_names(config)
     freqs, magnitude = rope_frequencies(config)
     angles = np.outer(np.arange(n), freqs)
     cos, sin = np.cos(angles) * magnitude, np.sin(angles) * magnitude
@@ -152,7 +183,14 @@ def logits(
         mixed = attention(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(n, n_heads * d)
         x = x + linear(mixed, at + "self_attn.o_proj")
         h = rms_norm(x, w[at + "post_attention_layernorm.weight"], eps)
-        gate = linear(h, at + "mlp.gate_proj")
-        x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, at + "mlp.up_proj"), at + "mlp.down_proj")
+        chosen, shares = np.zeros((n, 1), np.intp), np.ones((n, 1))
+        if names.router:
+            chosen, shares = routes(config, linear(h, at + names.router))
+        for expert in np.unique(chosen):
+            tokens, place = np.nonzero(chosen == expert)
+            block = at + names.block.format(expert)
+            gate, up = linear(h[tokens], block + names.gate), linear(h[tokens], block + names.up)
+            out = linear(gate / (1 + np.exp(-gate)) * up, block + names.down)
+            x[tokens] += shares[tokens, place][:, None] * out
     h = rms_norm(x, w["model.norm.weight"], eps)
     return linear(h, "lm_head" if "lm_head.weight" in w else "model.embed_tokens")

@@ -432,7 +432,7 @@ def test_unknown_features_of_json(changes: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"expert_count": 8, "expert_used_count": 2}, "mixture of experts"),
+        ({"expert_shared_count": 1}, "expert_shared_count"),
         ({"attention__causal": False}, "not causal"),
         ({"logit_scale": 0.5}, r"'llama\.logit_scale' is set \('0\.5'\)"),
         ({"some_new_feature": "on"}, r"'llama\.some_new_feature' is set"),

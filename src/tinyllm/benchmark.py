@@ -141,12 +141,15 @@ def facts_of(files: ModelFiles, weights: str | None = None) -> Facts:
         n_bytes[name] = n_bytes.get(name, 0) + _n_bytes(tensor, kept[key])
     formats = "+".join(sorted(n_bytes, key=lambda name: -n_bytes[name]))
     embedding = _elements(tensors["embedding", None])
+    layers = {key: _elements(t) for key, t in matrices.items() if key[1] is not None}
+    experts = sum(n for (weight, _), n in layers.items() if "." in weight)
+    unused = experts - experts * files.config.n_experts_used // max(1, files.config.n_experts)
     return Facts(
         name=str(files.path),
         kind=f"{files.config.architecture} {_short(n_params)} {formats}",
         size_bytes=sum(_n_bytes(t, kept[key]) for key, t in tensors.items()),
         n_params=n_params,
-        layer_macs=sum(_elements(t) for (_, layer), t in matrices.items() if layer is not None),
+        layer_macs=sum(layers.values()) - unused,
         output_macs=embedding,  # of the same shape as the output matrix, tied or not
         file_hash=hash_files(sorted({t.path for t in tensors.values()})),
     )
@@ -255,8 +258,8 @@ class Subject:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of packed weights that a token reads: every matrix and norm once. Of an embedding that is
-        not the output matrix as well it reads a row, which is not counted.
+        """Bytes of packed weights that a token reads: every matrix and norm once, of experts as many as it
+        uses. Of an embedding that is not the output matrix as well it reads a row, which is not counted.
         """
         return self._model.token_bytes
 
@@ -266,7 +269,8 @@ class Subject:
 
     def step_bytes(self, case: Case) -> float:
         """Bytes that decoding reads a step, on average over the case: every packed weight once, and every
-        position of every sequence so far. 0 for a prompt, whose limit is arithmetic.
+        position of every sequence so far. 0 for a prompt, whose limit is arithmetic. Of a mixture of experts
+        those of one token count: sequences that choose others read more.
         """
         if not case.n_gen:
             return 0.0

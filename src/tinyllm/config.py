@@ -33,6 +33,9 @@ _BOUNDS = {
 }
 
 
+MAX_EXPERTS = 4096
+
+
 def _brief(value: Any) -> str:
     """A value from a file for a message: its start, quoted, unprintable characters escaped."""
     return repr(str(value)[:80])
@@ -92,6 +95,9 @@ class ModelConfig:
     ropes: tuple[Literal["usual", "local", "none"], ...] = ()  # by layer; (): all usual
     local_rope_theta: float | None = None  # of "local" layers, which have neither factors nor rope_scale
     long_rope_factors: tuple[float, ...] | None = None  # in place of rope_factors past original_context
+    n_experts: int = 0  # of every layer's feed-forward, each of ff_dim; 0: it is one dense block
+    n_experts_used: int = 0  # by a token: those its router scores highest
+    norm_topk_prob: bool = True  # their weights, a softmax over all scores, are divided by their sum
 
     def __post_init__(self) -> None:
         for name in _BOUNDS:
@@ -125,6 +131,14 @@ class ModelConfig:
                 raise FormatError("a RoPE factor is not a positive number between 1e-6 and 1e30")
         if self.original_context is not None and not 1 <= self.original_context <= _BOUNDS["context"][1]:
             raise FormatError(f"original_context is {self.original_context}")
+        if (
+            not 0 <= self.n_experts <= MAX_EXPERTS
+            or not bool(self.n_experts) <= self.n_experts_used <= self.n_experts
+        ):
+            raise FormatError(
+                f"{self.n_experts_used} experts used of {self.n_experts}; a model has up to {MAX_EXPERTS} "
+                "and uses 1 or more of them"
+            )
 
     @property
     def default_context(self) -> int:
@@ -257,8 +271,6 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         factors = _multiply(factors, "rope_factors_short.weight", tensors, rope_dim)
         if original_context is None:
             raise FormatError(f"{prefix}rope.scaling.original_context_length is missing")
-    if fields.whole("expert_count", 0):
-        raise UnsupportedError(f"a mixture of experts is not supported for {architecture}")
     if not fields.flag("attention.causal", True):
         raise UnsupportedError("attention that is not causal is not supported")
 
@@ -279,7 +291,6 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         n_heads=n_heads,
         n_kv_heads=fields.whole("attention.head_count_kv", n_heads),
         head_dim=head_dim,
-        ff_dim=fields.whole("feed_forward_length"),
         vocab_size=_gguf_vocab_size(fields, metadata, tensors),
         context=context,
         norm_eps=fields.number(_GGUF_EPS[row.features.get("norm_kind", "rms")]),
@@ -298,6 +309,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         logit_scale=1 / logit_scale if row.divides_logits else logit_scale,
         windows=windows,
         long_rope_factors=long_factors,
+        **_gguf_feed_forward(fields, row),
         **{**_ropes(row, windows, n_layers, local_theta), **_no_ropes(row, n_layers), **row.features},
     )
     if row.optional_qk_norm and "blk.0.attn_q_norm.weight" in tensors:
@@ -350,6 +362,21 @@ def _ropes(row: Family, windows: tuple[int, ...], n_layers: int, local_theta: fl
     if row.rope_in_windows:
         return {"ropes": tuple("usual" if window else "none" for window in windows or (0,) * n_layers)}
     return {}
+
+
+def _gguf_feed_forward(fields: _Fields, row: Family) -> dict[str, Any]:
+    """The width of the feed-forward or of an expert's, and the fields of a mixture of experts."""
+    ff_dim, n_experts = fields.whole("feed_forward_length"), fields.whole("expert_count", 0)
+    if not n_experts:
+        return {"ff_dim": ff_dim}
+    if "gguf" not in row.experts_in:
+        raise UnsupportedError("a mixture of experts is not supported for this architecture")
+    return {
+        "ff_dim": fields.whole("expert_feed_forward_length", ff_dim),
+        "n_experts": n_experts,
+        "n_experts_used": fields.whole("expert_used_count"),
+        "norm_topk_prob": fields.flag("expert_weights_norm", True),
+    }
 
 
 def _gguf_vocab_size(fields: _Fields, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
@@ -443,7 +470,6 @@ def config_from_json(config: Mapping[str, Any]) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=fields.whole("num_key_value_heads", n_heads),
         head_dim=head_dim,
-        ff_dim=fields.whole("intermediate_size"),
         vocab_size=fields.whole("vocab_size"),
         context=context,
         norm_eps=fields.number(
@@ -466,6 +492,7 @@ def config_from_json(config: Mapping[str, Any]) -> ModelConfig:
         logit_scale=own("logit_scale", 1.0) / logits_scaling,
         windows=windows,
         long_rope_factors=rope.long_factors,
+        **_json_feed_forward(fields, row),
         **{**_ropes(row, windows, n_layers, rope.local_theta), **row.features},
     )
     if row.no_rope_interval:
@@ -474,6 +501,26 @@ def config_from_json(config: Mapping[str, Any]) -> ModelConfig:
         result = replace(result, qk_norm=row.optional_qk_norm)
     fields.refuse_unknown((*JSON_HARMLESS, *row.json_known))
     return result
+
+
+def _json_feed_forward(fields: _Fields, row: Family) -> dict[str, Any]:
+    """The width of the feed-forward or of an expert's, and the fields of a mixture of experts."""
+    own = row.json_defaults
+    ff_dim = fields.whole("moe_intermediate_size" if "moe_intermediate_size" in own else "intermediate_size")
+    if "hf" not in row.experts_in:
+        return {"ff_dim": ff_dim}
+    if "decoder_sparse_step" in own and (
+        fields.whole("decoder_sparse_step") != 1 or fields.get("mlp_only_layers")
+    ):
+        raise UnsupportedError("dense layers between layers of experts are not supported")
+    fields.get("intermediate_size")  # the width of such a dense layer
+    n_experts = fields.get("num_local_experts")  # two names of one thing
+    return {
+        "ff_dim": ff_dim,
+        "n_experts": fields.whole("num_local_experts" if n_experts is not None else "num_experts"),
+        "n_experts_used": fields.whole("num_experts_per_tok"),
+        "norm_topk_prob": fields.flag("norm_topk_prob", True),
+    }
 
 
 def _json_windows(fields: _Fields, row: Family, n_layers: int) -> tuple[int, ...]:

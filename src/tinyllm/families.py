@@ -38,6 +38,8 @@ class Family:
     norms_minus_one: bool = False  # safetensors hold the norms' weights minus 1
     fused: bool = False  # q, k and v are one matrix, gate and up another
     qkv_bias: bool | None = False  # biases of q, k and v alone, whatever attention_bias says
+    experts_in: tuple[Source, ...] = ()  # files whose models are mixtures of experts (GGUF: may be)
+    hf_names: Mapping[str, str] = field(default_factory=dict)  # parts of tensor names, where they differ
     text_of: str | None = None  # the model type of the text_config inside a model that also reads images
 
 
@@ -66,11 +68,25 @@ FAMILIES: dict[str, Family] = {
         "Llama 1 to 3.3, Vicuna, Vigogne, Yi, TinyLlama, SmolLM 1 and 2, DeepSeek-R1 distills of Llama",
         _LLAMA_LIKE,
         {"max_position_embeddings": 2048},
+        experts_in=("gguf",),  # Mixtral's files say llama
     ),
     "mistral": Family(
         "Mistral 7B, Zephyr, Mistral Nemo and Small",
         _LLAMA_LIKE,
         {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "mixtral": Family(
+        "Mixtral 8x7B and 8x22B",
+        json_defaults={
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": None,
+            "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+        },
+        json_known=("router_aux_loss_coef", "router_jitter_noise"),
+        experts_in=("hf",),
+        hf_names={
+            "mlp.gate.": "block_sparse_moe.gate.", "mlp.experts.": "block_sparse_moe.experts.",
+            "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3",
+        },
     ),
     "mistral3": Family("Mistral Small 3.1 (text)", text_of="mistral"),
     "ministral": Family(
@@ -89,6 +105,16 @@ FAMILIES: dict[str, Family] = {
         "Qwen 3",
         json_defaults={**_QWEN_JSON, "head_dim": 128},
         features={"qk_norm": "head"},
+    ),
+    "qwen3_moe": Family(
+        "Qwen 3 30B-A3B and 235B-A22B, Qwen3-Coder",
+        json_defaults={
+            **_QWEN_JSON, "head_dim": None, "norm_topk_prob": False, "moe_intermediate_size": 768,
+            "decoder_sparse_step": 1, "mlp_only_layers": None,
+        },
+        json_known=("router_aux_loss_coef",),
+        features={"qk_norm": "head"},
+        experts_in=("gguf", "hf"),
     ),
     "phi3": Family(
         "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
@@ -198,7 +224,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 # General architectures of GGUF files that are called otherwise than the model type.
-_GGUF_NAMES = {"gemma3": "gemma3_text", "command-r": "cohere"}
+_GGUF_NAMES = {"qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "command-r": "cohere"}
 SUPPORTED = tuple(dict.fromkeys((*FAMILIES, *_GGUF_NAMES)))
 
 # What says nothing about the arithmetic in any family's config.json.

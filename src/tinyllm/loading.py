@@ -141,6 +141,7 @@ def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[t
     names = gguf_names(weights)
     chosen = tensor_formats({names[key]: info.shape for key, info in weights.items()}, quantize_to)
     matrices = {k: t for k, t in weights.items() if len(t.shape) == 2 and t.format in (F32, F16, BF16)}
+    matrices = {k: t for k, t in matrices.items() if k[0] != "router"}  # small, and what it chooses matters
     if not matrices:
         raise ArgumentError(f"{name} is quantized already; weights= is for float models")
     return formats | {key: chosen[names[key]] for key in matrices}

@@ -90,9 +90,22 @@ static const shape shapes[] = {
      0,
      0,
      0},
+    {"experts, mixed",
+     {.n_layers = 2,
+      .dim = 64,
+      .n_heads = 2,
+      .n_kv_heads = 1,
+      .head_dim = 12,
+      .ff_dim = 96,
+      .rope_dim = 12,
+      .n_experts = 9,
+      .n_experts_used = 3,
+      .norm_topk_prob = 1},
+     {1, 8, 8, 8, 2, 1, 8, 0, 2},
+     1,
+     0},
 };
 
-// Rows, and k, of the i-th of shape.formats.
 static int size_of_matrix(const tl_config *c, int i, int *k) {
     const int width = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     const int sizes[9][2] = {
@@ -133,10 +146,19 @@ static tl_model *make_model(const shape *s) {
     CHECK(tl_model_check(model, &message) == TL_ARGUMENT, "a model without weights is complete");
     for (int layer = 0; layer < c.n_layers; layer++) {
         for (int i = 2, k; i < 9; i++) {
-            const int rows = size_of_matrix(&c, i, &k);
-            upload(model, names[i], layer, s->formats[i], rows, k, 3 / sqrtf((float)k), 0);
-            if (s->bias) upload(model, biases[i - 2], layer, 0, rows, 1, 0.5f, 0);
+            const int rows = size_of_matrix(&c, i, &k), n_experts = i < 6 ? 0 : c.n_experts;
+            if (!n_experts) upload(model, names[i], layer, s->formats[i], rows, k, 3 / sqrtf((float)k), 0);
+            if (!n_experts && s->bias) upload(model, biases[i - 2], layer, 0, rows, 1, 0.5f, 0);
+            for (int e = 0; e < n_experts; e++) {
+                char name[32], bias[32];
+                snprintf(name, sizeof name, "%s.%d", names[i], e);
+                snprintf(bias, sizeof bias, "%s.%d", biases[i - 2], e);
+                upload(model, name, layer, s->formats[i], rows, k, 3 / sqrtf((float)k), 0);
+                if (s->bias) upload(model, bias, layer, 0, rows, 1, 0.5f, 0);
+            }
         }
+        if (c.n_experts) upload(model, "router", layer, 0, c.n_experts, c.dim, 3 / sqrtf((float)c.dim), 0);
+        if (c.n_experts && s->bias) upload(model, "b_router", layer, 0, c.n_experts, 1, 0.5f, 0);
         if (c.norm_place != TL_NORM_AFTER) {
             upload(model, "attention_norm", layer, 0, c.dim, 1, 0.5f, 1);
             upload(model, "ffn_norm", layer, 1, c.dim, 1, 0.5f, 1);
@@ -519,7 +541,10 @@ static void check_refused_uploads(tl_model *model) {
     } cases[] = {{"wx", 0, &floats, 0, TL_ARGUMENT},           {"wq", -1, &floats, 0, TL_ARGUMENT},
                  {"wq", 99, &floats, 0, TL_ARGUMENT},          {"wq", 0, &floats, 0, TL_ARGUMENT}, // there already
                  {"output_norm", -1, &floats, 0, TL_ARGUMENT}, {"bq", 0, &q4_1, 3, TL_ARGUMENT},
-                 {"bk", 0, &short_order, 0, TL_ARGUMENT},      {"bv", 0, &wild_order, 0, TL_ARGUMENT}};
+                 {"bk", 0, &short_order, 0, TL_ARGUMENT},      {"bv", 0, &wild_order, 0, TL_ARGUMENT},
+                 {"wq.0", 0, &floats, 0, TL_ARGUMENT},         {"w_up.99", 0, &floats, 0, TL_ARGUMENT},
+                 {"w_up.-1", 0, &floats, 0, TL_ARGUMENT},      {"w_up.", 0, &floats, 0, TL_ARGUMENT},
+                 {"w_up.0x", 0, &floats, 0, TL_ARGUMENT}};
     for (int i = 0; i < COUNT(cases); i++) {
         const tl_status status = tl_model_upload(model, cases[i].name, cases[i].layer, cases[i].source,
                                                  tl_format_of(cases[i].format), 1, &message);
@@ -575,6 +600,11 @@ static void check_refused_configs(const tl_config *good) {
     BAD_CONFIG(windows = bad_windows);
     BAD_CONFIG(ropes = bad_ropes);
     if (good->local_rope_theta == 0) BAD_CONFIG(ropes = unknown); // no angles for it
+    BAD_CONFIG(n_experts = -1);
+    BAD_CONFIG(n_experts = 1 << 20);
+    BAD_CONFIG(n_experts_used = -1);
+    BAD_CONFIG(n_experts_used = c.n_experts + 1);
+    BAD_CONFIG(n_experts_used = c.n_experts ? 0 : 1);
 #undef BAD_CONFIG
 }
 

@@ -34,7 +34,10 @@ def make(specs: str, file: str, dtype: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = golden_model(spec, Path(folder))
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float64, attn_implementation="eager"
+                path,
+                dtype=torch.float64,
+                attn_implementation="eager",
+                experts_implementation="eager",
             )
         ids = random_ids(spec.config, spec.seed, spec.n_tokens)
         with torch.no_grad():

@@ -18,14 +18,16 @@ from ..errors import FormatError
 from ..families import Source, family
 from . import BF16, F16, F32, FORMATS, TensorInfo, show
 
-Key = tuple[str, "int | None"]  # (canonical name, layer)
+Key = tuple[str, "int | None"]  # (canonical name, layer); of expert i the name ends with .i, as in w_gate.7
 MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
 class Name:
     """One row: the names of a weight, with {} where the number of the layer stands, and its shape (rows,
-    k)."""
+    k). One that every expert has is a tensor an expert with a second {} in Hugging Face's files, and in GGUF
+    one tensor of all of them, (experts, rows, k).
+    """
 
     canonical: str
     gguf: str
@@ -34,10 +36,25 @@ class Name:
     # Whether a model of this config has it; None: as the file has it, but in all layers or in none.
     present: Callable[[ModelConfig], bool | None] = lambda config: True
     rotated: Callable[[ModelConfig], int] | None = None  # number of heads, where the rows are rotated by RoPE
+    per_expert: bool = False
 
     @property
     def per_layer(self) -> bool:
         return "{}" in self.gguf
+
+    def tensors(self, config: ModelConfig, source: Source) -> Iterator[tuple[str, list[Key]]]:
+        """The tensors that a file holds of it, and what weights each of them is."""
+        name = self.gguf if source == "gguf" else self.hf
+        for old, new in family(config.architecture, source).hf_names.items() if source == "hf" else ():
+            name = name.replace(old, new)
+        for layer in range(config.n_layers) if self.per_layer else (None,):
+            keys: list[Key] = [(f"{self.canonical}.{i}", layer) for i in range(config.n_experts)]
+            if not self.per_expert:
+                yield name.format(layer), [(self.canonical, layer)]
+            elif source == "gguf":
+                yield name.format(layer), keys
+            else:
+                yield from ((name.format(layer, i), [key]) for i, key in enumerate(keys))
 
 
 def _q_dim(c: ModelConfig) -> int:
@@ -56,13 +73,39 @@ def _linear(
     k: Callable[[ModelConfig], int],
     bias: Callable[[ModelConfig], bool | None],
     rotated: Callable[[ModelConfig], int] | None = None,
+    present: Callable[[ModelConfig], bool] = lambda config: True,
 ) -> tuple[Name, Name]:
     """A matrix w<suffix> and its bias b<suffix>."""
     gguf, hf = f"blk.{{}}.{gguf}", f"model.layers.{{}}.{hf}"
     return (
-        Name(f"w{suffix}", f"{gguf}.weight", f"{hf}.weight", lambda c: (rows(c), k(c)), rotated=rotated),
-        Name(f"b{suffix}", f"{gguf}.bias", f"{hf}.bias", lambda c: (rows(c),), bias, rotated),
+        Name(f"w{suffix}", f"{gguf}.weight", f"{hf}.weight", lambda c: (rows(c), k(c)), present, rotated),
+        Name(
+            f"b{suffix}",
+            f"{gguf}.bias",
+            f"{hf}.bias",
+            lambda c: (rows(c),),
+            lambda c: present(c) and bias(c),
+            rotated,
+        ),
     )
+
+
+def _expert(part: str, rows: Callable[[ModelConfig], int], k: Callable[[ModelConfig], int]) -> Name:
+    """A matrix that every expert has."""
+    gguf, hf = f"blk.{{}}.ffn_{part}_exps.weight", f"model.layers.{{}}.mlp.experts.{{}}.{part}_proj.weight"
+    return Name(f"w_{part}", gguf, hf, lambda c: (rows(c), k(c)), _sparse, per_expert=True)
+
+
+def _dense(c: ModelConfig) -> bool:
+    return not c.n_experts
+
+
+def _sparse(c: ModelConfig) -> bool:
+    return c.n_experts > 0
+
+
+def _router(c: ModelConfig) -> tuple[int, ...]:
+    return (c.n_experts, c.dim)
 
 
 def _vector(c: ModelConfig) -> tuple[int, ...]:
@@ -153,9 +196,13 @@ TABLE: tuple[Name, ...] = (
     ),
     _norm("ffn_norm", "ffn_norm", "pre_feedforward_layernorm", lambda c: c.norm_place == "both"),
     _norm("ffn_norm", "attn_norm", "input_layernorm", lambda c: c.parallel),  # both halves read the same
-    *_linear("_gate", "ffn_gate", "mlp.gate_proj", _ff_dim, _dim, _ffn_bias),
-    *_linear("_up", "ffn_up", "mlp.up_proj", _ff_dim, _dim, _ffn_bias),
-    *_linear("_down", "ffn_down", "mlp.down_proj", _dim, _ff_dim, _ffn_bias),
+    *_linear("_gate", "ffn_gate", "mlp.gate_proj", _ff_dim, _dim, _ffn_bias, present=_dense),
+    *_linear("_up", "ffn_up", "mlp.up_proj", _ff_dim, _dim, _ffn_bias, present=_dense),
+    *_linear("_down", "ffn_down", "mlp.down_proj", _dim, _ff_dim, _ffn_bias, present=_dense),
+    Name("router", "blk.{}.ffn_gate_inp.weight", "model.layers.{}.mlp.gate.weight", _router, _sparse),
+    _expert("gate", _ff_dim, _dim),
+    _expert("up", _ff_dim, _dim),
+    _expert("down", _dim, _ff_dim),
     _norm("ffn_post_norm", "post_ffw_norm", "post_feedforward_layernorm", lambda c: c.norm_place != "before"),
 )
 
@@ -244,24 +291,26 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
     problems: list[str] = []
     expected: set[str] = set()
     for row in TABLE:
-        name = row.gguf if source == "gguf" else row.hf
-        keys: list[Key] = (
-            [(row.canonical, i) for i in range(config.n_layers)] if row.per_layer else [(row.canonical, None)]
-        )
-        names = [name.format(layer) for _, layer in keys]
+        weights = dict(row.tensors(config, source))
         present = row.present(config)
         if present is None:
-            present = any(name in tensors for name in names)
+            present = any(name in tensors for name in weights)
         if not present:
             continue
-        expected.update(names)
+        expected.update(weights)
         shape = row.shape(config)
-        for key, name in zip(keys, names, strict=True):
-            if name in tensors:
-                found[key] = tensors[name]
-                problems.extend(_mismatch(tensors[name], shape))
-            else:
+        if row.per_expert and source == "gguf":
+            shape = (config.n_experts, *shape)
+        for name, keys in weights.items():
+            if name not in tensors:
                 problems.append(f"{name} is missing, expected with shape {shape}")
+            elif tensors[name].shape != shape:
+                problems.append(f"{name} has shape {tensors[name].shape}, expected {shape}")
+            elif len(shape) == 1 and tensors[name].format not in (F32, F16, BF16):
+                stored = FORMATS[tensors[name].format].name
+                problems.append(f"{name} is {stored}; a norm or bias must be F32, F16 or BF16")
+            else:
+                found.update(zip(keys, _split(tensors[name], len(keys)), strict=True))
     harmless = _HARMLESS[source]
     extra = [name for name in tensors if name not in expected and not harmless.fullmatch(name)]
     problems += [f"{show(name)} of shape {tensors[name].shape} is not expected" for name in sorted(extra)]
@@ -310,11 +359,21 @@ def gguf_names(weights: Weights) -> dict[Key, str]:
     return {(canonical, layer): names[canonical].format(layer) for canonical, layer in weights}
 
 
-def _mismatch(tensor: TensorInfo, shape: tuple[int, ...]) -> Iterator[str]:
-    if tensor.shape != shape:
-        yield f"{tensor.name} has shape {tensor.shape}, expected {shape}"
-    elif len(shape) == 1 and tensor.format not in (F32, F16, BF16):
-        yield f"{tensor.name} is {FORMATS[tensor.format].name}; a norm or bias must be F32, F16 or BF16"
+def _split(tensor: TensorInfo, n: int) -> list[TensorInfo]:
+    """A tensor, or the n that a tensor of three dimensions is made of."""
+    if len(tensor.shape) < 3:
+        return [tensor]
+    n_bytes = tensor.n_bytes // n
+    return [
+        replace(
+            tensor,
+            name=f"{tensor.name}[{i}]",
+            shape=tensor.shape[1:],
+            offset=tensor.offset + i * n_bytes,
+            n_bytes=n_bytes,
+        )
+        for i in range(n)
+    ]
 
 
 def row_orders(config: ModelConfig, source: Source) -> dict[str, npt.NDArray[np.int32]]:

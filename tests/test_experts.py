@@ -1,0 +1,209 @@
+"""Mixtures of experts as whole models: their tensors from both kinds of file, numbers that depend on nothing
+else, what a token reads.
+
+transformers' logits, llama.cpp's and the reference are in test_golden.py, test_families.py and
+test_reference.py; which expert a token goes to, and that a batch reads an expert's weights once, in
+tests/c/test_experts.c."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import reference
+from helpers_gguf import write_gguf
+from helpers_models import F32, golden_spec, golden_specs, random_ids, random_weights, write_hf_directory
+
+import tinyllm
+from tinyllm import backends
+from tinyllm.benchmark import read_facts
+from tinyllm.config import config_from_gguf, config_from_json
+from tinyllm.errors import FormatError, UnsupportedError
+from tinyllm.loaders.gguf import read_gguf
+from tinyllm.loaders.names import map_tensors
+from tinyllm.loaders.safetensors import read_safetensors
+from tinyllm.modelfiles import read_model
+
+N_EXPERTS = 6
+CONFIG: dict[str, Any] = {
+    **golden_spec("mixtral").config,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_local_experts": N_EXPERTS,
+    "num_experts_per_tok": 3,
+    "vocab_size": 105,
+}
+PROJECTIONS = {"w_gate": "w1", "w_up": "w3", "w_down": "w2"}
+
+
+def hf_name(weight: str, expert: int, layer: int) -> str:
+    return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{PROJECTIONS[weight]}.weight"
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, F32]:
+    return random_weights(CONFIG, seed=51)
+
+
+@pytest.mark.parametrize("format", ["F32", "BF16", "Q8_0", "MXFP4"])
+def test_every_expert_is_where_it_belongs(format: str, weights: dict[str, F32], tmp_path: Path) -> None:
+    held = write_gguf(tmp_path / "model.gguf", CONFIG, weights, format=format)
+    with tinyllm.load(tmp_path / "model.gguf", device="cpu") as llm:
+        for layer in range(2):
+            for weight in PROJECTIONS:
+                for expert in range(N_EXPERTS):
+                    unpacked = llm.model.unpack(f"{weight}.{expert}", layer)
+                    np.testing.assert_array_equal(unpacked, held[hf_name(weight, expert, layer)])
+
+
+def test_weights_may_be_quantized_while_loading_but_for_the_router(
+    weights: dict[str, F32], tmp_path: Path
+) -> None:
+    """The same bits as a file that was written so."""
+    write_gguf(tmp_path / "model.gguf", CONFIG, weights, format="Q8_0")
+    ids = random_ids(CONFIG, 1, 40)
+    directory = write_hf_directory(tmp_path / "hf", CONFIG, weights)
+    with (
+        tinyllm.load(tmp_path / "model.gguf", device="cpu") as written,
+        tinyllm.load(directory, device="cpu", weights="q8_0") as quantized,
+    ):
+        np.testing.assert_array_equal(quantized.logits(ids), written.logits(ids))
+
+
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_0", "MXFP4"])
+def test_quantized_experts_equal_the_reference(format: str, weights: dict[str, F32], tmp_path: Path) -> None:
+    """As test_golden.py has it for other models: two tokens a prompt, and three prompts in four free of an
+    activation, or a pair of experts, that rounding puts on the other side."""
+    held = write_gguf(tmp_path / "model.gguf", CONFIG, weights, format=format)
+    quantized = {name for name in held if not name.endswith("block_sparse_moe.gate.weight")}
+    errors = []
+    with tinyllm.load(tmp_path / "model.gguf", device="cpu", cache_type="f32") as llm:
+        for seed in range(32):
+            ids = random_ids(CONFIG, seed, 2)
+            expected = reference.logits(CONFIG, held, ids, quantized=quantized)
+            errors.append(np.abs(llm.logits(ids) - expected).max() / np.abs(expected).max())
+    assert np.quantile(errors, 0.75) < 1e-5
+
+
+def test_a_token_reads_only_the_experts_it_uses(weights: dict[str, F32], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", CONFIG, weights, format="Q8_0")
+    expert = 3 * (64 * 96 // 32 * 34)  # bytes of gate, up and down; no panel is padded
+    with tinyllm.load(tmp_path / "model.gguf", device="cpu") as llm:
+        embedding = 112 * 64 // 32 * 34  # 105 rows in panels of 16
+        unused = 2 * (N_EXPERTS - 3) * expert
+        assert llm.model.token_bytes == llm.model.weight_bytes - embedding - unused
+    facts = read_facts(str(tmp_path / "model.gguf"))
+    attention, router = 2 * (64 * 64 + 64 * 32), 64 * N_EXPERTS
+    assert facts.layer_macs == 2 * (attention + router + 3 * 3 * 64 * 96)
+
+
+# ---- files
+
+
+def test_both_files_name_the_same_weights(weights: dict[str, F32], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", CONFIG, weights)
+    a = read_model(tmp_path / "model.gguf")
+    b = read_model(write_hf_directory(tmp_path / "hf", CONFIG, weights))
+    assert a.weights.keys() == b.weights.keys()
+    same = {
+        "architecture": "",
+        "attention_bias": None,
+        "output_bias": None,
+        "ffn_bias": None,
+        "norm_eps": 1.0,
+    }
+    assert replace(a.config, **same) == replace(b.config, **same)
+    assert (a.config.n_experts, a.config.n_experts_used, a.config.norm_topk_prob) == (6, 3, True)
+    for key, tensor in a.weights.items():
+        if "." in key[0] or key[0] == "router":
+            np.testing.assert_array_equal(tensor.read_f32(), b.weights[key].read_f32(), str(key))
+
+
+def test_missing_and_misshapen_experts_are_named(weights: dict[str, F32], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", CONFIG, weights)
+    file = read_gguf(tmp_path / "model.gguf")
+    config = config_from_gguf(file.metadata, file.tensors)
+    stack = "blk.1.ffn_up_exps.weight"
+    tensors = {name: t for name, t in file.tensors.items() if name != stack}
+    with pytest.raises(FormatError, match=rf"{stack} is missing, expected with shape \(6, 96, 64\)"):
+        map_tensors(tensors, config, "gguf")
+    with pytest.raises(FormatError, match=rf"{stack} has shape \(6, 96, 64\), expected \(7, 96, 64\)"):
+        map_tensors(file.tensors, replace(config, n_experts=7), "gguf")
+    with pytest.raises(FormatError, match=r"blk\.0\.ffn_gate\.weight is missing"):
+        map_tensors(file.tensors, replace(config, n_experts=0, n_experts_used=0), "gguf")
+    directory = write_hf_directory(tmp_path / "hf", CONFIG, weights)
+    tensors = read_safetensors(directory).tensors
+    del tensors[hf_name("w_down", 4, 1)]
+    with pytest.raises(FormatError, match=r"1\.block_sparse_moe\.experts\.4\.w2\.weight is missing"):
+        map_tensors(tensors, config_from_json(CONFIG), "hf")
+
+
+def test_configs_of_experts() -> None:
+    def read(**changes: Any) -> tuple[int, int, bool]:
+        config = config_from_json({**CONFIG, **changes})
+        return config.n_experts, config.n_experts_used, config.norm_topk_prob
+
+    assert read() == (6, 3, True)
+    assert read(num_local_experts=None, num_experts=7) == (7, 3, True)
+    defaults = {k: v for k, v in CONFIG.items() if "experts" not in k and k != "rope_theta"}
+    with pytest.raises(FormatError, match="num_experts is missing"):
+        config_from_json({**defaults, "num_experts_per_tok": 2})
+    for wrong in ({"num_experts_per_tok": 7}, {"num_experts_per_tok": 0}, {"num_local_experts": 1 << 20}):
+        with pytest.raises(FormatError, match=r"experts used of .*; a model has up to 4096"):
+            read(**wrong)
+    with pytest.raises(UnsupportedError, match="'num_local_experts' is set"):
+        config_from_json({**CONFIG, "model_type": "llama"})
+    qwen = golden_specs("families")[-1].config
+    assert config_from_json(qwen).norm_topk_prob
+    assert not config_from_json({k: v for k, v in qwen.items() if k != "norm_topk_prob"}).norm_topk_prob
+    for key, value in {"decoder_sparse_step": 2, "mlp_only_layers": [0]}.items():
+        with pytest.raises(UnsupportedError, match="dense layers between layers of experts"):
+            config_from_json({**qwen, key: value})
+
+
+# ---- numbers
+
+
+def logits_in_pieces(llm: tinyllm.LLM, ids: list[int], cuts: list[int]) -> npt.NDArray[np.float32]:
+    """The prompt's logits, computed in calls that end at `cuts`, beside another sequence of the same
+    tokens."""
+    pool = llm.model.cache("f16", 4)
+    pool.grow(4)
+    rows = []
+    for first, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        n = end - first
+        both = llm.model.forward(
+            (ids[first:end] * 2),
+            [*range(first, end)] * 2,
+            [0] * n + [1] * n,
+            np.arange(4, dtype=np.int32).reshape(2, 2),
+            cache=pool,
+        )
+        np.testing.assert_array_equal(both[:n], both[n:])
+        rows.append(both[:n])
+    pool.close()
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("format", ["F32", "Q8_0", "Q4_0"])
+def test_bits_depend_on_nothing_else(format: str, weights: dict[str, F32], tmp_path: Path) -> None:
+    """Neither on threads, nor on instruction sets, nor on which other tokens share an expert's call."""
+    write_gguf(tmp_path / "model.gguf", CONFIG, weights, format=format)
+    ids = random_ids(CONFIG, 2, 100)
+    before = backends.info()["isa"]
+    with tinyllm.load(tmp_path / "model.gguf", device="cpu", threads=1) as llm:
+        expected = llm.logits(ids)
+        assert expected.std() > 0.3
+        try:
+            for isa in backends.info()["isa_usable"]:
+                backends.select_isa(isa)
+                for threads in (1, 2, 3, 7):
+                    llm.model.threads = threads
+                    for cuts in ([], [1, 2, 60, 61], [37, 99]):
+                        np.testing.assert_array_equal(logits_in_pieces(llm, ids, cuts), expected)
+        finally:
+            backends.select_isa(before)
