@@ -11,6 +11,7 @@
 #include <memory>
 #include <numeric>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace py = pybind11;
@@ -152,9 +153,14 @@ struct Model {
     }
 
     void upload(const std::string &name, int layer, int fd, uint64_t offset, int source_format, int format,
-                const py::object &row_order, int threads) {
+                const py::object &row_order, int row_stride, const py::object &scales_at, int threads) {
         std::shared_ptr<tl_model> keep = (get(), p);
-        tl_source source{format_of(source_format), fd, offset, nullptr, nullptr, 0};
+        tl_source source{format_of(source_format), fd, offset, nullptr, nullptr, 0, row_stride, nullptr};
+        tl_source scales = source;
+        if (!scales_at.is_none()) {
+            std::tie(scales.fd, scales.offset) = scales_at.cast<std::pair<int, uint64_t>>();
+            source.scales = &scales;
+        }
         Ints order;
         if (!row_order.is_none()) {
             order = row_order.cast<Ints>();
@@ -176,8 +182,14 @@ struct Model {
         std::vector<int32_t> order(static_cast<size_t>(values.size())); // as they are, and no more than there are
         std::iota(order.begin(), order.end(), 0);
         const tl_format *f32 = tl_format_of(0);
-        tl_source source{
-            f32, -1, 0, reinterpret_cast<const uint8_t *>(values.data()), order.data(), static_cast<int>(order.size())};
+        tl_source source{f32,
+                         -1,
+                         0,
+                         reinterpret_cast<const uint8_t *>(values.data()),
+                         order.data(),
+                         static_cast<int>(order.size()),
+                         1,
+                         nullptr};
         tl_message message;
         tl_status status = tl_model_upload(keep.get(), name.c_str(), layer, &source, f32, 1, &message);
         if (status != TL_OK) raise(status, message);
@@ -277,7 +289,7 @@ Floats pack_unpack(const py::bytes &data, int format, int rows, int k) {
             static_cast<size_t>(rows) * static_cast<size_t>(k / f->block) * static_cast<size_t>(f->block_bytes))
         raise_argument("data is not rows x k numbers of this format");
     tl_matrix matrix{f, rows, k, nullptr, 0, nullptr, nullptr};
-    tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr, 0};
+    tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr, 0, 1, nullptr};
     Floats out({rows, k});
     tl_message message;
     tl_pool_enter();
@@ -396,7 +408,8 @@ PYBIND11_MODULE(_core, m) {
     py::class_<Model>(m, "Model")
         .def(py::init<const py::dict &, uintptr_t>(), py::arg("config"), py::arg("backend"))
         .def("upload", &Model::upload, py::arg("name"), py::arg("layer"), py::arg("fd"), py::arg("offset"),
-             py::arg("source_format"), py::arg("format"), py::arg("row_order"), py::arg("threads"))
+             py::arg("source_format"), py::arg("format"), py::arg("row_order"), py::arg("row_stride"),
+             py::arg("scales"), py::arg("threads"))
         .def("upload_vector", &Model::upload_vector, py::arg("name"), py::arg("layer"), py::arg("values"))
         .def("tie", [](Model &model) { tl_model_tie(model.get()); })
         .def("check", &Model::check)

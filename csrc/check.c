@@ -10,7 +10,7 @@ static tl_status check_variations(const tl_config *c, tl_message *message) {
         int value, most;
     } kinds[] = {{"norm_kind", (int)c->norm_kind, TL_LAYER_NORM},
                  {"norm_place", (int)c->norm_place, TL_NORM_BOTH},
-                 {"activation", (int)c->activation, TL_GELU},
+                 {"activation", (int)c->activation, TL_CLAMPED_SWIGLU},
                  {"qk_norm", (int)c->qk_norm, TL_QK_ALL},
                  {"parallel", c->parallel, 1}};
     for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++)
@@ -99,6 +99,8 @@ static tl_status check_token(const tl_model *model, const tl_cache *cache, const
 
 tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_batch *b, tl_message *message) {
     const tl_config *c = &model->config;
+    if (c->n_experts && !model->backend->moe)
+        return tl_fail(message, TL_UNSUPPORTED, "mixtures of experts do not run on %s", model->backend->name);
     if (cache->n_layers != c->n_layers || cache->n_kv_heads != c->n_kv_heads || cache->head_dim != c->head_dim)
         return tl_fail(message, TL_ARGUMENT, "the cache was made for a model of another shape");
     if (b->n < 0 || b->n_sequences < 0 || b->max_pages < 0 || b->n_rows < 0)

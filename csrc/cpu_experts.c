@@ -101,7 +101,7 @@ static void expert_unit(void *data, int unit, int thread) {
     multiply(&up, &u);
     const int row = u.first * TL_ROWS, n = tl_min(u.last * TL_ROWS, j->config->ff_dim) - row;
     for (size_t t = (size_t)u.from; t < (size_t)u.to; t++)
-        tl_isa()->silu_mul(gate.out + t * ff + row, up.out + t * ff + row, n);
+        tl_isa()->glu[j->config->activation](gate.out + t * ff + row, up.out + t * ff + row, n);
 }
 
 // One half: rows of activations readied, then every active expert's matrices, in blocks that stay in L2, smaller where

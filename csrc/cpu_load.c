@@ -26,6 +26,37 @@ static int read_at(const tl_source *s, uint8_t *to, uint64_t from, size_t n_byte
     return 0;
 }
 
+// A row of MXFP4 blocks, 17 bytes each: the scale, then number i in the low half of byte i and number i + 16 in its high
+// half. The file's 16 bytes a block are read to the end of the row's place, which is filled from its start.
+static int join_mxfp4(const tl_source *s, uint8_t *to, uint64_t row, size_t n_blocks) {
+    uint8_t *halves = to + n_blocks, scales[256], numbers[16];
+    if (read_at(s, halves, row * n_blocks * 16, n_blocks * 16)) return -1;
+    for (size_t b = 0; b < n_blocks; b++, to += 17, halves += 16) {
+        const size_t at = b % sizeof scales, left = n_blocks - b;
+        if (at == 0 && read_at(s->scales, scales, row * n_blocks + b, left < sizeof scales ? left : sizeof scales))
+            return -1;
+        memcpy(numbers, halves, 16);
+        to[0] = scales[at];
+        for (int i = 0; i < 16; i++) {
+            const int low = numbers[i / 2] >> i % 2 * 4 & 15, high = numbers[8 + i / 2] >> i % 2 * 4 & 15;
+            to[1 + i] = (uint8_t)(low | high << 4);
+        }
+    }
+    return 0;
+}
+
+// Rows [first, first + n) of what the matrix is made from.
+static int read_rows(const tl_source *s, uint8_t *to, int first, int n, size_t row_bytes) {
+    const int stride = tl_max(1, s->row_stride);
+    if (stride == 1 && !s->scales) return read_at(s, to, (uint64_t)first * row_bytes, (size_t)n * row_bytes);
+    for (uint64_t i = 0; i < (uint64_t)n; i++) {
+        const uint64_t row = ((uint64_t)first + i) * (uint64_t)stride;
+        uint8_t *at = to + i * row_bytes;
+        if (s->scales ? join_mxfp4(s, at, row, row_bytes / 17) : read_at(s, at, row * row_bytes, row_bytes)) return -1;
+    }
+    return 0;
+}
+
 static void upload_rows(void *data, int unit, int thread) {
     upload_job *job = data;
     const tl_matrix *m = job->matrix;
@@ -36,8 +67,7 @@ static void upload_rows(void *data, int unit, int thread) {
         const int32_t *order = job->source->row_order;
         const int row = order ? order[first + i] : first + i;
         for (run = 1; i + run < n && (!order || order[first + i + run] == row + run);) run++;
-        if (read_at(job->source, file + (size_t)i * job->source_bytes, (uint64_t)row * job->source_bytes,
-                    (size_t)run * job->source_bytes))
+        if (read_rows(job->source, file + (size_t)i * job->source_bytes, row, run, job->source_bytes))
             __atomic_store_n(&job->failed_row, row + 1, __ATOMIC_RELAXED);
     }
     if (f != from) { // quantized on the way, row by row

@@ -44,9 +44,8 @@ static void product_unit(void *data, int unit, int thread) {
     if (!p->up) return;
     tl_isa()->matmul[p->up->w->format - tl_formats](p->up, first, last, from, to);
     const int row = first * TL_ROWS, n = tl_min(last * TL_ROWS, p->w->rows) - row;
-    void (*glu)(float *, const float *, int) = p->activation == TL_GELU ? tl_isa()->gelu_mul : tl_isa()->silu_mul;
     for (size_t t = (size_t)from; t < (size_t)to; t++)
-        glu(p->out + t * p->stride + row, p->up->out + t * p->stride + row, n);
+        tl_isa()->glu[p->activation](p->out + t * p->stride + row, p->up->out + t * p->stride + row, n);
 }
 
 // Sizes the units: a block of weights that stays in L2, smaller where that leaves too few units for the threads.

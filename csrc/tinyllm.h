@@ -87,6 +87,10 @@ typedef struct tl_source {
     const uint8_t *memory;
     const int32_t *row_order; // [rows] the file's row for each row of the matrix, both < rows; NULL: as they are
     int n_row_order;          // of row_order: the matrix's rows
+    int row_stride;           // rows of the file from one of the matrix to the next; 0 counts as 1
+    // Of MXFP4 in two parts, as safetensors hold it: 16 bytes a block lie here, one after another, numbers 2i and 2i + 1
+    // in byte i, and a byte of scale a block lies there. NULL: blocks as GGUF has them.
+    const struct tl_source *scales;
 } tl_source;
 
 // Weights [rows, k] as the backend packed them; out = in @ w.T + bias.
@@ -109,7 +113,8 @@ typedef struct tl_norm {
 
 // ---- the model -----------------------------------------------------------------------------------------------------
 // What families vary. The first of each, 0, is Llama's.
-typedef enum tl_activation { TL_SILU, TL_GELU } tl_activation; // of the gate; GELU in its tanh form (arXiv 1606.08415)
+// Of the gate; GELU in its tanh form (arXiv 1606.08415); gpt-oss's SwiGLU (rows.inc).
+typedef enum tl_activation { TL_SILU, TL_GELU, TL_CLAMPED_SWIGLU } tl_activation;
 typedef enum tl_norm_place { TL_NORM_BEFORE, TL_NORM_AFTER, TL_NORM_BOTH } tl_norm_place; // of attention and of FFN
 typedef enum tl_qk_norm {                                                                 // RMSNorm or LayerNorm of
     TL_QK_NONE,                                                                           // queries and keys:

@@ -141,8 +141,6 @@ static const slot *find_slot(const tl_model *model, const char *name, int layer,
 tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_backend *backend, tl_message *message) {
     tl_status status = tl_config_check(config, message);
     if (status != TL_OK) return status;
-    if (config->n_experts && !backend->moe)
-        return tl_fail(message, TL_UNSUPPORTED, "mixtures of experts do not run on %s", backend->name);
     tl_model *model = tl_alloc(sizeof *model);
     if (!model) return tl_fail(message, TL_MEMORY, "no memory for a model");
     tl_config *c = &model->config;
@@ -176,6 +174,8 @@ tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl
     const slot *s = find_slot(model, name, layer, &at);
     if (!s) return tl_fail(message, TL_ARGUMENT, "there is no weight \"%s\" in layer %d", name, layer);
     int rows = size_of(&model->config, s->rows), k = size_of(&model->config, s->k);
+    if (source->scales && (source->format->id != 39 || source->row_order))
+        return tl_fail(message, TL_ARGUMENT, "%s: scales apart go with MXFP4 in the file's order alone", name);
     if (source->row_order && source->n_row_order != rows)
         return tl_fail(message, TL_ARGUMENT, "%s has %d rows, the order %d", name, rows, source->n_row_order);
     for (int i = 0; source->row_order && i < rows; i++)

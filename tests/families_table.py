@@ -43,29 +43,38 @@ def error(spec: Spec, path: Path) -> float:
     raise KeyError(spec.name)
 
 
-def errors(spec: Spec) -> tuple[float, float | None]:
-    """From safetensors, and from GGUF where there is one."""
+def written(spec: Spec, folder: Path) -> Path:
+    """The model in float32, as safetensors where they can be."""
+    if spec.in_float_hf:
+        return golden_model(spec, folder)
+    write_gguf(folder / "model.gguf", spec.config, random_weights(spec.config, spec.seed))
+    return folder / "model.gguf"
+
+
+def errors(spec: Spec) -> tuple[float | None, float | None]:
+    """From safetensors, and from GGUF, where there are such."""
+    from_hf = from_gguf = None
     with tempfile.TemporaryDirectory() as folder:
-        directory = golden_model(spec, Path(folder) / "hf")
-        from_gguf = None
+        if spec.in_float_hf:
+            from_hf = error(spec, golden_model(spec, Path(folder) / "hf"))
         if spec.in_gguf:
             path = Path(folder) / "model.gguf"
             write_gguf(path, spec.config, random_weights(spec.config, spec.seed))
             from_gguf = error(spec, path)
-        return error(spec, directory), from_gguf
+    return from_hf, from_gguf
 
 
 def table() -> str:
-    found: dict[str, list[tuple[float, float | None]]] = {}
+    found: dict[str, list[tuple[float | None, float | None]]] = {}
     for file in FILES:
         for spec in golden_specs(file):
             found.setdefault(spec.config["model_type"], []).append(errors(spec))
     rows = ["| family | `model_type` | error from safetensors | from GGUF |", "| --- | --- | ---: | ---: |"]
     for kind, family in FAMILIES.items():
         if kind in found:
-            hf = max(error for error, _ in found[kind])
-            gguf = [error for _, error in found[kind] if error is not None]
-            rows.append(f"| {family.title} | {kind} | {hf:.0e} | {f'{max(gguf):.0e}' if gguf else ''} |")
+            columns = [[e for e in column if e is not None] for column in zip(*found[kind], strict=True)]
+            hf, gguf = (f"{max(column):.0e}" if column else "" for column in columns)
+            rows.append(f"| {family.title} | {kind} | {hf or 'MXFP4 only'} | {gguf} |")
         elif family.text_of:
             rows.append(f"| {family.title} | {kind} | as {family.text_of} | |")
     return "\n".join(rows)

@@ -139,6 +139,8 @@ _NAMES = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
+    "self_attn": "attn_sinks",  # its only part without a kind of its own: sinks
     "mlp.experts.gate_proj": "ffn_gate_exps",
     "mlp.experts.up_proj": "ffn_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
@@ -160,6 +162,7 @@ class Architecture(NamedTuple):
     name: str
     interleaved: bool = False  # rows of q and k pair by pair, where Hugging Face has half-split ones
     norms_after: bool = False
+    ffn_norm: str = "ffn_norm"
 
 
 # By Hugging Face's model_type. Command R's rows are pair by pair in both kinds of file.
@@ -170,6 +173,7 @@ ARCHITECTURES = {
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "qwen3_moe": Architecture("qwen3moe"),
+    "gpt_oss": Architecture("gpt-oss", ffn_norm="post_attention_norm"),
     "phi3": Architecture("phi3"),
     "smollm3": Architecture("smollm3", True),
     "granite": Architecture("granite", True),
@@ -186,11 +190,30 @@ ARCHITECTURES = {
 def gguf_name(name: str, architecture: Architecture = ARCHITECTURES["llama"]) -> str:
     """llama.cpp's name of a tensor that Hugging Face calls `name`; experts' are parts of one tensor."""
     stem, kind = re.sub(r"\.experts\.\d+\.", ".experts.", name).rsplit(".", 1)
-    names = {**_NAMES, **_NORMS_AFTER} if architecture.norms_after else _NAMES
+    if kind == "sinks":
+        kind = "weight"
+    names = {**_NAMES, "post_attention_layernorm": architecture.ffn_norm}
+    names |= _NORMS_AFTER if architecture.norms_after else {}
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
         return f"blk.{layer}.{names[part]}.{kind}"
     return f"{names[stem]}.{kind}"
+
+
+def expert_parts(name: str, w: F32) -> dict[str, F32]:
+    """gpt-oss's stacks of experts as a matrix [rows, k] or a bias an expert; other weights as they are."""
+    match = re.fullmatch(r"(.*\.experts\.)(gate_up|down)_proj(_bias)?", name)
+    if not match:
+        return {name: w}
+    kind = "bias" if match[3] else "weight"
+    rows = w if match[3] else w.transpose(0, 2, 1)
+    if match[2] == "down":
+        return {f"{match[1]}{i}.down_proj.{kind}": part for i, part in enumerate(rows)}
+    return {
+        f"{match[1]}{i}.{which}_proj.{kind}": part[first::2]
+        for i, part in enumerate(rows)
+        for first, which in enumerate(("gate", "up"))
+    }
 
 
 def small_tokenizer(vocab_size: int = 512) -> dict[str, Any]:
@@ -278,7 +301,7 @@ def _write_family(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_layer_norm_eps(config["layer_norm_eps"])
     else:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if window and kind in ("phi3", "gemma2", "gemma3_text", "cohere2", "olmo3"):
+    if window and kind in ("phi3", "gemma2", "gemma3_text", "cohere2", "olmo3", "gpt_oss"):
         writer.add_sliding_window(window)
     if kind == "olmo3":
         writer.add_sliding_window_pattern([t == "sliding_attention" for t in config["layer_types"]])
@@ -334,8 +357,9 @@ def write_gguf(
     if "num_experts_per_tok" in config:
         writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
-    if "moe_intermediate_size" in config:
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if "moe_intermediate_size" in config or config["model_type"] == "gpt_oss":
+        width = config.get("moe_intermediate_size", config["intermediate_size"])
+        writer.add_expert_feed_forward_length(width)
     _write_family(writer, config)
     writer.add_vocab_size(config["vocab_size"])
     _write_rope(writer, config)
@@ -346,6 +370,7 @@ def write_gguf(
     held: dict[str, F32] = {}
     stacks: dict[str, list[Array]] = {}  # a tensor's parts: one, or one an expert
     stored_as: dict[str, str] = {}
+    weights = {part: w for name, whole in weights.items() for part, w in expert_parts(name, whole).items()}
     for i, (name, w) in enumerate(weights.items()):
         order: npt.NDArray[np.intp] | None = None
         if architecture.interleaved and ".q_proj." in name:
@@ -356,7 +381,10 @@ def write_gguf(
         to = gguf_name(name, architecture)
         if w.ndim == 1 or name.endswith("norm.weight") or to.endswith("ffn_gate_inp.weight"):
             plus = np.float32(1.0 - norm_mean(config)) if name.endswith("norm.weight") else np.float32(0)
-            writer.add_tensor(to, np.ascontiguousarray(rows + plus))
+            if "_exps." in to:
+                stacks.setdefault(to, []).append(rows)
+            else:
+                writer.add_tensor(to, np.ascontiguousarray(rows + plus))
             held[name] = w
             continue
         kind = format if w.shape[1] % block_size(format)[0] == 0 else "F16"
@@ -367,7 +395,7 @@ def write_gguf(
         held[name] = values if order is None else values[np.argsort(order)]
     for to, parts in stacks.items():
         data = np.stack(parts) if "_exps." in to else parts[0]
-        writer.add_tensor(to, data, raw_dtype=gguf.GGMLQuantizationType[stored_as[to]])
+        writer.add_tensor(to, data, raw_dtype=gguf.GGMLQuantizationType[stored_as.get(to, "F32")])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -31,6 +31,7 @@ class Spec(NamedTuple):
     config: dict[str, Any]  # Hugging Face's config.json
     context: int | None = None  # to load it with, where that matters
     in_gguf: bool = True  # whether llama.cpp's files can say all of it
+    in_float_hf: bool = True  # whether safetensors of floats are read; else only GGUF holds it in float32
 
 
 def golden_specs(file: str = "specs") -> list[Spec]:
@@ -93,6 +94,15 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[at + "pre_feedforward_layernorm.weight"] = (dim,)
         if kind in ("gemma2", "gemma3_text", "olmo2", "olmo3"):
             shapes[at + "post_feedforward_layernorm.weight"] = (dim,)
+        if kind == "gpt_oss":  # what transformers keeps in memory; files hold the experts as MXFP4
+            n_experts = config["num_local_experts"]
+            shapes[at + "self_attn.sinks"] = (n_heads,)
+            linear(at + "mlp.router", n_experts, dim, True)
+            shapes[at + "mlp.experts.gate_up_proj"] = (n_experts, dim, 2 * ff)
+            shapes[at + "mlp.experts.gate_up_proj_bias"] = (n_experts, 2 * ff)
+            shapes[at + "mlp.experts.down_proj"] = (n_experts, ff, dim)
+            shapes[at + "mlp.experts.down_proj_bias"] = (n_experts, dim)
+            continue
         names, ff = ffn_names(config), config.get("moe_intermediate_size", config["intermediate_size"])
         n_experts = config.get("num_local_experts") or config.get("num_experts") or 1
         if names.router:
@@ -116,7 +126,7 @@ def norm_mean(config: Mapping[str, Any]) -> float:
     return 0.0 if config["model_type"].startswith("gemma") else 1.0
 
 
-ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight")
+ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight", "mlp.router.weight")
 
 
 def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
@@ -128,8 +138,10 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
         u = _uniform(seed, stream, math.prod(shape)).reshape(shape)
         if name.endswith("norm.weight"):
             value = norm_mean(config) + 0.5 * u
-        elif name.endswith(".bias"):
+        elif name.endswith(("bias", "sinks")):
             value = 0.8 * u
+        elif "experts." in name and len(shape) == 3:  # transposed; gates so large that they reach the clamp
+            value = u * math.sqrt(3.0) * (5.0 if "gate_up" in name else 0.3) / math.sqrt(shape[1])
         elif name.endswith(ROUTERS):
             value = u * math.sqrt(3.0) * 3.0 / math.sqrt(shape[-1])
         else:

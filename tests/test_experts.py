@@ -7,6 +7,7 @@ tests/c/test_experts.c."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import reference
-from helpers_gguf import write_gguf
+from helpers_gguf import dequantize, quantize, write_gguf
 from helpers_models import F32, golden_spec, golden_specs, random_ids, random_weights, write_hf_directory
+from safetensors.numpy import save_file
 
 import tinyllm
 from tinyllm import backends
 from tinyllm.benchmark import read_facts
+from tinyllm.calibration import observe
 from tinyllm.config import config_from_gguf, config_from_json
 from tinyllm.errors import FormatError, UnsupportedError
+from tinyllm.loaders import FORMATS
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.loaders.names import map_tensors
 from tinyllm.loaders.safetensors import read_safetensors
@@ -63,15 +67,15 @@ def test_every_expert_is_where_it_belongs(format: str, weights: dict[str, F32], 
 def test_weights_may_be_quantized_while_loading_but_for_the_router(
     weights: dict[str, F32], tmp_path: Path
 ) -> None:
-    """The same bits as a file that was written so."""
-    write_gguf(tmp_path / "model.gguf", CONFIG, weights, format="Q8_0")
-    ids = random_ids(CONFIG, 1, 40)
-    directory = write_hf_directory(tmp_path / "hf", CONFIG, weights)
-    with (
-        tinyllm.load(tmp_path / "model.gguf", device="cpu") as written,
-        tinyllm.load(directory, device="cpu", weights="q8_0") as quantized,
-    ):
-        np.testing.assert_array_equal(quantized.logits(ids), written.logits(ids))
+    """To the same bits as quantizing each matrix by itself."""
+    directory = write_hf_directory(tmp_path, CONFIG, weights)
+    with tinyllm.load(directory, device="cpu", weights="q8_0") as llm:
+        for weight in PROJECTIONS:
+            w = weights[hf_name(weight, 4, 1)]
+            blocks = backends.convert(w.view(np.uint8), 0, backends.FORMAT_IDS["q8_0"], *w.shape)
+            np.testing.assert_array_equal(llm.model.unpack(f"{weight}.4", 1), dequantize(blocks, "Q8_0"))
+        router = weights["model.layers.1.block_sparse_moe.gate.weight"]
+        np.testing.assert_array_equal(llm.model.unpack("router", 1), router)
 
 
 @pytest.mark.parametrize("format", ["Q8_0", "Q4_0", "MXFP4"])
@@ -99,6 +103,15 @@ def test_a_token_reads_only_the_experts_it_uses(weights: dict[str, F32], tmp_pat
     facts = read_facts(str(tmp_path / "model.gguf"))
     attention, router = 2 * (64 * 64 + 64 * 32), 64 * N_EXPERTS
     assert facts.layer_macs == 2 * (attention + router + 3 * 3 * 64 * 96)
+
+
+def test_inputs_of_experts_are_not_observed(weights: dict[str, F32], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", CONFIG, weights)
+    with (
+        tinyllm.load(tmp_path / "model.gguf", device="cpu") as llm,
+        pytest.raises(UnsupportedError, match="is a mixture of experts, whose matrices' inputs"),
+    ):
+        observe(llm)
 
 
 # ---- files
@@ -157,7 +170,7 @@ def test_configs_of_experts() -> None:
             read(**wrong)
     with pytest.raises(UnsupportedError, match="'num_local_experts' is set"):
         config_from_json({**CONFIG, "model_type": "llama"})
-    qwen = golden_specs("families")[-1].config
+    qwen = next(s.config for s in golden_specs("families") if s.name == "qwen3_moe")
     assert config_from_json(qwen).norm_topk_prob
     assert not config_from_json({k: v for k, v in qwen.items() if k != "norm_topk_prob"}).norm_topk_prob
     for key, value in {"decoder_sparse_step": 2, "mlp_only_layers": [0]}.items():
@@ -207,3 +220,125 @@ def test_bits_depend_on_nothing_else(format: str, weights: dict[str, F32], tmp_p
                         np.testing.assert_array_equal(logits_in_pieces(llm, ids, cuts), expected)
         finally:
             backends.select_isa(before)
+
+
+# ---- gpt-oss: stacks of MXFP4 in two parts, gate and up row by row
+
+OSS = next(spec for spec in golden_specs("families") if spec.name == "gpt_oss")
+
+
+def blocks_and_scales(w: F32) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], F32]:
+    """A matrix [rows, k] as safetensors hold it, uint8 [rows, k / 32, 16] and [rows, k / 32], and the numbers
+    that it then holds. Byte i of a block has number 2i in its low half and 2i + 1 in its high one; GGUF has i
+    and i + 16."""
+    stored = quantize(w, "MXFP4")
+    blocks = stored.reshape(len(w), -1, 17)
+    codes = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=-1)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, blocks[..., 0].copy(), dequantize(stored, "MXFP4")
+
+
+@pytest.fixture(scope="module")
+def oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, F32]]:
+    """The golden model as a directory with experts in MXFP4 and the rest in float32; the same as GGUF; and
+    the numbers of every expert's matrices by (weight, expert, layer) as unpack names them."""
+    folder = tmp_path_factory.mktemp("oss")
+    weights = random_weights(OSS.config, OSS.seed)
+    files: dict[str, npt.NDArray[Any]] = {}
+    held: dict[str, F32] = {}
+    for name, w in weights.items():
+        if w.ndim != 3:
+            files[name] = w
+            continue
+        parts = [blocks_and_scales(np.ascontiguousarray(expert.T)) for expert in w]
+        files[name + "_blocks"] = np.stack([blocks for blocks, _, _ in parts])
+        files[name + "_scales"] = np.stack([scales for _, scales, _ in parts])
+        layer = name.split(".")[2]
+        for i, (_, _, values) in enumerate(parts):
+            if "gate_up" in name:
+                held[f"w_gate.{i} {layer}"], held[f"w_up.{i} {layer}"] = values[0::2], values[1::2]
+            else:
+                held[f"w_down.{i} {layer}"] = values
+    directory = folder / "hf"
+    directory.mkdir()
+    config = {**OSS.config, "quantization_config": {"quant_method": "mxfp4"}}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    # Blocks and scales in different shards.
+    shards = {"a": {}, "b": {}}  # type: dict[str, dict[str, npt.NDArray[Any]]]
+    for name, values in files.items():
+        shards["b" if name.endswith("_scales") else "a"][name] = np.ascontiguousarray(values)
+    for shard, tensors in shards.items():
+        save_file(tensors, directory / f"{shard}.safetensors")
+    weight_map = {name: f"{shard}.safetensors" for shard, tensors in shards.items() for name in tensors}
+    index = json.dumps({"weight_map": weight_map})
+    (directory / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    experts = {
+        f"model.layers.{layer}.mlp.experts.{i}.{part}_proj.weight": "MXFP4"
+        for layer in range(3) for i in range(6) for part in ("gate", "up", "down")
+    }  # fmt: skip
+    write_gguf(folder / "model.gguf", OSS.config, weights, formats=experts)
+    return directory, folder / "model.gguf", held
+
+
+def test_gpt_oss_experts_hold_the_numbers_of_their_blocks(oss: tuple[Path, Path, dict[str, F32]]) -> None:
+    directory, _, held = oss
+    with tinyllm.load(directory, device="cpu") as llm:
+        for key, values in held.items():
+            name, layer = key.split()
+            np.testing.assert_array_equal(llm.model.unpack(name, int(layer)), values)
+
+
+def test_gpt_oss_from_both_files_is_the_same(oss: tuple[Path, Path, dict[str, F32]]) -> None:
+    directory, gguf, _ = oss
+    ids = random_ids(OSS.config, OSS.seed, OSS.n_tokens)
+    with (
+        tinyllm.load(directory, device="cpu", threads=3) as a,
+        tinyllm.load(gguf, device="cpu", threads=1) as b,
+    ):
+        np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"swiglu_limit": 6.0}, UnsupportedError, "swiglu_limit 6 is not supported, only 7"),
+        ({"swiglu_alpha": 1.5}, UnsupportedError, "swiglu_alpha 1.5 is not supported"),
+        ({"num_experts_per_tok": 7}, FormatError, "7 experts used of 6"),
+    ],
+)
+def test_gpt_oss_configs(changes: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        config_from_json({**OSS.config, **changes})
+    plain = config_from_json(
+        {k: v for k, v in OSS.config.items() if k not in ("rope_scaling", "layer_types")}
+    )
+    assert plain.windows == (40, 0, 40)
+    assert plain.original_context == 4096, "transformers' default is YaRN"
+
+
+def test_stacks_of_floats_are_refused(tmp_path: Path) -> None:
+    weights = random_weights(OSS.config, OSS.seed)
+    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj is F32: .* only those in MXFP4"):
+        read_model(write_hf_directory(tmp_path, OSS.config, weights))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"a_scales": None}, UnsupportedError, "'a_blocks' has dtype 'U8'"),
+        ({"a_blocks": None}, UnsupportedError, "'a_scales' has dtype 'U8'"),
+        ({"a_scales": np.zeros((2, 4), np.uint8)}, FormatError, "16 bytes and a scale a block"),
+        ({"a_scales": np.zeros((2, 3), np.float32)}, UnsupportedError, "'a_blocks' has dtype 'U8'"),
+        ({"b": np.zeros(3, np.uint8)}, UnsupportedError, "'b' has dtype 'U8'"),
+    ],
+)
+def test_bytes_are_mxfp4_or_refused(
+    changes: dict[str, Any], error: Any, message: str, tmp_path: Path
+) -> None:
+    good = {"a_blocks": np.zeros((2, 3, 16), np.uint8), "a_scales": np.zeros((2, 3), np.uint8)}
+    path = tmp_path / "model.safetensors"
+    save_file(good, path)
+    joined = read_safetensors(path).tensors["a"]
+    assert (joined.shape, FORMATS[joined.format].name) == ((2, 96), "MXFP4")
+    save_file({k: v for k, v in {**good, **changes}.items() if v is not None}, path)
+    with pytest.raises(error, match=message):
+        read_safetensors(path)

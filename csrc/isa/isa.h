@@ -68,7 +68,7 @@ typedef struct tl_kernels {
     void (*merge)(float *out, float *max, float *sum, const float *part, float part_max, float part_sum, int n);
     void (*rmsnorm)(float *out, const float *x, const float *weight, float eps, int n);
     void (*quantize)(int8_t *q, tl_q_group *groups, const float *x, int n); // n a multiple of 32
-    void (*silu_mul)(float *gate, const float *up, int n);                  // gate = silu(gate) * up
+    void (*glu[3])(float *gate, const float *up, int n); // by tl_activation: gate = activation(gate) * up
     // Rotates n_heads heads in place (half-split pairs), then multiplies by scale.
     void (*rope)(float *x, const float *cos, const float *sin, int n_heads, int head_dim, int rope_dim, float scale);
     // One token's key and value of one head into slot `slot` of a page.
@@ -77,8 +77,7 @@ typedef struct tl_kernels {
     // Reads n bytes (a multiple of 256) and little else: returns their 8-byte words or-ed together.
     uint64_t (*read)(const uint8_t *p, size_t n_bytes);
     void (*layernorm)(float *out, const float *x, const float *weight, float eps, int n);
-    void (*gelu_mul)(float *gate, const float *up, int n); // gate = gelu(gate) * up
-    void (*soft_cap)(float *x, float cap, int n);          // x = cap * tanh(x / cap)
+    void (*soft_cap)(float *x, float cap, int n); // x = cap * tanh(x / cap)
     // A row of floats to a file's blocks, as tl_format.quantize; and n numbers of a format of floats to floats.
     void (*to_blocks[TL_N_FORMATS])(uint8_t *blocks, const float *x, size_t k, const float *importance);
     void (*to_floats)(float *out, const uint8_t *in, size_t n, int index);

@@ -36,6 +36,8 @@ class Model:
         source_format: int,
         format: int,
         row_order: NDArray[np.int32] | None,
+        row_stride: int,
+        scales: tuple[int, int] | None,
         threads: int,
     ) -> None: ...
     def upload_vector(self, name: str, layer: int, values: NDArray[np.float32]) -> None: ...

@@ -248,7 +248,7 @@ def page_bytes(config: ModelConfig, cache_type: CacheType) -> int:
 _WORDS: dict[str, tuple[str | None, ...]] = {
     "norm_kind": ("rms", "layer"),
     "norm_place": ("before", "after", "both"),
-    "activation": ("silu", "gelu"),
+    "activation": ("silu", "gelu", "clamped_swiglu"),
     "qk_norm": (None, "head", "heads", "all"),
 }
 _ROPES = ("usual", "local", "none")
@@ -344,12 +344,13 @@ class Model:
 
         Raises FormatError when the file ends early, MemoryLimitError, UnsupportedError, ArgumentError.
         """
-        if plus:
+        if plus or (info.row_stride != 1 and len(info.shape) == 1):
             values = info.read_f32().ravel() + np.float32(plus)
             values = values if row_order is None else values[row_order]
             self._core.upload_vector(name, -1 if layer is None else layer, values)
             return
         fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
+        scales_fd = os.open(info.scales.path, os.O_RDONLY | os.O_CLOEXEC) if info.scales else None
         try:
             target = info.format if format is None else format
             self._core.upload(
@@ -360,10 +361,14 @@ class Model:
                 info.format,
                 target,
                 row_order,
+                info.row_stride,
+                (scales_fd, info.scales.offset) if info.scales and scales_fd is not None else None,
                 self.threads,
             )
         finally:
             os.close(fd)
+            if scales_fd is not None:
+                os.close(scales_fd)
 
     def tie(self) -> None:
         """The output matrix is the embedding."""

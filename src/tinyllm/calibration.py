@@ -3,7 +3,7 @@
 A weight's rounding error reaches the output times its input, so a quantizer that knows the mean square of
 every input puts the error where it does least. The file is llama.cpp's (a GGUF with, for each matrix, the
 sums `NAME.in_sum2` [k] and how many rows they are of, `NAME.counts`), so that its tools read it too. Imports
-families, imatrix, llm and loaders.
+errors, families, imatrix, llm and loaders.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from .errors import UnsupportedError
 from .families import FAMILIES
 from .imatrix import Imatrix, write_imatrix
 from .llm import LLM
@@ -27,9 +28,14 @@ def observe(llm: LLM) -> dict[str, F64]:
 
     Every later call of the model adds to them (`Model.observe`): sums of squares by column, then the number
     of rows. A tied output matrix counts for the embedding's tensor. Raises UnsupportedError on a device other
-    than the CPU.
+    than the CPU, and for a mixture of experts.
     """
     config = llm.config
+    if config.n_experts:
+        raise UnsupportedError(
+            f"{llm.name} is a mixture of experts, whose matrices' inputs are not observed; use llama.cpp's "
+            "llama-imatrix"
+        )
     seen: dict[str, F64] = {}
     for row in TABLE:
         if row.canonical == "output":

@@ -80,7 +80,7 @@ class ModelConfig:
     # Beyond Llama. The defaults are Llama's.
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_place: Literal["before", "after", "both"] = "before"  # of attention and of the feed-forward part
-    activation: Literal["silu", "gelu"] = "silu"  # of the gate; GELU in its tanh form
+    activation: Literal["silu", "gelu", "clamped_swiglu"] = "silu"  # of the gate; GELU in its tanh form
     # Queries and keys normed before RoPE: head by head, with the same or with its own weights, or as a whole
     qk_norm: Literal["head", "heads", "all"] | None = None
     parallel: bool = False  # attention and feed-forward read the same x
@@ -98,6 +98,8 @@ class ModelConfig:
     n_experts: int = 0  # of every layer's feed-forward, each of ff_dim; 0: it is one dense block
     n_experts_used: int = 0  # by a token: those its router scores highest
     norm_topk_prob: bool = True  # their weights, a softmax over all scores, are divided by their sum
+    expert_bias: bool = False  # the router and the experts have biases
+    sinks: bool = False  # a score more in each head's softmax, with no value
 
     def __post_init__(self) -> None:
         for name in _BOUNDS:
@@ -261,7 +263,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         )
     rope_dim = _bounded("rope_dim", fields.whole("rope.dimension_count", head_dim))
     theta = fields.number("rope.freq_base", 10000.0)
-    factors, rope_scale, original_context = _gguf_rope(fields, rope_dim, theta, context)
+    factors, rope_scale, original_context = _gguf_rope(fields, row, rope_dim, theta, context)
     if "rope_freqs.weight" in tensors:
         factors = _multiply(factors, "rope_freqs.weight", tensors, rope_dim)
     long_factors = None
@@ -388,7 +390,7 @@ def _gguf_vocab_size(fields: _Fields, metadata: Mapping[str, Any], tensors: Mapp
 
 
 def _gguf_rope(
-    fields: _Fields, rope_dim: int, theta: float, context: int
+    fields: _Fields, row: Family, rope_dim: int, theta: float, context: int
 ) -> tuple[tuple[float, ...] | None, float, int | None]:
     """(rope_factors, rope_scale, original_context) from the rope.scaling keys."""
     kind = fields.get("rope.scaling.type")
@@ -415,7 +417,7 @@ def _gguf_rope(
         return _linear(factor, rope_dim), multiplier, original if given else None
     if extrapolation >= 0 and extrapolation != 1:
         raise UnsupportedError(f"YaRN with yarn_ext_factor {extrapolation:g} is not supported, only 1")
-    factors = _yarn(factor, rope_dim, theta, original, beta_fast, beta_slow, True)
+    factors = _yarn(factor, rope_dim, theta, original, beta_fast, beta_slow, row.yarn_truncate)
     return factors, (attention_factor or _mscale(factor, 1.0)) * multiplier, original
 
 
@@ -514,6 +516,9 @@ def _json_feed_forward(fields: _Fields, row: Family) -> dict[str, Any]:
     ):
         raise UnsupportedError("dense layers between layers of experts are not supported")
     fields.get("intermediate_size")  # the width of such a dense layer
+    for key, only in {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}.items():
+        if key in own and fields.number(key) != only:
+            raise UnsupportedError(f"{key} {fields.number(key):g} is not supported, only {only:g}")
     n_experts = fields.get("num_local_experts")  # two names of one thing
     return {
         "ff_dim": ff_dim,

@@ -39,7 +39,9 @@ class Family:
     fused: bool = False  # q, k and v are one matrix, gate and up another
     qkv_bias: bool | None = False  # biases of q, k and v alone, whatever attention_bias says
     experts_in: tuple[Source, ...] = ()  # files whose models are mixtures of experts (GGUF: may be)
-    hf_names: Mapping[str, str] = field(default_factory=dict)  # parts of tensor names, where they differ
+    renamed: Mapping[Source, Mapping[str, str]] = field(default_factory=dict)  # parts of tensors' names
+    stacked: bool = False  # safetensors hold a layer's experts on top of each other, gate and up row by row
+    yarn_truncate: bool = True  # whether YaRN's first and last pair are rounded, where GGUF does not say
     text_of: str | None = None  # the model type of the text_config inside a model that also reads images
 
 
@@ -83,9 +85,11 @@ FAMILIES: dict[str, Family] = {
         },
         json_known=("router_aux_loss_coef", "router_jitter_noise"),
         experts_in=("hf",),
-        hf_names={
-            "mlp.gate.": "block_sparse_moe.gate.", "mlp.experts.": "block_sparse_moe.experts.",
-            "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3",
+        renamed={
+            "hf": {
+                "mlp.gate.": "block_sparse_moe.gate.", "mlp.experts.": "block_sparse_moe.experts.",
+                "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3",
+            },
         },
     ),
     "mistral3": Family("Mistral Small 3.1 (text)", text_of="mistral"),
@@ -115,6 +119,30 @@ FAMILIES: dict[str, Family] = {
         json_known=("router_aux_loss_coef",),
         features={"qk_norm": "head"},
         experts_in=("gguf", "hf"),
+    ),
+    "gpt_oss": Family(
+        "gpt-oss 20b and 120b",
+        json_defaults={
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64,
+            "sliding_window": 128, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "attention_bias": True,
+            "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        json_known=(
+            "router_aux_loss_coef", "experts_per_token", "initial_context_length", "quantization_config",
+        ),
+        features={"activation": "clamped_swiglu", "sinks": True, "expert_bias": True},
+        window_period=2,
+        experts_in=("gguf", "hf"),
+        renamed={
+            "hf": {"mlp.gate.": "mlp.router."},
+            "gguf": {"ffn_norm": "post_attention_norm"},
+        },
+        stacked=True,
+        yarn_truncate=False,
     ),
     "phi3": Family(
         "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
@@ -224,7 +252,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 # General architectures of GGUF files that are called otherwise than the model type.
-_GGUF_NAMES = {"qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "command-r": "cohere"}
+_GGUF_NAMES = {"qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "gemma3": "gemma3_text", "command-r": "cohere"}
 SUPPORTED = tuple(dict.fromkeys((*FAMILIES, *_GGUF_NAMES)))
 
 # What says nothing about the arithmetic in any family's config.json.

@@ -400,19 +400,21 @@ static void check_layernorm(void) {
         }
 }
 
-// A gated unit g / (1 + e^-z) * up, z = g (SiLU) or 2 sqrt(2 / pi) (g + 0.044715 g^3) (GELU).
+// A gated unit g / (1 + e^-z) * up, z = g (SiLU) or 2 sqrt(2 / pi) (g + 0.044715 g^3) (GELU), or gpt-oss's, z = 1.702 g
+// with g and up clamped and up + 1 in its place.
 static void check_glu(tl_activation activation) {
-    const char *const name = activation == TL_GELU ? "gelu_mul" : "silu_mul";
+    static const char *const names[] = {"silu_mul", "gelu_mul", "clamped_swiglu"};
+    const char *const name = names[activation];
     for (int i = 0; i < COUNT(lengths); i++)
         for (int round = 0; round < 3; round++) {
             const int n = lengths[i];
             float *gate = random_floats((size_t)n, round == 0   ? 1e-3f
                                                    : round == 1 ? 8
                                                                 : 120),
-                  *up = random_floats((size_t)n, 2), *expected = NULL;
+                  *up = random_floats((size_t)n, activation == TL_CLAMPED_SWIGLU ? 12 : 2), *expected = NULL;
             for (int c = 0; c < n_kernels; c++) {
                 float *out = copy_of(gate, (size_t)n * sizeof(float));
-                (activation == TL_GELU ? kernels[c]->gelu_mul : kernels[c]->silu_mul)(out, up, n);
+                kernels[c]->glu[activation](out, up, n);
                 if (c > 0) {
                     CHECK(first_difference(out, expected, (size_t)n * sizeof(float)) < 0, "%s %s: n = %d", name,
                           kernels[c]->name, n);
@@ -421,15 +423,25 @@ static void check_glu(tl_activation activation) {
                 }
                 expected = out;
                 for (int j = 0; j < n; j++) { // roundings beside exp's: the sum, the quotient, the product
-                    const double g = (double)gate[j], root = sqrt(8 / acos(-1.0));
-                    const double z = activation == TL_GELU ? root * (g + 0.044715 * g * g * g) : g;
-                    const double exact = g / (1 + exp(-z)) * (double)up[j];
-                    const double clamped = fabs(g * (double)up[j]) * exp(-87); // exp stops before 88
-                    // GELU's exponent has six roundings, which e^-z turns into |z| times as much, as long as it counts.
-                    const double exponent = activation == TL_GELU ? expm1(gamma_of(6) * fmin(fabs(z), 88)) : 0;
+                    const int clamped_unit = activation == TL_CLAMPED_SWIGLU;
+                    const double g = clamped_unit ? fmin((double)gate[j], 7) : (double)gate[j];
+                    const double u = clamped_unit ? fmax(fmin((double)up[j], 7), -7) + 1 : (double)up[j];
+                    const double root = sqrt(8 / acos(-1.0));
+                    const double z = activation == TL_GELU ? root * (g + 0.044715 * g * g * g)
+                                     : clamped_unit        ? 1.702 * g
+                                                           : g;
+                    const double exact = g / (1 + exp(-z)) * u;
+                    const double clamped = fabs(g * u) * exp(-87); // exp stops before 88
+                    // Roundings of the exponent, which e^-z turns into |z| times as much, as long as it counts: GELU's
+                    // six, and of 1.702 and its product.
+                    const int n_roundings = activation == TL_GELU ? 6 : clamped_unit ? 2 : 0;
+                    const double exponent = expm1(gamma_of(n_roundings) * fmin(fabs(z), 88));
+                    // u + 1 is rounded once, and where it nearly vanishes that is all of it: 8 * 2^-24 of |g|.
+                    const double sum = clamped_unit ? fabs(g / (1 + exp(-z))) * 0x1p-21 : 0;
                     CHECK(fabs((double)out[j] - exact) <=
-                              (EXP_ERROR + gamma_of(4) + exponent) * (fabs(exact) + clamped) + clamped,
-                          "%s scalar: %g, %g give %.9g, not %.9g", name, g, (double)up[j], (double)out[j], exact);
+                              (EXP_ERROR + gamma_of(4) + exponent) * (fabs(exact) + clamped) + clamped + sum,
+                          "%s scalar: %g, %g give %.9g, not %.9g", name, (double)gate[j], (double)up[j], (double)out[j],
+                          exact);
                 }
             }
             free(expected);
@@ -875,6 +887,7 @@ int main(void) {
     check_quantize();
     check_glu(TL_SILU);
     check_glu(TL_GELU);
+    check_glu(TL_CLAMPED_SWIGLU);
     check_soft_cap();
     check_rope();
     check_store_kv();

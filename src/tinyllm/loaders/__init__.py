@@ -12,7 +12,7 @@ import json
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn
@@ -58,7 +58,7 @@ FORMATS: dict[int, Format] = {
     30: Format("BF16", 1, 2),
     39: Format("MXFP4", 32, 17),
 }
-F32, F16, BF16 = 0, 1, 30
+F32, F16, BF16, MXFP4 = 0, 1, 30, 39
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class TensorInfo:
     """Where one tensor lies: `n_bytes` bytes at `offset` of `path`, checked to be inside the file.
 
     `shape` is in numpy's order, so a matrix is (rows, k) and its rows are contiguous; `format` is a key of
-    `FORMATS`.
+    `FORMATS`. Where `row_stride` is not 1, only every so-many-th row (or number, of a vector) from `offset`
+    on belongs to it. MXFP4 in two parts, as safetensors hold it, has its bytes of scale in `scales`.
     """
 
     name: str
@@ -75,6 +76,36 @@ class TensorInfo:
     path: Path
     offset: int
     n_bytes: int
+    row_stride: int = 1
+    scales: TensorInfo | None = None
+
+    def parts(self) -> list[TensorInfo]:
+        """What a tensor of several dimensions is made of along the first: a stack's matrices."""
+        n = self.shape[0]
+        scales = self.scales.parts() if self.scales else [None] * n
+        size = self.n_bytes // n
+        return [
+            replace(
+                self,
+                name=f"{self.name}[{i}]",
+                shape=self.shape[1:],
+                offset=self.offset + i * size,
+                n_bytes=size,
+                scales=scales[i],
+            )
+            for i in range(n)
+        ]
+
+    def every_other(self, first: int) -> TensorInfo:
+        """The rows (or numbers) first, first + 2, ... where first is 0 or 1."""
+        return replace(
+            self,
+            shape=(self.shape[0] // 2, *self.shape[1:]),
+            offset=self.offset + first * (self.n_bytes // self.shape[0]),
+            n_bytes=self.n_bytes // 2,
+            row_stride=2,
+            scales=self.scales and self.scales.every_other(first),
+        )
 
     def read_f32(self) -> npt.NDArray[np.float32]:
         """The values as float32, of this shape. For small float tensors; raises UnsupportedError for
@@ -88,15 +119,17 @@ def read_tensor_f32(info: TensorInfo) -> npt.NDArray[np.float32]:
         raise UnsupportedError(
             f"{info.path}: tensor {show(info.name)} is {FORMATS[info.format].name}, not F32, F16 or BF16"
         )
+    row_bytes = info.n_bytes // (info.shape or (1,))[0]
+    n_bytes = info.n_bytes + (info.row_stride - 1) * (info.n_bytes - row_bytes)
     with FileReader(info.path) as file:
-        raw = file.read_at(info.offset, info.n_bytes)
+        raw = file.read_at(info.offset, n_bytes)
     if info.format == F32:
         values = np.frombuffer(raw, "<f4").astype(np.float32)
     elif info.format == F16:
         values = np.frombuffer(raw, "<f2").astype(np.float32)
     else:
         values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return values.reshape(info.shape)
+    return values.reshape(-1, *info.shape[1:])[:: info.row_stride].reshape(info.shape)
 
 
 class FileReader:

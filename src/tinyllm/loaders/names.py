@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import ModelConfig
-from ..errors import FormatError
+from ..errors import FormatError, UnsupportedError
 from ..families import Source, family
-from . import BF16, F16, F32, FORMATS, TensorInfo, show
+from . import BF16, F16, F32, FORMATS, MXFP4, TensorInfo, show
 
 Key = tuple[str, "int | None"]  # (canonical name, layer); of expert i the name ends with .i, as in w_gate.7
 MAX_PROBLEMS = 20
@@ -45,7 +45,7 @@ class Name:
     def tensors(self, config: ModelConfig, source: Source) -> Iterator[tuple[str, list[Key]]]:
         """The tensors that a file holds of it, and what weights each of them is."""
         name = self.gguf if source == "gguf" else self.hf
-        for old, new in family(config.architecture, source).hf_names.items() if source == "hf" else ():
+        for old, new in family(config.architecture, source).renamed.get(source, {}).items():
             name = name.replace(old, new)
         for layer in range(config.n_layers) if self.per_layer else (None,):
             keys: list[Key] = [(f"{self.canonical}.{i}", layer) for i in range(config.n_experts)]
@@ -90,10 +90,21 @@ def _linear(
     )
 
 
-def _expert(part: str, rows: Callable[[ModelConfig], int], k: Callable[[ModelConfig], int]) -> Name:
-    """A matrix that every expert has."""
-    gguf, hf = f"blk.{{}}.ffn_{part}_exps.weight", f"model.layers.{{}}.mlp.experts.{{}}.{part}_proj.weight"
-    return Name(f"w_{part}", gguf, hf, lambda c: (rows(c), k(c)), _sparse, per_expert=True)
+def _expert(
+    part: str, rows: Callable[[ModelConfig], int], k: Callable[[ModelConfig], int]
+) -> tuple[Name, Name]:
+    """A matrix that every expert has, and its bias."""
+    gguf, hf = f"blk.{{}}.ffn_{part}_exps", f"model.layers.{{}}.mlp.experts.{{}}.{part}_proj"
+    return (
+        Name(
+            f"w_{part}", f"{gguf}.weight", f"{hf}.weight", lambda c: (rows(c), k(c)), _sparse, per_expert=True
+        ),
+        Name(f"b_{part}", f"{gguf}.bias", f"{hf}.bias", lambda c: (rows(c),), _expert_bias, per_expert=True),
+    )
+
+
+def _expert_bias(c: ModelConfig) -> bool:
+    return c.expert_bias
 
 
 def _dense(c: ModelConfig) -> bool:
@@ -181,6 +192,13 @@ TABLE: tuple[Name, ...] = (
     *_linear("v", "attn_v", "self_attn.v_proj", _kv_dim, _dim, _attention_bias),
     _qk_norm("q", _q_norm, lambda c: c.n_heads),
     _qk_norm("k", _k_norm, lambda c: c.n_kv_heads),
+    Name(
+        "sinks",
+        "blk.{}.attn_sinks.weight",
+        "model.layers.{}.self_attn.sinks",
+        lambda c: (c.n_heads,),
+        lambda c: c.sinks,
+    ),
     *_linear("o", "attn_output", "self_attn.o_proj", _dim, _q_dim, _output_bias),
     _norm(
         "attention_post_norm",
@@ -200,9 +218,16 @@ TABLE: tuple[Name, ...] = (
     *_linear("_up", "ffn_up", "mlp.up_proj", _ff_dim, _dim, _ffn_bias, present=_dense),
     *_linear("_down", "ffn_down", "mlp.down_proj", _dim, _ff_dim, _ffn_bias, present=_dense),
     Name("router", "blk.{}.ffn_gate_inp.weight", "model.layers.{}.mlp.gate.weight", _router, _sparse),
-    _expert("gate", _ff_dim, _dim),
-    _expert("up", _ff_dim, _dim),
-    _expert("down", _dim, _ff_dim),
+    Name(
+        "b_router",
+        "blk.{}.ffn_gate_inp.bias",
+        "model.layers.{}.mlp.gate.bias",
+        lambda c: (c.n_experts,),
+        _expert_bias,
+    ),
+    *_expert("gate", _ff_dim, _dim),
+    *_expert("up", _ff_dim, _dim),
+    *_expert("down", _dim, _ff_dim),
     _norm("ffn_post_norm", "post_ffw_norm", "post_feedforward_layernorm", lambda c: c.norm_place != "before"),
 )
 
@@ -287,6 +312,8 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
         tensors = {_unwrapped(name): info for name, info in tensors.items()}
     if row_of_family.fused:
         tensors = _split_fused(tensors, config, source)
+    if row_of_family.stacked and source == "hf":
+        tensors = _split_stacks(tensors, config)
     found: dict[Key, TensorInfo] = {}
     problems: list[str] = []
     expected: set[str] = set()
@@ -306,11 +333,13 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
                 problems.append(f"{name} is missing, expected with shape {shape}")
             elif tensors[name].shape != shape:
                 problems.append(f"{name} has shape {tensors[name].shape}, expected {shape}")
-            elif len(shape) == 1 and tensors[name].format not in (F32, F16, BF16):
+            elif len(row.shape(config)) == 1 and tensors[name].format not in (F32, F16, BF16):
                 stored = FORMATS[tensors[name].format].name
                 problems.append(f"{name} is {stored}; a norm or bias must be F32, F16 or BF16")
             else:
-                found.update(zip(keys, _split(tensors[name], len(keys)), strict=True))
+                stack = row.per_expert and source == "gguf"
+                parts = tensors[name].parts() if stack else [tensors[name]]
+                found.update(zip(keys, parts, strict=True))
     harmless = _HARMLESS[source]
     extra = [name for name in tensors if name not in expected and not harmless.fullmatch(name)]
     problems += [f"{show(name)} of shape {tensors[name].shape} is not expected" for name in sorted(extra)]
@@ -356,24 +385,32 @@ def _split_fused(
 def gguf_names(weights: Weights) -> dict[Key, str]:
     """What each weight is called in GGUF files."""
     names = {row.canonical: row.gguf for row in TABLE}  # of norms with several, one
-    return {(canonical, layer): names[canonical].format(layer) for canonical, layer in weights}
+    return {(canonical, layer): names[canonical.split(".")[0]].format(layer) for canonical, layer in weights}
 
 
-def _split(tensor: TensorInfo, n: int) -> list[TensorInfo]:
-    """A tensor, or the n that a tensor of three dimensions is made of."""
-    if len(tensor.shape) < 3:
-        return [tensor]
-    n_bytes = tensor.n_bytes // n
-    return [
-        replace(
-            tensor,
-            name=f"{tensor.name}[{i}]",
-            shape=tensor.shape[1:],
-            offset=tensor.offset + i * n_bytes,
-            n_bytes=n_bytes,
-        )
-        for i in range(n)
-    ]
+def _split_stacks(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, TensorInfo]:
+    """Stacks of experts as a tensor an expert: of gate_up_proj even rows are gate's, odd ones up's. What is
+    no stack of them stays whole, and so does not fit the table."""
+    found: dict[str, TensorInfo] = {}
+    for name, stack in tensors.items():
+        match = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up|down)_proj(_bias)?", name)
+        if not match or stack.shape[0] != config.n_experts:
+            found[name] = stack
+            continue
+        prefix, part, bias = match.groups()
+        kind = "bias" if bias else "weight"
+        if not bias and stack.format != MXFP4:
+            raise UnsupportedError(
+                f"{name} is {FORMATS[stack.format].name}: of safetensors with stacked experts only those in "
+                "MXFP4 are supported; convert the model to GGUF"
+            )
+        for i, expert in enumerate(stack.parts()):
+            if part == "down":
+                found[f"{prefix}{i}.down_proj.{kind}"] = expert
+            else:
+                found[f"{prefix}{i}.gate_proj.{kind}"] = expert.every_other(0)
+                found[f"{prefix}{i}.up_proj.{kind}"] = expert.every_other(1)
+    return found
 
 
 def row_orders(config: ModelConfig, source: Source) -> dict[str, npt.NDArray[np.int32]]:

@@ -8,7 +8,7 @@ itself, by offset. Imports only `errors` and this package's shared part. Read ne
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from . import (
     F32,
     FORMATS,
     MAX_JSON_BYTES,
+    MXFP4,
     FileReader,
     TensorInfo,
     list_directory,
@@ -31,7 +32,8 @@ from . import (
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_DIMENSIONS = 8
-_FORMAT_OF_DTYPE = {"F32": F32, "F16": F16, "BF16": BF16}
+_BYTES = -1  # not a format: of tensors whose parts `_join_mxfp4` puts together
+_FORMAT_OF_DTYPE = {"F32": F32, "F16": F16, "BF16": BF16, "U8": _BYTES}
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     """
     path = Path(path)
     if not os.path.isdir(path):
-        return SafetensorsFile(_read_file(path), (path,))
+        return SafetensorsFile(_join_mxfp4(_read_file(path)), (path,))
     if os.path.exists(path / SINGLE):
-        return SafetensorsFile(_read_file(path / SINGLE), (path / SINGLE,))
+        return SafetensorsFile(_join_mxfp4(_read_file(path / SINGLE)), (path / SINGLE,))
     if os.path.exists(path / INDEX):
         return _read_shards(path / INDEX)
     pickles = [show(name) for name in list_directory(path) if name.endswith((".bin", ".pth", ".pt"))]
@@ -83,7 +85,39 @@ def _read_shards(index: Path) -> SafetensorsFile:
     if missing:
         raise FormatError(f"{index}: names tensors that their shards do not hold: {show_some(missing)}")
     tensors = {name: shards[file][name] for name, file in weight_map.items()}
-    return SafetensorsFile(tensors, tuple(index.with_name(file) for file in shards))
+    return SafetensorsFile(_join_mxfp4(tensors), tuple(index.with_name(file) for file in shards))
+
+
+def _join_mxfp4(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """NAME_blocks [..., rows, blocks, 16] and NAME_scales [..., rows, blocks] as NAME [..., rows, k], MXFP4.
+
+    Raises UnsupportedError for other tensors of bytes.
+    """
+    joined: dict[str, TensorInfo] = {}
+    for name, tensor in tensors.items():
+        if tensor.format != _BYTES:
+            joined[name] = tensor
+            continue
+        stem, _, kind = name.rpartition("_")
+        blocks, scales = tensors.get(f"{stem}_blocks"), tensors.get(f"{stem}_scales")
+        if not (blocks and scales) or blocks.format != _BYTES or scales.format != _BYTES:
+            raise _unsupported(tensor.path, name, "U8")
+        if blocks.shape != (*scales.shape, 16) or len(scales.shape) < 2:
+            raise FormatError(
+                f"{tensor.path}: {show(stem)} has blocks of shape {blocks.shape} and scales of shape "
+                f"{scales.shape}; MXFP4 has 16 bytes and a scale a block"
+            )
+        if kind == "blocks":
+            shape = (*scales.shape[:-1], 32 * scales.shape[-1])
+            joined[stem] = replace(blocks, name=stem, shape=shape, format=MXFP4, scales=scales)
+    return joined
+
+
+def _unsupported(path: Path, name: str, dtype: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{path}: tensor {show(name)} has dtype {show(dtype)}; F32, F16 and BF16 are supported, and U8 in "
+        "pairs of MXFP4 blocks and scales. Other quantized models are read from GGUF"
+    )
 
 
 def _read_file(path: Path) -> dict[str, TensorInfo]:
@@ -131,15 +165,12 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     if not isinstance(dtype, str):
         fail("its dtype is not a string")
     if dtype not in _FORMAT_OF_DTYPE:
-        raise UnsupportedError(
-            f"{path}: tensor {show(name)} has dtype {show(dtype)}; F32, F16 and BF16 are supported. "
-            "Quantized models are read from GGUF"
-        )
+        raise _unsupported(path, name, dtype)
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         fail(f"its shape must be a list of at most {MAX_DIMENSIONS} whole numbers")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         fail("its data_offsets must be two whole numbers in ascending order")
-    n_bytes = FORMATS[_FORMAT_OF_DTYPE[dtype]].block_bytes
+    n_bytes = 1 if dtype == "U8" else FORMATS[_FORMAT_OF_DTYPE[dtype]].block_bytes
     for n in shape:
         n_bytes *= n
     if n_bytes == 0:
