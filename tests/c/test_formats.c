@@ -41,8 +41,8 @@ static void put_codes(numbers *n, const vb w[8], int zero, int offset) {
 
 #define LOAD(name)                                                                                                     \
     vb w[8];                                                                                                           \
-    load_##name(w, b, j);                                                                                              \
-    vi (*dot)(vi, vb, const int8_t *) = DOT_##name;                                                                    \
+    for (int c = 0; c < 8; c++) w[c] = load_##name(b, j, c);                                                           \
+    vi (*dot)(vi, vb, vq) = DOT_##name;                                                                                \
     put_codes(n, w, ZERO_##name, dot == vi_dot_offset);                                                                \
     vf scale = scale_##name(b, j)
 #define READ_SCALE32(name)                                                                                             \
