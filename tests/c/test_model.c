@@ -103,6 +103,7 @@ static const shape shapes[] = {
       .norm_topk_prob = 1},
      {1, 8, 8, 8, 2, 1, 8, 0, 2},
      1,
+     0,
      0},
 };
 
