@@ -30,6 +30,9 @@ static tl_status check_variations(const tl_config *c, tl_message *message) {
                          (c->ropes[l] == TL_ROPE_LOCAL && c->local_rope_theta == 0)))
             return tl_fail(message, TL_ARGUMENT, "the RoPE of layer %d is %d, not one there is", l, c->ropes[l]);
     }
+    if (c->n_experts &&
+        (c->parallel || c->norm_place != TL_NORM_BEFORE || (c->residual_scale != 0 && c->residual_scale != 1)))
+        return tl_fail(message, TL_UNSUPPORTED, "experts go with norms before, one after the other and unscaled");
     return TL_OK;
 }
 
@@ -49,9 +52,6 @@ tl_status tl_config_check(const tl_config *c, tl_message *message) {
         !c->n_experts != !c->n_experts_used)
         return tl_fail(message, TL_ARGUMENT, "%d experts of %d are not 1 or more of at most %d", c->n_experts_used,
                        c->n_experts, 1 << 12);
-    if (c->n_experts &&
-        (c->parallel || c->norm_place != TL_NORM_BEFORE || (c->residual_scale != 0 && c->residual_scale != 1)))
-        return tl_fail(message, TL_UNSUPPORTED, "experts go with norms before, one after the other and unscaled");
     if (c->n_heads % c->n_kv_heads)
         return tl_fail(message, TL_ARGUMENT, "%d heads cannot share %d kv heads evenly", c->n_heads, c->n_kv_heads);
     if ((int64_t)c->n_heads * c->head_dim > 1 << 20)

@@ -589,7 +589,7 @@ static void check_refused_configs(const tl_config *good) {
     const int32_t bad_windows[] = {0, -1, 0}, bad_ropes[] = {TL_ROPE, 3, TL_ROPE}, unknown[] = {TL_ROPE_LOCAL, 0, 0};
     BAD_CONFIG(norm_kind = 2);
     BAD_CONFIG(norm_place = 3);
-    BAD_CONFIG(activation = 2);
+    BAD_CONFIG(activation = 3);
     BAD_CONFIG(qk_norm = 4);
     BAD_CONFIG(parallel = 2);
     BAD_CONFIG(attention_cap = -1);
