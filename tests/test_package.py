@@ -85,7 +85,7 @@ def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
         text = archive.read(metadata).decode()
-    (module,) = files - wanted
+    (module,) = files - wanted - {"tinyllm/libtinyllm_cuda.so"}  # built where nvcc works
     assert re.fullmatch(r"tinyllm/_core\..*(so|pyd)", module)
     assert wanted <= files
     assert re.search(r"^Name: tinyllm-inference$", text, re.MULTILINE)
