@@ -79,6 +79,10 @@ typedef struct tl_expert_unit {
 } tl_expert_unit;
 tl_expert_unit tl_cpu_expert_unit(const tl_routing *routing, int n_panels, int block, int unit);
 void tl_cpu_moe(tl_run *run, int layer);
+// A product's panels [first, last) for rows [from, to) of its input; with `up` both, and the activation.
+void tl_cpu_multiply(const tl_product *p, int first, int last, int from, int to);
+// Panels a unit takes: as many as stay in L2, at most `share`, whole groups, at least one.
+int tl_cpu_block(const tl_matrix *w, int share);
 // cpu_attend.c
 void tl_cpu_tiles(tl_cpu_run *run);
 void tl_cpu_attend(tl_run *run, int layer);

@@ -5,8 +5,6 @@
 #include "numeric.h"
 #include <string.h>
 
-#define BLOCK_BYTES (512 << 10) // weights a unit reads: about half of L2, so that they stay there for all its rows
-
 typedef struct job {
     tl_cpu_run *run;
     tl_routing *routing;
@@ -77,10 +75,6 @@ tl_expert_unit tl_cpu_expert_unit(const tl_routing *r, int n_panels, int block, 
                             r->first_row[expert + 1]};
 }
 
-static void multiply(const tl_product *p, const tl_expert_unit *u) {
-    tl_isa()->matmul[p->w->format - tl_formats](p, u->first, u->last, u->from, u->to);
-}
-
 static void expert_unit(void *data, int unit, int thread) {
     (void)thread;
     const job *j = data;
@@ -90,27 +84,22 @@ static void expert_unit(void *data, int unit, int thread) {
     const tl_expert_unit u = tl_cpu_expert_unit(j->routing, n_panels, j->block, unit);
     const tl_expert *expert = &j->layer->experts[u.expert];
     const size_t ff = (size_t)j->config->ff_dim, dim = (size_t)j->config->dim;
+    tl_product up = {.w = &expert->w_up, .in = &r->in, .out = r->up, .stride = ff};
+    const tl_product gate = {.w = &expert->w_gate,
+                             .in = &r->in,
+                             .out = r->base.hidden,
+                             .stride = ff,
+                             .up = &up,
+                             .activation = j->config->activation};
     const tl_product down = {.w = &expert->w_down, .in = &r->in, .out = r->visits, .stride = dim};
-    const tl_product gate = {.w = &expert->w_gate, .in = &r->in, .out = r->base.hidden, .stride = ff};
-    const tl_product up = {.w = &expert->w_up, .in = &r->in, .out = r->up, .stride = ff};
-    if (j->down) {
-        multiply(&down, &u);
-        return;
-    }
-    multiply(&gate, &u);
-    multiply(&up, &u);
-    const int row = u.first * TL_ROWS, n = tl_min(u.last * TL_ROWS, j->config->ff_dim) - row;
-    for (size_t t = (size_t)u.from; t < (size_t)u.to; t++)
-        tl_isa()->glu[j->config->activation](gate.out + t * ff + row, up.out + t * ff + row, n);
+    tl_cpu_multiply(j->down ? &down : &gate, u.first, u.last, u.from, u.to);
 }
 
 // One half: rows of activations readied, then every active expert's matrices, in blocks that stay in L2, smaller where
 // that leaves too few units for the threads.
 static void half(job *j, int n_rows, const tl_matrix *w) {
     const int threads = j->run->base.batch->threads, n_panels = tl_panels(w), wanted = TL_UNITS_THREAD * threads;
-    const int most = (int)(BLOCK_BYTES / (w->n_bytes / (size_t)n_panels + 1));
-    const int share = j->routing->n_active * n_panels / wanted;
-    j->block = tl_max(1, tl_min(most, share) / TL_GROUP) * TL_GROUP;
+    j->block = tl_cpu_block(w, j->routing->n_active * n_panels / wanted);
     j->run->in.x = j->x;
     j->run->in.k = w->k;
     if (j->quantize || j->gathered) tl_parallel(n_rows < TL_FEW_TOKENS ? 1 : threads, n_rows, prepare_row, j);

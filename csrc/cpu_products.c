@@ -31,6 +31,20 @@ static void prepare_row(void *data, int t, int thread) {
     if (j->quantize) tl_isa()->quantize(in->q + row * k, in->groups + row * (k / TL_Q), x, in->k);
 }
 
+void tl_cpu_multiply(const tl_product *p, int first, int last, int from, int to) {
+    tl_isa()->matmul[p->w->format - tl_formats](p, first, last, from, to);
+    if (!p->up) return;
+    tl_isa()->matmul[p->up->w->format - tl_formats](p->up, first, last, from, to);
+    const int row = first * TL_ROWS, n = tl_min(last * TL_ROWS, p->w->rows) - row;
+    for (size_t t = (size_t)from; t < (size_t)to; t++)
+        tl_isa()->glu[p->activation](p->out + t * p->stride + row, p->up->out + t * p->stride + row, n);
+}
+
+int tl_cpu_block(const tl_matrix *w, int share) {
+    const int most = (int)(BLOCK_BYTES / (w->n_bytes / (size_t)tl_panels(w) + 1));
+    return tl_max(1, tl_min(most, share) / TL_GROUP) * TL_GROUP;
+}
+
 static void product_unit(void *data, int unit, int thread) {
     (void)thread;
     const job *j = data;
@@ -40,12 +54,7 @@ static void product_unit(void *data, int unit, int thread) {
     const int within = unit - j->first_unit[i], from = within % j->n_token_blocks * j->token_block;
     const int to = tl_min(from + j->token_block, j->n_tokens), first = within / j->n_token_blocks * j->block[i];
     const int last = tl_min(first + j->block[i], tl_panels(p->w));
-    tl_isa()->matmul[p->w->format - tl_formats](p, first, last, from, to);
-    if (!p->up) return;
-    tl_isa()->matmul[p->up->w->format - tl_formats](p->up, first, last, from, to);
-    const int row = first * TL_ROWS, n = tl_min(last * TL_ROWS, p->w->rows) - row;
-    for (size_t t = (size_t)from; t < (size_t)to; t++)
-        tl_isa()->glu[p->activation](p->out + t * p->stride + row, p->up->out + t * p->stride + row, n);
+    tl_cpu_multiply(p, first, last, from, to);
 }
 
 // Sizes the units: a block of weights that stays in L2, smaller where that leaves too few units for the threads.
@@ -59,10 +68,8 @@ static void cut(job *j, int n_products, int threads) {
     j->n_token_blocks = (j->n_tokens + j->token_block - 1) / j->token_block;
     for (int i = 0; i < n_products; i++) {
         const tl_matrix *w = j->products[i].w;
-        const int most = (int)(BLOCK_BYTES / (w->n_bytes / (size_t)tl_panels(w) + 1));
         const int share = panels * j->n_token_blocks / wanted;
-        j->block[i] = tl_max(1, tl_min(most, share) / TL_GROUP) * TL_GROUP;
-        if (share < TL_GROUP) j->block[i] = 2; // 32 rows, never fewer
+        j->block[i] = share < TL_GROUP ? 2 : tl_cpu_block(w, share); // 32 rows, never fewer
         j->first_unit[i + 1] = j->first_unit[i] + (tl_panels(w) + j->block[i] - 1) / j->block[i] * j->n_token_blocks;
     }
 }

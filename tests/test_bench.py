@@ -16,15 +16,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import reference
+from helpers_cli import Cli, in_process
 
 import tinyllm
 from tinyllm import backends, benchmark
@@ -71,24 +71,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("bench") / "tiny.gguf", "q4_k_m")
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
-
-
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Runs tinyllm-bench in this process."""
-
-    def run(*argv: str | Path) -> Result:
-        code = main([str(arg) for arg in argv])
-        return Result(code, *capsys.readouterr())
-
-    return run
+    return in_process(main, monkeypatch, capsys)
 
 
 def rows(cli: Cli, *argv: str | Path) -> list[dict[str, Any]]:

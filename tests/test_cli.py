@@ -12,12 +12,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import pytest
+from helpers_cli import Cli, Result, in_process
 
 import tinyllm
 from tinyllm.cli import common
@@ -31,25 +32,10 @@ TEMPLATE = (
 )
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
-
-
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs tinyllm-run in this process, with `stdin` as what a pipe holds."""
-
-    def run(*argv: str | Path, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        code = main([str(arg) for arg in argv])
-        return Result(code, *capsys.readouterr())
-
-    return run
+    """Runs tinyllm-run in this process."""
+    return in_process(main, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from helpers_cli import Cli, in_process
 from helpers_gguf import small_tokenizer, write_gguf
 from helpers_models import random_weights
 
@@ -29,25 +29,10 @@ TEXT = "Once upon a time there was a frog. The frog sat on a stone and looked at
 FAST = ("-p", "4", "-n", "2", "-r", "1", "--buffer", "1")
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
-
-
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Runs `tinyllm-bench compare` in this process, TEXT as what a pipe holds."""
-
-    def run(*argv: str | Path) -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode()), encoding="utf-8"))
-        code = main(["compare", *(str(arg) for arg in argv)])
-        return Result(code, *capsys.readouterr())
-
-    return run
+    return in_process(main, monkeypatch, capsys, "compare", stdin=TEXT.encode())
 
 
 def of_types(*types: str) -> list[Candidate]:

@@ -7,14 +7,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ReadCount
+from helpers_cli import Cli, in_process
 from helpers_gguf import small_tokenizer, write_gguf
 from helpers_models import golden_spec, random_weights, write_hf_directory
 from test_sampling import random_logits, reference
@@ -34,23 +34,10 @@ CHATML = (
 )
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
-
-
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*argv: str | Path) -> Result:
-        return Result(main([str(arg) for arg in argv]), *capsys.readouterr())
-
-    return run
+    return in_process(main, monkeypatch, capsys)
 
 
 def write(path: Path, tokenizer: dict[str, Any] | None = None, **config: Any) -> Path:

@@ -7,18 +7,18 @@ The text is made here; the data of others is only measured on (`data_dir`, conft
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from helpers_cli import Cli, in_process
 from helpers_gguf import small_tokenizer, write_gguf
 from helpers_models import random_weights
 
@@ -318,25 +318,10 @@ def test_llama_cpp_finds_the_same_perplexity(stride: int | None, master: tinyllm
 # --- the command --------------------------------------------------------------------------------------------
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
-
-
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs tinyllm-perplexity in this process, with `stdin` as what a pipe holds."""
-
-    def run(*argv: str | Path, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        code = main([str(arg) for arg in argv])
-        return Result(code, *capsys.readouterr())
-
-    return run
+    """Runs tinyllm-perplexity in this process."""
+    return in_process(main, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from tinyllm.cli.common import (
     EXIT_CODES,
     EXIT_OK,
     Parser,
+    add_model_argument,
     positive,
     progress_line,
     run_command,
@@ -92,12 +93,7 @@ def _run(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(PROG, "MODEL... [options]", DESCRIPTION, EPILOG)
-    parser.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="a .gguf file, a Hugging Face directory, or stories, the model that comes with tinyllm",
-    )
+    add_model_argument(parser, "models", "+")
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "-p",

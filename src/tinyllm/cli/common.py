@@ -124,6 +124,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_model_argument(
+    parser: argparse.ArgumentParser, name: str = "model", nargs: str | None = None
+) -> None:
+    """MODEL, what `tinyllm.load` takes: one, or as many as argparse's nargs says."""
+    parser.add_argument(
+        name,
+        nargs=nargs,
+        metavar="MODEL",
+        help="a .gguf file, a Hugging Face directory, or stories, the model that comes with tinyllm",
+    )
+
+
 def add_model_options(
     parser: argparse.ArgumentParser,
     context: str = "room for N tokens of prompt and answer (default: the model's own)",

@@ -17,6 +17,7 @@ from tinyllm.cli.common import (
     EXIT_OK,
     Parser,
     UsageError,
+    add_model_argument,
     positive,
     progress_line,
     read_text,
@@ -92,12 +93,7 @@ def run(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(PROG, "MODEL... [options]", DESCRIPTION, EPILOG)
-    parser.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="a .gguf file, a Hugging Face directory, or stories, the model that comes with tinyllm",
-    )
+    add_model_argument(parser, "models", "+")
     parser.add_argument(
         "--types",
         type=lambda text: text.split(","),

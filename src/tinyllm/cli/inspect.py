@@ -22,6 +22,7 @@ from tinyllm.cli.common import (
     EXIT_OK,
     Parser,
     UsageError,
+    add_model_argument,
     add_model_options,
     load_model,
     positive,
@@ -87,11 +88,7 @@ def _run(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(PROG, "MODEL [options]", DESCRIPTION, EPILOG)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a .gguf file, a Hugging Face directory, or stories, the model that comes with tinyllm",
-    )
+    add_model_argument(parser)
     what = parser.add_argument_group("what to show")
     what.add_argument("--tensors", action="store_true", help="every tensor, not only kinds of them")
     what.add_argument("--tokens", metavar="TEXT", help="the tokens of a text")

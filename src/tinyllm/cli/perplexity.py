@@ -19,6 +19,7 @@ from tinyllm.cli.common import (
     EXIT_OK,
     Parser,
     UsageError,
+    add_model_argument,
     add_model_options,
     load_model,
     positive,
@@ -98,11 +99,7 @@ def _so_far(nll: Any) -> str:
 
 def _parser() -> Parser:
     parser = Parser(PROG, "MODEL TEXT [options]", DESCRIPTION, EPILOG)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a .gguf file, a Hugging Face directory, or stories, the model that comes with tinyllm",
-    )
+    add_model_argument(parser)
     parser.add_argument("text", metavar="TEXT", help="a UTF-8 file; - reads it from a pipe")
     how = parser.add_argument_group("what to measure")
     how.add_argument(

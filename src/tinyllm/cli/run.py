@@ -21,6 +21,7 @@ from tinyllm.cli.common import (
     EXIT_OK,
     Parser,
     UsageError,
+    add_model_argument,
     add_model_options,
     add_sampling_options,
     load_model,
@@ -98,12 +99,7 @@ def _run(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(PROG, "MODEL [PROMPT] [options]", DESCRIPTION, EPILOG)
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a .gguf file, a Hugging Face directory, or stories, the model that comes with tinyllm",
-    )
+    add_model_argument(parser, nargs="?")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text; - reads it from a pipe")
 
     text = parser.add_argument_group("prompt")
