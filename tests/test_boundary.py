@@ -147,9 +147,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mixes": {"errors", "loaders"},
     "imatrix": {"errors", "loaders"},
     "loading": {"backends", "config", "errors", "llm", "loaders", "mixes", "modelfiles"},
-    "quantization": {
-        *{"backends", "chat", "config", "errors", "imatrix", "loaders", "mixes", "modelfiles", "tokenizer"},
-    },
+    "contents": {"chat", "config", "errors", "families", "loaders", "modelfiles", "tokenizer"},
+    "quantization": {"backends", "contents", "errors", "imatrix", "loaders", "mixes", "modelfiles"},
     "inspection": {
         *{"backends", "chat", "config", "engine", "errors", "loaders", "loading", "modelfiles"},
         *{"reasoning", "tokenizer"},

@@ -25,8 +25,8 @@ from tinyllm import backends
 from tinyllm.benchmark import read_facts
 from tinyllm.calibration import observe
 from tinyllm.config import config_from_gguf, config_from_json
-from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.loaders import FORMATS
+from tinyllm.errors import ArgumentError, FormatError, UnsupportedError
+from tinyllm.loaders import FORMATS, FileReader, TensorInfo
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.loaders.names import map_tensors
 from tinyllm.loaders.safetensors import read_safetensors
@@ -295,6 +295,32 @@ def test_gpt_oss_from_both_files_is_the_same(oss: tuple[Path, Path, dict[str, F3
         tinyllm.load(gguf, device="cpu", threads=1) as b,
     ):
         np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
+
+
+def test_gpt_oss_is_written_as_gguf(oss: tuple[Path, Path, dict[str, F32]], tmp_path: Path) -> None:
+    """What is MXFP4 from the beginning stays as it is, to the bit, and is no quantized model; what is not
+    follows the mix."""
+    directory, gguf, _ = oss
+    tinyllm.quantize(directory, tmp_path / "out.gguf", "mxfp4")
+    ours, theirs = read_gguf(tmp_path / "out.gguf"), read_gguf(gguf)
+    assert sorted(ours.tensors) == sorted(theirs.tensors)
+    for name, tensor in theirs.tensors.items():
+        mine = ours.tensors[name]
+        if "_exps." in name or len(tensor.shape) == 1:
+            assert (mine.shape, mine.format) == (tensor.shape, tensor.format)
+            assert bytes_of(mine) == bytes_of(tensor), name
+        elif "_inp" not in name:
+            assert FORMATS[mine.format].name == "Q8_0"
+    ids = random_ids(OSS.config, OSS.seed, OSS.n_tokens)
+    with tinyllm.load(directory, weights="mxfp4") as a, tinyllm.load(tmp_path / "out.gguf") as b:
+        np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
+    with pytest.raises(ArgumentError, match=r"is quantized already .*is MXFP4"):
+        tinyllm.quantize(directory, tmp_path / "other.gguf", "q8_0")
+
+
+def bytes_of(tensor: TensorInfo) -> bytes:
+    with FileReader(tensor.path) as file:
+        return file.read_at(tensor.offset, tensor.n_bytes)
 
 
 @pytest.mark.parametrize(

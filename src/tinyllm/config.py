@@ -237,6 +237,34 @@ _GGUF_HARMLESS = (
     "rope.scaling.finetuned",
 )
 
+# The keys of GGUF metadata, behind the architecture's name, that hold a field of ModelConfig as it is. Some
+# families alone know those of GGUF_OWN: the keys among their row's gguf_defaults.
+GGUF_KEYS = {
+    "n_layers": "block_count",
+    "dim": "embedding_length",
+    "context": "context_length",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "ff_dim": "feed_forward_length",
+    "rope_dim": "rope.dimension_count",
+    "rope_theta": "rope.freq_base",
+}
+GGUF_OWN = {
+    "attention_scale": "attention.scale",
+    "attention_cap": "attn_logit_softcapping",
+    "logit_cap": "final_logit_softcapping",
+    "embedding_scale": "embedding_scale",
+    "residual_scale": "residual_scale",
+    "logit_scale": "logit_scale",
+    "local_rope_theta": "rope.freq_base_swa",
+}
+GGUF_EXPERTS = {
+    "n_experts": "expert_count",
+    "n_experts_used": "expert_used_count",
+    "ff_dim": "expert_feed_forward_length",
+}
+
 
 def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
     """The config of a GGUF model; `tensors` tell whether the output is tied and hold factors of RoPE.
@@ -251,18 +279,18 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
     row = family(architecture, "gguf")
     prefix = f"{architecture}."
     fields = _Fields({**{prefix + k: v for k, v in row.gguf_defaults.items()}, **metadata}, prefix)
-    dim = _bounded("dim", fields.whole("embedding_length"))
-    n_layers = _bounded("n_layers", fields.whole("block_count"))
-    n_heads = _bounded("n_heads", fields.whole("attention.head_count"))
-    context = _bounded("context", fields.whole("context_length"))
-    head_dim = _bounded("head_dim", fields.whole("attention.key_length", _head_dim(dim, n_heads)))
+    dim = _bounded("dim", fields.whole(GGUF_KEYS["dim"]))
+    n_layers = _bounded("n_layers", fields.whole(GGUF_KEYS["n_layers"]))
+    n_heads = _bounded("n_heads", fields.whole(GGUF_KEYS["n_heads"]))
+    context = _bounded("context", fields.whole(GGUF_KEYS["context"]))
+    head_dim = _bounded("head_dim", fields.whole(GGUF_KEYS["head_dim"], _head_dim(dim, n_heads)))
     value_dim = fields.whole("attention.value_length", head_dim)
     if value_dim != head_dim:
         raise UnsupportedError(
             f"values of {value_dim} beside keys of {head_dim} dimensions a head are not supported"
         )
-    rope_dim = _bounded("rope_dim", fields.whole("rope.dimension_count", head_dim))
-    theta = fields.number("rope.freq_base", 10000.0)
+    rope_dim = _bounded("rope_dim", fields.whole(GGUF_KEYS["rope_dim"], head_dim))
+    theta = fields.number(GGUF_KEYS["rope_theta"], 10000.0)
     factors, rope_scale, original_context = _gguf_rope(fields, row, rope_dim, theta, context)
     if "rope_freqs.weight" in tensors:
         factors = _multiply(factors, "rope_freqs.weight", tensors, rope_dim)
@@ -276,11 +304,12 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
     if not fields.flag("attention.causal", True):
         raise UnsupportedError("attention that is not causal is not supported")
 
-    def own(key: str, default: float) -> float:
+    def own(field: str, default: float) -> float:
         """A number that only some families know; elsewhere its key is unknown."""
+        key = GGUF_OWN[field]
         return fields.number(key, default) if key in row.gguf_defaults else default
 
-    logit_scale, local_theta = own("logit_scale", 1.0) or 1.0, own("rope.freq_base_swa", theta)
+    logit_scale, local_theta = own("logit_scale", 1.0) or 1.0, own("local_rope_theta", theta)
     windows = _windows(
         n_layers,
         fields.whole("attention.sliding_window", 0),
@@ -291,7 +320,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         n_layers=n_layers,
         dim=dim,
         n_heads=n_heads,
-        n_kv_heads=fields.whole("attention.head_count_kv", n_heads),
+        n_kv_heads=fields.whole(GGUF_KEYS["n_kv_heads"], n_heads),
         head_dim=head_dim,
         vocab_size=_gguf_vocab_size(fields, metadata, tensors),
         context=context,
@@ -300,12 +329,12 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         rope_dim=rope_dim,
         rope_factors=factors,
         rope_scale=rope_scale,
-        attention_scale=fields.number("attention.scale", 0.0)
+        attention_scale=fields.number(GGUF_OWN["attention_scale"], 0.0)
         or _gguf_scale(architecture, n_layers, dim, n_heads, head_dim),
         tied="output.weight" not in tensors,
         original_context=original_context,
-        attention_cap=own("attn_logit_softcapping", 0.0),
-        logit_cap=own("final_logit_softcapping", 0.0),
+        attention_cap=own("attention_cap", 0.0),
+        logit_cap=own("logit_cap", 0.0),
         embedding_scale=math.sqrt(dim) if row.scaled_embedding else own("embedding_scale", 1.0) or 1.0,
         residual_scale=own("residual_scale", 1.0) or 1.0,
         logit_scale=1 / logit_scale if row.divides_logits else logit_scale,
@@ -318,6 +347,30 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         config = replace(config, qk_norm=row.optional_qk_norm)
     fields.refuse_unknown(_GGUF_HARMLESS)
     return config
+
+
+def config_to_gguf(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    """The keys that say a model in GGUF, without the architecture that opens each: what `config_from_gguf`
+    reads as `config` again, but for the scaling of RoPE.
+
+    What the keys cannot say is left out, so read them back and compare.
+    """
+    row = family(architecture, "gguf")
+    own = {field: key for field, key in GGUF_OWN.items() if key in row.gguf_defaults}
+    experts = GGUF_EXPERTS if config.n_experts else {}
+    keys = {
+        key: getattr(config, field) for table in (GGUF_KEYS, own, experts) for field, key in table.items()
+    }
+    if row.divides_logits:
+        keys[GGUF_OWN["logit_scale"]] = 1 / config.logit_scale
+    if any(config.windows):
+        keys["attention.sliding_window"] = max(config.windows)
+    return {
+        **{key: value for key, value in keys.items() if value is not None},
+        "attention.value_length": config.head_dim,
+        _GGUF_EPS[config.norm_kind]: config.norm_eps,
+        "vocab_size": config.vocab_size,
+    }
 
 
 def _no_ropes(row: Family, n_layers: int) -> dict[str, Any]:
@@ -368,15 +421,15 @@ def _ropes(row: Family, windows: tuple[int, ...], n_layers: int, local_theta: fl
 
 def _gguf_feed_forward(fields: _Fields, row: Family) -> dict[str, Any]:
     """The width of the feed-forward or of an expert's, and the fields of a mixture of experts."""
-    ff_dim, n_experts = fields.whole("feed_forward_length"), fields.whole("expert_count", 0)
+    ff_dim, n_experts = fields.whole(GGUF_KEYS["ff_dim"]), fields.whole(GGUF_EXPERTS["n_experts"], 0)
     if not n_experts:
         return {"ff_dim": ff_dim}
     if "gguf" not in row.experts_in:
         raise UnsupportedError("a mixture of experts is not supported for this architecture")
     return {
-        "ff_dim": fields.whole("expert_feed_forward_length", ff_dim),
+        "ff_dim": fields.whole(GGUF_EXPERTS["ff_dim"], ff_dim),
         "n_experts": n_experts,
-        "n_experts_used": fields.whole("expert_used_count"),
+        "n_experts_used": fields.whole(GGUF_EXPERTS["n_experts_used"]),
         "norm_topk_prob": fields.flag("expert_weights_norm", True),
     }
 

@@ -171,7 +171,9 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 2048, "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
             "residual_multiplier": 1.0, "logits_scaling": 1.0,
         },
-        gguf_defaults={"embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0},
+        gguf_defaults={
+            "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "attention.scale": 0.0,
+        },
         divides_logits=True,
     ),
     "olmo2": Family(
@@ -253,6 +255,8 @@ FAMILIES: dict[str, Family] = {
 
 # General architectures of GGUF files that are called otherwise than the model type.
 _GGUF_NAMES = {"qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "gemma3": "gemma3_text", "command-r": "cohere"}
+# Model types that GGUF files do not know by a name of their own.
+_WRITTEN_AS = {"mistral": "llama", "ministral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
 SUPPORTED = tuple(dict.fromkeys((*FAMILIES, *_GGUF_NAMES)))
 
 # What says nothing about the arithmetic in any family's config.json.
@@ -281,3 +285,9 @@ def family(architecture: Any, source: Source) -> Family:
             f"architecture {str(architecture)[:80]!r} is not supported; supported: {', '.join(SUPPORTED)}"
         )
     return FAMILIES[name]
+
+
+def gguf_architecture(model_type: str) -> str:
+    """The general.architecture under which GGUF files hold models of this model_type."""
+    names = {kind: name for name, kind in _GGUF_NAMES.items()} | _WRITTEN_AS
+    return names.get(model_type, model_type)

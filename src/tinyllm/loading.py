@@ -18,7 +18,7 @@ from .config import ModelConfig
 from .errors import ArgumentError, MemoryLimitError, UnsupportedError, size_text
 from .llm import LLM
 from .loaders import BF16, F16, F32
-from .loaders.names import Weights, gguf_names
+from .loaders.names import Weights, in_gguf
 from .mixes import tensor_formats
 from .modelfiles import ModelFiles, read_model
 
@@ -138,13 +138,13 @@ def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[t
     formats = {key: info.format for key, info in weights.items()}
     if quantize_to is None:
         return formats
-    names = gguf_names(weights)
-    chosen = tensor_formats({names[key]: info.shape for key, info in weights.items()}, quantize_to)
+    tensors = in_gguf(weights)
+    chosen = tensor_formats(dict(tensors.values()), quantize_to)
     matrices = {k: t for k, t in weights.items() if len(t.shape) == 2 and t.format in (F32, F16, BF16)}
     matrices = {k: t for k, t in matrices.items() if k[0] != "router"}  # small, and what it chooses matters
     if not matrices:
         raise ArgumentError(f"{name} is quantized already; weights= is for float models")
-    return formats | {key: chosen[names[key]] for key in matrices}
+    return formats | {key: chosen[tensors[key][0]] for key in matrices}
 
 
 def _fit_memory(

@@ -272,10 +272,12 @@ class Weights(Mapping[Key, TensorInfo]):
 
     def __init__(
         self,
+        config: ModelConfig,
         tensors: dict[Key, TensorInfo],
         row_orders: dict[str, npt.NDArray[np.int32]],
         norms_minus_one: bool = False,
     ) -> None:
+        self.config = config
         self._tensors = tensors
         self._row_orders = row_orders
         self._norms_minus_one = norms_minus_one
@@ -349,7 +351,7 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
         model = f"{config.architecture}, {config.n_layers} layers"
         raise FormatError(f"the tensors do not fit the config ({model}):{listed}{more}")
     minus_one = source == "hf" and row_of_family.norms_minus_one
-    return Weights(found, row_orders(config, source), minus_one)
+    return Weights(config, found, row_orders(config, source), minus_one)
 
 
 def _unwrapped(name: str) -> str:
@@ -382,10 +384,30 @@ def _split_fused(
     return found
 
 
-def gguf_names(weights: Weights) -> dict[Key, str]:
-    """What each weight is called in GGUF files."""
+def fused_in_gguf(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
+    """The tensors of a GGUF file that hold several matrices of the table, and those of which they do."""
+    if not family(config.architecture, "gguf").fused:
+        return
+    for layer in range(config.n_layers):
+        for fused, parts in _FUSED["gguf"]:
+            yield f"blk.{layer}.{fused}.weight", [f"blk.{layer}.{part}.weight" for part, _ in parts]
+
+
+def in_gguf(weights: Weights) -> dict[Key, tuple[str, tuple[int, ...]]]:
+    """The tensor of a GGUF file that each weight is or is a part of, and the tensor's shape; of matrices on
+    top of each other that of one."""
+    config = weights.config
     names = {row.canonical: row.gguf for row in TABLE}  # of norms with several, one
-    return {(canonical, layer): names[canonical.split(".")[0]].format(layer) for canonical, layer in weights}
+    whole = {part: name for name, parts in fused_in_gguf(config) for part in parts}
+    found: dict[Key, tuple[str, tuple[int, ...]]] = {}
+    for (canonical, layer), info in weights.items():
+        stem, _, expert = canonical.partition(".")
+        name = names[stem].format(layer)
+        found[canonical, layer] = (
+            whole.get(name, name),
+            (config.n_experts, *info.shape) if expert else info.shape,
+        )
+    return found
 
 
 def _split_stacks(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, TensorInfo]:
