@@ -3,7 +3,8 @@
 #include "avx2.h"
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
-#define V_TILES(X) X(4, 1) X(2, 1) X(1, 2) // (tokens, panels) that registers hold, widest first
+#define V_TILES(X) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
+#define V_SUMS     4                       // vectors of sums that registers hold beside the weights
 #define ISA        avx2
 
 static int usable(void) {

@@ -3,7 +3,8 @@
 #include "avx512.h"
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
-#define V_TILES(X) X(6, 2) X(4, 2) X(3, 4) X(2, 4) X(1, 4) // (tokens, panels) that registers hold, widest first
+#define V_TILES(X) X(6, 2) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
+#define V_SUMS     16                              // vectors of sums that registers hold beside the weights
 #define ISA        avx512vnni
 
 static int usable(void) {

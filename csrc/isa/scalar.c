@@ -2,7 +2,8 @@
 #include "scalar.h"
 
 #define V_UNROLL
-#define V_TILES(X) X(1, 1)
+#define V_TILES(X) X(1, 1) // (tokens, panels at once), widest first
+#define V_SUMS     1       // vectors of sums that registers hold beside the weights
 #define ISA        scalar
 
 static int usable(void) { return 1; }
