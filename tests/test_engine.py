@@ -70,7 +70,8 @@ def text(n: int, seed: int = 0) -> list[int]:
 
 def pages_in_use(engine: Engine) -> int:
     gc.collect()
-    engine.cache.try_collect()
+    with engine.cache.lock:
+        engine.cache.collect()
     return engine.cache.n_used
 
 

@@ -233,15 +233,18 @@ def test_growing_that_fails_evicts_instead() -> None:
     assert holds(pool, sequence, sequence.tokens)
 
 
-def test_close_waits_for_the_lock_and_a_destructor_counts_as_close() -> None:
+def test_closed_and_forgotten_sequences_are_collected() -> None:
     cache, pool = make_cache()
     a, b = compute(cache, pool, text(10)), compute(cache, pool, text(10, seed=1))
-    with cache.lock:
-        a.close()
-        del b
-        assert cache.n_used == 2
-    cache.try_collect()
+    a.close()
+    del b
+    assert cache.n_used == 2
+    cache.collect()
     assert cache.n_used == 0
+    assert len(cache._pages_of) == 1
+    del a  # after its close
+    cache.collect()
+    assert not cache._pages_of
 
 
 class Pages(RuleBasedStateMachine):
@@ -309,6 +312,7 @@ class Pages(RuleBasedStateMachine):
         sequence = self.pick(i)
         self.sequences.remove(sequence)
         sequence.close()
+        self.cache.collect()
 
     @invariant()
     def contents_are_right(self) -> None:

@@ -52,7 +52,8 @@ def ids_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tinyllm.LLM]:
 
 def pages_in_use(model: tinyllm.LLM) -> int:
     gc.collect()
-    model._cache.try_collect()
+    with model._cache.lock:
+        model._cache.collect()
     return model._cache.n_used
 
 

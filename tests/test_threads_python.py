@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -24,6 +25,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tinyllm.LLM]:
     path = write_hf_directory(tmp_path_factory.mktemp("model"), CONFIG, random_weights(CONFIG, seed=5))
     with tinyllm.load(path, threads=2) as loaded:
         yield loaded
+
+
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard() -> Iterator[None]:
+    """A shell's background jobs start with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def in_threads(n: int, work: Callable[[int], object]) -> None:
@@ -51,6 +60,12 @@ def forever(work: Callable[[], object]) -> None:
         work()
 
 
+def pages_in_use(model: tinyllm.LLM) -> int:
+    with model._cache.lock:
+        model._cache.collect()
+    return model._cache.n_used
+
+
 def prompt(i: int) -> list[int]:
     return random_ids(CONFIG, i, 20 + 37 * (i % 5))
 
@@ -72,8 +87,7 @@ def test_threads_get_what_they_get_alone(model: tinyllm.LLM) -> None:
             np.testing.assert_array_equal(model.logits(prompt(99)), logits)
 
     in_threads(6, work)
-    model._cache.try_collect()
-    assert model._cache.n_used == 0
+    assert pages_in_use(model) == 0
 
 
 def test_close_while_threads_use_it(tmp_path: Path) -> None:
@@ -124,8 +138,7 @@ def test_interrupt_ends_the_main_threads_call_and_no_other(model: tinyllm.LLM) -
     assert not thread.is_alive()
     assert results
     assert all(tokens == expected for tokens in results)
-    model._cache.try_collect()
-    assert model._cache.n_used == 0
+    assert pages_in_use(model) == 0
 
 
 def test_interrupt_within_a_call_of_the_model(model: tinyllm.LLM) -> None:
@@ -136,6 +149,115 @@ def test_interrupt_within_a_call_of_the_model(model: tinyllm.LLM) -> None:
     with pytest.raises(KeyboardInterrupt):
         forever(lambda: model.logits(ids))
     timer.join()
-    model._cache.try_collect()
-    assert model._cache.n_used == 0
+    assert pages_in_use(model) == 0
     assert model(prompt(1), seed=1, max_tokens=5).tokens == model(prompt(1), seed=1, max_tokens=5).tokens
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """The exit status of a forked process that does the work: 0 when it is done, -14 when it never ends."""
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_fork_while_other_threads_generate(model: tinyllm.LLM) -> None:
+    """The child has none of their calls, nor the lock that one of them held; the parent goes on."""
+    expected = model(prompt(3), seed=3, max_tokens=9).tokens
+    with model.session(seed=3) as session:
+        session.append(prompt(3))
+        done = threading.Event()
+
+        def work(i: int) -> None:
+            if i < 3:
+                while not done.is_set():
+                    assert model(prompt(3), seed=3, max_tokens=9).tokens == expected
+                return
+
+            def child() -> None:
+                assert model(prompt(3), seed=3, max_tokens=9).tokens == expected
+                assert session.generate(max_tokens=9).tokens == expected
+
+            try:
+                for _ in range(12):
+                    time.sleep(0.01)
+                    assert in_child(child) == 0
+            finally:
+                done.set()
+
+        in_threads(4, work)
+    assert pages_in_use(model) == 0
+
+
+def test_fork_within_a_call(model: tinyllm.LLM) -> None:
+    """In the middle of a call of the model, where `cancel` is asked: both processes finish it."""
+    expected = model(prompt(3), seed=3, max_tokens=9).tokens
+    statuses: list[int] = []
+
+    def cancel() -> bool:
+        if not statuses:
+            statuses.append(-1)
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(30)
+                in_the_child.append(True)
+            else:
+                statuses[0] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return False
+
+    in_the_child: list[bool] = []
+    tokens = model(prompt(3), seed=3, max_tokens=9, cancel=cancel).tokens
+    if in_the_child:
+        again = model(prompt(3), seed=3, max_tokens=9).tokens
+        os._exit(0 if tokens == again == expected else 1)
+    assert statuses == [0]
+    assert tokens == expected
+
+
+def test_a_handler_that_closes_the_model_ends_the_call(tmp_path: Path) -> None:
+    """As a server does on SIGTERM, in the thread that waits for the model."""
+    path = write_hf_directory(tmp_path / "model", CONFIG, random_weights(CONFIG, seed=6))
+    model = tinyllm.load(path, threads=2)
+    before = signal.signal(signal.SIGTERM, lambda *_: model.close())
+    timer = threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGTERM))
+    timer.start()
+    try:
+        with pytest.raises(errors.ModelClosedError):
+            forever(lambda: model.logits(random_ids(CONFIG, 3, 400)))
+    finally:
+        timer.join()
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_cancel_cannot_use_the_model(model: tinyllm.LLM) -> None:
+    session = model.session()
+    session.append(prompt(1))
+    for use in (lambda: model(prompt(1), max_tokens=1), session.fork):
+        with pytest.raises(errors.ArgumentError, match="in the middle of a call that this thread makes"):
+            model(prompt(1), cancel=lambda use=use: bool(use()))
+    session.close()
+    assert pages_in_use(model) == 0
+
+
+def test_a_session_in_many_threads_is_refused_not_broken(model: tinyllm.LLM) -> None:
+    session, refused = model.session(seed=1), []
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            try:
+                session.append(prompt(i)[:3])
+            except errors.ArgumentError:
+                refused.append(i)
+
+    in_threads(6, work)
+    assert refused
+    session.append(prompt(0)[:1])
+    rows = model.logits(session.tokens)
+    np.testing.assert_array_equal(session.logits, rows[-1])
+    session.close()
+    assert pages_in_use(model) == 0

@@ -9,7 +9,10 @@ llm.py, the interface.
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -17,7 +20,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import MemoryLimitError, ModelClosedError
+from .errors import ArgumentError, MemoryLimitError, ModelClosedError
 from .kvcache import KVCache, Sequence
 from .reasoning import Kind, Part, Plain, Splitter
 from .sampling import Sampled, StopStrings
@@ -63,13 +66,14 @@ class Job:
         self.is_done = False  # all tokens are computed
         self.is_cancelled = False
         self.error: Exception | None = None  # why it cannot go on
-        self._first_row = first_row
+        self._next_row = first_row
         self._cancel = cancel
         self._advanced = False
 
     @property
-    def first_row(self) -> int:
-        return len(self.sequence.tokens) - 1 if self._first_row is None else self._first_row
+    def next_row(self) -> int:
+        """The position of the first token whose logits are wanted and not there yet."""
+        return len(self.sequence.tokens) - 1 if self._next_row is None else self._next_row
 
     @property
     def has_news(self) -> bool:
@@ -80,7 +84,10 @@ class Job:
         self.logits, self.is_done, self._advanced = None, False, False
 
     def advance(self, logits: F32) -> None:
-        self.logits, self.is_done, self._advanced = logits, self.sequence.n_pending == 0, True
+        is_done, next_row = self.sequence.n_pending == 0, self._next_row
+        if next_row is not None:
+            next_row += len(logits)
+        self._next_row, self.logits, self.is_done, self._advanced = next_row, logits, is_done, True
 
     def wants_to_stop(self) -> bool:
         if self._cancel is not None and not self.is_cancelled and self.error is None:
@@ -197,8 +204,12 @@ class _Call:
     """One thread's wait for news about its jobs."""
 
     jobs: list[Job]
-    is_done: bool = False
     is_abandoned: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+
+    @property
+    def is_done(self) -> bool:
+        return True in [job.has_news for job in self.jobs]  # any() of a generator may lose an interrupt
 
 
 @dataclass
@@ -219,6 +230,8 @@ class Engine:
         self._chunk = chunk
         self._max_rows = max(1, MAX_LOGITS_BYTES // (4 * vocab_size))
         self._calls: list[_Call] = []
+        self._is_running = False  # with the lock held: in this very thread
+        _engines.add(self)
 
     def sequence(self, tokens: Iterable[int] = ()) -> Sequence:
         """A new sequence, nothing of it computed yet. The tokens must be ids of the vocabulary."""
@@ -229,36 +242,39 @@ class Engine:
         the copy of the last one, it starts with nothing and is computed again once there is room.
         """
         with self.cache.lock:
+            self._check_open()
+            self._refuse_nesting()
             self.cache.collect()
             try:
                 return self.cache.fork(sequence)
             except MemoryLimitError:
                 return self.cache.sequence(sequence.tokens)
 
-    def forget(self, sequence: Sequence) -> None:
-        """Has all of a sequence computed again, but for what others share."""
-        with self.cache.lock:
-            self.cache.drop(sequence)
-
     def step(self, jobs: list[Job]) -> None:
         """Calls the model until there is news about one of `jobs`: logits, a cancellation or an error.
 
         Decoding sequences go first, then prompts in chunks, the oldest first; a call takes what other
         threads wait for as well. An exception from the model is raised and leaves every sequence as it was.
-        Raises ModelClosedError.
+        A sequence of which everything is computed is computed again. Raises ModelClosedError; ArgumentError
+        within a call that the same thread makes, in `cancel` or a signal handler.
         """
         for job in jobs:
-            assert job.sequence.n_pending, "nothing to compute"
             job.start()
         call = _Call(jobs)
-        self._calls.append(call)
         try:
+            self._calls.append(call)
             with self.cache.lock:
-                while jobs and not call.is_done:
-                    self._run()
+                self._refuse_nesting()
+                try:
+                    self._is_running = True
+                    while jobs and not call.is_done:
+                        self._run()
+                finally:
+                    self._is_running = False
         finally:
             call.is_abandoned = True  # for a call of the model that another thread still makes for it
-            self._calls.remove(call)
+            if call in self._calls:
+                self._calls.remove(call)
 
     def evaluate(self, job: Job) -> Iterator[F32]:
         """Steps until the job is done. Yields the wanted logits, [rows, vocab_size] at a time, in order."""
@@ -317,14 +333,33 @@ class Engine:
                 generation.close()
 
     def close(self) -> None:
-        """Waits for the running call, then refuses all others."""
+        """Waits for the running call, if another thread makes it, and refuses all others."""
         with self.cache.lock:
             self.is_closed = True
 
-    def _run(self) -> None:
-        """One call of the model for all who wait. The lock is held."""
+    def after_fork(self) -> None:
+        """In a new process: what other threads were doing has ended with them."""
+        cache, this_thread = self.cache, threading.get_ident()
+        if cache.lock.acquire(blocking=False):
+            cache.lock.release()
+        else:
+            cache.lock, cache.is_torn, self._is_running = threading.RLock(), True, False
+        self._calls = [call for call in self._calls if call.thread == this_thread]
+
+    def _check_open(self) -> None:
         if self.is_closed:
             raise ModelClosedError("the model is closed")
+
+    def _refuse_nesting(self) -> None:
+        if self._is_running:
+            raise ArgumentError(
+                "the model is in the middle of a call that this thread makes: cancel= and signal handlers "
+                "cannot use it, only end the call or close the model"
+            )
+
+    def _run(self) -> None:
+        """One call of the model for all who wait. The lock is held."""
+        self._check_open()
         self.cache.collect()
         calls = [call for call in list(self._calls) if not call.is_done and not call.is_abandoned]
         jobs = [job for call in calls for job in call.jobs]
@@ -334,7 +369,7 @@ class Engine:
         def stop() -> bool:
             nonlocal stopped
             wishes = [part.job.wants_to_stop() for part in parts]
-            stopped = stopped or any(wishes) or any(call.is_abandoned for call in calls)
+            stopped = stopped or any(wishes) or True in [call.is_abandoned for call in calls]
             return stopped
 
         # Asking costs a layer its pause for the interpreter, so only where somebody could answer.
@@ -351,19 +386,24 @@ class Engine:
                 start, end = end, end + part.n_rows
                 self.cache.commit(part.job.sequence, part.n)
                 part.job.advance(logits[start:end])
-        for call in calls:
-            call.is_done = any(job.has_news for job in call.jobs)
 
     def _admit(self, jobs: list[Job]) -> list[Job]:
         """The jobs that have all the pages they need, the oldest first. Raises nothing: a job that can
         never get them has an error, one that has to wait for older ones is left out.
         """
         admitted: list[Job] = []
+        seen: set[Sequence] = set()
         for job in sorted(jobs, key=lambda job: job.sequence.order):
             if job.wants_to_stop():
                 continue
+            if job.sequence in seen:
+                job.error = ArgumentError("a session is for one thread at a time; fork it for another")
+                continue
+            seen.add(job.sequence)
+            if job.sequence.n_cached > job.next_row:  # logits were computed, and an interrupt lost them
+                self.cache.drop(job.sequence)
             try:
-                self.cache.adopt(job.sequence, job.first_row)
+                self.cache.adopt(job.sequence, job.next_row)
                 self.cache.reserve(job.sequence)
             except MemoryLimitError as error:
                 if admitted:
@@ -380,7 +420,7 @@ class Engine:
         for job in sorted(jobs, key=lambda job: job.sequence.n_pending > 1):
             sequence = job.sequence
             n = min(sequence.n_pending, n_tokens)
-            n_unwanted = max(0, job.first_row - sequence.n_cached)  # leading tokens whose logits nobody needs
+            n_unwanted = max(0, job.next_row - sequence.n_cached)  # leading tokens whose logits nobody needs
             n = min(n, n_unwanted + n_rows)
             if n > 0:
                 parts.append(_Part(job, n, max(0, n - n_unwanted)))
@@ -412,3 +452,15 @@ class Engine:
             cache=self.cache.pool,
             should_stop=should_stop,
         )
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(_engines):
+        engine.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

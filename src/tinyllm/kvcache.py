@@ -11,9 +11,10 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from functools import wraps
 from hashlib import blake2b
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -56,12 +57,15 @@ class Sequence:
     """
 
     def __init__(self, cache: KVCache, tokens: Iterable[int]) -> None:
-        self.pages: list[int] = []  # first, for a destructor that runs after a failure in the next line
+        self.pages: list[int] = []  # this very list as long as it lives: the cache keeps it beyond that
         self.tokens = list(tokens)
         self.n_cached = 0
         self.order = next(cache._orders)  # age: the lower, the older
         self._cache = cache
         self._keys: list[bytes] = []
+        # A destructor in Python would swallow an interrupt and lose the pages; append of a deque is one step.
+        self._ref = weakref.ref(self, cache._closed.append)
+        cache._pages_of[self._ref] = self.pages
 
     @property
     def n_pending(self) -> int:
@@ -78,21 +82,39 @@ class Sequence:
         return self._keys[page]
 
     def close(self) -> None:
-        """Gives the pages back. Never waits: while a call runs, they are collected when it is over."""
-        self._cache._closed.append(self)
-        self._cache.try_collect()
+        """Gives the pages back. Never waits: the next call collects them. So does the end of its life."""
+        self._cache._closed.append(self._ref)
 
-    def __del__(self) -> None:
-        if self.pages:
-            self.close()
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _books(method: Method) -> Method:
+    """Marks the cache as torn while a method rewrites who owns what. An interrupt (or whatever a signal
+    handler raises) leaves the mark, for `collect` to see; MemoryLimitError comes where nothing is half
+    written.
+    """
+
+    @wraps(method)
+    def marked(self: KVCache, *arguments: Any) -> Any:
+        self.is_torn = True
+        try:
+            result = method(self, *arguments)
+        except MemoryLimitError:
+            self.is_torn = False
+            raise
+        self.is_torn = False
+        return result
+
+    return cast(Method, marked)
 
 
 class KVCache:
     """Hands out the pages of a pool.
 
-    Everything here but `sequence` and `try_collect` is called with `lock` held, which also stands around
-    the model's calls, so no page changes hands while one runs. Pages without an owner whose tokens are
-    known stay as a cache of prefixes, least recently used first out, at most `max_unused` of them.
+    Everything here but `sequence` is called with `lock` held, which also stands around the model's calls, so
+    no page changes hands while one runs. Pages without an owner whose tokens are known stay as a cache of
+    prefixes, least recently used first out, at most `max_unused` of them.
     """
 
     def __init__(
@@ -105,7 +127,8 @@ class KVCache:
         free_bytes: Callable[[], int] | None = None,
     ) -> None:
         """`free_bytes` says how much memory is left, and is asked before the pool grows."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler may run in the thread that holds it
+        self.is_torn = False  # an interrupt may have come while owners were written down
         self.pool, self.max_pages, self.root = pool, max_pages, root
         self._max_unused = max_pages if max_unused is None else max_unused
         self._free_bytes = free_bytes
@@ -115,8 +138,8 @@ class KVCache:
         self._page_of: dict[bytes, int] = {}  # the prefix table
         self._key_of: dict[int, bytes] = {}  # its inverse
         self._unused: OrderedDict[int, None] = OrderedDict()  # in the table, without an owner
-        self._holders: weakref.WeakSet[Sequence] = weakref.WeakSet()
-        self._closed: deque[Sequence] = deque()
+        self._pages_of: dict[weakref.ref[Sequence], list[int]] = {}  # of all that live or are not collected
+        self._closed: deque[weakref.ref[Sequence]] = deque()
 
     def sequence(self, tokens: Iterable[int] = ()) -> Sequence:
         """A new sequence, with no pages yet."""
@@ -132,6 +155,7 @@ class KVCache:
         """Pages that could be handed out now, memory permitting."""
         return self.max_pages - self.n_used
 
+    @_books
     def adopt(self, sequence: Sequence, n_tokens: int) -> None:
         """Takes pages of the prefix table for the next tokens of `sequence` that end at `n_tokens` or
         before.
@@ -144,6 +168,7 @@ class KVCache:
             self._put(sequence, i, page)
             sequence.n_cached += PAGE
 
+    @_books
     def reserve(self, sequence: Sequence) -> None:
         """Gives `sequence` the pages for all its tokens, all or none. Where too few are left, younger
         sequences lose theirs, the youngest first. Raises MemoryLimitError, with the numbers, when that is
@@ -157,14 +182,17 @@ class KVCache:
                 pages = self._take(n)
                 break
             except MemoryLimitError:
-                younger = [s for s in self._holders if s.order > sequence.order and s.pages]
-                kept = {page for s in self._holders if s.order <= sequence.order for page in s.pages}
+                holders = [s for ref in list(self._pages_of) if (s := ref()) is not None and s.pages]
+                younger = [s for s in holders if s.order > sequence.order]
+                kept = {page for s in holders if s.order <= sequence.order for page in s.pages}
                 if not younger or n > self.max_pages - len(kept):
                     raise
-                self.drop(max(younger, key=lambda s: s.order))
+                youngest = max(younger, key=lambda s: s.order)
+                youngest.n_cached = 0
+                self._release(youngest.pages)
         sequence.pages += pages
-        self._holders.add(sequence)
 
+    @_books
     def commit(self, sequence: Sequence, n_tokens: int) -> None:
         """The call that computed the next `n_tokens` tokens succeeded. Full pages can be shared now."""
         first = sequence.n_cached // PAGE
@@ -177,6 +205,7 @@ class KVCache:
             else:  # another sequence was faster; both hold the same bits
                 self._put(sequence, i, known)
 
+    @_books
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens: it shares the full pages and gets a copy of the last,
         partial one. Raises MemoryLimitError when there is no page for the copy.
@@ -191,34 +220,55 @@ class KVCache:
             except BaseException:
                 self._disown(pages[0])
                 raise
-            child.pages = pages
+            child.pages += pages
         for page in reversed(sequence.pages[:n_full]):
             self._own(page)
             child.pages.insert(0, page)
         child.n_cached = sequence.n_cached
-        self._holders.add(child)
         return child
 
+    @_books
     def drop(self, sequence: Sequence) -> None:
         """Takes the pages away. The tokens stay; they have to be computed again to go on."""
-        pages, sequence.pages, sequence.n_cached = sequence.pages, [], 0
-        for page in reversed(pages):  # so that the end of a prefix is evicted before its start
-            self._disown(page)
+        sequence.n_cached = 0
+        self._release(sequence.pages)
 
     def collect(self) -> None:
-        """Takes back what closed sequences held."""
-        while self._closed:
-            self.drop(self._closed.popleft())
-
-    def try_collect(self) -> None:
-        """Collects now unless a call is running; the next one will. Never waits, so a destructor may call
-        it.
+        """Takes back what closed and dead sequences held. Where an interrupt tore the books, everything: the
+        tokens stay, and are computed again.
         """
-        if self.lock.acquire(blocking=False):
-            try:
-                self.collect()
-            finally:
-                self.lock.release()
+        if self.is_torn:
+            self._reset()
+        while self._closed:  # one leaves the queue when all is done for it, lest an interrupt lose it
+            ref = self._closed[0]
+            sequence = ref()
+            if sequence is not None:
+                self.drop(sequence)
+            else:
+                self._bury(ref)
+            self._closed.popleft()
+
+    @_books
+    def _bury(self, ref: weakref.ref[Sequence]) -> None:
+        self._release(self._pages_of.get(ref, []))
+        self._pages_of.pop(ref, None)
+
+    def _reset(self) -> None:
+        for ref, pages in list(self._pages_of.items()):
+            sequence = ref()
+            if sequence is not None:
+                sequence.n_cached = 0
+            pages.clear()
+        for book in (self._n_owners, self._page_of, self._key_of, self._unused):
+            book.clear()
+        self._free = list(range(min(self.pool.n_pages, self.max_pages)))
+        self.is_torn = False
+
+    def _release(self, pages: list[int]) -> None:
+        """Empties a sequence's list."""
+        for page in reversed(pages):  # so that the end of a prefix is evicted before its start
+            self._disown(page)
+        pages.clear()
 
     def _own(self, page: int) -> None:
         self._n_owners[page] = self._n_owners.get(page, 0) + 1
@@ -244,7 +294,6 @@ class KVCache:
             sequence.pages[i] = page
         else:
             sequence.pages.append(page)
-        self._holders.add(sequence)
 
     def _evict(self) -> None:
         page, _ = self._unused.popitem(last=False)

@@ -577,11 +577,9 @@ class Session:
         if not tokens:
             raise ArgumentError("the session is empty: append something first")
         if self._n_logits != len(tokens):
-            engine = self._llm._engine
-            if not self._sequence.n_pending:  # an interrupt came after the call, before the logits were kept
-                engine.forget(self._sequence)
-            rows = list(engine.evaluate(Job(self._sequence, cancel=cancel)))
-            if self._sequence.n_pending:
+            job = Job(self._sequence, cancel=cancel)
+            rows = list(self._llm._engine.evaluate(job))
+            if job.is_cancelled:
                 return None
             self._logits, self._n_logits = np.array(rows[-1][-1]), len(tokens)
         return self._logits

@@ -1,0 +1,128 @@
+"""Ctrl-C between any two steps of the engine and of the books about pages: nothing is lost, nobody waits for
+ever, and what comes after is right. With the mock model; tests/long/interrupts.py sends real signals."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from helpers_engine import VOCAB, MockModel, MockPool, logits_after
+from helpers_interrupts import Interrupts
+from test_engine import expected, generation, run, text
+
+from tinyllm import engine as engine_module
+from tinyllm import kvcache
+from tinyllm.engine import Engine, Job, _Call
+from tinyllm.kvcache import PAGE, KVCache
+
+FILES = {engine_module.__file__, kvcache.__file__}
+EVERY = int(os.environ.get("TINYLLM_INTERRUPT_EVERY", "97"))  # tests/long tries every place
+
+
+def make_engine(max_pages: int) -> Engine:
+    cache = KVCache(MockPool(max_pages), max_pages, max_unused=4)
+    return Engine(MockModel(), cache, vocab_size=VOCAB, chunk=100)
+
+
+def check_books(cache: KVCache) -> None:
+    """Every page is somewhere, once."""
+    everywhere = [*cache._free, *cache._unused, *cache._n_owners]
+    assert sorted(everywhere) == list(range(cache.pool.n_pages))
+    assert set(cache._unused) <= set(cache._key_of)
+    assert {page: key for key, page in cache._page_of.items()} == cache._key_of
+
+
+def check_after(engine: Engine) -> None:
+    """What holds when all that was asked for is over."""
+    gc.collect()
+    assert not engine.cache.lock._is_owned()  # type: ignore[attr-defined]
+    assert engine._calls == []
+    assert not engine._is_running
+    with engine.cache.lock:
+        engine.cache.collect()
+    check_books(engine.cache)
+    assert engine.cache.n_used == 0
+    assert engine.cache._pages_of == {}
+    again = generation(engine, text(PAGE + 9), max_tokens=3)
+    run(engine, [[again]])
+    assert again.tokens == expected(text(PAGE + 9), max_tokens=3)
+
+
+def batch_of_groups(engine: Engine) -> None:
+    """Groups that share prompts and pages in a pool that is too small for all at once."""
+    groups = []
+    for length, prefix in ((PAGE - 2, 0), (2 * PAGE, 1), (2 * PAGE, 1)):
+        first = generation(engine, text(length, prefix), max_tokens=4)
+        groups.append([first, generation(None, text(length, prefix), 1, max_tokens=4)])
+    run(engine, groups)
+
+
+def sessions_and_a_stream(engine: Engine) -> None:
+    a = engine.sequence(text(PAGE + 5))
+    list(engine.evaluate(Job(a)))
+    b = engine.fork(a)
+    for sequence in (a, b):
+        sequence.tokens.append(7)
+        list(engine.evaluate(Job(sequence)))
+    a.close()
+    stream = engine.generate([[generation(engine, text(10), max_tokens=5)]])
+    next(stream)
+    stream.close()
+
+
+@pytest.mark.parametrize("work", [batch_of_groups, sessions_and_a_stream])
+def test_an_interrupt_anywhere_loses_no_page(work: Callable[[Engine], None]) -> None:
+    engine = make_engine(6)
+    places = Interrupts(FILES)
+    assert not places.run(lambda: work(engine))
+    assert places.n > 500
+    check_after(engine)
+    for at in range(1, places.n + 1, EVERY):
+        engine = make_engine(6)
+        for _ in range(2):  # the second one meets pages of the first
+            Interrupts(FILES, at).run(lambda engine=engine: work(engine))  # type: ignore[misc]
+        check_after(engine)
+
+
+def test_an_interrupt_anywhere_harms_no_other_thread() -> None:
+    """The interrupted thread makes calls of the model for another, which goes on and gets all its logits."""
+    prompt = text(150, seed=3)
+    right = np.array([logits_after(prompt[: i + 1]) for i in range(150)])
+
+    def start() -> tuple[Engine, _Call]:
+        engine = make_engine(9)
+        call = _Call([Job(engine.sequence(prompt), first_row=0)])
+        engine._calls.append(call)
+        return engine, call
+
+    def work(engine: Engine) -> None:
+        run(engine, [[generation(engine, text(PAGE - 2), max_tokens=6)]])
+
+    engine, call = start()
+    places = Interrupts(FILES)
+    places.run(lambda: work(engine))
+    assert call.is_done
+    for at in range(1, places.n + 1, EVERY):
+        engine, call = start()
+        Interrupts(FILES, at).run(lambda engine=engine: work(engine))  # type: ignore[misc]
+        (job,), rows = call.jobs, []
+        while True:  # what the other thread does when its turn comes
+            for _ in range(9):
+                if call.is_done:
+                    break
+                with engine.cache.lock:
+                    engine._run()
+            else:
+                pytest.fail(f"interrupted at {at}: the other thread waits for ever")
+            assert job.logits is not None
+            rows.append(job.logits)
+            if job.is_done:
+                break
+            job.start()
+        np.testing.assert_array_equal(np.concatenate(rows), right)
+        engine._calls.remove(call)
+        del job, call
+        check_after(engine)
