@@ -96,7 +96,7 @@ struct Model {
 
     Model(const py::dict &c, uintptr_t backend) { // backend: the address of its tl_backend, 0: the CPU's
         Floats factors;
-        Ints windows, ropes;
+        Ints windows, ropes, places;
         tl_config config{};
         auto integer = [&](const char *name) { return c[name].cast<int>(); };
         auto number = [&](const char *name) { return c[name].cast<float>(); };
@@ -134,6 +134,8 @@ struct Model {
         config.local_rope_theta = c["local_rope_theta"].cast<double>();
         config.windows = per_layer("windows", windows);
         config.ropes = per_layer("ropes", ropes);
+        config.page_layers = integer("page_layers");
+        config.places = per_layer("places", places);
         if (!c["rope_factors"].is_none()) {
             factors = c["rope_factors"].cast<Floats>();
             if (factors.size() != config.rope_dim / 2) raise_argument("rope_factors must have rope_dim / 2 numbers");
@@ -216,11 +218,14 @@ struct Model {
         if ((batch.tokens && token_array.size() != batch.n) || sequences.size() != batch.n ||
             (batch.x && x_array.size() != static_cast<py::ssize_t>(batch.n) * config.dim))
             raise_argument("tokens (or x [n, dim]), positions and sequences must be of one length");
-        if (page_tables.ndim() != 2) raise_argument("page_tables must be [n_sequences, max_pages]");
+        const auto dims = page_tables.ndim();
+        if ((dims != 2 && dims != 3) || (dims == 3 ? page_tables.shape(1) : 1) != model->n_tables)
+            raise_argument("page_tables must be [n_sequences, " + std::to_string(model->n_tables) +
+                           ", max_pages], or [n_sequences, max_pages] where a sequence has one table");
         batch.positions = positions.data();
         batch.sequences = sequences.data();
         batch.n_sequences = static_cast<int>(page_tables.shape(0));
-        batch.max_pages = static_cast<int>(page_tables.shape(1));
+        batch.max_pages = static_cast<int>(page_tables.shape(dims - 1));
         batch.page_tables = page_tables.data();
         batch.first_layer = first_layer;
         batch.last_layer = last_layer;

@@ -19,14 +19,14 @@ tl_status tl_cache_create(tl_cache **out, const tl_model *model, int type, int m
     const size_t q8_bytes = TL_PAGE * ((size_t)c->head_dim / TL_Q) * 34;                    // of either, as Q8_0 blocks
     *cache = (tl_cache){.backend = model->backend,
                         .type = type,
-                        .n_layers = c->n_layers,
+                        .n_layers = c->page_layers,
                         .n_kv_heads = c->n_kv_heads,
                         .head_dim = c->head_dim,
                         .v_stride = (int)v_stride,
                         .k_bytes = type == 8 ? q8_bytes : TL_PAGE * (size_t)c->head_dim * size,
                         .v_bytes = type == 8 ? q8_bytes : TL_PAGE * v_stride * size,
                         .max_pages = max_pages};
-    cache->page_bytes = (size_t)c->n_layers * (size_t)c->n_kv_heads * (cache->k_bytes + cache->v_bytes);
+    cache->page_bytes = (size_t)c->page_layers * (size_t)c->n_kv_heads * (cache->k_bytes + cache->v_bytes);
     cache->pages_per_slab = cache->page_bytes > SLAB_BYTES ? 1 : (int)(SLAB_BYTES / cache->page_bytes);
     if (cache->pages_per_slab > max_pages) cache->pages_per_slab = max_pages;
     cache->slabs = tl_alloc(((size_t)max_pages / (size_t)cache->pages_per_slab + 1) * sizeof(void *));
@@ -57,8 +57,8 @@ static uint8_t *page_at(const tl_cache *cache, int page) {
            (size_t)(page % cache->pages_per_slab) * cache->page_bytes;
 }
 
-uint8_t *tl_cache_head(const tl_cache *cache, int page, int layer, int kv_head) {
-    size_t head = (size_t)layer * (size_t)cache->n_kv_heads + (size_t)kv_head;
+uint8_t *tl_cache_head(const tl_cache *cache, int page, int place, int kv_head) {
+    size_t head = (size_t)place * (size_t)cache->n_kv_heads + (size_t)kv_head;
     return page_at(cache, page) + head * (cache->k_bytes + cache->v_bytes);
 }
 

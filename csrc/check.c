@@ -23,12 +23,16 @@ static tl_status check_variations(const tl_config *c, tl_message *message) {
         if (!(numbers[i] >= 0) || !isfinite(numbers[i]))
             return tl_fail(message, TL_ARGUMENT, "a cap, a scale or local_rope_theta is not a number from 0 up: %g",
                            numbers[i]);
+    if (c->page_layers < 0 || c->page_layers > c->n_layers || (c->places && !c->page_layers))
+        return tl_fail(message, TL_ARGUMENT, "%d layers of %d share a page", c->page_layers, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {
         if (c->windows && c->windows[l] < 0)
             return tl_fail(message, TL_ARGUMENT, "the window of layer %d is %d", l, c->windows[l]);
         if (c->ropes && (c->ropes[l] < 0 || c->ropes[l] > TL_ROPE_NONE ||
                          (c->ropes[l] == TL_ROPE_LOCAL && c->local_rope_theta == 0)))
             return tl_fail(message, TL_ARGUMENT, "the RoPE of layer %d is %d, not one there is", l, c->ropes[l]);
+        if (c->places && (c->places[l] < 0 || c->places[l] >= c->n_layers * c->page_layers))
+            return tl_fail(message, TL_ARGUMENT, "the place of layer %d in the cache is %d", l, c->places[l]);
     }
     if (c->n_experts &&
         (c->parallel || c->norm_place != TL_NORM_BEFORE || (c->residual_scale != 0 && c->residual_scale != 1)))
@@ -88,12 +92,15 @@ static tl_status check_token(const tl_model *model, const tl_cache *cache, const
         return tl_fail(message, TL_ARGUMENT, "sequences must come in ascending order, %d follows %d", sequence,
                        b->sequences[t - 1]);
     if (t + 1 < b->n && b->sequences[t + 1] == sequence) return TL_OK; // its last token needs all its pages
-    for (int i = 0; i <= position / TL_PAGE; i++) {
-        int page = b->page_tables[(size_t)sequence * (size_t)b->max_pages + (size_t)i];
-        if (page < 0 || page >= cache->n_pages)
-            return tl_fail(message, TL_ARGUMENT, "page %d of sequence %d is %d, not one of the cache's %d", i, sequence,
-                           page, cache->n_pages);
-    }
+    const int n_tables = model->n_tables;
+    for (int table = 0; table < n_tables; table++)
+        for (int i = 0; i <= position / TL_PAGE; i++) {
+            const size_t row = (size_t)sequence * (size_t)n_tables + (size_t)table;
+            int page = b->page_tables[row * (size_t)b->max_pages + (size_t)i];
+            if (page < 0 || page >= cache->n_pages)
+                return tl_fail(message, TL_ARGUMENT, "page %d of sequence %d is %d, not one of the cache's %d", i,
+                               sequence, page, cache->n_pages);
+        }
     return TL_OK;
 }
 
@@ -101,7 +108,7 @@ tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_
     const tl_config *c = &model->config;
     if (c->n_experts && !model->backend->moe)
         return tl_fail(message, TL_UNSUPPORTED, "mixtures of experts do not run on %s", model->backend->name);
-    if (cache->n_layers != c->n_layers || cache->n_kv_heads != c->n_kv_heads || cache->head_dim != c->head_dim)
+    if (cache->n_layers != c->page_layers || cache->n_kv_heads != c->n_kv_heads || cache->head_dim != c->head_dim)
         return tl_fail(message, TL_ARGUMENT, "the cache was made for a model of another shape");
     if (b->n < 0 || b->n_sequences < 0 || b->max_pages < 0 || b->n_rows < 0)
         return tl_fail(message, TL_ARGUMENT, "a count is negative");

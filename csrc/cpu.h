@@ -87,6 +87,14 @@ int tl_cpu_block(const tl_matrix *w, int share);
 void tl_cpu_tiles(tl_cpu_run *run);
 void tl_cpu_attend(tl_run *run, int layer);
 
+// The pages of a token's sequence that hold the run's layer.
+static inline const int32_t *tl_cpu_pages(const tl_cpu_run *r, int token) {
+    const tl_batch *b = r->base.batch;
+    const tl_model *model = r->base.model;
+    const size_t sequence = (size_t)b->sequences[token], table = (size_t)model->layers[r->layer].table;
+    return b->page_tables + (sequence * (size_t)model->n_tables + table) * (size_t)b->max_pages;
+}
+
 static inline int tl_panels(const tl_matrix *w) { return (w->rows + TL_ROWS - 1) / TL_ROWS; }
 static inline int tl_min(int a, int b) { return a < b ? a : b; }
 static inline int tl_max(int a, int b) { return a > b ? a : b; }

@@ -40,9 +40,10 @@ static void attend_unit(void *data, int unit, int thread) {
     const tl_config *c = &r->base.model->config;
     const tl_batch *b = r->base.batch;
     const tl_cache *cache = r->base.cache;
+    const int place = r->base.model->layers[r->layer].place;
     const int split = unit % r->n_splits, kv_head = unit / r->n_splits % c->n_kv_heads;
     const tl_tile *tile = &r->tiles[unit / r->n_splits / c->n_kv_heads];
-    const int32_t *pages = b->page_tables + (size_t)b->sequences[tile->token] * (size_t)b->max_pages;
+    const int32_t *pages = tl_cpu_pages(r, tile->token);
     size_t q[TL_COLUMNS]; // where a column's query begins among all the call's
     float *running[TL_COLUMNS];
     int positions[TL_COLUMNS];
@@ -75,7 +76,7 @@ static void attend_unit(void *data, int unit, int thread) {
         }
         const int first_page = s * (TL_SEGMENT / TL_PAGE), last_page = positions[tile->n - 1] / TL_PAGE;
         for (int i = 0; i < TL_SEGMENT / TL_PAGE && first_page + i <= last_page; i++) { // the last column sees farthest
-            segment.k[i] = tl_cache_head(cache, pages[first_page + i], r->layer, kv_head);
+            segment.k[i] = tl_cache_head(cache, pages[first_page + i], place, kv_head);
             segment.v[i] = segment.k[i] + cache->k_bytes;
         }
         tl_isa()->segment(&segment);

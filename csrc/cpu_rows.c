@@ -37,9 +37,9 @@ static void rotate_and_store(void *data, int t, int thread) {
         tl_isa()->quantize(r->in.q + (size_t)t * r->q_width, r->in.groups + (size_t)t * (r->q_width / TL_Q), q,
                            (int)r->q_width);
     tl_isa()->rope(k, r->cos + at, r->sin + at, c->n_kv_heads, c->head_dim, rope_dim, 1);
-    const int32_t *pages = b->page_tables + (size_t)b->sequences[t] * (size_t)b->max_pages;
+    const int32_t *pages = tl_cpu_pages(r, t);
     for (int h = 0; h < c->n_kv_heads; h++) {
-        uint8_t *keys = tl_cache_head(cache, pages[b->positions[t] / TL_PAGE], r->layer, h);
+        uint8_t *keys = tl_cache_head(cache, pages[b->positions[t] / TL_PAGE], layer->place, h);
         tl_isa()->store_kv(keys, keys + cache->k_bytes, k + h * c->head_dim, v + h * c->head_dim,
                            b->positions[t] % TL_PAGE, c->head_dim, cache->type);
     }

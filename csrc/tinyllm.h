@@ -148,6 +148,8 @@ typedef struct tl_config {
     double local_rope_theta; // of TL_ROPE_LOCAL layers, whose angles have neither factors nor rope_scale; 0: none
     const int32_t *windows;  // [n_layers] positions a token attends to, itself among them; 0: all. Or NULL. Copied
     const int32_t *ropes;    // [n_layers] tl_rope, or NULL; copied
+    int page_layers;         // whose keys and values share a page of the cache; 0: all n_layers
+    const int32_t *places;   // [n_layers] table of the layer * page_layers + its place in a page; or NULL: l. Copied
     int n_experts;           // of every layer's feed-forward, each of ff_dim; 0: it is one dense block
     int n_experts_used;      // by a token: those its router scores highest
     int norm_topk_prob;      // their weights, a softmax over all scores, are divided by their sum
@@ -161,6 +163,7 @@ typedef struct tl_expert {
 typedef struct tl_layer {
     int window; // as in the configuration
     tl_rope rope;
+    int table, place;                           // its pages: which of a sequence's tables, and where in a page
     tl_norm attention_norm, ffn_norm;           // of x, before; weight NULL where there is none
     tl_norm attention_post_norm, ffn_post_norm; // of what is added to x; likewise
     tl_norm q_norm, k_norm;                     // before RoPE; likewise
@@ -185,6 +188,7 @@ struct tl_model {
     tl_matrix output;               // the same data as embedding where they are tied
     tl_norm output_norm;
     tl_layer *layers;    // [n_layers]
+    int n_tables;        // of pages that a sequence has
     size_t weight_bytes; // packed bytes uploaded
     tl_run *scratch;     // the backend's, reused from call to call
 };
@@ -219,16 +223,16 @@ void tl_model_free(tl_model *model);
 #define TL_PAGE    64  // tokens a page holds
 #define TL_SEGMENT 256 // positions attention adds up at a time (4 pages)
 
-// Pages of 64 tokens in slabs that never move. A page holds every layer: [layer][kv head] a block of keys,
-// each [4][head_dim][16 tokens], then a block of values [64][v_stride]. Who owns a page, and reuse, is
-// Python's (kvcache.py).
+// Pages of 64 tokens in slabs that never move. A page holds page_layers layers: [layer][kv head] a block of keys,
+// each [4][head_dim][16 tokens], then a block of values [64][v_stride]. Who owns a page, reuse, and which layers
+// share one, is Python's (kvcache.py).
 struct tl_cache {
     const tl_backend *backend;
-    int type; // format id of the numbers: 0 F32, 1 F16, 8 Q8_0
-    int n_layers, n_kv_heads, head_dim;
+    int type;                                        // format id of the numbers: 0 F32, 1 F16, 8 Q8_0
+    int n_layers, n_kv_heads, head_dim;              // n_layers: of a page
     int v_stride;                                    // head_dim rounded up to 16
     size_t k_bytes, v_bytes;                         // of one layer's one head's keys, values
-    size_t page_bytes;                               // of one page, all layers
+    size_t page_bytes;                               // of one page, all its layers
     int pages_per_slab, n_slabs, max_pages, n_pages; // n_pages: allocated so far
     void **slabs;
 };
@@ -239,8 +243,8 @@ tl_status tl_cache_grow(tl_cache *cache, int n_pages, tl_message *message);
 tl_status tl_cache_clear_page(tl_cache *cache, int page, tl_message *message);
 // Copies the 16-token blocks that hold the first n_tokens tokens.
 tl_status tl_cache_copy_page(tl_cache *cache, int to, int from, int n_tokens, tl_message *message);
-// One layer's one head's keys in a page; the values follow k_bytes later.
-uint8_t *tl_cache_head(const tl_cache *cache, int page, int layer, int kv_head);
+// The keys of one head of the layer at `place` in a page; the values follow k_bytes later.
+uint8_t *tl_cache_head(const tl_cache *cache, int page, int place, int kv_head);
 void tl_cache_free(tl_cache *cache);
 
 // ---- the one entry
@@ -255,7 +259,9 @@ typedef struct tl_batch {
     const int32_t *positions; // [n]
     const int32_t *sequences; // [n] index into page_tables
     int n_sequences, max_pages;
-    const int32_t *page_tables; // [n_sequences, max_pages] page ids; entries past what a sequence needs are not read
+    // [n_sequences, n_tables, max_pages] page ids. What lies wholly behind the windows of a table's layers may be any
+    // page of the cache, what is past a sequence's last position any number.
+    const int32_t *page_tables;
     int first_layer, last_layer;
     int n_rows;
     const int32_t *rows; // [n_rows] indices into the n tokens, for the logits

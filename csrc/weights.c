@@ -146,7 +146,8 @@ tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_back
     tl_config *c = &model->config;
     *c = *config;
     c->rope_factors = NULL; // they go into the frequencies, these into the layers
-    c->windows = c->ropes = NULL;
+    c->windows = c->ropes = c->places = NULL;
+    if (!c->page_layers) c->page_layers = c->n_layers;
     float *scales[] = {&c->embedding_scale, &c->residual_scale, &c->logit_scale};
     for (int i = 0; i < 3; i++) *scales[i] = *scales[i] == 0 ? 1 : *scales[i];
     model->backend = backend;
@@ -163,7 +164,13 @@ tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_back
         return tl_fail(message, TL_MEMORY, "no memory for %d layers", config->n_layers);
     }
     model->output_norm = (tl_norm){NULL, config->norm_eps, config->norm_kind};
-    for (int l = 0; l < config->n_layers; l++) create_layer(&model->layers[l], config, l);
+    for (int l = 0; l < config->n_layers; l++) {
+        const int place = config->places ? config->places[l] : l, table = place / c->page_layers;
+        create_layer(&model->layers[l], config, l);
+        model->layers[l].table = table;
+        model->layers[l].place = place % c->page_layers;
+        if (table >= model->n_tables) model->n_tables = table + 1;
+    }
     *out = model;
     return TL_OK;
 }

@@ -70,9 +70,10 @@ def slots_of(history: list[int]) -> list[int]:
     return slots[1:]
 
 
-def logits_after(history: list[int]) -> F32:
+def logits_after(history: list[int], windows: tuple[int, ...] = (0,)) -> F32:
     """The model: float32 [VOCAB], a function of all tokens so far. Now and then a text ends."""
-    return logits_from(np.array(slots_of(history)))
+    slots = np.array(slots_of(history))
+    return logits_from(np.concatenate([slots[-window:] + i for i, window in enumerate(windows)]))
 
 
 def logits_from(slots: I64) -> F32:
@@ -84,9 +85,11 @@ def logits_from(slots: I64) -> F32:
 
 
 class MockModel:
-    """Writes the batch's tokens into their pages and answers from what the page tables lead to."""
+    """Writes the batch's tokens into their pages and answers from what the page tables lead to, as far back
+    as each table's window goes (0: to the start)."""
 
-    def __init__(self) -> None:
+    def __init__(self, windows: tuple[int, ...] = (0,)) -> None:
+        self.windows = windows
         self.calls: list[int] = []  # tokens of each call
         self.n_layers_run = 0
         self.before_layer: Callable[[], None] = lambda: None
@@ -109,10 +112,11 @@ class MockModel:
         assert (np.diff(positions)[np.diff(sequences) == 0] == 1).all()
         self.calls.append(len(tokens))
         for token, position, sequence in zip(tokens, positions, sequences, strict=True):
-            table, last = page_tables[sequence], position - 1
-            before = -1 if position == 0 else int(cache.pages[table[last // PAGE]][last % PAGE])
+            tables, last = page_tables[sequence], position - 1
+            before = -1 if position == 0 else int(cache.pages[tables[0, last // PAGE]][last % PAGE])
             assert position == 0 or before != NOTHING, "a token comes after one that nobody wrote"
-            cache.pages[table[position // PAGE]][position % PAGE] = kept(before, int(token))
+            for i, table in enumerate(tables):
+                cache.pages[table[position // PAGE]][position % PAGE] = kept(before, int(token)) + i
         for _ in range(N_LAYERS):
             self.before_layer()
             if should_stop is not None and should_stop():
@@ -120,8 +124,10 @@ class MockModel:
             self.n_layers_run += 1
         out = []
         for row in range(len(tokens)) if rows is None else rows:
-            table = page_tables[sequences[row]][: positions[row] // PAGE + 1]
-            slots = np.concatenate([cache.pages[page] for page in table])[: positions[row] + 1]
-            assert (slots != NOTHING).all(), "a slot was read that nobody wrote"
-            out.append(logits_from(slots))
+            n, seen = positions[row] + 1, []
+            for table, window in zip(page_tables[sequences[row]], self.windows, strict=True):
+                slots = np.concatenate([cache.pages[page] for page in table[: -(-n // PAGE)]])
+                seen.append(slots[max(0, n - window) if window else 0 : n])
+                assert (seen[-1] != NOTHING).all(), "a slot was read that nobody wrote"
+            out.append(logits_from(np.concatenate(seen)))
         return np.array(out, dtype=np.float32).reshape(-1, VOCAB)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tinyllm.engine import Engine, Generation, Job, Piece, _Call
 from tinyllm.errors import MemoryLimitError, ModelClosedError
-from tinyllm.kvcache import PAGE, KVCache
+from tinyllm.kvcache import PAGE, KVCache, pages_held
 from tinyllm.sampling import Sampled, StopStrings
 
 CONTEXT = 600
@@ -38,8 +38,9 @@ def text_of(token: int | None) -> str:
     return "" if token is None else chr(token)
 
 
-def make_engine(max_pages: int = 64, **options: int) -> Engine:
-    return Engine(MockModel(), KVCache(MockPool(max_pages), max_pages), vocab_size=VOCAB, **options)
+def make_engine(max_pages: int = 64, windows: tuple[int, ...] = (0,), chunk: int = 512) -> Engine:
+    cache = KVCache(MockPool(max_pages), max_pages, windows=windows, ahead=chunk)
+    return Engine(MockModel(windows), cache, vocab_size=VOCAB, chunk=chunk)
 
 
 def generation(engine: Engine | None, prompt: list[int], seed: int = 0, **options: Any) -> Generation:
@@ -53,12 +54,19 @@ def run(engine: Engine, groups: Iterable[list[Generation]], **options: Any) -> l
     return list(engine.generate(groups, **options))
 
 
-def expected(prompt: list[int], seed: int = 0, max_tokens: int = 20) -> list[int]:
+def expected(
+    prompt: list[int],
+    seed: int = 0,
+    max_tokens: int = 20,
+    windows: tuple[int, ...] = (0,),
+    context: int = CONTEXT,
+    eos: int | None = EOS,
+) -> list[int]:
     """The loop."""
     history, sample = list(prompt), sampler(seed)
-    while len(history) < min(len(prompt) + max_tokens, CONTEXT):
-        token = sample(logits_after(history), history, len(history)).token
-        if token == EOS:
+    while len(history) < min(len(prompt) + max_tokens, context):
+        token = sample(logits_after(history, windows), history, len(history)).token
+        if token == eos:
             break
         history.append(token)
     return history[len(prompt) :]
@@ -127,13 +135,15 @@ def test_what_was_held_back_for_a_stop_string_comes_at_the_end() -> None:
     ),
     chunk=st.sampled_from([1, 3, 64, 100, 512]),
     max_pages=st.sampled_from([5, 9, 64]),
+    windows=st.sampled_from([(0,), (30,), (0, 70), (0, 2, 2)]),
     n=st.integers(1, 3),
 )
 def test_batch_chunk_pool_and_siblings_change_nothing(
-    prompts: list[tuple[int, int, int]], chunk: int, max_pages: int, n: int
+    prompts: list[tuple[int, int, int]], chunk: int, max_pages: int, windows: tuple[int, ...], n: int
 ) -> None:
-    """With 5 pages, one text of 220 tokens fills the pool, so all others must wait or be computed again."""
-    engine = make_engine(max_pages, chunk=chunk)
+    """With 5 pages a table, one text of 220 tokens fills the pool, so all others must wait or be computed
+    again."""
+    engine = make_engine(max_pages * len(windows), windows, chunk)
     groups = []
     for length, prefix, seed in prompts:
         first = generation(engine, text(length, prefix), seed)
@@ -141,7 +151,7 @@ def test_batch_chunk_pool_and_siblings_change_nothing(
     run(engine, groups)
     for (length, prefix, seed), group in zip(prompts, groups, strict=True):
         for i, g in enumerate(group):
-            assert g.tokens == expected(text(length, prefix), seed + 100 * i)
+            assert g.tokens == expected(text(length, prefix), seed + 100 * i, windows=windows)
     assert max(engine.model.calls) <= chunk  # type: ignore[attr-defined]
     assert pages_in_use(engine) == 0
 
@@ -166,6 +176,30 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     run(engine, [[again]])
     assert model.calls[0] == 150 - 2 * PAGE
     assert again.tokens == expected(text(150), seed=5)
+
+
+@pytest.mark.parametrize("windows", [(100,), (0, 100), (0, 100, 100)])
+def test_windows_bound_the_pages(windows: tuple[int, ...]) -> None:
+    """A prompt and a text far longer than the window, in a pool that holds what the window asks for."""
+    prompt, chunk, n = text(1500), 64, 100
+    most = sum(pages_held(1600, window, chunk) for window in windows)
+    assert most == sum(4 if window else 25 for window in windows)
+    engine = make_engine(most, windows, chunk)
+    g = generation(engine, prompt, max_tokens=n, context=2000, eos_ids=frozenset())
+    n_used = []
+    for _ in engine.generate([[g]]):
+        n_used.append(engine.cache.n_used)
+    assert g.tokens[:20] == expected(prompt, windows=windows, context=2000, eos=None)
+    assert max(n_used) <= most
+    assert n_used[-2] <= sum(3 if window else 25 for window in windows)
+
+
+def test_a_full_pool_is_known_before_a_long_prompt_is_computed() -> None:
+    """Although its first chunk would still find room."""
+    engine = make_engine(max_pages=6, windows=(200,), chunk=128)
+    with pytest.raises(MemoryLimitError, match=r"7 more pages .* at most 6 may"):
+        run(engine, [[generation(engine, text(1000), context=2000)]])
+    assert engine.model.calls == []  # type: ignore[attr-defined]
 
 
 def test_decoding_does_not_wait_for_an_older_long_prompt() -> None:
@@ -435,4 +469,4 @@ def test_mock_cancels_by_an_exception_of_its_own() -> None:
     pool.grow(1)
     zero = np.zeros(1, dtype=np.int32)
     with pytest.raises(Cancelled):
-        model.forward(zero, zero, zero, zero[None], cache=pool, should_stop=lambda: True)
+        model.forward(zero, zero, zero, zero[None, None], cache=pool, should_stop=lambda: True)

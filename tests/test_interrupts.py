@@ -45,7 +45,7 @@ def check_after(engine: Engine) -> None:
         engine.cache.collect()
     check_books(engine.cache)
     assert engine.cache.n_used == 0
-    assert engine.cache._pages_of == {}
+    assert engine.cache._tables_of == {}
     again = generation(engine, text(PAGE + 9), max_tokens=3)
     run(engine, [[again]])
     assert again.tokens == expected(text(PAGE + 9), max_tokens=3)

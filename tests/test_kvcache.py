@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tinyllm.errors import MemoryLimitError
-from tinyllm.kvcache import PAGE, KVCache, Sequence, root_key
+from tinyllm.kvcache import GONE, PAGE, KVCache, Sequence, first_seen, pages_held, root_key
 
 
 def make_cache(max_pages: int = 8, **options: Any) -> tuple[KVCache, MockPool]:
@@ -26,7 +26,8 @@ def write(cache: KVCache, pool: MockPool, sequence: Sequence, n: int | None = No
     n = sequence.n_pending if n is None else n
     slots = slots_of(sequence.tokens)
     for position in range(sequence.n_cached, sequence.n_cached + n):
-        pool.pages[sequence.pages[position // PAGE]][position % PAGE] = slots[position]
+        for i, table in enumerate(sequence.tables):
+            pool.pages[table[position // PAGE]][position % PAGE] = slots[position] + i
     cache.commit(sequence, n)
 
 
@@ -34,8 +35,9 @@ def compute(cache: KVCache, pool: MockPool, tokens: list[int]) -> Sequence:
     """A new sequence, brought up to date. Its last token is computed in any case, for its logits."""
     sequence = cache.sequence(tokens)
     cache.adopt(sequence, len(tokens) - 1)
-    cache.reserve(sequence)
-    write(cache, pool, sequence)
+    while sequence.n_pending:
+        cache.reserve(sequence)
+        write(cache, pool, sequence, min(sequence.n_pending, cache.ahead))
     return sequence
 
 
@@ -44,9 +46,14 @@ def text(n: int, seed: int = 0) -> list[int]:
 
 
 def holds(pool: MockPool, sequence: Sequence, tokens: list[int]) -> bool:
-    """Whether the sequence's pages hold just what belongs to `tokens`."""
-    held = [int(slot) for page in sequence.pages for slot in pool.pages[page]]
-    return held[: sequence.n_cached] == slots_of(tokens)
+    """Whether the sequence's pages hold what belongs to `tokens`, as far back as the next token looks."""
+    slots, n = slots_of(tokens), sequence.n_cached
+    for i, (table, window) in enumerate(zip(sequence.tables, sequence._cache.windows, strict=True)):
+        start = max(0, n + 1 - window) if window else 0
+        held = [int(pool.pages[table[p // PAGE]][p % PAGE]) - i for p in range(start, n)]
+        if GONE in table[start // PAGE : -(-n // PAGE)] or held != slots[start:n]:
+            return False
+    return len(slots) == n
 
 
 def test_prefix_is_shared_page_by_page() -> None:
@@ -55,7 +62,7 @@ def test_prefix_is_shared_page_by_page() -> None:
     b = cache.sequence(text(200)[:150] + text(50, seed=1))
     cache.adopt(b, 199)
     assert b.n_cached == 2 * PAGE
-    assert b.pages == a.pages[:2]
+    assert b.tables[0] == a.tables[0][:2]
     assert cache.n_used == 4
 
 
@@ -71,7 +78,7 @@ def test_a_page_that_was_not_committed_is_not_shared() -> None:
     cache, pool = make_cache()
     a = cache.sequence(text(100))
     cache.reserve(a)
-    pool.pages[a.pages[0]][:] = a.tokens[:PAGE]  # the call wrote, but failed
+    pool.pages[a.tables[0][0]][:] = a.tokens[:PAGE]  # the call wrote, but failed
     b = cache.sequence(text(100))
     cache.adopt(b, 99)
     assert b.n_cached == 0
@@ -241,18 +248,87 @@ def test_closed_and_forgotten_sequences_are_collected() -> None:
     assert cache.n_used == 2
     cache.collect()
     assert cache.n_used == 0
-    assert len(cache._pages_of) == 1
+    assert len(cache._tables_of) == 1
     del a  # after its close
     cache.collect()
-    assert not cache._pages_of
+    assert not cache._tables_of
+
+
+# ---- windows
+
+
+def test_pages_behind_a_window_go_where_the_next_call_takes_its_own() -> None:
+    cache, pool = make_cache(max_pages=12, windows=(0, 100), ahead=PAGE)
+    sequence = cache.sequence(text(6 * PAGE))
+    for n in range(1, 7):
+        cache.reserve(sequence)
+        assert len(sequence.tables[0]) == 6
+        assert sequence.tables[1].count(GONE) == first_seen((n - 1) * PAGE, 100)
+        assert len(sequence.pages) <= 6 + pages_held(6 * PAGE, 100, PAGE) == 10
+        write(cache, pool, sequence, PAGE)
+    assert holds(pool, sequence, sequence.tokens)
+    cache.drop(sequence)
+    assert cache.n_used == 0
+
+
+def test_a_prefix_is_known_by_what_its_windows_see() -> None:
+    """Its first pages may be gone from the windowed tables, not from the others, and not those before its
+    end."""
+    cache, pool = make_cache(max_pages=20, windows=(0, 100, 100), ahead=PAGE, max_unused=10)
+    cache.drop(compute(cache, pool, text(6 * PAGE)))
+    assert len(cache._unused) == 10  # of 18: evicted are those behind the windows
+    for n, n_known in ((6, 6), (5, 0), (4, 0), (0, 0)):
+        again = cache.sequence([*text(6 * PAGE), 1])
+        cache.adopt(again, n * PAGE)
+        assert again.n_cached == n_known * PAGE
+        assert holds(pool, again, text(6 * PAGE)[: again.n_cached])
+        assert [table.count(GONE) for table in again.tables] == [0, *([4] * 2 if n_known else [0] * 2)]
+        cache.drop(again)
+
+
+def test_a_prefix_goes_as_far_as_the_longest_that_has_its_windows() -> None:
+    cache, pool = make_cache(max_pages=40, windows=(0, 70), ahead=PAGE)
+    kept = compute(cache, pool, text(6 * PAGE))
+    cache.drop(kept)
+    page = cache._page_of.pop((1, kept.key(3)))
+    del cache._key_of[page]
+    for n, n_known in ((3, 3), (4, 3), (5, 3), (6, 6)):
+        again = cache.sequence([*text(6 * PAGE), 1])
+        cache.adopt(again, n * PAGE)
+        assert again.n_cached == n_known * PAGE
+        assert holds(pool, again, text(6 * PAGE)[: n_known * PAGE])
+        cache.drop(again)
+
+
+def test_fork_behind_a_window() -> None:
+    cache, pool = make_cache(max_pages=20, windows=(0, 100), ahead=PAGE)
+    parent = compute(cache, pool, text(5 * PAGE + 20))
+    cache.reserve(parent)
+    child = cache.fork(parent)
+    assert [table[:5] for table in child.tables] == [table[:5] for table in parent.tables]
+    assert child.tables[0][5] != parent.tables[0][5]
+    assert child.tables[1][5] != parent.tables[1][5]
+    assert child.tables[1].count(GONE) == 3
+    for sequence, token in ((child, 1), (parent, 2)):
+        sequence.tokens.append(token)
+        write(cache, pool, sequence)
+        assert holds(pool, sequence, [*text(5 * PAGE + 20), token])
 
 
 class Pages(RuleBasedStateMachine):
     """Any order of operations, against what every sequence should hold."""
 
-    @initialize(max_pages=st.integers(1, 9), max_unused=st.integers(0, 9))
-    def start(self, max_pages: int, max_unused: int) -> None:
-        self.cache, self.pool = make_cache(max_pages, max_unused=max_unused)
+    @initialize(
+        max_pages=st.integers(1, 9),
+        max_unused=st.integers(0, 9),
+        windows=st.sampled_from([(0,), (1,), (70,), (0, 30), (0, 100, 100), (64, 200)]),
+        ahead=st.integers(1, 3 * PAGE),
+    )
+    def start(self, max_pages: int, max_unused: int, windows: tuple[int, ...], ahead: int) -> None:
+        n = len(windows)
+        self.cache, self.pool = make_cache(
+            n * max_pages, max_unused=n * max_unused, windows=windows, ahead=ahead
+        )
         self.sequences: list[Sequence] = []
 
     def pick(self, i: int) -> Sequence:
@@ -287,7 +363,10 @@ class Pages(RuleBasedStateMachine):
             return
         after = Counter(page for s in self.sequences if s.order < sequence.order for page in s.pages)
         assert before == after, "an older sequence lost pages"
-        write(self.cache, self.pool, sequence, min(n, sequence.n_pending))
+        for table, window in zip(sequence.tables, self.cache.windows, strict=True):
+            most = pages_held(len(sequence.tokens), window, self.cache.ahead)
+            assert len(table) - table.count(GONE) <= most
+        write(self.cache, self.pool, sequence, min(n, sequence.n_pending, self.cache.ahead))
 
     @precondition(lambda self: self.sequences)
     @rule(i=st.integers(0, 99))
@@ -317,7 +396,11 @@ class Pages(RuleBasedStateMachine):
     @invariant()
     def contents_are_right(self) -> None:
         for sequence in self.sequences:
-            assert len(sequence.pages) * PAGE >= sequence.n_cached
+            assert all(len(table) * PAGE >= sequence.n_cached for table in sequence.tables)
+            for table, window in zip(sequence.tables, self.cache.windows, strict=True):
+                n_gone = table.count(GONE)
+                assert table[:n_gone] == [GONE] * n_gone
+                assert n_gone <= first_seen(sequence.n_cached, window)
             assert holds(self.pool, sequence, sequence.tokens[: sequence.n_cached])
 
     @invariant()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -229,9 +229,34 @@ def packed_bytes(shape: tuple[int, ...], format: int) -> int:
     return -(-rows // 16) * (-(-k // block)) * panel_bytes
 
 
+@dataclass(frozen=True)
+class CacheGroup:
+    """Layers whose keys and values share pages of the cache. window: the positions that they look at, 0: all,
+    also where a window is as long as the context.
+    """
+
+    window: int
+    layers: tuple[int, ...]
+
+
+def cache_groups(config: ModelConfig) -> list[CacheGroup]:
+    """The layers by what they look at, in groups of one size (the last of a kind may be smaller), so that a
+    page of the cache serves any group. One group where no layer has a window, or all have the same.
+    """
+    layers_of: dict[int, list[int]] = {}
+    for layer, window in enumerate(config.windows or (0,) * config.n_layers):
+        layers_of.setdefault(window if window < config.context else 0, []).append(layer)
+    size = min(map(len, layers_of.values()))
+    return [
+        CacheGroup(window, tuple(layers[i : i + size]))
+        for window, layers in sorted(layers_of.items())
+        for i in range(0, len(layers), size)
+    ]
+
+
 def page_bytes(config: ModelConfig, cache_type: CacheType) -> int:
-    """Bytes of a KV page of 64 tokens, all layers (tl_cache in tinyllm.h). Raises ArgumentError for q8_0 with
-    heads that are no whole groups of 32.
+    """Bytes of a KV page: 64 tokens in the layers of a group (tl_cache in tinyllm.h). Raises ArgumentError
+    for q8_0 with heads that are no whole groups of 32.
     """
     d = config.head_dim
     if cache_type == "q8_0" and d % 32:
@@ -241,7 +266,7 @@ def page_bytes(config: ModelConfig, cache_type: CacheType) -> int:
         if cache_type == "q8_0"
         else (d + -(-d // 16) * 16) * (4 if cache_type == "f32" else 2)
     )
-    return config.n_layers * config.n_kv_heads * PAGE * of_token
+    return len(cache_groups(config)[0].layers) * config.n_kv_heads * PAGE * of_token
 
 
 # The core's numbers for the words of a config (tinyllm.h).
@@ -265,6 +290,11 @@ def _core_config(config: ModelConfig) -> dict[str, Any]:
     values["windows"] = np.asarray(config.windows or (0,) * config.n_layers, np.int32)
     ropes = config.ropes or ("usual",) * config.n_layers
     values["ropes"] = np.asarray([_ROPES.index(rope) for rope in ropes], np.int32)
+    groups = cache_groups(config)
+    values["page_layers"] = len(groups[0].layers)
+    values["places"] = np.zeros(config.n_layers, np.int32)
+    for i, group in enumerate(groups):
+        values["places"][list(group.layers)] = i * len(groups[0].layers) + np.arange(len(group.layers))
     return values
 
 
@@ -302,7 +332,7 @@ class Model:
     """One model's packed weights on one device. Not a text interface: see `tinyllm.load`."""
 
     def __init__(self, config: ModelConfig, *, device: str = "auto", threads: int | None = None) -> None:
-        self.config = config
+        self.config, self.cache_groups = config, cache_groups(config)
         self._device = choose_device(device)
         self.device = self._device.name
         if threads is not None and not 1 <= threads <= MAX_THREADS:
@@ -396,10 +426,11 @@ class Model:
         return self._core.observe(name, -1 if layer is None else layer)
 
     def cache(self, type: CacheType = "f16", max_pages: int | None = None) -> PagePool:
-        """A page pool for this model; max_pages None: one sequence of the whole context."""
+        """A page pool for this model; max_pages None: all pages of one sequence of the whole context."""
         if type not in CACHE_TYPES:
             raise ArgumentError(f"cache type is {type!r}; it is one of {', '.join(CACHE_TYPES)}")
-        pages = -(-self.config.context // 64) if max_pages is None else max_pages
+        context_pages = -(-self.config.context // PAGE) * len(self.cache_groups)
+        pages = context_pages if max_pages is None else max_pages
         return PagePool(self._core.cache(CACHE_TYPES[type], pages))
 
     def forward(
@@ -419,10 +450,12 @@ class Model:
 
         tokens_or_x: token ids int [n], or activations float32 [n, dim]. positions, sequences: int [n]; a
         sequence's tokens stand together in order, sequences ascend. page_tables: int [n_sequences,
-        max_pages], page ids of `cache`. layers: (first, last), default all. should_stop: asked before each
-        layer (at most every 20 ms), True cancels. Returns float32 logits [len(rows), vocab_size] of the
-        tokens that `rows` lists (None: all), or, where the last layer is not the model's last or `logits` is
-        False, activations [n, dim]. Raises ArgumentError for what does not fit, CancelledError.
+        len(cache_groups), max_pages], page ids of `cache`, or [n_sequences, max_pages] where there is one
+        group; what is wholly behind a group's window is not read, but must be a page. layers: (first, last),
+        default all. should_stop: asked before each layer (at most every 20 ms), True cancels. Returns float32
+        logits [len(rows), vocab_size] of the tokens that `rows` lists (None: all), or, where the last layer
+        is not the model's last or `logits` is False, activations [n, dim]. Raises ArgumentError for what does
+        not fit, CancelledError.
         """
         first, last = layers if layers is not None else (0, self.config.n_layers)
         given = np.asarray(tokens_or_x)

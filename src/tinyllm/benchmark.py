@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import platform
 import statistics
 import time
@@ -238,7 +239,8 @@ class Subject:
     def _make_cache(self, cache_type: str, for_cases: Sequence[Case]) -> None:
         n_sequences = max(case.n_sequences for case in for_cases)
         a_sequence = -(-max(case.n_positions for case in for_cases) // PAGE)
-        pool = self._model.cache(cast(CacheType, cache_type), n_sequences * a_sequence)
+        shape = (n_sequences, len(self._model.cache_groups), a_sequence)
+        pool = self._model.cache(cast(CacheType, cache_type), math.prod(shape))
         self._pools[cache_type] = pool
         n_bytes, free = pool.page_bytes * pool.max_pages, self._model.free_memory()
         if n_bytes > free:
@@ -247,14 +249,15 @@ class Subject:
                 f"{n_bytes} bytes, {free} are free; measure fewer sequences or less depth"
             )
         pool.grow(pool.max_pages)
-        table = np.arange(pool.max_pages, dtype=np.int32).reshape(n_sequences, a_sequence)
+        table = np.arange(pool.max_pages, dtype=np.int32).reshape(shape)
         self._tables[cache_type] = table
         deepest = max(for_cases, key=lambda case: case.n_depth)
         self._use(deepest)
         self._prefill(cache_type, 0, deepest.n_depth)
-        for page in range(-(-deepest.n_depth // PAGE)):
-            for to in table[1:, page].tolist():
-                pool.copy_page(to, int(table[0, page]), PAGE)
+        computed = table[:, :, : -(-deepest.n_depth // PAGE)].reshape(n_sequences, -1)
+        for row in computed[1:].tolist():
+            for to, source in zip(row, computed[0].tolist(), strict=True):
+                pool.copy_page(to, source, PAGE)
 
     @property
     def weight_bytes(self) -> int:
@@ -265,7 +268,7 @@ class Subject:
 
     def kv_bytes(self, cache_type: str) -> int:
         """Bytes of keys and values that one position takes in all layers, from the cache's own geometry."""
-        return self._pools[cache_type].page_bytes // PAGE
+        return len(self._model.cache_groups) * self._pools[cache_type].page_bytes // PAGE
 
     def step_bytes(self, case: Case) -> float:
         """Bytes that decoding reads a step, on average over the case: every packed weight once, and every

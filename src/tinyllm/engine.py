@@ -225,6 +225,7 @@ class Engine:
     """One model with its cache, shared by any number of threads."""
 
     def __init__(self, model: Model, cache: KVCache, *, vocab_size: int, chunk: int = CHUNK) -> None:
+        assert chunk <= cache.ahead
         self.model, self.cache = model, cache
         self.is_closed = False
         self._chunk = chunk
@@ -435,14 +436,17 @@ class Engine:
         starts = np.cumsum(n) - n
         tokens = np.empty(n.sum(), dtype=np.int32)
         positions = np.empty_like(tokens)
-        tables = np.zeros((len(parts), max(len(s.pages) for s in sequences)), dtype=np.int32)
+        n_pages = max(len(table) for s in sequences for table in s.tables)
+        tables = np.zeros((len(parts), len(self.cache.windows), n_pages), dtype=np.int32)
         rows: list[int] = []
         for i, (part, s) in enumerate(zip(parts, sequences, strict=True)):
             here = slice(starts[i], starts[i] + part.n)
             tokens[here] = s.tokens[s.n_cached : s.n_cached + part.n]
             positions[here] = np.arange(s.n_cached, s.n_cached + part.n)
-            tables[i, : len(s.pages)] = s.pages
+            for k, table in enumerate(s.tables):
+                tables[i, k, : len(table)] = table
             rows.extend(range(here.stop - part.n_rows, here.stop))
+        np.maximum(tables, 0, out=tables)  # what is GONE is not read, but must be a page
         return self.model.forward(
             tokens,
             positions,

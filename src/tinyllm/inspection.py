@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import backends, reasoning
-from .backends import PAGE, CacheType
+from .backends import CacheType
 from .chat import ChatTemplate
 from .config import ModelConfig
 from .engine import CHUNK
 from .errors import ArgumentError, TemplateError
 from .loaders import FORMATS
-from .loading import MEMORY_SHARE, kept_formats
+from .loading import MEMORY_SHARE, cache_bytes, fitting_context, kept_formats
 from .modelfiles import ModelFiles, read_model
 from .tokenizer import Tokenizer
 
@@ -159,17 +159,16 @@ def _shares(tensors: Iterable[Tensor]) -> Iterator[Share]:
 
 def plan_memory(config: ModelConfig, weight_bytes: int, context: int, cache_type: CacheType) -> Memory:
     """The memory that a model of these weights takes with one full context."""
-    page_bytes = backends.page_bytes(config, cache_type)
     scratch, free = scratch_bytes(config, min(CHUNK, context)), backends.free_memory()
-    pages = max(0, int(MEMORY_SHARE * free) - weight_bytes - scratch) // page_bytes
+    left = int(MEMORY_SHARE * free) - weight_bytes - scratch
     return Memory(
         weights=weight_bytes,
-        cache=-(-context // PAGE) * page_bytes,
+        cache=cache_bytes(config, cache_type, context),
         scratch=scratch,
         free=free,
         context=context,
         cache_type=cache_type,
-        fitting_context=pages * PAGE,
+        fitting_context=fitting_context(config, cache_type, left),
     )
 
 

@@ -2,7 +2,9 @@
 
 The numbers themselves lie in the core's pool of pages (64 tokens each); this file only hands page ids out.
 A page that is full never changes again, so sequences share it; the last, partial page of a sequence belongs
-to it alone. Imports only `errors`. Read next: engine.py, which runs the sequences.
+to it alone. Layers that look back equally far share their pages, and a sequence has a table of pages for each
+such group of layers: what lies wholly behind a group's window is given back. Imports only `errors`. Read
+next: engine.py, which runs the sequences.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from functools import wraps
 from hashlib import blake2b
-from itertools import count
+from itertools import count, zip_longest
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -21,6 +23,7 @@ import numpy as np
 from .errors import MemoryLimitError
 
 PAGE = 64  # tokens of a page, TL_PAGE of the core
+GONE = -1  # in a table: a page behind the window
 
 
 class PagePool(Protocol):
@@ -48,16 +51,31 @@ def root_key(*facts: str) -> bytes:
     return blake2b(b"\0".join(fact.encode() for fact in facts), digest_size=16).digest()
 
 
+def first_seen(n_cached: int, window: int) -> int:
+    """The first page that the token at position `n_cached`, or any later one, looks at."""
+    return max(0, n_cached + 1 - window) // PAGE if window else 0
+
+
+def pages_held(n_tokens: int, window: int, ahead: int) -> int:
+    """The most pages of one table that a text of n_tokens holds at a time, computed up to `ahead` tokens a
+    call. window: positions that the table's layers look at; 0: all.
+    """
+    n = -(-n_tokens // PAGE)
+    return min(n, (window + ahead) // PAGE + 2) if window else n
+
+
 class Sequence:
     """Tokens, and the pages that hold the keys and values of the first `n_cached` of them.
 
-    Made by `KVCache.sequence`. Its owner appends to `tokens`; `pages` and `n_cached` change under the
-    cache's lock only, and may fall back to nothing when an older sequence needs the room: the tokens are
-    then computed again.
+    tables: for each group of layers the pages in order, GONE where they are behind its window. Made by
+    `KVCache.sequence`. Its owner appends to `tokens`; `tables` and `n_cached` change under the cache's lock
+    only, and may fall back to nothing when an older sequence needs the room: the tokens are then computed
+    again.
     """
 
     def __init__(self, cache: KVCache, tokens: Iterable[int]) -> None:
-        self.pages: list[int] = []  # this very list as long as it lives: the cache keeps it beyond that
+        # These very lists as long as it lives: the cache keeps them beyond that.
+        self.tables: list[list[int]] = [[] for _ in cache.windows]
         self.tokens = list(tokens)
         self.n_cached = 0
         self.order = next(cache._orders)  # age: the lower, the older
@@ -65,12 +83,17 @@ class Sequence:
         self._keys: list[bytes] = []
         # A destructor in Python would swallow an interrupt and lose the pages; append of a deque is one step.
         self._ref = weakref.ref(self, cache._closed.append)
-        cache._pages_of[self._ref] = self.pages
+        cache._tables_of[self._ref] = self.tables
 
     @property
     def n_pending(self) -> int:
         """Tokens that still have to be computed."""
         return len(self.tokens) - self.n_cached
+
+    @property
+    def pages(self) -> list[int]:
+        """The pages it owns, of all tables."""
+        return [page for table in self.tables for page in table if page != GONE]
 
     def key(self, page: int) -> bytes:
         """The key of a full page: a hash of its parent's key and its tokens, so of all tokens so far."""
@@ -123,22 +146,29 @@ class KVCache:
         max_pages: int,
         root: bytes = b"",
         *,
+        windows: Iterable[int] = (0,),
+        ahead: int = 512,
         max_unused: int | None = None,
         free_bytes: Callable[[], int] | None = None,
     ) -> None:
-        """`free_bytes` says how much memory is left, and is asked before the pool grows."""
+        """windows: of each of a sequence's tables; 0: its layers look at everything. ahead: the most tokens
+        of a sequence that one call computes. `free_bytes` says how much memory is left, and is asked before
+        the pool grows.
+        """
         self.lock = threading.RLock()  # a signal handler may run in the thread that holds it
         self.is_torn = False  # an interrupt may have come while owners were written down
         self.pool, self.max_pages, self.root = pool, max_pages, root
+        self.windows, self.ahead = tuple(windows), ahead
         self._max_unused = max_pages if max_unused is None else max_unused
         self._free_bytes = free_bytes
         self._orders = count()
         self._free = list(range(pool.n_pages))
         self._n_owners: dict[int, int] = {}  # of the pages that have any
-        self._page_of: dict[bytes, int] = {}  # the prefix table
-        self._key_of: dict[int, bytes] = {}  # its inverse
+        self._page_of: dict[tuple[int, bytes], int] = {}  # the prefixes: of table and key
+        self._key_of: dict[int, tuple[int, bytes]] = {}  # its inverse
         self._unused: OrderedDict[int, None] = OrderedDict()  # in the table, without an owner
-        self._pages_of: dict[weakref.ref[Sequence], list[int]] = {}  # of all that live or are not collected
+        # Of all sequences that live or are not collected
+        self._tables_of: dict[weakref.ref[Sequence], list[list[int]]] = {}
         self._closed: deque[weakref.ref[Sequence]] = deque()
 
     def sequence(self, tokens: Iterable[int] = ()) -> Sequence:
@@ -157,40 +187,62 @@ class KVCache:
 
     @_books
     def adopt(self, sequence: Sequence, n_tokens: int) -> None:
-        """Takes pages of the prefix table for the next tokens of `sequence` that end at `n_tokens` or
-        before.
+        """Takes known pages for the next tokens of `sequence`, as many as end at `n_tokens` or before: all
+        that a token after them looks at.
         """
-        while sequence.n_cached % PAGE == 0 and sequence.n_cached + PAGE <= n_tokens:
-            i = sequence.n_cached // PAGE
-            page = self._page_of.get(sequence.key(i))
-            if page is None:
-                return
-            self._put(sequence, i, page)
-            sequence.n_cached += PAGE
+        first = end = sequence.n_cached // PAGE
+        if sequence.n_cached % PAGE:
+            return
+        known_from = [first_seen(sequence.n_cached, window) for window in self.windows]  # without a gap
+        for i in range(first, n_tokens // PAGE):
+            known = [(table, sequence.key(i)) in self._page_of for table in range(len(self.windows))]
+            if not all(is_known or window for is_known, window in zip(known, self.windows, strict=True)):
+                break
+            known_from = [n if is_known else i + 1 for n, is_known in zip(known_from, known, strict=True)]
+            seen_from = [first_seen((i + 1) * PAGE, window) for window in self.windows]
+            if all(n <= seen for n, seen in zip(known_from, seen_from, strict=True)):
+                end = i + 1
+        if end == first:
+            return
+        sequence.n_cached = end * PAGE
+        self._trim(sequence)
+        for table, window in enumerate(self.windows):
+            seen = first_seen(sequence.n_cached, window)
+            for i in range(first, end):
+                page = self._page_of[table, sequence.key(i)] if i >= seen else GONE
+                self._put(sequence, table, i, page)
 
     @_books
     def reserve(self, sequence: Sequence) -> None:
-        """Gives `sequence` the pages for all its tokens, all or none. Where too few are left, younger
-        sequences lose theirs, the youngest first. Raises MemoryLimitError, with the numbers, when that is
-        not enough.
+        """Gives `sequence` the pages for all its tokens, or as many as its windows let it hold at a time; all
+        or none. Where too few are left, younger sequences lose theirs, the youngest first. Raises
+        MemoryLimitError, with the numbers, when that is not enough.
         """
-        n = -(-len(sequence.tokens) // PAGE) - len(sequence.pages)
-        if n <= 0:
+        self._trim(sequence)
+        missing = []
+        for table, window in zip(sequence.tables, self.windows, strict=True):
+            seen = first_seen(sequence.n_cached, window)
+            n_held = pages_held(len(sequence.tokens) - seen * PAGE, window, self.ahead)
+            missing.append(seen + n_held - len(table))
+        n = sum(missing)
+        if n == 0:
             return
         while True:
             try:
                 pages = self._take(n)
                 break
             except MemoryLimitError:
-                holders = [s for ref in list(self._pages_of) if (s := ref()) is not None and s.pages]
+                holders = [s for ref in list(self._tables_of) if (s := ref()) is not None and any(s.tables)]
                 younger = [s for s in holders if s.order > sequence.order]
                 kept = {page for s in holders if s.order <= sequence.order for page in s.pages}
                 if not younger or n > self.max_pages - len(kept):
                     raise
                 youngest = max(younger, key=lambda s: s.order)
                 youngest.n_cached = 0
-                self._release(youngest.pages)
-        sequence.pages += pages
+                self._release(youngest.tables)
+        for table, n in zip(sequence.tables, missing, strict=True):
+            table += pages[:n]
+            del pages[:n]
 
     @_books
     def commit(self, sequence: Sequence, n_tokens: int) -> None:
@@ -198,32 +250,37 @@ class KVCache:
         first = sequence.n_cached // PAGE
         sequence.n_cached += n_tokens
         for i in range(first, sequence.n_cached // PAGE):
-            key, own = sequence.key(i), sequence.pages[i]
-            known = self._page_of.setdefault(key, own)
-            if known == own:
-                self._key_of[own] = key
-            else:  # another sequence was faster; both hold the same bits
-                self._put(sequence, i, known)
+            for table, pages in enumerate(sequence.tables):
+                key, own = (table, sequence.key(i)), pages[i]
+                known = self._page_of.setdefault(key, own)
+                if known == own:
+                    self._key_of[own] = key
+                else:  # another sequence was faster; both hold the same bits
+                    self._put(sequence, table, i, known)
+        if not sequence.n_pending:  # else `reserve` does, when it takes the next ones: nobody gets in between
+            self._trim(sequence)
 
     @_books
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens: it shares the full pages and gets a copy of the last,
-        partial one. Raises MemoryLimitError when there is no page for the copy.
+        partial ones. Raises MemoryLimitError when there are no pages for the copies.
         """
         child = self.sequence(sequence.tokens)
         child._keys = list(sequence._keys)
         n_full, n_rest = divmod(sequence.n_cached, PAGE)
-        if n_rest:
-            pages = self._take(1)
-            try:
-                self.pool.copy_page(pages[0], sequence.pages[n_full], n_rest)
-            except BaseException:
-                self._disown(pages[0])
-                raise
-            child.pages += pages
-        for page in reversed(sequence.pages[:n_full]):
-            self._own(page)
-            child.pages.insert(0, page)
+        copies = self._take(len(self.windows)) if n_rest else []
+        try:
+            for table, copy in zip(sequence.tables, copies, strict=False):
+                self.pool.copy_page(copy, table[n_full], n_rest)
+        except BaseException:
+            for page in copies:
+                self._disown(page)
+            raise
+        for i, table in enumerate(sequence.tables):
+            for page in table[:n_full]:
+                if page != GONE:
+                    self._own(page)
+            child.tables[i] += table[:n_full] + copies[i : i + 1]
         child.n_cached = sequence.n_cached
         return child
 
@@ -231,7 +288,7 @@ class KVCache:
     def drop(self, sequence: Sequence) -> None:
         """Takes the pages away. The tokens stay; they have to be computed again to go on."""
         sequence.n_cached = 0
-        self._release(sequence.pages)
+        self._release(sequence.tables)
 
     def collect(self) -> None:
         """Takes back what closed and dead sequences held. Where an interrupt tore the books, everything: the
@@ -250,25 +307,29 @@ class KVCache:
 
     @_books
     def _bury(self, ref: weakref.ref[Sequence]) -> None:
-        self._release(self._pages_of.get(ref, []))
-        self._pages_of.pop(ref, None)
+        self._release(self._tables_of.get(ref, []))
+        self._tables_of.pop(ref, None)
 
     def _reset(self) -> None:
-        for ref, pages in list(self._pages_of.items()):
+        for ref, tables in list(self._tables_of.items()):
             sequence = ref()
             if sequence is not None:
                 sequence.n_cached = 0
-            pages.clear()
+            for table in tables:
+                table.clear()
         for book in (self._n_owners, self._page_of, self._key_of, self._unused):
             book.clear()
         self._free = list(range(min(self.pool.n_pages, self.max_pages)))
         self.is_torn = False
 
-    def _release(self, pages: list[int]) -> None:
-        """Empties a sequence's list."""
-        for page in reversed(pages):  # so that the end of a prefix is evicted before its start
-            self._disown(page)
-        pages.clear()
+    def _release(self, tables: list[list[int]]) -> None:
+        """Empties a sequence's tables."""
+        for row in reversed(list(zip_longest(*tables, fillvalue=GONE))):
+            for page in row:  # so that the end of a prefix is evicted before its start
+                if page != GONE:
+                    self._disown(page)
+        for table in tables:
+            table.clear()
 
     def _own(self, page: int) -> None:
         self._n_owners[page] = self._n_owners.get(page, 0) + 1
@@ -286,14 +347,25 @@ class KVCache:
         if len(self._unused) > self._max_unused:
             self._evict()
 
-    def _put(self, sequence: Sequence, i: int, page: int) -> None:
-        """Makes a shared page the i-th of `sequence`."""
-        self._own(page)
-        if i < len(sequence.pages):
-            self._disown(sequence.pages[i])
-            sequence.pages[i] = page
+    def _put(self, sequence: Sequence, table: int, i: int, page: int) -> None:
+        """Makes a shared page, or GONE, the i-th of a table of `sequence`."""
+        pages = sequence.tables[table]
+        if page != GONE:
+            self._own(page)
+        if i < len(pages):
+            if pages[i] != GONE:
+                self._disown(pages[i])
+            pages[i] = page
         else:
-            sequence.pages.append(page)
+            pages.append(page)
+
+    def _trim(self, sequence: Sequence) -> None:
+        """Gives back what is wholly behind the windows."""
+        for table, (pages, window) in enumerate(zip(sequence.tables, self.windows, strict=True)):
+            i = min(first_seen(sequence.n_cached, window), len(pages)) - 1
+            while i >= 0 and pages[i] != GONE:
+                self._put(sequence, table, i, GONE)
+                i -= 1
 
     def _evict(self) -> None:
         page, _ = self._unused.popitem(last=False)

@@ -22,10 +22,10 @@ import numpy.typing as npt
 from . import backends
 from .backends import CacheType
 from .chat import ChatTemplate, require
-from .config import GenerationDefaults
-from .engine import Engine, FinishReason, Generation, Job, Piece
+from .config import GenerationDefaults, ModelConfig
+from .engine import CHUNK, Engine, FinishReason, Generation, Job, Piece
 from .errors import ArgumentError, ContextError, MemoryLimitError, size_text
-from .kvcache import PAGE, KVCache, Sequence, root_key
+from .kvcache import KVCache, Sequence, pages_held, root_key
 from .reasoning import Plain, Splitter, splitter, visible_ids
 from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
 from .tokenizer import Tokenizer
@@ -151,12 +151,14 @@ class LLM:
         defaults = defaults or GenerationDefaults()
         self.eos_ids = frozenset(defaults.eos_ids) | (tokenizer.eos_ids if tokenizer else frozenset())
         self.defaults = asdict(defaults)
-        n_pages = -(-config.context // PAGE)
+        n_pages = cache_pages(config)
         max_pages = max_pages or n_pages
         self._cache = KVCache(
             model.cache(cache_type, max_pages),
             max_pages,
             root_key(repr(config), cache_type),
+            windows=[group.window for group in model.cache_groups],
+            ahead=CHUNK,
             max_unused=n_pages,
             free_bytes=model.free_memory,
         )
@@ -588,6 +590,11 @@ class Session:
         logits = self._evaluate()
         assert logits is not None, "nothing can cancel this"
         return logits
+
+
+def cache_pages(config: ModelConfig) -> int:
+    """Pages of the KV cache that a text of the whole context holds at most."""
+    return sum(pages_held(config.context, group.window, CHUNK) for group in backends.cache_groups(config))
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import logging
 import operator
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 
 from . import backends
 from .backends import PAGE, CacheType
 from .config import ModelConfig
 from .errors import ArgumentError, MemoryLimitError, UnsupportedError, size_text
-from .llm import LLM
+from .llm import LLM, cache_pages
 from .loaders import BF16, F16, F32
 from .loaders.names import Weights, in_gguf
 from .mixes import tensor_formats
@@ -25,6 +26,7 @@ from .modelfiles import ModelFiles, read_model
 MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
 USEFUL_CONTEXT = 4096  # that a GPU must have room for, to be chosen where no context is asked for
 MAX_PAGES = 1 << 24  # of a pool, the core's limit
+MAX_CONTEXT = 1 << 28  # that a config may have
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +70,8 @@ def load(
     formats = kept_formats(files.weights, weights, name)
     weight_bytes = sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
     wanted = min(files.config.default_context, USEFUL_CONTEXT) if context is None else context
-    cache_bytes = -(-wanted // PAGE) * backends.page_bytes(files.config, cache_type)
-    chosen = backends.choose_device(device, weight_bytes + cache_bytes)
+    needed = weight_bytes + cache_bytes(files.config, cache_type, wanted)
+    chosen = backends.choose_device(device, needed)
     asked = context
     context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name, chosen)
     model = backends.Model(files.config.with_context(context), device=chosen.name, threads=threads)
@@ -125,7 +127,7 @@ def _refusal(model: backends.Model, cache_type: CacheType) -> str:
     pool = model.cache(cache_type, 1)
     try:
         pool.grow(1)
-        model.forward([0], [0], [0], [[0]], cache=pool)
+        model.forward([0], [0], [0], [[[0]] * len(model.cache_groups)], cache=pool)
     except UnsupportedError as error:
         return str(error)
     finally:
@@ -147,6 +149,18 @@ def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[t
     return formats | {key: chosen[tensors[key][0]] for key in matrices}
 
 
+def cache_bytes(config: ModelConfig, cache_type: CacheType, context: int) -> int:
+    """Bytes of KV cache that a text of `context` tokens takes at most."""
+    config = config.with_context(context)
+    return cache_pages(config) * backends.page_bytes(config, cache_type)
+
+
+def fitting_context(config: ModelConfig, cache_type: CacheType, n_bytes: int) -> int:
+    """The longest context, in whole pages, whose cache fits into n_bytes; 0 where none does."""
+    pages = range(1, MAX_CONTEXT // PAGE + 1)
+    return PAGE * bisect_right(pages, n_bytes, key=lambda n: cache_bytes(config, cache_type, n * PAGE))
+
+
 def _fit_memory(
     config: ModelConfig,
     cache_type: CacheType,
@@ -158,23 +172,23 @@ def _fit_memory(
     """(context, most pages of the cache) for the memory that the device has, or MemoryLimitError."""
     free = device.free_memory()
     memory = f"the memory of {device.name} ({device.title})" if device.title else "memory"
-    page_bytes = backends.page_bytes(config, cache_type)
     usual = config.default_context
-    wanted = -(-(context or usual) // PAGE)
     # A context that was asked for may take all that is free; one that we choose leaves some.
-    budget = int(MEMORY_SHARE * free) if context is None else free
-    fitting = (budget - weight_bytes) // page_bytes
-    if fitting < (1 if context is None else wanted):
-        hint = f"; a context of {fitting * PAGE} would fit" if fitting > 0 else ""
+    budget = (int(MEMORY_SHARE * free) if context is None else free) - weight_bytes
+    fitting = fitting_context(config, cache_type, budget)
+    if fitting < (context or 1):
+        hint = f"; a context of {fitting} would fit" if fitting > 0 else ""
         raise MemoryLimitError(
             f"{name} does not fit into {memory}: its weights take {size_text(weight_bytes)}, a context of "
-            f"{context or usual} takes {size_text(wanted * page_bytes)}, {size_text(free)} are "
-            f"free{hint}"
+            f"{context or usual} takes {size_text(cache_bytes(config, cache_type, context or usual))}, "
+            f"{size_text(free)} are free{hint}"
         )
     if context is None:
-        context = min(usual, fitting * PAGE)
+        context = min(usual, fitting)
         if context < usual:
             log.warning("context %d instead of %d: more does not fit into %s", context, usual, memory)
     elif context > config.context:
         log.warning("context %d is more than the %d the model was trained for", context, config.context)
-    return context, min(max(wanted, fitting), MAX_PAGES)
+    config = config.with_context(context)
+    most = budget // backends.page_bytes(config, cache_type)
+    return context, min(max(cache_pages(config), most), MAX_PAGES)

@@ -214,10 +214,10 @@ class _Run:
         self.n_together = max(1, call // n_ctx)  # windows
         self._step = max(1, call // self.n_together)  # positions of each in a call
         self._n_rows = max(1, min(n_ctx, LOGITS // llm.config.vocab_size))  # of logits
-        n_pages = -(-n_ctx // PAGE)
-        self._pool = self._model.cache(llm.cache_type, self.n_together * n_pages)
-        self._pool.grow(self.n_together * n_pages)
-        self._tables = np.arange(self.n_together * n_pages, dtype=np.int32).reshape(-1, n_pages)
+        shape = (self.n_together, len(self._model.cache_groups), -(-n_ctx // PAGE))
+        self._pool = self._model.cache(llm.cache_type, math.prod(shape))
+        self._pool.grow(math.prod(shape))
+        self._tables = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
 
     def logits(self, group: I32, first: int) -> Iterator[tuple[I32, F32]]:
         """Slices (targets int32 [n], logits float32 [n, vocab_size] that predict them) for every token of the

@@ -586,6 +586,7 @@ static void check_refused_configs(const tl_config *good) {
     BAD_CONFIG(rope_scale = NAN);
     BAD_CONFIG(attention_scale = INFINITY);
     BAD_CONFIG(rope_factors = bad_factors);
+    const int32_t bad_places[] = {0, 1, 1 << 24};
     const int32_t bad_windows[] = {0, -1, 0}, bad_ropes[] = {TL_ROPE, 3, TL_ROPE}, unknown[] = {TL_ROPE_LOCAL, 0, 0};
     BAD_CONFIG(norm_kind = 2);
     BAD_CONFIG(norm_place = 3);
@@ -599,6 +600,11 @@ static void check_refused_configs(const tl_config *good) {
     BAD_CONFIG(logit_scale = NAN);
     BAD_CONFIG(local_rope_theta = -1);
     BAD_CONFIG(windows = bad_windows);
+    BAD_CONFIG(page_layers = -1);
+    BAD_CONFIG(page_layers = good->n_layers + 1);
+    BAD_CONFIG(places = bad_windows); // without page_layers
+    BAD_CONFIG(page_layers = (c.places = bad_windows, 1));
+    BAD_CONFIG(page_layers = (c.places = bad_places, 1));
     BAD_CONFIG(ropes = bad_ropes);
     if (good->local_rope_theta == 0) BAD_CONFIG(ropes = unknown); // no angles for it
     BAD_CONFIG(n_experts = -1);
