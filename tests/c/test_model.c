@@ -586,7 +586,7 @@ static void check_refused_configs(const tl_config *good) {
     BAD_CONFIG(rope_scale = NAN);
     BAD_CONFIG(attention_scale = INFINITY);
     BAD_CONFIG(rope_factors = bad_factors);
-    const int32_t bad_places[] = {0, 1, 1 << 24};
+    const int32_t bad_places[] = {0, 1 << 24, 1};
     const int32_t bad_windows[] = {0, -1, 0}, bad_ropes[] = {TL_ROPE, 3, TL_ROPE}, unknown[] = {TL_ROPE_LOCAL, 0, 0};
     BAD_CONFIG(norm_kind = 2);
     BAD_CONFIG(norm_place = 3);
