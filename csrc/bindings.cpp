@@ -80,7 +80,7 @@ struct Cache {
     }
     template <class F, class... A> void call(F f, A... arguments) {
         std::shared_ptr<tl_cache> keep = (get(), p);
-        tl_message message;
+        tl_message message{"the device failed while pages were written"}; // backends have no words for that
         tl_status status;
         {
             py::gil_scoped_release released;
@@ -253,8 +253,9 @@ struct Model {
         const tl_matrix *matrix = tl_model_matrix(get(), name.c_str(), layer);
         if (!matrix) raise_argument("there is no matrix \"" + name + "\" in layer " + std::to_string(layer));
         Floats out({matrix->rows, matrix->k});
-        tl_message message;
-        tl_model_unpack(get(), name.c_str(), layer, out.mutable_data(), &message);
+        tl_message message{"the device failed while a matrix was read"};
+        tl_status status = tl_model_unpack(get(), name.c_str(), layer, out.mutable_data(), &message);
+        if (status != TL_OK) raise(status, message);
         return out;
     }
 

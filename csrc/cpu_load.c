@@ -1,9 +1,6 @@
-// cpu_load.c: weights on their way in: read in bounded chunks, put into row order, quantized where asked,
+// cpu_load.c: weights on their way in: read in bounded chunks (source.c), put into row order, quantized where asked,
 // packed into panels (pack.c); and back out row by row. Includes cpu.h.
-#define _GNU_SOURCE
 #include "cpu.h"
-#include <string.h>
-#include <unistd.h>
 
 #define COPY_UNIT (TL_GROUP * TL_ROWS) // rows packed at a time: panels that stand side by side
 
@@ -16,47 +13,6 @@ typedef struct upload_job {
     int failed_row;
 } upload_job;
 
-static int read_at(const tl_source *s, uint8_t *to, uint64_t from, size_t n_bytes) {
-    if (s->fd < 0) memcpy(to, s->memory + from, n_bytes);
-    for (size_t done = 0; s->fd >= 0 && done < n_bytes;) {
-        ssize_t got = pread(s->fd, to + done, n_bytes - done, (off_t)(s->offset + from + done));
-        if (got <= 0) return -1;
-        done += (size_t)got;
-    }
-    return 0;
-}
-
-// A row of MXFP4 blocks, 17 bytes each: the scale, then number i in the low half of byte i and number i + 16 in its high
-// half. The file's 16 bytes a block are read to the end of the row's place, which is filled from its start.
-static int join_mxfp4(const tl_source *s, uint8_t *to, uint64_t row, size_t n_blocks) {
-    uint8_t *halves = to + n_blocks, scales[256], numbers[16];
-    if (read_at(s, halves, row * n_blocks * 16, n_blocks * 16)) return -1;
-    for (size_t b = 0; b < n_blocks; b++, to += 17, halves += 16) {
-        const size_t at = b % sizeof scales, left = n_blocks - b;
-        if (at == 0 && read_at(s->scales, scales, row * n_blocks + b, left < sizeof scales ? left : sizeof scales))
-            return -1;
-        memcpy(numbers, halves, 16);
-        to[0] = scales[at];
-        for (int i = 0; i < 16; i++) {
-            const int low = numbers[i / 2] >> i % 2 * 4 & 15, high = numbers[8 + i / 2] >> i % 2 * 4 & 15;
-            to[1 + i] = (uint8_t)(low | high << 4);
-        }
-    }
-    return 0;
-}
-
-// Rows [first, first + n) of what the matrix is made from.
-static int read_rows(const tl_source *s, uint8_t *to, int first, int n, size_t row_bytes) {
-    const int stride = tl_max(1, s->row_stride);
-    if (stride == 1 && !s->scales) return read_at(s, to, (uint64_t)first * row_bytes, (size_t)n * row_bytes);
-    for (uint64_t i = 0; i < (uint64_t)n; i++) {
-        const uint64_t row = ((uint64_t)first + i) * (uint64_t)stride;
-        uint8_t *at = to + i * row_bytes;
-        if (s->scales ? join_mxfp4(s, at, row, row_bytes / 17) : read_at(s, at, row * row_bytes, row_bytes)) return -1;
-    }
-    return 0;
-}
-
 static void upload_rows(void *data, int unit, int thread) {
     upload_job *job = data;
     const tl_matrix *m = job->matrix;
@@ -67,7 +23,7 @@ static void upload_rows(void *data, int unit, int thread) {
         const int32_t *order = job->source->row_order;
         const int row = order ? order[first + i] : first + i;
         for (run = 1; i + run < n && (!order || order[first + i + run] == row + run);) run++;
-        if (read_rows(job->source, file + (size_t)i * job->source_bytes, row, run, job->source_bytes))
+        if (tl_read_rows(job->source, file + (size_t)i * job->source_bytes, row, run, job->source_bytes))
             __atomic_store_n(&job->failed_row, row + 1, __ATOMIC_RELAXED);
     }
     if (f != from) { // quantized on the way, row by row
@@ -124,7 +80,7 @@ tl_status tl_cpu_upload_floats(float **to, const tl_source *source, int n, tl_me
     tl_status status = TL_OK;
     if (!file || !floats)
         status = tl_fail(message, TL_MEMORY, "no memory for a vector of %d numbers", n);
-    else if (read_at(source, file, 0, n_bytes))
+    else if (tl_read_rows(source, file, 0, 1, n_bytes))
         status = tl_fail(message, TL_IO, "%zu bytes at offset %llu could not be read: the file ends there", n_bytes,
                          (unsigned long long)source->offset);
     for (int i = 0; status == TL_OK && i < n; i++) {

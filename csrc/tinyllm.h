@@ -93,6 +93,10 @@ typedef struct tl_source {
     const struct tl_source *scales;
 } tl_source;
 
+// Rows [first, first + n) of the matrix that the source is for, but for row_order: the format's blocks, row_bytes a row.
+// Returns 0, or -1 where the file ends before. (source.c)
+int tl_read_rows(const tl_source *source, uint8_t *to, int first, int n, size_t row_bytes);
+
 // Weights [rows, k] as the backend packed them; out = in @ w.T + bias.
 typedef struct tl_matrix {
     const tl_format *format;

@@ -15,9 +15,10 @@ static cuda_run *run_of(tl_run *run) { return (cuda_run *)run; }
 template <class A>
 static void launch(cuda_run *r, void (*kernel)(A), gpu_grid grid, int threads, size_t shared_bytes, bool after,
                    const A &arguments) {
+    const gpu *d = r->device;
     if (!r->error)
-        r->error =
-            gpu_launch(r->device->stream, kernel, grid, threads, shared_bytes, after && r->device->waits, arguments);
+        r->error = gpu_launch(r->recording ? d->recorder : d->stream, kernel, grid, threads, shared_bytes,
+                              after && d->waits, arguments);
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------------
@@ -313,7 +314,12 @@ static tl_status begin_call(gpu *d, tl_run **run, tl_model *model, tl_cache *cac
         if (status != TL_OK) return status;
     }
     cuda_run *r = run_of(*run);
-    if (r->recording) (void)gpu_record_end(d->stream, NULL); // the call before was cancelled
+    if (r->open) { // the call before was cancelled: its copies may still read the buffers that are filled below
+        if (r->recording) (void)gpu_record_end(d->recorder, NULL);
+        error = gpu_wait(d->stream);
+        if (error) return gpu_fail(d, error, "the call before", message);
+    }
+    r->open = true;
     r->recording = false;
     r->error = 0;
     r->base.cache = cache;
@@ -334,7 +340,7 @@ static tl_status begin_call(gpu *d, tl_run **run, tl_model *model, tl_cache *cac
         r->error = gpu_run(d->stream, known->second);
         return TL_REPLAYED;
     }
-    error = gpu_record(d->stream);
+    error = gpu_record(d->recorder);
     if (error) return gpu_fail(d, error, "recording a call", message);
     r->recording = true;
     return TL_OK;
@@ -344,9 +350,10 @@ static tl_status end_call(tl_run *run, tl_message *message) {
     cuda_run *r = run_of(run);
     const gpu *d = r->device;
     const tl_batch *b = run->batch;
+    r->open = false;
     if (r->recording) {
         gpu_graph graph = NULL;
-        const int error = gpu_record_end(d->stream, r->error ? NULL : &graph);
+        const int error = gpu_record_end(d->recorder, r->error ? NULL : &graph);
         r->recording = false;
         if (!r->error) r->error = error;
         if (!r->error) {
@@ -474,12 +481,16 @@ static tl_status set_up(int device, tl_message *message) {
     if (!error) error = gpu_allow_shared(product<TOKENS, false>, d->shared_block);
     if (!error) error = gpu_allow_shared(product<TOKENS, true>, d->shared_block);
     if (!error) error = gpu_allow_shared(attend, d->shared_block);
+    if (!error) error = gpu_allow_shared(prepare, d->shared_block);
+    if (!error) error = gpu_allow_shared(store_kv, d->shared_block);
+    if (!error) error = gpu_allow_shared(embed, d->shared_block);
     for (int i = 0; i < n_quantized_formats && !error; i++) {
         size_t step;
         const product_kernel kernel = many_kernel(quantized_facts[i].id, &step);
         if (kernel) error = gpu_allow_shared(kernel, d->shared_block);
     }
     d->waits = d->info.major >= 9 && gpu_waits(attend);
+    if (!error) error = gpu_stream_create(&d->recorder);
     if (!error) error = gpu_stream_create(&d->stream);
     return error ? gpu_fail(d, error, "being set up", message) : TL_OK;
 }

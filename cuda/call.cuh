@@ -34,6 +34,7 @@ struct cuda_run {
     tl_run base;
     gpu *device;
     int error;              // the first that an operation met: end reports it
+    bool open;              // begun and not ended
     bool recording, record; // a graph is being recorded; this call's is to be
     call_shape shape;
     call_block at;
@@ -207,7 +208,7 @@ static const int *in_block(const cuda_run *r, size_t at) { return (const int *)(
 
 static void release_run(cuda_run *r) {
     (void)gpu_use(r->device->index);
-    if (r->recording) (void)gpu_record_end(r->device->stream, NULL);
+    if (r->recording) (void)gpu_record_end(r->device->recorder, NULL);
     (void)gpu_wait(r->device->stream);
     forget_graphs(r);
     if (r->arena) gpu_free(r->arena);

@@ -14,7 +14,8 @@
 struct gpu {
     int index;
     tl_cuda_info info;
-    gpu_stream stream;                  // everything on a device happens in its order
+    gpu_stream stream;   // everything on a device happens in its order
+    gpu_stream recorder; // calls are recorded here: what others give the stream meanwhile is no part of them
     int shared_block, shared_processor; // bytes of shared memory a block, a processor may have
     void *pinned[2], *staging[2];       // while weights are loaded (load.cuh)
     size_t staging_bytes;

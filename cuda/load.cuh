@@ -7,7 +7,6 @@
 #include <atomic>
 #include <system_error>
 #include <thread>
-#include <unistd.h>
 #include <vector>
 
 #define STAGING_BYTES ((size_t)16 << 20)
@@ -25,16 +24,6 @@ template <class Work> static void on_threads(int threads, int n, Work work) {
     }
     run();
     for (std::thread &t : others) t.join();
-}
-
-static bool read_at(const tl_source *s, uint8_t *to, uint64_t from, size_t n_bytes) {
-    if (s->fd < 0) memcpy(to, s->memory + from, n_bytes);
-    for (size_t done = 0; s->fd >= 0 && done < n_bytes;) {
-        const ssize_t got = pread(s->fd, to + done, n_bytes - done, (off_t)(s->offset + from + done));
-        if (got <= 0) return false;
-        done += (size_t)got;
-    }
-    return true;
 }
 
 // n numbers of a float format.
@@ -63,7 +52,7 @@ static int read_rows(const row_job &job, uint8_t *to, int first, int n, int thre
             for (run = 1; same && i + run < end && (!s->row_order || s->row_order[first + i + run] == row + run);)
                 run++;
             uint8_t *into = same ? to + (size_t)i * job.row_bytes : file.data();
-            if (!read_at(s, into, (uint64_t)row * job.source_bytes, (size_t)run * job.source_bytes)) failed = row;
+            if (tl_read_rows(s, into, row, run, job.source_bytes)) failed = row;
             if (same || failed >= 0) continue;
             to_floats(floats.data(), s->format, file.data(), floats.size());
             job.matrix->format->quantize(to + (size_t)i * job.row_bytes, floats.data(), floats.size(), NULL);
@@ -155,7 +144,7 @@ static tl_status upload_vector(gpu *d, float **to, const tl_source *source, int 
     std::vector<uint8_t> file((size_t)n * each);
     std::vector<float> floats((size_t)n);
     *to = NULL;
-    if (!read_at(source, file.data(), 0, file.size()))
+    if (tl_read_rows(source, file.data(), 0, 1, file.size()))
         return tl_fail(message, TL_IO, "%zu bytes at offset %llu could not be read: the file ends there", file.size(),
                        (unsigned long long)source->offset);
     for (int i = 0; i < n; i++) {

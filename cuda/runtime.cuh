@@ -96,7 +96,7 @@ typedef cudaEvent_t gpu_event;
 static inline int gpu_event_create(gpu_event *e) {
     return gpu_checked(cudaEventCreateWithFlags(e, cudaEventDisableTiming));
 }
-static inline int gpu_event_record(gpu_event e, gpu_stream s) { return gpu_checked(cudaEventRecord(e, s)); }
+static inline int gpu_event_record(gpu_event &e, gpu_stream s) { return gpu_checked(cudaEventRecord(e, s)); }
 static inline int gpu_event_wait(gpu_event e) { return gpu_checked(cudaEventSynchronize(e)); }
 static inline void gpu_event_free(gpu_event e) {
     if (e) (void)gpu_checked(cudaEventDestroy(e));
@@ -109,7 +109,11 @@ struct gpu_grid {
 };
 
 template <class A> static inline int gpu_allow_shared(void (*kernel)(A), int n_bytes) {
-    return gpu_checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes));
+    const int error = gpu_checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes));
+    if (error) return error;
+    // All alike: a processor divides its memory anew only when it is empty, so kernels that differ could not overlap.
+    return gpu_checked(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
 }
 
 // Whether this code waits for the kernel in front (griddepcontrol, sm_90): not if the driver made it from older PTX.
@@ -137,8 +141,9 @@ static inline int gpu_launch(gpu_stream s, void (*kernel)(A), gpu_grid grid, int
 
 // ---- graphs: launches recorded once, run often ----------------------------------------------------------------------------
 
+// What else this thread does meanwhile (Python may free another model while it is asked whether to stop) is allowed.
 static inline int gpu_record(gpu_stream s) {
-    return gpu_checked(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+    return gpu_checked(cudaStreamBeginCapture(s, cudaStreamCaptureModeRelaxed));
 }
 // NULL graph: what was recorded is dropped.
 static inline int gpu_record_end(gpu_stream s, gpu_graph *graph) {

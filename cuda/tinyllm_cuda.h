@@ -3,7 +3,7 @@
 // The same interface is exported by the library that runs the kernels on the CPU for tests (host/host.h).
 //
 // Building: one translation unit, backend_cuda.cu, with the flags of nvcc_flags.txt (the numbers depend on them), and
-// csrc/memory.c beside it for tl_fail. Formats come with what the core passes in.
+// csrc/memory.c and source.c beside it. Formats come with what the core passes in.
 #ifndef TINYLLM_CUDA_H
 #define TINYLLM_CUDA_H
 

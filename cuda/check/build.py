@@ -6,6 +6,7 @@ in the scratch folder).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -69,7 +70,7 @@ def build_core() -> None:
 def build_emulated() -> Path:
     """The kernels as C++ for the CPU (docs/cuda.md)."""
     flags = ("-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-pthread")
-    objects = [SCRATCH / f"{name}.o" for name in ("memory",)]
+    objects = [SCRATCH / f"{name}.o" for name in ("memory", "source")]
     for path in objects:
         run("cc", "-std=c11", *flags, "-c", CSRC / f"{path.stem}.c", "-o", path)
     library = SCRATCH / "libtinyllm_cuda_host.so"
@@ -92,7 +93,17 @@ def main() -> None:
         "wheels": install_wheels(Path(os.environ["CHECK_WHEELS"])),
     }
     carried = any(name.startswith("tinyllm") for name in result["wheels"])
-    if not carried and not os.environ["CHECK_INSTALLED"]:
+    builds = not carried and not os.environ["CHECK_INSTALLED"]
+    importlib.invalidate_caches()
+    missing = [
+        name
+        for name in ("numpy", "cffi", "jinja2", *(("pybind11",) if builds else ()))
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        folder = os.environ["CHECK_WHEELS"]
+        sys.exit(f"build: {sys.executable} lacks {', '.join(missing)}: put their wheels into {folder}")
+    if builds:
         build_core()
     env = {}
     if os.environ["CHECK_LIBRARY"]:

@@ -29,20 +29,26 @@ from tinyllm.loaders.names import map_tensors
 from tinyllm.loading import load
 from tinyllm.modelfiles import ModelFiles
 
-# What the targets are about comes first.
+# A model and which groups of cases (cases_of): alone, then in batches and far into the context. What the
+# targets are about comes first.
+ALONE, FURTHER = slice(0, 1), slice(1, None)
 FIRST = [
-    ("llama-3.1-8b", "q4_k_m"),
-    ("llama-2-7b", "q4_0"),
-    ("llama-3.2-1b", "q4_k_m"),
-    ("llama-2-70b", "q4_0"),
+    ("llama-3.1-8b", "q4_k_m", ALONE),
+    ("llama-2-7b", "q4_0", ALONE),
+    ("llama-3.2-1b", "q4_k_m", ALONE),
+    ("llama-2-70b", "q4_0", ALONE),
 ]
 MORE = [
-    ("llama-3.1-8b", "q4_0"),
-    ("llama-3.1-8b", "q8_0"),
-    ("llama-3.2-1b", "q4_0"),
-    ("llama-3.2-1b", "q8_0"),
-    ("llama-2-7b", "q4_k_m"),
-    ("llama-2-7b", "q8_0"),
+    ("llama-3.1-8b", "q4_k_m", FURTHER),
+    ("llama-3.1-8b", "q4_0", ALONE),
+    ("llama-3.1-8b", "q8_0", ALONE),
+    ("llama-3.2-1b", "q4_0", ALONE),
+    ("llama-3.2-1b", "q8_0", ALONE),
+    ("llama-2-7b", "q4_k_m", ALONE),
+    ("llama-2-7b", "q8_0", ALONE),
+    ("llama-3.2-1b", "q4_k_m", FURTHER),
+    ("llama-2-7b", "q4_0", FURTHER),
+    ("llama-2-70b", "q4_0", FURTHER),
 ]
 REPETITIONS = 3
 PER_CASE_S = 2.0  # kept for the next stage's start, and not begun below
@@ -105,10 +111,10 @@ def cases_of(config: Any) -> list[list[benchmark.Case]]:
     ]
 
 
-def measure(shape_name: str, type_name: str, rows: list[dict[str, Any]]) -> None:
+def measure(shape_name: str, type_name: str, of: slice, rows: list[dict[str, Any]]) -> None:
     """Adds a model's rows, written after each, while there is time."""
     files = files_of(shape_name, type_name)
-    groups = cases_of(files.config)
+    groups = cases_of(files.config)[of]
     context = max(case.n_positions for group in groups for case in group)
     facts = benchmark.facts_of(files)
     with load(files, device="cuda", context=context) as llm:
@@ -122,8 +128,9 @@ def measure(shape_name: str, type_name: str, rows: list[dict[str, Any]]) -> None
                 for case in group:
                     rows.append(timed(subject, case) | {"shape": shape_name, "type": type_name})
                     write("models", rows)
-        rows.extend(generated(llm, shape_name, type_name))
-        write("models", rows)
+        if of is ALONE:
+            rows.extend(generated(llm, shape_name, type_name))
+            write("models", rows)
 
 
 def timed(subject: benchmark.Subject, case: benchmark.Case) -> dict[str, Any]:
@@ -199,13 +206,13 @@ def main() -> int:
     else:
         models = FIRST if what == "first" else MORE
         if EMULATE:
-            models = [("tiny", type) for _, type in models[:2]]
+            models = [("tiny", type, of) for _, type, of in models[:2]]
         rows = read("models", []) if what == "more" else []
         failed = 0
-        for shape_name, type_name in models:
+        for shape_name, type_name, of in models:
             try:
                 if seconds_left() > 3 * PER_CASE_S:
-                    measure(shape_name, type_name, rows)
+                    measure(shape_name, type_name, of, rows)
             except tinyllm.Error as error:
                 failed += 1
                 rows.append({"shape": shape_name, "type": type_name, "test": "load", "error": str(error)})

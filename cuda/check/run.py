@@ -34,7 +34,7 @@ STAGES: list[tuple[str, float, list[str]]] = [
     ("build", 150, ["build.py"]),
     ("bandwidth", 30, ["models.py", "bandwidth"]),
     ("tests", 100, ["tests.py"]),
-    ("models", 210, ["models.py", "first"]),
+    ("models", 150, ["models.py", "first"]),
     ("peer", 120, ["peer.py"]),
     ("sanitizer", 60, ["tests.py", "sanitizer"]),
     ("more", 250, ["models.py", "more"]),
@@ -61,24 +61,32 @@ def main() -> int:
             "PYTHONUNBUFFERED": "1",
             "TINYLLM_TEST_DATA": str(args.data),
         }
-        ended = []
+        ended: list[dict[str, Any]] = []
+
+        def wrap_up() -> bool:
+            """What there is so far, in files that outlive a cut; few of them."""
+            for part in args.out.glob("*.part"):  # of a stage that was killed while it wrote
+                part.unlink()
+            (args.out / "stages.json").write_text(json.dumps(ended, indent=1))
+            summary = subprocess.run(
+                [sys.executable, CHECK / "summary.py", args.out], capture_output=True, text=True, check=False
+            )
+            (args.out / "summary.md").write_text(summary.stdout + summary.stderr)
+            return summary.returncode == 0
+
         for name, most, command in STAGES:
             if args.only and name not in args.only:
                 continue
             left = args.seconds - (time.monotonic() - start)
             most *= max(1, args.seconds / TOTAL_S)
             ended.append(run_stage(name, command, min(most, left), env, args.out))
+            fine = wrap_up()
             if name == "build" and ended[-1]["status"] != "ok":
                 break
             if name == "build":
                 env |= json.loads(Path(scratch, "env.json").read_text())
-    (args.out / "stages.json").write_text(json.dumps(ended, indent=1))
-    summary = subprocess.run(
-        [sys.executable, CHECK / "summary.py", args.out], capture_output=True, text=True, check=False
-    )
-    print(summary.stdout + summary.stderr)
-    (args.out / "summary.md").write_text(summary.stdout)
-    return 0 if all(stage["status"] == "ok" for stage in ended) and summary.returncode == 0 else 1
+    print((args.out / "summary.md").read_text())
+    return 0 if fine and all(stage["status"] == "ok" for stage in ended) else 1
 
 
 def parse() -> argparse.Namespace:
@@ -131,6 +139,8 @@ def python_path() -> list[str]:
 
 def no_gpu() -> str:
     """Why there is none, or ""."""
+    if Path("/dev/nvidia0").exists():
+        return ""
     if not shutil.which("nvidia-smi"):
         return "there is no nvidia-smi, so no driver"
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)

@@ -61,8 +61,12 @@ def main() -> int:
     print()
     for stage in read("stages", []):
         print(f"{stage['stage']}: {stage['status']}, {stage['seconds']} s")
-    for name in ("tests", "sanitizer", "peer"):
-        said = read(name, {"status": "nothing written"})
+    tests, nothing = read("tests", {}), {"status": "nothing written"}
+    for name, said in (
+        ("tests", tests if "status" in tests else nothing),
+        ("sanitizer", tests.get("sanitizer", nothing)),
+        ("peer", read("peer", nothing)),
+    ):
         print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in said.items() if isinstance(v, (str, int))))
         print("".join(f"  {line}\n" for line in said.get("said", [])), end="")
     return 0

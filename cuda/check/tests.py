@@ -1,5 +1,5 @@
 """The GPU tests of the pytest suite (tests.json), and with `sanitizer` one small model of each type of
-weights under compute-sanitizer (sanitizer.json)."""
+weights under compute-sanitizer (the same file)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-from common import EMULATE, ROOT, SCRATCH, seconds_left, write
+from common import EMULATE, ROOT, SCRATCH, read, seconds_left, write
 
 TOOLS = ("memcheck", "racecheck")
 
@@ -38,8 +38,9 @@ def run(*command: str | Path) -> tuple[int, str]:
 
 def pytest() -> bool:
     """Runs `pytest -m gpu`."""
-    if importlib.util.find_spec("pytest") is None:
-        write("tests", {"status": "not run: pytest is not there (carry its wheels)"})
+    missing = [name for name in ("pytest", "hypothesis", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        write("tests", {"status": f"not run: there is no {', '.join(missing)} (carry the wheels)"})
         return False
     report = SCRATCH / "tests.xml"
     options = ("-m", "gpu", "-q", "-p", "no:cacheprovider", "-W", "default", f"--junitxml={report}")
@@ -59,11 +60,15 @@ def pytest() -> bool:
     return code == 0 and not counts["skipped"]
 
 
+def report(sanitizer: dict[str, str]) -> None:
+    write("tests", read("tests", {}) | {"sanitizer": sanitizer})
+
+
 def sanitizer() -> bool:
     """A tiny model of each type under compute-sanitizer's tools. One that does not work is no failure."""
     tool = shutil.which("compute-sanitizer")
     if tool is None or EMULATE:
-        write("sanitizer", {"status": "not run: " + ("emulated" if EMULATE else "no compute-sanitizer")})
+        report({"status": "not run: " + ("emulated" if EMULATE else "no compute-sanitizer")})
         return True
     results, fine = {}, True
     for name in TOOLS:
@@ -76,7 +81,7 @@ def sanitizer() -> bool:
         fine &= code in (0, 124) or not works
         errors = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", said)
         results[name] = "cut" if code == 124 else "; ".join(errors) if works else "does not work here"
-        write("sanitizer", {"status": "ok" if fine else "errors", **results})
+        report({"status": "ok" if fine else "errors", **results})
     return fine
 
 

@@ -330,9 +330,13 @@ product(const GRID_CONSTANT product_arguments a) {
     let_next_start();
 
     const int first_token = block_y() * TOKENS, left = tokens_from(a, first_token);
+    if (left <= 0) { // shapes are rounded up
+        copy_async_wait<0>();
+        return;
+    }
     const int n_tokens = COLUMNS == 1 ? 1 : left < TOKENS ? left : TOKENS;
     activations in = a.in;
-    if (left > 0 && !a.prepared) {
+    if (!a.prepared) {
         place_activations(&in, (uint8_t *)(void *)(sums + TOKENS * BLOCK_WARPS), n_tokens, a.source.k,
                           a.source.quantized, a.source.floats);
         prepare_tokens(a.source, in, a.first + first_token, n_tokens, sums);
@@ -346,7 +350,7 @@ product(const GRID_CONSTANT product_arguments a) {
 
     const int n_parts = a.epilogue == GLU ? 2 : 1, row16 = thread_id() % 16, column = thread_id() / 16;
     int buffer = 0;
-    for (int unit = block_x(); unit < a.n_units && left > 0; unit += n_blocks_x()) {
+    for (int unit = block_x(); unit < a.n_units; unit += n_blocks_x()) {
         float gate = 0;
         for (int part = 0; part < n_parts; part++, buffer ^= 1) {
             int tile;
