@@ -7,11 +7,15 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <numeric>
+#include <pthread.h>
 #include <string>
+#include <thread>
 #include <tuple>
+#include <unistd.h>
 #include <vector>
 
 namespace py = pybind11;
@@ -21,19 +25,64 @@ using Ints = py::array_t<int32_t, py::array::c_style>;
 
 namespace {
 
-[[noreturn]] void raise(tl_status status, const tl_message &message) {
-    const char *name = status == TL_CANCELLED     ? "CancelledError"
-                       : status == TL_MEMORY      ? "MemoryLimitError"
-                       : status == TL_IO          ? "FormatError"
-                       : status == TL_UNSUPPORTED ? "UnsupportedError"
-                                                  : "ArgumentError";
-    PyErr_SetString(py::module_::import("tinyllm.errors").attr(name).ptr(), message.text);
+// A thread of Python's that comes back from C while the interpreter ends would be torn down amid C++, which terminates the
+// process. So from exit on none but the thread that exits comes back; the others sleep until the process is gone.
+struct Door {
+    std::atomic<int> returning{0}; // threads that are on their way, or in Python on behalf of a call
+    std::atomic<bool> shut{false};
+    std::thread::id keeper;
+
+    bool closed_to_this() const { return shut && std::this_thread::get_id() != keeper; }
+    void come_back() {
+        returning++;
+        if (!closed_to_this()) return;
+        returning--;
+        for (;;) pause();
+    }
+    void close() { // at exit, with the GIL: returns when nobody is on the way, or after 2 s
+        keeper = std::this_thread::get_id();
+        shut = true;
+        py::gil_scoped_release released;
+        for (int ms = 0; returning > 0 && ms < 2000; ms++) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+} door;
+
+class Released { // the GIL, while C runs
+    PyThreadState *state = PyEval_SaveThread();
+
+  public:
+    Released() = default;
+    Released(const Released &) = delete;
+    ~Released() {
+        door.come_back();
+        PyEval_RestoreThread(state);
+        door.returning--;
+    }
+};
+
+[[noreturn]] void raise(const char *error, const char *text) {
+    PyErr_SetString(py::module_::import("tinyllm.errors").attr(error).ptr(), text);
     throw py::error_already_set();
 }
 
-[[noreturn]] void raise_argument(const std::string &text) {
-    tl_message message;
-    raise(tl_fail(&message, TL_ARGUMENT, "%s", text.c_str()), message);
+[[noreturn]] void raise(tl_status status, const tl_message &message) {
+    raise(status == TL_CANCELLED     ? "CancelledError"
+          : status == TL_MEMORY      ? "MemoryLimitError"
+          : status == TL_IO          ? "FormatError"
+          : status == TL_UNSUPPORTED ? "UnsupportedError"
+                                     : "ArgumentError",
+          message.text);
+}
+
+[[noreturn]] void raise_argument(const std::string &text) { raise("ArgumentError", text.c_str()); }
+
+template <class Array> Array array_of(std::vector<py::ssize_t> shape) { // or MemoryLimitError
+    try {
+        return Array(shape);
+    } catch (py::error_already_set &error) {
+        if (!error.matches(PyExc_MemoryError)) throw;
+    }
+    raise("MemoryLimitError", "no memory for the result; ask for less at once");
 }
 
 const tl_format *format_of(int id) {
@@ -55,12 +104,16 @@ struct Watch {
         if ((self->should_stop.is_none() && !self->main_thread) || now - self->last < std::chrono::milliseconds(20))
             return 0;
         self->last = now;
-        py::gil_scoped_acquire gil;
-        if (self->main_thread && PyErr_CheckSignals() != 0) return self->raised = true;
-        if (self->should_stop.is_none()) return 0;
-        PyObject *answer = PyObject_CallNoArgs(self->should_stop.ptr());
-        int stop = answer ? PyObject_IsTrue(answer) : -1;
-        Py_XDECREF(answer);
+        door.come_back();
+        PyGILState_STATE gil = PyGILState_Ensure();
+        int stop = self->main_thread && PyErr_CheckSignals() != 0 ? -1 : 0;
+        if (!stop && !self->should_stop.is_none()) {
+            PyObject *answer = PyObject_CallNoArgs(self->should_stop.ptr());
+            stop = answer ? PyObject_IsTrue(answer) : -1;
+            Py_XDECREF(answer);
+        }
+        PyGILState_Release(gil);
+        door.returning--;
         self->raised = stop < 0;
         return stop != 0;
     }
@@ -75,7 +128,7 @@ struct Cache {
     std::shared_ptr<tl_cache> p;
 
     tl_cache *get() const {
-        if (!p) raise_argument("the cache is closed");
+        if (!p) raise("ModelClosedError", "the cache is closed");
         return p.get();
     }
     template <class F, class... A> void call(F f, A... arguments) {
@@ -83,7 +136,7 @@ struct Cache {
         tl_message message{"the device failed while pages were written"}; // backends have no words for that
         tl_status status;
         {
-            py::gil_scoped_release released;
+            Released released;
             status = f(keep.get(), arguments..., &message);
         }
         if (status != TL_OK) raise(status, message);
@@ -150,7 +203,7 @@ struct Model {
     }
 
     tl_model *get() const {
-        if (!p) raise_argument("the model is closed");
+        if (!p) raise("ModelClosedError", "the model is closed");
         return p.get();
     }
 
@@ -173,7 +226,7 @@ struct Model {
         tl_message message;
         tl_status status;
         {
-            py::gil_scoped_release released;
+            Released released;
             status = tl_model_upload(keep.get(), name.c_str(), layer, &source, keep_as, threads, &message);
         }
         if (status != TL_OK) raise(status, message);
@@ -232,8 +285,7 @@ struct Model {
         batch.n_rows = static_cast<int>(rows.size());
         batch.rows = rows.data();
         batch.threads = threads;
-        Floats out({static_cast<py::ssize_t>(logits ? batch.n_rows : batch.n),
-                    static_cast<py::ssize_t>(logits ? config.vocab_size : config.dim)});
+        auto out = array_of<Floats>({logits ? batch.n_rows : batch.n, logits ? config.vocab_size : config.dim});
         (logits ? batch.logits : batch.activations) = out.mutable_data();
         Watch watch{should_stop, on_main_thread()};
         batch.stop = Watch::ask;
@@ -241,7 +293,7 @@ struct Model {
         tl_message message;
         tl_status status;
         {
-            py::gil_scoped_release released;
+            Released released;
             status = tl_forward(model.get(), pages.get(), &batch, &message);
         }
         if (watch.raised) throw py::error_already_set();
@@ -252,7 +304,7 @@ struct Model {
     Floats unpack(const std::string &name, int layer) {
         const tl_matrix *matrix = tl_model_matrix(get(), name.c_str(), layer);
         if (!matrix) raise_argument("there is no matrix \"" + name + "\" in layer " + std::to_string(layer));
-        Floats out({matrix->rows, matrix->k});
+        auto out = array_of<Floats>({matrix->rows, matrix->k});
         tl_message message{"the device failed while a matrix was read"};
         tl_status status = tl_model_unpack(get(), name.c_str(), layer, out.mutable_data(), &message);
         if (status != TL_OK) raise(status, message);
@@ -296,7 +348,7 @@ Floats pack_unpack(const py::bytes &data, int format, int rows, int k) {
         raise_argument("data is not rows x k numbers of this format");
     tl_matrix matrix{f, rows, k, nullptr, 0, nullptr, nullptr};
     tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr, 0, 1, nullptr};
-    Floats out({rows, k});
+    auto out = array_of<Floats>({rows, k});
     tl_message message;
     tl_pool_enter();
     tl_status status = tl_backend_cpu.upload(&matrix, &source, 1, &message);
@@ -318,13 +370,13 @@ Bytes convert(const Bytes &data, int source_format, int format, size_t rows, siz
     Floats weights;
     if (!importance.is_none()) weights = importance.cast<Floats>();
     if (!importance.is_none() && static_cast<size_t>(weights.size()) != k) raise_argument("importance must be [k]");
-    Bytes out({rows, bytes_of(to)});
+    auto out = array_of<Bytes>({static_cast<py::ssize_t>(rows), static_cast<py::ssize_t>(bytes_of(to))});
     uint8_t *blocks = out.mutable_data();
     const float *of_columns = importance.is_none() ? nullptr : weights.data();
     tl_message message;
     tl_status status;
     {
-        py::gil_scoped_release released;
+        Released released;
         status = tl_convert(blocks, to, data.data(), from, rows, k, of_columns, threads, &message);
     }
     if (status != TL_OK) raise(status, message);
@@ -352,7 +404,7 @@ py::tuple sample(const Floats &logits, float temperature, int top_k, float top_p
     tl_message message;
     tl_status status;
     {
-        py::gil_scoped_release released;
+        Released released;
         status = tl_sample(&sampled, logits.data(), n, &sampling, history.data(), static_cast<int>(history.size()),
                            seed, position, scratch.get(), &message);
     }
@@ -378,7 +430,7 @@ double read_bandwidth(size_t n_bytes, int threads, int repetitions) {
     tl_message message;
     tl_status status;
     {
-        py::gil_scoped_release released;
+        Released released;
         status = tl_read_bandwidth(&gb_s, n_bytes, threads, repetitions, &message);
     }
     if (status != TL_OK) raise(status, message);
@@ -397,6 +449,15 @@ PYBIND11_MODULE(_core, m) {
     m.attr("version") = TINYLLM_VERSION;
     m.attr("abi") = tl_seam_abi();
     m.attr("cuda_build") = TINYLLM_CUDA_BUILD;
+    py::module_::import("atexit").attr("register")(py::cpp_function([] { door.close(); }));
+    pthread_atfork(nullptr, nullptr, [] { door.returning = 0; }); // of threads that the child does not have
+    py::register_local_exception_translator([](std::exception_ptr thrown) {
+        try {
+            std::rethrow_exception(thrown);
+        } catch (const std::bad_alloc &) {
+            PyErr_SetString(py::module_::import("tinyllm.errors").attr("MemoryLimitError").ptr(), "no memory left");
+        }
+    });
 
     py::class_<Cache>(m, "Cache")
         .def(

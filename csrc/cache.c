@@ -30,8 +30,7 @@ tl_status tl_cache_create(tl_cache **out, const tl_model *model, int type, int m
     cache->pages_per_slab = cache->page_bytes > SLAB_BYTES ? 1 : (int)(SLAB_BYTES / cache->page_bytes);
     if (cache->pages_per_slab > max_pages) cache->pages_per_slab = max_pages;
     cache->slabs = tl_alloc(((size_t)max_pages / (size_t)cache->pages_per_slab + 1) * sizeof(void *));
-    *out = cache;
-    if (cache->slabs) return TL_OK;
+    if (cache->slabs) return *out = cache, TL_OK;
     tl_cache_free(cache);
     return tl_fail(message, TL_MEMORY, "no memory for a cache of %d pages", max_pages);
 }

@@ -77,7 +77,10 @@ tl_status tl_cpu_begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_
     r->n_splits = n_units < TL_UNITS_THREAD * b->threads ? longest : 1;
     size_t needed = place_buffers(r, NULL);
     if (needed > r->arena_bytes) {
-        tl_free(r->arena);
+        void *arena = r->arena;
+        r->arena = NULL; // first: a process forked in the middle has this memory as it stands
+        r->arena_bytes = 0;
+        tl_free(arena);
         r->arena = tl_alloc(needed);
         r->arena_bytes = r->arena ? needed : 0;
         if (!r->arena)

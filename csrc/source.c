@@ -2,6 +2,7 @@
 // GPU's (cuda/load.cuh) call it.
 #define _GNU_SOURCE
 #include "tinyllm.h"
+#include <errno.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -9,6 +10,7 @@ static int read_at(const tl_source *s, uint8_t *to, uint64_t from, size_t n_byte
     if (s->fd < 0) memcpy(to, s->memory + from, n_bytes);
     for (size_t done = 0; s->fd >= 0 && done < n_bytes;) {
         ssize_t got = pread(s->fd, to + done, n_bytes - done, (off_t)(s->offset + from + done));
+        if (got < 0 && errno == EINTR) continue;
         if (got <= 0) return -1;
         done += (size_t)got;
     }

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ import numpy.typing as npt
 
 from . import _core, cuda
 from .config import ModelConfig
-from .errors import ArgumentError, UnsupportedError, size_text
+from .errors import ArgumentError, NotFoundError, ReadError, UnsupportedError, located, size_text
 from .loaders import FORMATS, TensorInfo
 
 F32 = npt.NDArray[np.float32]
@@ -372,33 +374,30 @@ class Model:
         """Packs one tensor from its file; `format`: an id to quantize a float tensor to. `plus` is added to
         a vector's numbers.
 
-        Raises FormatError when the file ends early, MemoryLimitError, UnsupportedError, ArgumentError.
+        Raises FormatError when the file ends early, NotFoundError, ReadError, MemoryLimitError,
+        UnsupportedError, ArgumentError.
         """
         if plus or (info.row_stride != 1 and len(info.shape) == 1):
             values = info.read_f32().ravel() + np.float32(plus)
             values = values if row_order is None else values[row_order]
             self._core.upload_vector(name, -1 if layer is None else layer, values)
             return
-        fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
-        scales_fd = os.open(info.scales.path, os.O_RDONLY | os.O_CLOEXEC) if info.scales else None
-        try:
-            target = info.format if format is None else format
+        scales = info.scales
+        with located(info.path), ExitStack() as files:
+            file = files.enter_context(_opened(info.path))
+            scales_file = files.enter_context(_opened(scales.path)) if scales else None
             self._core.upload(
                 name,
                 -1 if layer is None else layer,
-                fd,
+                file.fileno(),
                 info.offset,
                 info.format,
-                target,
+                info.format if format is None else format,
                 row_order,
                 info.row_stride,
-                (scales_fd, info.scales.offset) if info.scales and scales_fd is not None else None,
+                (scales_file.fileno(), scales.offset) if scales and scales_file else None,
                 self.threads,
             )
-        finally:
-            os.close(fd)
-            if scales_fd is not None:
-                os.close(scales_fd)
 
     def tie(self) -> None:
         """The output matrix is the embedding."""
@@ -457,24 +456,34 @@ class Model:
         is not the model's last or `logits` is False, activations [n, dim]. Raises ArgumentError for what does
         not fit, CancelledError.
         """
-        first, last = layers if layers is not None else (0, self.config.n_layers)
-        given = np.asarray(tokens_or_x)
+        if not isinstance(cache, PagePool):
+            raise TypeError(f"cache must be what `Model.cache` returns, not {type(cache).__name__}")
+        position = _integers("positions", positions, 1)
+        given = _array("tokens_or_x", tokens_or_x)
         is_x = given.ndim == 2
-        tokens = None if is_x else _integers("tokens", given)
+        if is_x and given.dtype.kind not in "fiu":
+            raise TypeError(f"activations must be numbers, not {given.dtype}")
+        if is_x and given.shape != (len(position), self.config.dim):
+            raise ArgumentError(
+                f"activations are {list(given.shape)}, expected [{len(position)}, {self.config.dim}]"
+            )
+        tokens = None if is_x else _integers("tokens", given, 1)
         x = np.ascontiguousarray(given, np.float32) if is_x else None
-        position = _integers("positions", positions)
-        chosen = np.arange(len(position), dtype=np.int32) if rows is None else _integers("rows", rows)
+        chosen = np.arange(len(position), dtype=np.int32) if rows is None else _integers("rows", rows, 1)
+        between = _integers("layers", (0, self.config.n_layers) if layers is None else layers, 1).tolist()
+        if len(between) != 2:
+            raise ArgumentError(f"layers is {between}, expected (first, last)")
         return self._core.forward(
             cache._core,
             tokens,
             x,
             position,
-            _integers("sequences", sequences),
+            _integers("sequences", sequences, 1),
             _integers("page_tables", page_tables),
             chosen,
-            first,
-            last,
-            last == self.config.n_layers if logits is None else logits,
+            between[0],
+            between[1],
+            between[1] == self.config.n_layers if logits is None else bool(logits),
             self.threads,
             should_stop,
         )
@@ -483,13 +492,38 @@ class Model:
         """Frees the weights, once no call uses them any more."""
         self._core.close()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a loaded model cannot be pickled or copied: load it in the process that uses it, or fork after "
+            "loading"
+        )
 
-def _integers(name: str, values: npt.ArrayLike) -> I32:
-    array = np.asarray(values)
-    if array.dtype == np.int32:
-        return np.ascontiguousarray(array)
+
+def _opened(path: Path) -> FileIO:
+    """An object from the start: an interrupt between open() and its first use leaves nothing open."""
+    try:
+        return FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such file any more") from None
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be opened: {error}") from None
+
+
+def _array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError) as error:  # rows of different lengths
+        raise ArgumentError(f"{name} is no array: {error}") from None
+
+
+def _integers(name: str, values: npt.ArrayLike, n_dimensions: int | None = None) -> I32:
+    array = _array(name, values)
     if array.size and array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, not {array.dtype}")
-    if array.size and (array.min() < -(1 << 31) or array.max() >= 1 << 31):
+        big = array.dtype == object and all(isinstance(value, int) for value in array.flat)  # past 64 bits
+        if not big:
+            raise TypeError(f"{name} must be integers, not {array.dtype}")
+    if n_dimensions not in (None, array.ndim):
+        raise ArgumentError(f"{name} has {array.ndim} dimensions, expected {n_dimensions}")
+    if array.dtype != np.int32 and array.size and not -(1 << 31) <= array.min() <= array.max() < 1 << 31:
         raise ArgumentError(f"{name} has a value past 32 bits")
     return np.ascontiguousarray(array, np.int32)

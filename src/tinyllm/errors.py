@@ -69,6 +69,17 @@ def located(path: str | os.PathLike[str]) -> Iterator[None]:
         raise type(error)(f"{os.fspath(path)}: {error}") from None
 
 
+@contextmanager
+def out_of_memory(doing: str) -> Iterator[None]:
+    """Python's own MemoryError, too, comes out as ours; `doing` says when."""
+    try:
+        yield
+    except MemoryError as error:
+        if isinstance(error, Error):
+            raise
+        raise MemoryLimitError(f"no memory left while {doing}") from error
+
+
 def size_text(n_bytes: int) -> str:
     """A number of bytes as messages write it, in decimal units."""
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"

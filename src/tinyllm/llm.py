@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
@@ -24,7 +24,7 @@ from .backends import CacheType
 from .chat import ChatTemplate, require
 from .config import GenerationDefaults, ModelConfig
 from .engine import CHUNK, Engine, FinishReason, Generation, Job, Piece
-from .errors import ArgumentError, ContextError, MemoryLimitError, size_text
+from .errors import ArgumentError, ContextError, MemoryLimitError, out_of_memory, size_text
 from .kvcache import KVCache, Sequence, pages_held, root_key
 from .reasoning import Plain, Splitter, splitter, visible_ids
 from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
@@ -332,7 +332,8 @@ class LLM:
                 f"the logits of {len(ids)} tokens take {size_text(n_bytes)}, {size_text(free)} are free; "
                 "ask for fewer tokens at once"
             )
-        out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
+        with out_of_memory(f"making room for the logits of {len(ids)} tokens"):
+            out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
         end = 0
         for rows in self._rows(ids):
             start, end = end, end + len(rows)
@@ -366,6 +367,7 @@ class LLM:
         if isinstance(prompt, str):
             ids = self._text_ids(prompt, bos=bos, special=special)
         else:
+            _refuse_lookalikes(prompt)
             ids = [operator.index(i) for i in prompt]
         if not ids:
             raise ArgumentError("the prompt is empty: it has no token")
@@ -608,7 +610,14 @@ class _Request:
 
 def _is_prompt(prompt: Prompt | SequenceOf[Prompt]) -> TypeGuard[Prompt]:
     """Whether it is one prompt, not a list of them. An empty list is a list of no prompts."""
+    _refuse_lookalikes(prompt)
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
+
+
+def _refuse_lookalikes(prompt: object) -> None:
+    """What Python would take for a sequence of ids."""
+    if isinstance(prompt, (bytes, bytearray, memoryview, Mapping, Set)):
+        raise TypeError(f"a prompt is a str or a sequence of token ids, not {type(prompt).__name__}")
 
 
 def _merge(params: SamplingParams | None, sampling: Mapping[str, Any]) -> SamplingParams:

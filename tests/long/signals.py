@@ -1,0 +1,161 @@
+"""SIGINT at random moments while a model loads, answers, streams, forks and scores, with SIGUSR1 every
+millisecond on top: each ends in KeyboardInterrupt or with its result, the model answers as before, and
+nothing stays allocated. Then whole processes that get SIGINT end by it. Prints one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import tinyllm
+from tinyllm import backends
+
+PROMPT = "One day, Lily and Tom went to the park. " * 12
+
+
+def answer(llm: tinyllm.LLM) -> object:
+    return llm([PROMPT, "Tom"], n=2, max_tokens=20, seed=1)
+
+
+def stream(llm: tinyllm.LLM) -> object:
+    return list(llm.stream(PROMPT, max_tokens=20, seed=1))
+
+
+def fork(llm: tinyllm.LLM) -> object:
+    with llm.session(seed=1) as session:
+        session.append(PROMPT)
+        for _ in range(3):
+            with session.fork() as other:
+                other.generate(max_tokens=4)
+        return session.generate(max_tokens=4)
+
+
+def score(llm: tinyllm.LLM) -> object:
+    return llm.score(PROMPT).total
+
+
+def load(_: tinyllm.LLM) -> object:
+    with tinyllm.load("stories", threads=2) as llm:
+        return llm("Tom", max_tokens=1).tokens
+
+
+WORKS: tuple[Callable[[tinyllm.LLM], object], ...] = (answer, stream, fork, score, load)
+AN_INTERRUPTED_PROCESS = f"""
+import tinyllm
+print("ready", flush=True)
+while True:
+    with tinyllm.load("stories", threads=2) as llm:
+        for _ in range(3):
+            for piece in llm.stream({PROMPT!r}, max_tokens=9):
+                pass
+"""
+
+
+def interrupt(llm: tinyllm.LLM, work: Callable[[tinyllm.LLM], object], seconds: float) -> bool:
+    """Whether the work ended by a SIGINT that comes after so many seconds."""
+    main, is_over = threading.main_thread().ident, threading.Event()
+    assert main is not None
+
+    def send() -> None:
+        is_over.wait(seconds)
+        if not is_over.is_set():
+            signal.pthread_kill(main, signal.SIGINT)
+
+    sender = threading.Thread(target=send)
+    try:
+        try:
+            sender.start()
+            work(llm)
+            is_over.set()
+            sender.join()
+            return False
+        finally:
+            is_over.set()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sender.join()
+
+
+def whole_process(seconds: float) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", AN_INTERRUPTED_PROCESS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    time.sleep(seconds)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGINT, (child.returncode, errors)
+    assert errors.rstrip().endswith("KeyboardInterrupt"), errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--interrupts", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    rng = random.Random(given.seed)
+    faulthandler.dump_traceback_later(60 + given.interrupts, exit=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    ended: Counter[str] = Counter()
+    unraisable: list[object] = []
+    sys.unraisablehook = unraisable.append
+    storming = threading.Event()
+
+    def storm() -> None:
+        while not storming.wait(0.001):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    stormer = threading.Thread(target=storm)
+    stormer.start()
+    try:
+        with tinyllm.load("stories", threads=2) as llm:
+            right = llm(PROMPT, max_tokens=5, seed=1).tokens
+            usual = {}
+            for work in WORKS * 2:  # the second time counts, when prefixes are known
+                start = time.monotonic()
+                work(llm)
+                usual[work] = time.monotonic() - start
+            for i in range(given.interrupts):
+                work = rng.choice(WORKS)
+                is_hit = interrupt(llm, work, rng.random() * usual[work])
+                ended[f"{work.__name__}: {'interrupted' if is_hit else 'too late'}"] += 1
+                if i % 10 == 9 or i == given.interrupts - 1:
+                    gc.collect()
+                    with llm._cache.lock:
+                        llm._cache.collect()
+                    assert llm._cache.n_used == 0, f"{llm._cache.n_used} pages in use after {ended}"
+                    assert llm(PROMPT, max_tokens=5, seed=1).tokens == right, "another text"
+    finally:
+        storming.set()
+        stormer.join()
+    gc.collect()
+    assert backends.live_allocations() == (0, 0), backends.live_allocations()
+    lost = [str(entry) for entry in unraisable if "KeyboardInterrupt" in str(entry)]
+    n_processes = 2 + given.interrupts // 100
+    for _ in range(n_processes):
+        whole_process(rng.random() * 0.3)
+    n = sum(count for what, count in ended.items() if "interrupted" in what)
+    assert n > given.interrupts // 5, ended
+    result = {"interrupts": n, "processes interrupted": n_processes, "interrupts lost by Python": len(lost)}
+    print(json.dumps(result | {"leaks": 0, "by work": dict(ended)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,425 @@
+"""Wrong use of the public interface: an exception that says what is wrong, of a class that users catch, and a
+model that answers as before."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
+
+import tinyllm
+from tinyllm import backends, errors
+from tinyllm.llm import Session
+
+CONFIG = golden_spec("llama3").config
+VOCAB, DIM = CONFIG["vocab_size"], CONFIG["hidden_size"]
+N_LAYERS = CONFIG["num_hidden_layers"]
+PROMPT = random_ids(CONFIG, 1, 70)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tinyllm.LLM]:
+    path = write_hf_directory(tmp_path_factory.mktemp("model"), CONFIG, random_weights(CONFIG, seed=5))
+    with tinyllm.load(path, threads=2) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def pool(llm: tinyllm.LLM) -> Iterator[backends.PagePool]:
+    pages = llm.model.cache("f16", 4)
+    pages.grow(4)
+    yield pages
+    pages.close()
+
+
+# ---- the layer below: model.forward. What a good call has, and what each case changes in it.
+
+GOOD: dict[str, Any] = {
+    "tokens_or_x": [1, 2, 3],
+    "positions": [0, 1, 2],
+    "sequences": [0, 0, 0],
+    "page_tables": [[0, 1]],
+}
+ARGUMENT, TYPE = errors.ArgumentError, TypeError
+
+WRONG: list[tuple[type[Exception], dict[str, Any]]] = [
+    # ids
+    (ARGUMENT, {"tokens_or_x": [1, 2, -1]}),
+    (ARGUMENT, {"tokens_or_x": [1, 2, VOCAB]}),
+    (ARGUMENT, {"tokens_or_x": [1, 2, 2**31]}),
+    (ARGUMENT, {"tokens_or_x": [2**63, 2**63, 2**63]}),
+    (ARGUMENT, {"tokens_or_x": [1, 2, 2**200]}),
+    (ARGUMENT, {"tokens_or_x": np.array([1, 2, 2**64 - 1], np.uint64)}),
+    (ARGUMENT, {"tokens_or_x": [1, 2]}),
+    (ARGUMENT, {"tokens_or_x": 1}),
+    (ARGUMENT, {"tokens_or_x": np.zeros((1, 3, 1), np.int32)}),
+    (ARGUMENT, {"tokens_or_x": [[1, 2], [3]]}),
+    (TYPE, {"tokens_or_x": [1.0, 2.0, 3.0]}),
+    (TYPE, {"tokens_or_x": [True, False, True]}),
+    (TYPE, {"tokens_or_x": "abc"}),
+    (TYPE, {"tokens_or_x": ["a", "b", "c"]}),
+    (TYPE, {"tokens_or_x": None}),
+    (TYPE, {"tokens_or_x": [1, None, 3]}),
+    (TYPE, {"tokens_or_x": np.array([1, 2, 3], "datetime64[s]")}),
+    # activations
+    (ARGUMENT, {"tokens_or_x": np.zeros((3, DIM - 1), np.float32)}),
+    (ARGUMENT, {"tokens_or_x": np.zeros((DIM, 3), np.float32)}),
+    (ARGUMENT, {"tokens_or_x": np.zeros((2, DIM), np.float32)}),
+    (TYPE, {"tokens_or_x": np.zeros((3, DIM), np.complex64)}),
+    (TYPE, {"tokens_or_x": np.full((3, DIM), "x")}),
+    # positions
+    (ARGUMENT, {"positions": [-1, 0, 1]}),
+    (ARGUMENT, {"positions": [0, 1, 3]}),
+    (ARGUMENT, {"positions": [2, 1, 0]}),
+    (ARGUMENT, {"positions": [0, 0, 0]}),
+    (ARGUMENT, {"positions": [127, 128, 129]}),  # past the table
+    (ARGUMENT, {"positions": [2**31 - 3, 2**31 - 2, 2**31 - 1]}),
+    (ARGUMENT, {"positions": [2**31 - 2, 2**31 - 1, -(2**31)]}),
+    (ARGUMENT, {"positions": [2**40, 2**40 + 1, 2**40 + 2]}),
+    (ARGUMENT, {"positions": [[0, 1, 2]]}),
+    (ARGUMENT, {"positions": [0, 1]}),
+    (ARGUMENT, {"positions": 0}),
+    (TYPE, {"positions": [0.0, 1.0, 2.0]}),
+    # sequences
+    (ARGUMENT, {"sequences": [0, 0, 1]}),
+    (ARGUMENT, {"sequences": [0, 0, -1]}),
+    (ARGUMENT, {"sequences": [0, 0]}),
+    (ARGUMENT, {"sequences": [[0, 0, 0]]}),
+    (ARGUMENT, {"sequences": [1, 1, 0], "page_tables": [[0], [1]]}),
+    (TYPE, {"sequences": ["a", "b", "c"]}),
+    # page tables
+    (ARGUMENT, {"page_tables": [[-1, 1]]}),
+    (ARGUMENT, {"page_tables": [[4, 1]]}),
+    (ARGUMENT, {"page_tables": [[2**31 - 1, 1]]}),
+    (ARGUMENT, {"page_tables": [[2**31, 1]]}),
+    (ARGUMENT, {"page_tables": [0, 1]}),
+    (ARGUMENT, {"page_tables": [[]]}),
+    (ARGUMENT, {"page_tables": np.zeros((0, 2), np.int32)}),
+    (ARGUMENT, {"page_tables": [[[0, 1], [2, 3]]]}),
+    (ARGUMENT, {"page_tables": [[0], [0, 1]]}),
+    (TYPE, {"page_tables": [[0.5, 1.0]]}),
+    # rows
+    (ARGUMENT, {"rows": [3]}),
+    (ARGUMENT, {"rows": [-1]}),
+    (ARGUMENT, {"rows": [[0]]}),
+    (ARGUMENT, {"rows": 2}),
+    (ARGUMENT, {"rows": [0, 1, 2, 0]}),
+    (ARGUMENT, {"rows": [2**33]}),
+    (TYPE, {"rows": [0.0]}),
+    (TYPE, {"rows": "all"}),
+    # layers
+    (ARGUMENT, {"layers": (0, N_LAYERS + 1)}),
+    (ARGUMENT, {"layers": (-1, N_LAYERS)}),
+    (ARGUMENT, {"layers": (1, 0)}),
+    (ARGUMENT, {"layers": (0, 2**70)}),
+    (ARGUMENT, {"layers": (0,)}),
+    (ARGUMENT, {"layers": (0, 1, 2)}),
+    (ARGUMENT, {"layers": 1}),
+    (ARGUMENT, {"layers": (0, 1), "logits": True}),
+    (TYPE, {"layers": (0.0, 1.0)}),
+    (TYPE, {"layers": "all"}),
+    # the rest
+    (TYPE, {"cache": None}),
+    (TYPE, {"cache": object()}),
+    (TYPE, {"should_stop": 5, "_slow": True}),
+]
+
+
+def test_what_forward_refuses(llm: tinyllm.LLM, pool: backends.PagePool) -> None:
+    right = llm.model.forward(**GOOD, cache=pool)
+    for error, change in WRONG:
+        change = dict(change)
+        if change.pop("_slow", None):  # should_stop is asked after 20 ms only
+            continue
+        with pytest.raises(error) as raised:
+            llm.model.forward(**({**GOOD, "cache": pool} | change))
+        assert len(str(raised.value)) > 15, change
+        np.testing.assert_array_equal(llm.model.forward(**GOOD, cache=pool), right)
+
+
+def test_forward_takes_any_memory_layout(llm: tinyllm.LLM, pool: backends.PagePool) -> None:
+    """Strided, reversed, read-only, of another byte order or integer type: the same numbers."""
+    right = llm.model.forward(**GOOD, cache=pool)
+    strided = np.array([1, 9, 2, 9, 3, 9])[::2]
+    fixed = np.array([1, 2, 3], np.int32)
+    fixed.flags.writeable = False
+    tokens = [strided, np.array([3, 2, 1])[::-1], fixed, strided.astype(">i8"), strided.astype(np.uint16)]
+    for variant in tokens:
+        got = llm.model.forward(**{**GOOD, "tokens_or_x": variant}, cache=pool)
+        np.testing.assert_array_equal(got, right)
+    table = np.asfortranarray(np.array([[0, 1], [2, 3]]))
+    two = {"tokens_or_x": [1, 1], "positions": [0, 0], "sequences": [0, 1], "page_tables": table}
+    got = llm.model.forward(**two, cache=pool)
+    np.testing.assert_array_equal(got[0], got[1])
+    np.testing.assert_array_equal(got[0], right[0])
+    x = llm.model.forward(**GOOD, cache=pool, layers=(0, 1))
+    for variant in (np.asfortranarray(x), x.astype(np.float64), x.astype(">f4"), np.repeat(x, 2, 1)[:, ::2]):
+        rest = {**GOOD, "tokens_or_x": variant, "layers": (1, N_LAYERS)}
+        np.testing.assert_array_equal(llm.model.forward(**rest, cache=pool), right)
+
+
+def test_forward_of_nothing(llm: tinyllm.LLM, pool: backends.PagePool) -> None:
+    nothing: dict[str, Any] = {"tokens_or_x": [], "positions": [], "sequences": [], "page_tables": [[]]}
+    assert llm.model.forward(**nothing, cache=pool).shape == (0, VOCAB)
+
+
+def test_numbers_that_are_not_finite_stay_in_their_call(llm: tinyllm.LLM, pool: backends.PagePool) -> None:
+    right = llm.model.forward(**GOOD, cache=pool)
+    for value in (np.nan, np.inf, 3e38):
+        llm.model.forward(**{**GOOD, "tokens_or_x": np.full((3, DIM), value, np.float32)}, cache=pool)
+        np.testing.assert_array_equal(llm.model.forward(**GOOD, cache=pool), right)
+
+
+def test_pools_refuse_pages_that_are_not_theirs(llm: tinyllm.LLM, pool: backends.PagePool) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: pool.clear_page(-1),
+        lambda: pool.clear_page(4),
+        lambda: pool.copy_page(0, 4, 1),
+        lambda: pool.copy_page(-1, 0, 1),
+        lambda: pool.copy_page(0, 1, 65),
+        lambda: pool.copy_page(0, 1, -1),
+        lambda: pool.grow(5),
+        lambda: llm.model.cache("f16", 0),
+        lambda: llm.model.cache("f16", -1),
+        lambda: llm.model.cache("f16", 2**30),
+        lambda: llm.model.cache("q4_0"),  # type: ignore[arg-type]
+        lambda: llm.model.unpack("nosuch"),
+        lambda: llm.model.unpack("wq", 99),
+        lambda: llm.model.unpack("wq", -5),
+        lambda: llm.model.unpack("w_gate.99999999999999999999", 0),
+        lambda: llm.model.observe("wq", N_LAYERS),
+    ]
+    for call in calls:
+        with pytest.raises(errors.ArgumentError):
+            call()
+
+
+# ---- the interface itself
+
+
+def names(llm: tinyllm.LLM) -> dict[str, Callable[[], Any]]:
+    """Calls that go wrong, by the error that they raise."""
+    with_error = {
+        ARGUMENT: [
+            lambda: llm([VOCAB]),
+            lambda: llm([-1]),
+            lambda: llm([2**200]),
+            lambda: llm([[]]),
+            lambda: llm("text"),  # it has no tokenizer
+            lambda: llm(PROMPT, n=0),
+            lambda: llm(PROMPT, n=-(2**70)),
+            lambda: llm(PROMPT, max_tokens=0),
+            lambda: llm(PROMPT, max_tokens=-1),
+            lambda: llm(PROMPT, temperature=float("nan")),
+            lambda: llm(PROMPT, temperature=-1),
+            lambda: llm(PROMPT, top_k=-1),
+            lambda: llm(PROMPT, top_p=2),
+            lambda: llm(PROMPT, seed=2**64),
+            lambda: llm(PROMPT, stop=[""]),
+            lambda: llm(PROMPT, logit_bias={VOCAB: 1}),
+            lambda: llm(PROMPT, logit_bias={-1: 1}),
+            lambda: llm(PROMPT, processors=[lambda logits, tokens: logits[:-1]], max_tokens=1),
+            lambda: llm(PROMPT, processors=[lambda logits, tokens: logits * np.nan], max_tokens=1),
+            lambda: llm(PROMPT, processors=[lambda logits, tokens: logits - np.inf], max_tokens=1),
+            lambda: llm.stream([PROMPT, PROMPT]),
+            lambda: llm.session().logits,
+            lambda: llm.session().sample(),
+            lambda: llm.session().generate(),
+            lambda: llm.session().append([]),
+            lambda: llm.session().append([VOCAB]),
+            lambda: llm.score([0, VOCAB]),
+            lambda: llm.logits([VOCAB]),
+        ],
+        TYPE: [
+            lambda: llm(None),  # type: ignore[call-overload]
+            lambda: llm(5),  # type: ignore[call-overload]
+            lambda: llm(b"bytes"),
+            lambda: llm({"a": 1}),  # type: ignore[call-overload]
+            lambda: llm({1, 2}),  # type: ignore[call-overload]
+            lambda: llm([1.5, 2.5]),  # type: ignore[list-item]
+            lambda: llm(np.ones(3)),
+            lambda: llm([1, "a"]),  # type: ignore[list-item]
+            lambda: llm([1, None]),  # type: ignore[list-item]
+            lambda: llm(PROMPT, n="3"),  # type: ignore[call-overload]
+            lambda: llm(PROMPT, temperature="hot"),
+            lambda: llm(PROMPT, nosuch=1),
+            lambda: llm(PROMPT, stop=b"x"),
+            lambda: llm(PROMPT, stop=5),
+            lambda: llm(PROMPT, processors=[5]),
+            lambda: llm(PROMPT, processors=5),
+            lambda: llm(PROMPT, logit_bias=[1]),
+            lambda: llm(PROMPT, cancel=5),
+            lambda: llm.session(seed="x"),  # type: ignore[arg-type]
+            lambda: llm.session().append(None),  # type: ignore[arg-type]
+            lambda: llm.score(7),  # type: ignore[arg-type]
+        ],
+        errors.ContextError: [
+            lambda: llm([1] * (llm.context + 1)),
+            lambda: llm([1] * llm.context),
+            lambda: llm.logits([1] * (llm.context + 1)),
+            lambda: llm.session().append([1] * (llm.context + 1)),
+        ],
+        errors.TemplateError: [lambda: llm.chat([{"role": "user", "content": "x"}])],
+    }
+    return {f"{e.__name__} {i}": (e, call) for e, calls in with_error.items() for i, call in enumerate(calls)}  # type: ignore[misc]
+
+
+def raised_by(call: Callable[[], object]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+def pages_in_use(llm: tinyllm.LLM) -> int:
+    with llm._cache.lock:
+        llm._cache.collect()
+    return llm._cache.n_used
+
+
+def test_what_the_interface_refuses(llm: tinyllm.LLM) -> None:
+    right = llm(PROMPT, seed=1, max_tokens=4).tokens
+    for name, (error, call) in names(llm).items():  # type: ignore[misc]
+        raised = raised_by(call)
+        assert isinstance(raised, error), (name, raised)
+        assert len(str(raised)) > 10, name
+        del raised
+        assert pages_in_use(llm) == 0, name
+    assert llm(PROMPT, seed=1, max_tokens=4).tokens == right
+    assert llm([], max_tokens=1) == []  # a batch of nothing
+
+
+class Oops(Exception):
+    pass
+
+
+def oops(*_: object) -> Any:
+    raise Oops
+
+
+def test_what_callbacks_raise_comes_out(llm: tinyllm.LLM) -> None:
+    right = llm(PROMPT, seed=1, max_tokens=4).tokens
+    session = llm.session(seed=1)
+    session.append(PROMPT)
+    for _ in range(3):
+        for options in ({"processors": [oops]}, {"cancel": oops}):
+            with pytest.raises(Oops):
+                llm([PROMPT, PROMPT[:9]], n=2, max_tokens=4, **options)
+            with pytest.raises(Oops):
+                list(llm.stream(PROMPT, max_tokens=4, **options))
+        with pytest.raises(Oops):
+            session.sample(processors=[oops])
+        with pytest.raises(SystemExit):
+            llm(PROMPT, cancel=lambda: exit(3))
+        with pytest.raises(GeneratorExit):
+            llm(PROMPT, processors=[lambda logits, tokens: (_ for _ in ()).throw(GeneratorExit)])
+    assert session.tokens == PROMPT
+    assert session.generate(max_tokens=4).tokens == right
+    session.close()
+    assert pages_in_use(llm) == 0
+
+
+def test_a_closed_model_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = write_hf_directory(tmp_path_factory.mktemp("model"), CONFIG, random_weights(CONFIG, seed=5))
+    before = backends.live_allocations()
+    llm = tinyllm.load(path, threads=2)
+    session, stream = llm.session(), llm.stream(PROMPT)
+    session.append(PROMPT)
+    next(stream)
+    cache = llm.model.cache("f16", 1)
+    closed_cache = llm.model.cache("f16", 1)
+    closed_cache.close()
+    with pytest.raises(errors.ModelClosedError):
+        llm.model.forward(**GOOD, cache=closed_cache)
+    llm.close()
+    llm.close()
+    assert backends.live_allocations()[0] - before[0] == 2  # of `cache`, which is the user's own
+    cache.close()
+    assert backends.live_allocations() == before
+    calls: list[Callable[[], object]] = [
+        lambda: llm(PROMPT),
+        lambda: list(llm.stream(PROMPT)),
+        lambda: next(stream),
+        lambda: llm.logits(PROMPT),
+        lambda: llm.score(PROMPT),
+        lambda: session.append([1]),
+        lambda: session.generate(),
+        lambda: session.fork(),
+        lambda: llm.model.forward(**GOOD, cache=cache),
+        lambda: llm.model.unpack("embedding"),
+        lambda: llm.model.check(),
+        lambda: llm.model.cache("f16", 1),
+        lambda: llm.model.weight_bytes,
+        lambda: cache.grow(1),
+        lambda: cache.clear_page(0),
+    ]
+    for i, call in enumerate(calls):
+        raised = raised_by(call)
+        assert isinstance(raised, errors.ModelClosedError), (i, raised)
+    session.close()
+    session.close()
+    repr(llm)
+
+
+def test_a_closed_session_goes_on_from_its_tokens(llm: tinyllm.LLM) -> None:
+    """close() gives back pages; the tokens are the session's."""
+    session = llm.session(seed=1)
+    session.append(PROMPT)
+    right = llm(PROMPT, seed=1, max_tokens=4).tokens
+    session.close()
+    assert session.generate(max_tokens=4).tokens == right
+    session.close()
+    assert pages_in_use(llm) == 0
+
+
+def test_models_cannot_be_pickled_or_copied(llm: tinyllm.LLM) -> None:
+    session = llm.session()
+    for thing in (llm, llm.model, session):
+        for way in (pickle.dumps, copy.copy, copy.deepcopy):
+            if way is copy.copy and thing is not llm.model:
+                continue  # another name for the same model, which is fine
+            with pytest.raises(TypeError, match="cannot be pickled or copied: load it in the process"):
+                way(thing)
+    for thing in (llm.stream(PROMPT), llm._cache.pool):
+        with pytest.raises(TypeError, match="pickle"):
+            pickle.dumps(thing)
+    completion = llm(PROMPT, max_tokens=3)
+    assert pickle.loads(pickle.dumps(completion)) == completion
+
+
+def test_a_stream_in_two_threads_is_refused_by_python(llm: tinyllm.LLM) -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    def wait(logits: Any, tokens: Any) -> None:
+        inside.set()
+        go.wait(60)
+
+    stream = llm.stream(PROMPT, max_tokens=3, processors=[wait])
+    thread = threading.Thread(target=lambda: list(stream), daemon=True)
+    thread.start()
+    assert inside.wait(60)
+    with pytest.raises(ValueError, match="already executing"):
+        next(stream)
+    go.set()
+    thread.join(60)
+    assert stream.completion.finish_reason == "length"
+
+
+def test_a_fork_outlives_its_parent(llm: tinyllm.LLM) -> None:
+    right = llm(PROMPT, seed=1, max_tokens=4).tokens
+    parent: Session = llm.session(seed=1)
+    parent.append(PROMPT)
+    child = parent.fork()
+    child.seed = 1
+    parent.close()
+    del parent
+    assert child.generate(max_tokens=4).tokens == right
+    child.close()
+    assert pages_in_use(llm) == 0

@@ -1,0 +1,162 @@
+"""What the machine does to a process: no memory, signals at any moment, an end amid work, files that change
+while they are read. tests/long repeats these for hours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
+
+import tinyllm
+from tinyllm import backends, errors
+
+HERE = Path(__file__).parent
+CONFIG = golden_spec("llama3").config
+
+
+def run_script(name: str, *arguments: object) -> str:
+    """The output of a script of tests/long that ended well."""
+    command = [sys.executable, "-W", "error", HERE / "long" / f"{name}.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+SHUTDOWN = """
+import sys, threading, time, tinyllm
+llm = tinyllm.load("stories", threads=2)
+def work():
+    while True:
+        llm("Once upon a time", max_tokens=50, cancel=lambda: False)
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 0.03, 0.1, 0.2])
+def test_the_interpreter_ends_amid_generation(seconds: float) -> None:
+    command = [sys.executable, "-c", SHUTDOWN, str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_interrupts_at_random_moments() -> None:
+    """SIGINT while loading, generating, streaming and forking; the model is usable after each."""
+    run_script("signals", "--interrupts", 60, "--seed", 1)
+
+
+def test_address_space_runs_out() -> None:
+    """Loading, growing the cache and calling under RLIMIT_AS, which leaves a little more each time."""
+    run_script("memory", "--step-kb", 2048)
+
+
+def test_many_threads_for_some_seconds() -> None:
+    run_script("threads", "--threads", 64, "--seconds", 4)
+
+
+def test_many_short_requests_leave_nothing() -> None:
+    run_script("requests", "--n", 300)
+
+
+def directory(path: Path, seed: int) -> Path:
+    return write_hf_directory(path, CONFIG, random_weights(CONFIG, seed))
+
+
+def truncate(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def overwrite(path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    os.utime(path, (1, 1))  # a clock that is too coarse must not hide it
+
+
+def replace(path: Path) -> None:
+    other = directory(path.parent / "other", 7) / path.name
+    os.replace(other, path)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+CHANGES: list[tuple[Callable[[Path], object], type[errors.Error], str]] = [
+    (truncate, errors.FormatError, "could not be read: the file ends there"),
+    (overwrite, errors.FormatError, "the file changed while it was read"),
+    (replace, errors.FormatError, "the file changed while it was read"),
+    (lambda path: path.unlink(), errors.NotFoundError, "no such file any more"),
+    (pipe, errors.FormatError, "could not be read"),
+]
+
+
+@pytest.mark.parametrize("when", [0, 1, 8])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), CHANGES, ids=["truncate", "overwrite", "replace", "unlink", "pipe"]
+)
+def test_a_file_changes_while_it_is_read(
+    change: Callable[[Path], object], error: type[errors.Error], message: str, when: int, tmp_path: Path
+) -> None:
+    path = directory(tmp_path / "model", 6)
+    before, n_calls = backends.live_allocations(), 0
+    n_open = len(os.listdir("/proc/self/fd"))
+
+    def progress(done: int, total: int) -> None:
+        nonlocal n_calls
+        if n_calls == when:
+            change(path / "model.safetensors")
+        n_calls += 1
+
+    with pytest.raises(error, match="model.safetensors.*" + message):
+        tinyllm.load(path, threads=2, progress=progress)
+    assert backends.live_allocations() == before
+    assert len(os.listdir("/proc/self/fd")) == n_open
+
+
+def test_a_model_that_is_loaded_needs_its_file_no_more(tmp_path: Path) -> None:
+    path = directory(tmp_path / "model", 6)
+    ids = random_ids(CONFIG, 1, 70)
+    with tinyllm.load(path, threads=2) as llm:
+        right = llm.logits(ids)
+        truncate(path / "model.safetensors")
+        np.testing.assert_array_equal(llm.logits(ids), right)
+
+
+def test_a_progress_callback_that_raises(tmp_path: Path) -> None:
+    path = directory(tmp_path / "model", 6)
+    before = backends.live_allocations()
+    for error in (ZeroDivisionError, KeyboardInterrupt):
+
+        def progress(done: int, total: int, error: type[BaseException] = error) -> None:
+            raise error
+
+        with pytest.raises(error):
+            tinyllm.load(path, progress=progress)
+        assert backends.live_allocations() == before
+
+
+def test_a_full_pool_under_many_texts(tmp_path: Path) -> None:
+    """Texts that together need many times the pages there are: each comes out as alone, or is refused."""
+    with tinyllm.load(directory(tmp_path / "model", 6), threads=2, context=320) as llm:
+        llm._cache.max_pages = 5  # one full context
+        prompts = [random_ids(CONFIG, i, 60 + 11 * i) for i in range(12)]
+        alone = [llm(prompt, seed=1, max_tokens=30).tokens for prompt in prompts]
+        together = llm(prompts, seed=1, max_tokens=30)
+        assert [completion.tokens for completion in together] == alone
+        held = llm.session()
+        held.append(random_ids(CONFIG, 50, 300))
+        with pytest.raises(errors.MemoryLimitError, match="the KV cache is full"):
+            llm(prompts[0], max_tokens=5)
+        held.close()
+        assert llm(prompts[0], seed=1, max_tokens=30).tokens == alone[0]
