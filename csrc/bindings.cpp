@@ -185,6 +185,8 @@ struct Model {
         config.residual_scale = number("residual_scale");
         config.logit_scale = number("logit_scale");
         config.local_rope_theta = c["local_rope_theta"].cast<double>();
+        config.query_growth = c["query_growth"].cast<double>();
+        config.query_span = integer("query_span");
         config.windows = per_layer("windows", windows);
         config.ropes = per_layer("ropes", ropes);
         config.page_layers = integer("page_layers");

@@ -17,12 +17,15 @@ static tl_status check_variations(const tl_config *c, tl_message *message) {
         if (kinds[i].value < 0 || kinds[i].value > kinds[i].most)
             return tl_fail(message, TL_ARGUMENT, "%s is %d, not in 0..%d", kinds[i].name, kinds[i].value,
                            kinds[i].most);
-    const double numbers[] = {c->attention_cap,  c->logit_cap,   c->embedding_scale,
-                              c->residual_scale, c->logit_scale, c->local_rope_theta};
+    const double numbers[] = {c->attention_cap, c->logit_cap,        c->embedding_scale, c->residual_scale,
+                              c->logit_scale,   c->local_rope_theta, c->query_growth};
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         if (!(numbers[i] >= 0) || !isfinite(numbers[i]))
-            return tl_fail(message, TL_ARGUMENT, "a cap, a scale or local_rope_theta is not a number from 0 up: %g",
+            return tl_fail(message, TL_ARGUMENT,
+                           "a cap, a scale, query_growth or local_rope_theta is not a number from 0 up: %g",
                            numbers[i]);
+    if (c->query_growth > 0 && c->query_span < 1)
+        return tl_fail(message, TL_ARGUMENT, "query_span is %d, not 1 or more", c->query_span);
     if (c->page_layers < 0 || c->page_layers > c->n_layers || (c->places && !c->page_layers))
         return tl_fail(message, TL_ARGUMENT, "%d layers of %d share a page", c->page_layers, c->n_layers);
     for (int l = 0; l < c->n_layers; l++) {

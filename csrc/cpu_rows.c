@@ -1,6 +1,7 @@
 // cpu_rows.c: what happens to one token at a time between the products: norms, RoPE and the way into the cache, what is
 // added to x, the logits' last steps. Includes cpu.h; the arithmetic is in rows.inc and kv.inc.
 #include "cpu.h"
+#include "numeric.h"
 
 void tl_cpu_norm(const tl_norm *norm, float *out, const float *x, int n) {
     (norm->kind == TL_LAYER_NORM ? tl_isa()->layernorm : tl_isa()->rmsnorm)(out, x, norm->weight, norm->eps, n);
@@ -19,6 +20,11 @@ static void norm_heads(const tl_config *c, const tl_norm *norm, float *x, int n_
     }
 }
 
+static float query_scale(const tl_config *c, int position) {
+    if (c->query_growth == 0) return c->attention_scale;
+    return c->attention_scale * (float)(1 + c->query_growth * tl_log(1 + position / c->query_span));
+}
+
 static void rotate_and_store(void *data, int t, int thread) {
     (void)thread;
     tl_cpu_run *r = data;
@@ -32,7 +38,7 @@ static void rotate_and_store(void *data, int t, int thread) {
           *v = r->v + (size_t)t * r->kv_width;
     norm_heads(c, &layer->q_norm, q, c->n_heads);
     norm_heads(c, &layer->k_norm, k, c->n_kv_heads);
-    tl_isa()->rope(q, r->cos + at, r->sin + at, c->n_heads, c->head_dim, rope_dim, c->attention_scale);
+    tl_isa()->rope(q, r->cos + at, r->sin + at, c->n_heads, c->head_dim, rope_dim, query_scale(c, b->positions[t]));
     if (cache->type == 8)
         tl_isa()->quantize(r->in.q + (size_t)t * r->q_width, r->in.groups + (size_t)t * (r->q_width / TL_Q), q,
                            (int)r->q_width);

@@ -1,10 +1,10 @@
-// numeric.c: exp, pow, sin and cos in float64 from explicit operations (Cody and Waite's reductions, Taylor and
+// numeric.c: exp, log, pow, sin and cos in float64 from explicit operations (Cody and Waite's reductions, Taylor and
 // atanh series), so that RoPE's angles have the same bits everywhere. Includes numeric.h.
 #include "numeric.h"
 #include <math.h>
 
 // ln x = e ln 2 + 2 atanh((m - 1) / (m + 1)), m in [sqrt 1/2, sqrt 2): the series' ratio is below 0.0295.
-static double natural_log(double x) {
+double tl_log(double x) {
     int e;
     double m = frexp(x, &e);
     if (m < 0.70710678118654752440) {
@@ -24,7 +24,7 @@ double tl_exp(double x) {
     return ldexp(sum, (int)n);
 }
 
-double tl_pow(double base, double exponent) { return tl_exp(exponent * natural_log(base)); }
+double tl_pow(double base, double exponent) { return tl_exp(exponent * tl_log(base)); }
 
 void tl_sincos(double radians, double *sin, double *cos) {
     double n = rint(radians * 0x1.45f306dc9c883p-1); // quarter turns, taken off with pi/2 in three parts

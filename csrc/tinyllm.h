@@ -150,13 +150,15 @@ typedef struct tl_config {
     float residual_scale;    // of what attention and FFN add to x
     float logit_scale;       // of the logits
     double local_rope_theta; // of TL_ROPE_LOCAL layers, whose angles have neither factors nor rope_scale; 0: none
-    const int32_t *windows;  // [n_layers] positions a token attends to, itself among them; 0: all. Or NULL. Copied
-    const int32_t *ropes;    // [n_layers] tl_rope, or NULL; copied
-    int page_layers;         // whose keys and values share a page of the cache; 0: all n_layers
-    const int32_t *places;   // [n_layers] table of the layer * page_layers + its place in a page; or NULL: l. Copied
-    int n_experts;           // of every layer's feed-forward, each of ff_dim; 0: it is one dense block
-    int n_experts_used;      // by a token: those its router scores highest
-    int norm_topk_prob;      // their weights, a softmax over all scores, are divided by their sum
+    double query_growth; // queries at position p are multiplied by 1 + query_growth * ln(1 + p / query_span), a whole
+    int query_span;      // quotient (Llama 4's scaling of attention); query_growth 0: they are not
+    const int32_t *windows; // [n_layers] positions a token attends to, itself among them; 0: all. Or NULL. Copied
+    const int32_t *ropes;   // [n_layers] tl_rope, or NULL; copied
+    int page_layers;        // whose keys and values share a page of the cache; 0: all n_layers
+    const int32_t *places;  // [n_layers] table of the layer * page_layers + its place in a page; or NULL: l. Copied
+    int n_experts;          // of every layer's feed-forward, each of ff_dim; 0: it is one dense block
+    int n_experts_used;     // by a token: those its router scores highest
+    int norm_topk_prob;     // their weights, a softmax over all scores, are divided by their sum
 } tl_config;
 
 // One block of feed-forward: [ff_dim, dim] x2, [dim, ff_dim].

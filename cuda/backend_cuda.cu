@@ -266,7 +266,8 @@ static tl_status check_model(const gpu *d, const tl_model *model, tl_message *me
                    {c.logit_cap != 0 || c.logit_scale != 1, "scaled or soft-capped logits"},
                    {c.embedding_scale != 1, "scaled embeddings"},
                    {c.residual_scale != 1, "scaled residuals"},
-                   {c.local_rope_theta != 0, "a second RoPE"}};
+                   {c.local_rope_theta != 0, "a second RoPE"},
+                   {c.query_growth != 0, "queries scaled by position"}};
     for (const auto &m : missing)
         if (m.there) return refuse(d, m.name, message);
     for (int l = 0; l < c.n_layers; l++) {

@@ -169,6 +169,7 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "llama": Architecture("llama", True),
     "mistral": Architecture("llama", True),
+    "ministral3": Architecture("mistral3", True),
     "mixtral": Architecture("llama", True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
@@ -289,6 +290,9 @@ def _write_rope(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         # usual magnitude, 0.1 ln(factor) + 1, and so expresses any other.
         if "attention_factor" in settings:
             writer.add_rope_scaling_yarn_attn_factor(settings["attention_factor"])
+        elif "llama_4_scaling_beta" in settings:
+            writer.add_rope_scaling_yarn_log_mul(settings["mscale_all_dim"])
+            writer.add_attn_temperature_scale(settings["llama_4_scaling_beta"])
         elif "mscale_all_dim" in settings:
             _, magnitude = reference.rope_frequencies(config)
             writer.add_rope_scaling_attn_factors(magnitude / (0.1 * math.log(settings["factor"]) + 1.0))

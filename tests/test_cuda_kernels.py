@@ -461,6 +461,7 @@ def test_what_the_device_cannot_do_is_said(host: Host, tmp_path: Path) -> None:
 # The field of the core's configuration, a value that is not Llama's, and how the refusal names it.
 BEYOND = [
     ("attention_cap", 50.0, "soft-capped attention"),
+    ("query_growth", 0.1, "queries scaled by position"),
     ("embedding_scale", 8.0, "scaled embeddings"),
     ("residual_scale", 0.5, "scaled residuals"),
     ("logit_scale", 0.5, "logits"),
@@ -475,7 +476,7 @@ def test_what_only_the_cpu_computes_is_refused(
     config = one_layer()
     write_gguf(path, config, random_weights(config, seed=1), format="Q8_0")
     with load(path) as llm:
-        changed = dataclasses.replace(llm.model.config, **{field: value})
+        changed = dataclasses.replace(llm.model.config, original_context=64, **{field: value})
     model = backends.Model(changed, device="cuda")
     pool = model.cache("f16", 1)
     pool.grow(1)

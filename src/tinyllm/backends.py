@@ -288,6 +288,7 @@ def _core_config(config: ModelConfig) -> dict[str, Any]:
         values["rope_factors"] = np.asarray(config.rope_factors, np.float32)
     for name, words in _WORDS.items():
         values[name] = words.index(values[name])
+    values["query_span"] = config.original_context or 0
     values["local_rope_theta"] = config.local_rope_theta or 0.0
     values["windows"] = np.asarray(config.windows or (0,) * config.n_layers, np.int32)
     ropes = config.ropes or ("usual",) * config.n_layers

@@ -89,6 +89,8 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and feed-forward add
     logit_scale: float = 1.0
+    # Queries at position p are multiplied by 1 + query_growth * ln(1 + floor(p / original_context)); 0: not
+    query_growth: float = 0.0
     windows: tuple[
         int, ...
     ] = ()  # by layer: positions a token attends to, itself among them; 0: all. (): all 0
@@ -115,12 +117,14 @@ class ModelConfig:
             value = getattr(self, name)
             if not 0 < value <= limit:  # true for NaN as well
                 raise FormatError(f"{name} is {value!r}; it must be above 0 and at most {limit:g}")
-        caps = {"attention_cap": 1e6, "logit_cap": 1e6, "local_rope_theta": 1e15}
+        caps = {"attention_cap": 1e6, "logit_cap": 1e6, "local_rope_theta": 1e15, "query_growth": 1e6}
         scales = {"embedding_scale": 1e6, "residual_scale": 1e6, "logit_scale": 1e6}
         for name, limit in (caps | scales).items():
             value = getattr(self, name) or 0.0
             if not (0 if name in caps else 1e-9) <= value <= limit:
                 raise FormatError(f"{name} is {value!r}; it must be from 0 to {limit:g}")
+        if self.query_growth and not self.original_context:
+            raise FormatError("queries scaled by position need the original context of their RoPE scaling")
         for name, per_layer in (("windows", self.windows), ("ropes", self.ropes)):
             if per_layer and len(per_layer) != self.n_layers:
                 raise FormatError(f"{name} are {len(per_layer)} for {self.n_layers} layers")
@@ -258,6 +262,7 @@ GGUF_OWN = {
     "residual_scale": "residual_scale",
     "logit_scale": "logit_scale",
     "local_rope_theta": "rope.freq_base_swa",
+    "query_growth": "attention.temperature_scale",
 }
 GGUF_EXPERTS = {
     "n_experts": "expert_count",
@@ -338,6 +343,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         embedding_scale=math.sqrt(dim) if row.scaled_embedding else own("embedding_scale", 1.0) or 1.0,
         residual_scale=own("residual_scale", 1.0) or 1.0,
         logit_scale=1 / logit_scale if row.divides_logits else logit_scale,
+        query_growth=own("query_growth", 0.0),
         windows=windows,
         long_rope_factors=long_factors,
         **_gguf_feed_forward(fields, row),
@@ -380,6 +386,7 @@ def _no_ropes(row: Family, n_layers: int) -> dict[str, Any]:
     return {"ropes": tuple("none" if none else "usual" for none in skipped)}
 
 
+_LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"  # transformers' mscale_all_dim, beside a mscale of 1
 _GGUF_EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 
 
@@ -471,7 +478,11 @@ def _gguf_rope(
     if extrapolation >= 0 and extrapolation != 1:
         raise UnsupportedError(f"YaRN with yarn_ext_factor {extrapolation:g} is not supported, only 1")
     factors = _yarn(factor, rope_dim, theta, original, beta_fast, beta_slow, row.yarn_truncate)
-    return factors, (attention_factor or _mscale(factor, 1.0)) * multiplier, original
+    m_all = 0.0
+    if _LOG_MULTIPLIER in row.gguf_defaults:
+        m_all = fields.number(_LOG_MULTIPLIER)
+    usual = _mscale(factor, 1.0) / _mscale(factor, m_all)
+    return factors, (attention_factor or usual) * multiplier, original
 
 
 def config_from_json(config: Mapping[str, Any]) -> ModelConfig:
@@ -545,6 +556,7 @@ def config_from_json(config: Mapping[str, Any]) -> ModelConfig:
         embedding_scale=math.sqrt(dim) if row.scaled_embedding else own("embedding_multiplier", 1.0),
         residual_scale=own("residual_multiplier", 1.0),
         logit_scale=own("logit_scale", 1.0) / logits_scaling,
+        query_growth=rope.query_growth,
         windows=windows,
         long_rope_factors=rope.long_factors,
         **_json_feed_forward(fields, row),
@@ -621,6 +633,7 @@ class _Rope:
     original_context: int | None = None
     local_theta: float = 0.0
     long_factors: tuple[float, ...] | None = None
+    query_growth: float = 0.0
 
 
 _ROPE_KEYS = {
@@ -669,8 +682,9 @@ def _json_rope(config: _Fields, row: Family, head_dim: int, context: int) -> _Ro
         raise UnsupportedError(
             f"RoPE type {_brief(kind)} is not supported{why}; supported: {', '.join(_ROPE_KEYS)}"
         )
+    growth = fields.number("llama_4_scaling_beta", 0.0) if row.growing_queries else 0.0
     fields.refuse_unknown((*_ROPE_KEYS[kind], "finetuned", "max_position_embeddings"))
-    rope = _Rope(theta, _bounded("rope_dim", rope_dim), local_theta=local_theta or theta)
+    rope = _Rope(theta, _bounded("rope_dim", rope_dim), local_theta=local_theta or theta, query_growth=growth)
     stated = config.get("original_max_position_embeddings")
     original = fields.whole("original_max_position_embeddings", context)
     if stated is not None:

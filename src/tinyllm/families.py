@@ -41,6 +41,7 @@ class Family:
     experts_in: tuple[Source, ...] = ()  # files whose models are mixtures of experts (GGUF: may be)
     renamed: Mapping[Source, Mapping[str, str]] = field(default_factory=dict)  # parts of tensors' names
     stacked: bool = False  # safetensors hold a layer's experts on top of each other, gate and up row by row
+    growing_queries: bool = False  # its scaling of RoPE may scale queries by position (llama_4_scaling_beta)
     yarn_truncate: bool = True  # whether YaRN's first and last pair are rounded, where GGUF does not say
     text_of: str | None = None  # the model type of the text_config inside a model that also reads images
 
@@ -92,7 +93,22 @@ FAMILIES: dict[str, Family] = {
             },
         },
     ),
-    "mistral3": Family("Mistral Small 3.1 (text)", text_of="mistral"),
+    "mistral3": Family("Mistral Small 3.1, Ministral 3 (text)", text_of="mistral"),
+    "ministral3": Family(
+        "Ministral 3, Devstral 2",
+        _LLAMA_LIKE,
+        {
+            "max_position_embeddings": 262144, "num_key_value_heads": 8, "sliding_window": None,
+            "head_dim": 128, "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "beta_fast": 32.0,
+                "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 16384,
+            },
+        },
+        gguf_defaults={"attention.temperature_scale": 0.0, "rope.scaling.yarn_log_multiplier": 0.0},
+        growing_queries=True,
+    ),
     "ministral": Family(
         "Ministral 8B",
         json_defaults={
@@ -254,7 +270,13 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 # General architectures of GGUF files that are called otherwise than the model type.
-_GGUF_NAMES = {"qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "gemma3": "gemma3_text", "command-r": "cohere"}
+_GGUF_NAMES = {
+    "qwen3moe": "qwen3_moe",
+    "gpt-oss": "gpt_oss",
+    "gemma3": "gemma3_text",
+    "command-r": "cohere",
+    "mistral3": "ministral3",
+}
 # Model types that GGUF files do not know by a name of their own.
 _WRITTEN_AS = {"mistral": "llama", "ministral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
 SUPPORTED = tuple(dict.fromkeys((*FAMILIES, *_GGUF_NAMES)))
@@ -280,7 +302,7 @@ def family(architecture: Any, source: Source) -> Family:
     """The family that a file names; raises UnsupportedError with the list of those there are."""
     name = architecture if isinstance(architecture, str) else ""
     name = _GGUF_NAMES.get(name, name) if source == "gguf" else name
-    if name not in FAMILIES or (source == "gguf" and FAMILIES[name].text_of):
+    if name not in FAMILIES:
         raise UnsupportedError(
             f"architecture {str(architecture)[:80]!r} is not supported; supported: {', '.join(SUPPORTED)}"
         )

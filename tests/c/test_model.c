@@ -600,6 +600,8 @@ static void check_refused_configs(const tl_config *good) {
     BAD_CONFIG(logit_scale = NAN);
     BAD_CONFIG(local_rope_theta = -1);
     BAD_CONFIG(windows = bad_windows);
+    BAD_CONFIG(query_growth = -1);
+    BAD_CONFIG(query_growth = 0.1); // without query_span
     BAD_CONFIG(page_layers = -1);
     BAD_CONFIG(page_layers = good->n_layers + 1);
     BAD_CONFIG(places = bad_windows); // without page_layers

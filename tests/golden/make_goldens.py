@@ -2,7 +2,7 @@
 specs.json and families.json.
 
 Run from anywhere, with an interpreter that has torch and transformers (the tests need neither):
-    python tests/golden/make_goldens.py
+    python tests/golden/make_goldens.py [NAME...]     with names only these; the others stay as they are
 
 transformers runs unmodified with weights in float64, except where it goes to float32 by itself (norms, the
 attention's softmax, rotary angles); `test_reference.py` derives its tolerance from that. The files hold, for
@@ -29,8 +29,11 @@ BORDERS = (0, 1, 2, 62, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 
 
 def make(specs: str, file: str, dtype: Any) -> None:
-    arrays: dict[str, Any] = {}
+    names = sys.argv[1:]
+    arrays: dict[str, Any] = dict(np.load(GOLDEN_DIR / file)) if names else {}
     for spec in golden_specs(specs):
+        if names and spec.name not in names:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             path = golden_model(spec, Path(folder))
             model = AutoModelForCausalLM.from_pretrained(
