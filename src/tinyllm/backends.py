@@ -341,6 +341,7 @@ class Model:
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise ArgumentError(f"threads is {threads}, not in 1..{MAX_THREADS}")
         self.threads = threads or default_threads()
+        self._output_norm = np.ones(config.dim, np.float32)
         self._core = _core.Model(_core_config(config), self._device.table)
 
     @property
@@ -378,6 +379,8 @@ class Model:
         Raises FormatError when the file ends early, NotFoundError, ReadError, MemoryLimitError,
         UnsupportedError, ArgumentError.
         """
+        if name == "output_norm":
+            self._output_norm = info.read_f32().ravel() + np.float32(plus)
         if plus or (info.row_stride != 1 and len(info.shape) == 1):
             values = info.read_f32().ravel() + np.float32(plus)
             values = values if row_order is None else values[row_order]
@@ -488,6 +491,16 @@ class Model:
             self.threads,
             should_stop,
         )
+
+    def output_norm(self, x: F32) -> npt.NDArray[np.float64]:
+        """What the output matrix reads of activations x [n, dim] after the last layer: float64 [n, dim], by
+        the model's RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450).
+        """
+        y = x.astype(np.float64)
+        if self.config.norm_kind == "layer":
+            y -= y.mean(axis=1, keepdims=True)
+        y /= np.sqrt((y * y).mean(axis=1, keepdims=True) + self.config.norm_eps)
+        return y * self._output_norm
 
     def close(self) -> None:
         """Frees the weights, once no call uses them any more."""

@@ -25,7 +25,7 @@ from .chat import ChatTemplate, require
 from .config import GenerationDefaults, ModelConfig
 from .engine import CHUNK, Engine, FinishReason, Generation, Job, Piece
 from .errors import ArgumentError, ContextError, MemoryLimitError, out_of_memory, size_text
-from .kvcache import KVCache, Sequence, pages_held, root_key
+from .kvcache import PAGE, KVCache, Sequence, pages_held, root_key
 from .reasoning import Plain, Splitter, splitter, visible_ids
 from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
 from .tokenizer import Tokenizer
@@ -340,6 +340,28 @@ class LLM:
             out[start:end] = rows
         return out
 
+    def embed(
+        self, prompts: Prompt | SequenceOf[Prompt], *, normalize: bool = False, special: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """What the model makes of whole texts, as vectors: float32 [n, dim], or [dim] for one text.
+
+        A text's vector is the mean over its tokens (BOS included) of what the output matrix reads, the last
+        layer's activations after the final norm. normalize: to length 1, so that a product of two is their
+        cosine. Texts share calls; the bits are those of each text alone. Raises ArgumentError, ContextError,
+        and MemoryLimitError with the numbers, before anything is computed; ModelClosedError.
+
+            a, b = llm.embed(["A cat sat.", "A dog ran."], normalize=True); a @ b
+        """
+        texts = [prompts] if _is_prompt(prompts) else list(cast("SequenceOf[Prompt]", prompts))
+        out = np.empty((len(texts), self.config.dim), np.float32)
+        ids = [self._fit(self._ids(text, special)) for text in texts]
+        for i, mean in enumerate(self._means(ids)):
+            out[i] = mean
+        if normalize:
+            length = np.sqrt((out.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
+            out = (out / np.maximum(length, 1e-30)).astype(np.float32)
+        return out[0] if _is_prompt(prompts) else out
+
     def close(self) -> None:
         """Frees the weights and the cache. Waits for a running call; later ones raise ModelClosedError."""
         self._engine.close()
@@ -450,6 +472,51 @@ class LLM:
             self.device,
             g.reasoning if g.split.has_reasoning else None,
         )
+
+    def _means(self, texts: list[list[int]]) -> Iterator[npt.NDArray[np.float64]]:
+        """The mean of each text's normed activations, [dim]. Texts share calls of up to CHUNK tokens."""
+        calls: list[list[list[int]]] = []
+        for ids in texts:
+            if not calls or sum(map(len, calls[-1])) + len(ids) > CHUNK:
+                calls.append([])
+            calls[-1].append(ids)
+        shapes = [
+            (len(call), len(self.model.cache_groups), max(-(-len(ids) // PAGE) for ids in call))
+            for call in calls
+        ]
+        n_pages = max(map(math.prod, shapes), default=0)
+        if n_pages == 0:
+            return
+        pool = self.model.cache(self.cache_type, n_pages)
+        try:
+            n_bytes, free = n_pages * pool.page_bytes, self.model.free_memory()
+            if n_bytes > free:
+                raise MemoryLimitError(
+                    f"a call for these texts needs {size_text(n_bytes)} of KV cache, {size_text(free)} are free"
+                )
+            pool.grow(n_pages)
+            for call, shape in zip(calls, shapes, strict=True):
+                tables = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+                sums = np.zeros((len(call), self.config.dim))
+                for start in range(0, max(map(len, call)), CHUNK):
+                    parts = [ids[start : start + CHUNK] for ids in call]
+                    sizes = [len(part) for part in parts]
+                    x = self.model.forward(
+                        np.concatenate(parts),
+                        np.concatenate([np.arange(start, start + n) for n in sizes]),
+                        np.repeat(np.arange(len(call)), sizes),
+                        tables,
+                        logits=False,
+                        cache=pool,
+                    )
+                    normed = self.model.output_norm(x)
+                    ends = np.cumsum(sizes)
+                    for i, (n, end) in enumerate(zip(sizes, ends, strict=True)):
+                        sums[i] += normed[end - n : end].sum(axis=0)
+                for total, ids in zip(sums, call, strict=True):
+                    yield total / len(ids)
+        finally:
+            pool.close()
 
     def _rows(self, ids: list[int]) -> Iterator[Logits]:
         """The logits after each token, a chunk at a time."""

@@ -6,8 +6,8 @@ Run from anywhere, with an interpreter that has torch and transformers (the test
 
 transformers runs unmodified with weights in float64, except where it goes to float32 by itself (norms, the
 attention's softmax, rotary angles); `test_reference.py` derives its tolerance from that. The files hold, for
-each model, `NAME.positions` int64 [m] and `NAME.logits` [m, vocab_size], float64 (families.npz: float32). The
-prompt is `random_ids(config, seed, n_tokens)`."""
+each model, `NAME.positions` int64 [m] and `NAME.logits` [m, vocab_size], float64 (families.npz: float32), and
+`NAME.mean` float32 [hidden_size], the mean over all positions of what the output matrix reads. The prompt is `random_ids(config, seed, n_tokens)`."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ def make(specs: str, file: str, dtype: Any) -> None:
             )
         ids = random_ids(spec.config, spec.seed, spec.n_tokens)
         with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0].numpy()
+            said = model(torch.tensor([ids]), output_hidden_states=True)
+        logits = said.logits[0].numpy()
         borders = [p for p in BORDERS if p < spec.n_tokens]
         others = sorted(set(range(3, spec.n_tokens)) - set(borders))
         spread = [others[i] for i in np.linspace(0, len(others) - 1, N_POSITIONS - len(borders)).astype(int)]
         positions = np.array(sorted(borders + spread))
         arrays[spec.name + ".positions"] = positions
+        arrays[spec.name + ".mean"] = said.hidden_states[-1][0].numpy().mean(axis=0).astype(np.float32)
         arrays[spec.name + ".logits"] = logits[positions].astype(dtype)
         print(f"{spec.name}: {len(positions)} positions, max |logit| {np.abs(logits).max():.2f}")
     np.savez_compressed(GOLDEN_DIR / file, **arrays)
