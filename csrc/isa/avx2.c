@@ -1,6 +1,7 @@
 // avx2.c: AVX2 with FMA and F16C (Haswell and later, Zen).
 
 #include "avx2.h"
+#include <cpuid.h>
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
@@ -8,7 +9,9 @@
 #define ISA        avx2
 
 static int usable(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    unsigned a, b, c, d; // Clang before 16 does not know F16C by name
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+           (c & bit_F16C);
 }
 
 #include "target.inc"

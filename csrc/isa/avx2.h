@@ -147,26 +147,38 @@ static inline vq vq_load(const int8_t *p) {
     return _mm256_set1_epi32(quad);
 }
 #ifdef TINYLLM_AVX_VNNI
+static inline vi vi_open(vi sum) { return sum; }
+static inline vi vi_close(vi sum, vi part) {
+    (void)sum;
+    return part;
+}
 static inline vi vi_dot(vi sum, vb w, vq a) {
     return (vi){_mm256_dpbusd_avx_epi32(sum.a, w.a, a), _mm256_dpbusd_avx_epi32(sum.b, w.b, a)};
 }
 #define V_OFFSET 128
 static inline vi vi_dot_offset(vi sum, vb w, vq a) { return vi_dot(sum, w, a); }
 #else
-static inline __m256i v_pairs(__m256i w,
-                              __m256i a) { // u8 x s8, added in fours; exact while a pair fits 16 bits
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1));
+// A part is sums of pairs in 16 bits.
+static inline vi vi_open(vi sum) {
+    (void)sum;
+    return (vi){_mm256_setzero_si256(), _mm256_setzero_si256()};
 }
-static inline vi vi_dot(vi sum, vb w, vq a) {
-    return (vi){_mm256_add_epi32(sum.a, v_pairs(w.a, a)), _mm256_add_epi32(sum.b, v_pairs(w.b, a))};
+static inline vi vi_close(vi sum, vi part) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return (vi){_mm256_add_epi32(sum.a, _mm256_madd_epi16(part.a, one)),
+                _mm256_add_epi32(sum.b, _mm256_madd_epi16(part.b, one))};
 }
+static inline __m256i v_dot(__m256i part, __m256i w, __m256i a) {
+    return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, a));
+}
+static inline vi vi_dot(vi part, vb w, vq a) { return (vi){v_dot(part.a, w.a, a), v_dot(part.b, w.b, a)}; }
 #define V_OFFSET 0 // the offset is taken off here: |w| x (a with w's sign)
-static inline __m256i v_signed(__m256i w, __m256i a) {
+static inline __m256i v_dot_signed(__m256i part, __m256i w, __m256i a) {
     const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80));
-    return v_pairs(_mm256_abs_epi8(s), _mm256_sign_epi8(a, s));
+    return v_dot(part, _mm256_abs_epi8(s), _mm256_sign_epi8(a, s));
 }
-static inline vi vi_dot_offset(vi sum, vb w, vq a) {
-    return (vi){_mm256_add_epi32(sum.a, v_signed(w.a, a)), _mm256_add_epi32(sum.b, v_signed(w.b, a))};
+static inline vi vi_dot_offset(vi part, vb w, vq a) {
+    return (vi){v_dot_signed(part.a, w.a, a), v_dot_signed(part.b, w.b, a)};
 }
 #endif
 

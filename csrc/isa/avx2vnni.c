@@ -1,6 +1,7 @@
 // avx2vnni.c: AVX2 with AVX-VNNI (Alder Lake and later, Zen 5).
 #define TINYLLM_AVX_VNNI
 #include "avx2.h"
+#include <cpuid.h>
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
@@ -8,8 +9,9 @@
 #define ISA        avx2vnni
 
 static int usable(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("avxvnni");
+    unsigned a, b, c, d; // AVX-VNNI, which Clang before 16 does not know by name; whatever has it has F16C
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
+           (a & bit_AVXVNNI);
 }
 
 #include "target.inc"

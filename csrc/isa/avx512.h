@@ -90,19 +90,29 @@ static inline vq vq_load(const int8_t *p) {
     return _mm512_set1_epi32(quad);
 }
 #ifdef TINYLLM_VNNI
+static inline vi vi_open(vi sum) { return sum; }
+static inline vi vi_close(vi sum, vi part) {
+    (void)sum;
+    return part;
+}
 static inline vi vi_dot(vi sum, vb w, vq a) { return _mm512_dpbusd_epi32(sum, w, a); }
 #define V_OFFSET 128
 static inline vi vi_dot_offset(vi sum, vb w, vq a) { return vi_dot(sum, w, a); }
 #else
-static inline vi v_pairs(vb w, vi a) { // u8 x s8, added in fours; exact while a pair fits 16 bits
-    return _mm512_madd_epi16(_mm512_maddubs_epi16(w, a), _mm512_set1_epi16(1));
+// A part is sums of pairs in 16 bits.
+static inline vi vi_open(vi sum) {
+    (void)sum;
+    return _mm512_setzero_si512();
 }
-static inline vi vi_dot(vi sum, vb w, vq a) { return _mm512_add_epi32(sum, v_pairs(w, a)); }
+static inline vi vi_close(vi sum, vi part) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(part, _mm512_set1_epi16(1)));
+}
+static inline vi vi_dot(vi part, vb w, vq a) { return _mm512_add_epi16(part, _mm512_maddubs_epi16(w, a)); }
 #define V_OFFSET 0 // the offset is taken off here: |w| x (a with w's sign)
-static inline vi vi_dot_offset(vi sum, vb w, vq a) {
+static inline vi vi_dot_offset(vi part, vb w, vq a) {
     vi s = _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80));
     vi signed_quad = _mm512_mask_sub_epi8(a, _mm512_movepi8_mask(s), _mm512_setzero_si512(), a);
-    return _mm512_add_epi32(sum, v_pairs(_mm512_abs_epi8(s), signed_quad));
+    return vi_dot(part, _mm512_abs_epi8(s), signed_quad);
 }
 #endif
 

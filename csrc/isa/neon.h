@@ -158,6 +158,11 @@ static inline int32x4_t v_dot(int32x4_t sum, int8x16_t w, int8x8_t quad) {
     return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a)));
 }
 #endif
+static inline vi vi_open(vi sum) { return sum; }
+static inline vi vi_close(vi sum, vi part) {
+    (void)sum;
+    return part;
+}
 static inline vi vi_dot(vi sum, vb w, vq a) {
     return (vi){v_dot(sum.a, vreinterpretq_s8_u8(w.a), a), v_dot(sum.b, vreinterpretq_s8_u8(w.b), a),
                 v_dot(sum.c, vreinterpretq_s8_u8(w.c), a), v_dot(sum.d, vreinterpretq_s8_u8(w.d), a)};

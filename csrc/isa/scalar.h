@@ -119,7 +119,13 @@ static inline vq vq_load(const int8_t *p) { return (vq){{p[0], p[1], p[2], p[3]}
 
 // Adds to each row's lane its 4 weights times a token's 4 activations. vi_dot: weights 0..63.
 // vi_dot_offset: weights -128..127 stored +128, for accumulators that started at -V_OFFSET x (sum of the
-// activations).
+// activations). Both add to a part: some instruction sets keep it in 16 bits, which hold so many dot products as
+// formats.inc says of a format (FIT_NAME). vi_open starts one, vi_close adds it to the sum.
+static inline vi vi_open(vi sum) { return sum; }
+static inline vi vi_close(vi sum, vi part) {
+    (void)sum;
+    return part;
+}
 static inline vi vi_dot(vi sum, vb w, vq a) {
     for (int j = 0; j < 4; j++) V_EACH sum.v[i] += w.v[4 * i + j] * a.v[j];
     return sum;

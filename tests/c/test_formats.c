@@ -33,9 +33,9 @@ typedef struct numbers {
     int zero, most;
 } numbers;
 
-static void put_codes(numbers *n, const vb w[8], int zero, int offset) {
+static void put_codes(numbers *n, const vb w[8], int zero, int fit, int offset) {
     n->zero = zero;
-    n->most = !offset ? 63 : zero == V_OFFSET ? 255 : -1; // what the dot product takes
+    n->most = !offset ? 32767 / (2 * 127 * fit) : zero == V_OFFSET && fit == 1 ? 255 : -1; // what 16 bits hold
     for (int k = 0; k < 32; k++) V_EACH n->code[k][i] = w[k / 4].v[4 * i + k % 4];
 }
 
@@ -43,7 +43,7 @@ static void put_codes(numbers *n, const vb w[8], int zero, int offset) {
     vb w[8];                                                                                                           \
     for (int c = 0; c < 8; c++) w[c] = load_##name(b, j, c);                                                           \
     vi (*dot)(vi, vb, vq) = DOT_##name;                                                                                \
-    put_codes(n, w, ZERO_##name, dot == vi_dot_offset);                                                                \
+    put_codes(n, w, ZERO_##name, FIT_##name, dot == vi_dot_offset);                                                    \
     vf scale = scale_##name(b, j)
 #define READ_SCALE32(name)                                                                                             \
     static int read_##name(numbers *n, const uint8_t *b, int j) {                                                      \
