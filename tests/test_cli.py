@@ -575,3 +575,9 @@ def test_an_ascii_locale_does_not_break_the_text() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.decode())["prompt"] == "Café"
+
+
+def test_one_token_is_no_plural(cli: Cli) -> None:
+    result = cli("stories", "Once", "-n", "1")
+    assert "ended after 1 token, as asked" in result.err
+    assert re.search(r"generated +1 token  in", result.err)

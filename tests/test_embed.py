@@ -1,4 +1,4 @@
-"""`llm.embed`: texts as vectors, against transformers' hidden states, and the same bits alone and together."""
+"""`llm.embed`: texts as vectors, against transformers' hidden states, the same bits alone and together."""
 
 from __future__ import annotations
 

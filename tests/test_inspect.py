@@ -88,7 +88,30 @@ def test_sliding_windows(cli: Cli, tmp_path: Path) -> None:
     config = {**golden_spec("mistral").config, "sliding_window": 16}
     write_hf_directory(tmp_path, config, random_weights(config, 1))
     n_layers = config["num_hidden_layers"]
-    assert f"; {n_layers} layers see the last 16 tokens only" in cli(tmp_path).out
+    assert f"; the last 16 tokens only in {n_layers} layers" in cli(tmp_path).out
+
+
+def test_a_mixture_of_experts_says_what_a_token_uses(cli: Cli, tmp_path: Path) -> None:
+    config = golden_spec("mixtral").config
+    weights = random_weights(config, 1)
+    write_hf_directory(tmp_path, config, weights)
+    n, used = config["num_local_experts"], config["num_experts_per_tok"]
+    of_experts = sum(w.size for name, w in weights.items() if ".experts." in name)
+    total = sum(w.size for w in weights.values())
+    found = inspect_model(tmp_path)
+    assert (found.n_parameters, found.n_active_parameters) == (
+        total,
+        total - of_experts * (n - used) // n,
+    )
+    out = " ".join(cli(tmp_path).out.split())
+    assert f"in {used} of {n} experts" in out
+    assert f"parameters {total}, of which a token uses {found.n_active_parameters}" in out
+    assert inspect_model("stories").n_active_parameters == 3_672_320
+
+
+def test_one_of_a_thing_is_no_plural(cli: Cli) -> None:
+    assert "2 tokens for 1 character, 0.5 a token" in cli("stories", "--tokens", "a").out
+    assert "1 token for 0 characters" in cli("stories", "--tokens", "").out
 
 
 def test_only_the_header_is_read(tmp_path: Path, reads: ReadCount, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model. tokenizer and template: facts for people, None where there is none."""
+    """A model. n_active_parameters: those that a token meets, so of experts as many as it uses. tokenizer and
+    template: facts for people, None where there is none."""
 
     path: str
     kind: str
@@ -87,6 +88,7 @@ class Inspection:
     file_bytes: int
     config: ModelConfig
     n_parameters: int
+    n_active_parameters: int
     tensors: list[Tensor]
     formats: list[Share]
     tokenizer: dict[str, Any] | None
@@ -127,13 +129,18 @@ def inspect_model(
         context or files.config.context,
         cache_type,
     )
+    c, n_parameters = files.config, sum(math.prod(tensor.shape) for tensor in tensors)
+    n_of_experts = sum(math.prod(tensor.shape) for tensor in tensors if "." in tensor.weight)
     return Inspection(
         path=str(files.path),
         kind="GGUF" if files.path.suffix != ".safetensors" and files.path.is_file() else "safetensors",
         n_files=len(paths),
         file_bytes=sum(path.stat().st_size for path in paths),
         config=files.config,
-        n_parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        n_parameters=n_parameters,
+        n_active_parameters=n_parameters
+        - n_of_experts
+        + n_of_experts * c.n_experts_used // max(c.n_experts, 1),
         tensors=tensors,
         formats=list(_shares(tensors)),
         tokenizer=_tokenizer_facts(files),

@@ -30,6 +30,7 @@ from .reasoning import Plain, Splitter, splitter, visible_ids
 from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
 from .tokenizer import Tokenizer
 
+EMBED = 32  # texts that share a call, each with pages of its own
 Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
 Cancel = Callable[[], bool]
@@ -474,10 +475,12 @@ class LLM:
         )
 
     def _means(self, texts: list[list[int]]) -> Iterator[npt.NDArray[np.float64]]:
-        """The mean of each text's normed activations, [dim]. Texts share calls of up to CHUNK tokens."""
+        """The mean of each text's normed activations, [dim]. A call takes up to EMBED texts and CHUNK tokens,
+        or one longer text in pieces.
+        """
         calls: list[list[list[int]]] = []
         for ids in texts:
-            if not calls or sum(map(len, calls[-1])) + len(ids) > CHUNK:
+            if not calls or len(calls[-1]) == EMBED or sum(map(len, calls[-1])) + len(ids) > CHUNK:
                 calls.append([])
             calls[-1].append(ids)
         shapes = [
@@ -492,7 +495,8 @@ class LLM:
             n_bytes, free = n_pages * pool.page_bytes, self.model.free_memory()
             if n_bytes > free:
                 raise MemoryLimitError(
-                    f"a call for these texts needs {size_text(n_bytes)} of KV cache, {size_text(free)} are free"
+                    f"a call for these texts needs {size_text(n_bytes)} of KV cache, "
+                    f"{size_text(free)} are free"
                 )
             pool.grow(n_pages)
             for call, shape in zip(calls, shapes, strict=True):

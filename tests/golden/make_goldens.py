@@ -7,7 +7,8 @@ Run from anywhere, with an interpreter that has torch and transformers (the test
 transformers runs unmodified with weights in float64, except where it goes to float32 by itself (norms, the
 attention's softmax, rotary angles); `test_reference.py` derives its tolerance from that. The files hold, for
 each model, `NAME.positions` int64 [m] and `NAME.logits` [m, vocab_size], float64 (families.npz: float32), and
-`NAME.mean` float32 [hidden_size], the mean over all positions of what the output matrix reads. The prompt is `random_ids(config, seed, n_tokens)`."""
+`NAME.mean` float32 [hidden_size], the mean over all positions of what the output matrix reads. The prompt is
+`random_ids(config, seed, n_tokens)`."""
 
 from __future__ import annotations
 

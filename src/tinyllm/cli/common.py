@@ -352,6 +352,11 @@ def note(text: str) -> None:
     print(styled(text, DIM, sys.stderr), file=sys.stderr, flush=True)
 
 
+def counted(n: int, thing: str, width: int = 0) -> str:
+    """ "1 token", "2 tokens"; width: of the number, where such texts stand under each other."""
+    return f"{n:{width}} {thing}{'s' if n != 1 else ' ' if width else ''}"
+
+
 def seconds(s: float) -> str:
     return f"{s:.1f} s" if s >= 10 else f"{s:.2f} s" if s >= 1 else f"{s * 1000:.0f} ms"
 

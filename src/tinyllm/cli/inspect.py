@@ -24,6 +24,7 @@ from tinyllm.cli.common import (
     UsageError,
     add_model_argument,
     add_model_options,
+    counted,
     load_model,
     positive,
     run_command,
@@ -155,18 +156,21 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     c = found.config
     files = "1 file" if found.n_files == 1 else f"{found.n_files} files"
     yield "files", f"{found.kind}, {files}, {size(found.file_bytes)}"
+    experts = f" in {c.n_experts_used} of {c.n_experts} experts" if c.n_experts else ""
     yield (
         "architecture",
-        f"{c.architecture}: {c.n_layers} layers of width {c.dim}, feed-forward {c.ff_dim}",
+        f"{c.architecture}: {counted(c.n_layers, 'layer')} of width {c.dim}, "
+        f"feed-forward {c.ff_dim}{experts}",
     )
     shared = "" if c.n_kv_heads == c.n_heads else f", sharing {c.n_kv_heads} for keys and values"
     windows = [window for window in c.windows if window]
-    local = f"; {len(windows)} layers see the last {max(windows)} tokens only" if windows else ""
+    local = f"; the last {max(windows)} tokens only in {counted(len(windows), 'layer')}" if windows else ""
     yield "attention", f"{c.n_heads} heads of {c.head_dim}{shared}{local}"
     extended = "" if c.original_context is None else f", extended from {c.original_context}"
     yield "context", f"{c.context} tokens{extended}; RoPE base {c.rope_theta:g}"
     tied = "; the output matrix is the embedding" if c.tied else ""
-    yield "parameters", _count(found.n_parameters) + tied
+    active = f", of which a token uses {_count(found.n_active_parameters)}" if c.n_experts else ""
+    yield "parameters", _count(found.n_parameters) + active + tied
     for share in found.formats:
         tensors = "tensor" if share.n_tensors == 1 else "tensors"
         text = f"{share.format:<8}{share.n_tensors:4} {tensors:<8}{size(share.n_bytes):>8}"
@@ -278,7 +282,10 @@ def _print_tokens(args: argparse.Namespace) -> int:
     for line in _cells(pieces, files.tokenizer):
         print(line)
     n, characters = len(ids), len(text)
-    print(f"{n} tokens for {characters} characters" + (f", {characters / n:.1f} a token" if n else ""))
+    print(
+        f"{counted(n, 'token')} for {counted(characters, 'character')}"
+        + (f", {characters / n:.1f} a token" if n else "")
+    )
     return EXIT_OK
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tinyllm.cli.common import BOLD, EXIT_OK, note, rate, shown, styled
+from tinyllm.cli.common import BOLD, EXIT_OK, counted, note, rate, shown, styled
 from tinyllm.cli.run import finish, print_stream
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _answer(llm: LLM, talk: Talk, line: str, shows_reasoning: bool) -> None:
     t = completion.timings
     used = len(completion.prompt_tokens) + len(completion.tokens)
     note(
-        f"{t.generated_tokens} tokens, {rate(t.generated_tokens, t.generate_s):.1f} tok/s; "
+        f"{counted(t.generated_tokens, 'token')}, {rate(t.generated_tokens, t.generate_s):.1f} tok/s; "
         f"context {used} of {llm.context}; {finish(llm, completion)}"
     )
     if used >= llm.context:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tinyllm.cli.common import (
     EXIT_ERROR,
     EXIT_OK,
+    counted,
     load_model,
     note,
     peak_memory_bytes,
@@ -67,7 +68,8 @@ def run_batch(args: argparse.Namespace, prompts: list[str], params: SamplingPara
         for prompt, completion in zip(prompts, completions, strict=True):
             print(as_json(llm, prompt, completion, args))
         n = sum(completion.timings.generated_tokens for completion in completions)
-        note(f"{len(prompts)} prompts, {n} tokens in {seconds(elapsed)}: {rate(n, elapsed):.1f} tok/s in all")
+        work = f"{counted(len(prompts), 'prompt')}, {counted(n, 'token')} in {seconds(elapsed)}"
+        note(f"{work}: {rate(n, elapsed):.1f} tok/s in all")
     return EXIT_OK
 
 
@@ -89,7 +91,7 @@ def replay(args: argparse.Namespace) -> int:
 
 def _compare(llm: LLM, before: list[int], now: list[int]) -> str:
     if before == now:
-        return f"same: all {len(now)} tokens"
+        return f"same: all {counted(len(now), 'token')}" if len(now) != 1 else "same: the one token"
 
     def name(tokens: list[int], i: int) -> str:
         if i >= len(tokens):

@@ -24,6 +24,7 @@ from tinyllm.cli.common import (
     add_model_argument,
     add_model_options,
     add_sampling_options,
+    counted,
     load_model,
     note,
     peak_memory_bytes,
@@ -376,9 +377,10 @@ def _print_figures(llm: LLM, completion: Completion) -> None:
         f"peak memory {size(peak_memory_bytes())}"
     )
     prompt_rate, token_rate = rate(t.prompt_tokens, t.prompt_s), rate(t.generated_tokens, t.generate_s)
-    note(f"prompt     {t.prompt_tokens:5} tokens in {seconds(t.prompt_s):>7}  {prompt_rate:8.1f} tok/s")
+    prompt, generated = counted(t.prompt_tokens, "token", 5), counted(t.generated_tokens, "token", 5)
+    note(f"prompt     {prompt} in {seconds(t.prompt_s):>7}  {prompt_rate:8.1f} tok/s")
     note(
-        f"generated  {t.generated_tokens:5} tokens in {seconds(t.generate_s):>7}  {token_rate:8.1f} tok/s  "
+        f"generated  {generated} in {seconds(t.generate_s):>7}  {token_rate:8.1f} tok/s  "
         f"{token_rate * llm.model.token_bytes / 1e9:.2f} GB/s of weights"
     )
     note(f"{finish(llm, completion)}; seed {completion.seed}")
@@ -392,7 +394,7 @@ def finish(llm: LLM, completion: Completion) -> str:
         used = len(completion.prompt_tokens) + len(completion.tokens)
         if used >= llm.context:
             return f"the context is full: {used} of {llm.context} tokens"
-        return f"ended after {len(completion.tokens)} tokens, as asked"
+        return f"ended after {counted(len(completion.tokens), 'token')}, as asked"
     if isinstance(completion.stop_reason, str):
         return f"ended before {completion.stop_reason!r}, as asked"
     return "ended by the model"
