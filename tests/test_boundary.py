@@ -15,7 +15,7 @@ from helpers_models import golden_model, golden_spec
 
 import tinyllm
 from tinyllm import _core, backends, cuda, kvcache, loading
-from tinyllm.config import config_from_json
+from tinyllm.config import _BOUNDS, config_from_json
 from tinyllm.loaders import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,6 +294,7 @@ def test_constants_agree() -> None:
     assert defined("TL_MAX_THREADS") == backends.MAX_THREADS
     for name, id in backends.CACHE_TYPES.items():
         assert FORMATS[id].name.lower() == name
+    assert _BOUNDS["context"][1] == loading.MAX_CONTEXT
     (most,) = re.findall(
         r"max_pages < 1 \|\| max_pages > 1 << (\d+)", (CSRC / "cache.c").read_text(encoding="utf-8")
     )

@@ -374,7 +374,7 @@ def test_usage_errors_are_one_line_and_2(cli: Cli, argv: str, words: str) -> Non
     [
         ("stories x --chat", "has no chat template"),
         ("stories x --device cuda", "cuda"),
-        ("stories x -c 99999999999", "does not fit into memory"),
+        ("stories x -c 200000000", "does not fit into memory"),
         ("stories --file /no/such/file", "/no/such/file: No such file"),
         ("stories --prompts /no/such/file", "/no/such/file: No such file"),
         ("stories x --chat-template /no/such/file", "/no/such/file: No such file"),
@@ -581,3 +581,9 @@ def test_one_token_is_no_plural(cli: Cli) -> None:
     result = cli("stories", "Once", "-n", "1")
     assert "ended after 1 token, as asked" in result.err
     assert re.search(r"generated +1 token  in", result.err)
+
+
+def test_a_context_that_no_model_may_have(cli: Cli) -> None:
+    result = cli("stories", "x", "-c", "99999999999")
+    assert_one_line(result, 2)
+    assert "context is 99999999999, the most is 268435456" in result.err

@@ -170,7 +170,10 @@ def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[t
 
 
 def cache_bytes(config: ModelConfig, cache_type: CacheType, context: int) -> int:
-    """Bytes of KV cache that a text of `context` tokens takes at most."""
+    """Bytes of KV cache that a text of `context` tokens takes at most. Raises ArgumentError past what a model
+    may have."""
+    if context > MAX_CONTEXT:
+        raise ArgumentError(f"context is {context}, the most is {MAX_CONTEXT}")
     config = config.with_context(context)
     return cache_pages(config) * backends.page_bytes(config, cache_type)
 
