@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 import time
 from pathlib import Path
@@ -265,6 +266,7 @@ def test_only_plain_data_reaches_a_template() -> None:
 # --- templates that mean harm -------------------------------------------------------------------------------
 
 DOUBLE = "{% for i in range(99) %}"
+LONG = "{% set s = 'a' * 450000 %}"
 HOSTILE = {
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "class by item": "{{ ''['__class__'].x }}",
@@ -353,6 +355,30 @@ HOSTILE = {
     "long sum": "{{ " + "1 + " * 20000 + "1 }}",
     "autoescape": "{% autoescape 'a' | upper %}{% endautoescape %}",
     "constant": "{{ ('a' * 999999) | replace('a', 'a' * 999999) }}",
+    "percent, the same again": LONG + "{{ '%(a)s' * 9000 % {'a': s} }}",
+    "percent, many": LONG + "{{ '%s' * 9000 % ((s[:1000],) * 9000) }}",
+    "format, the same again": LONG + "{{ ('{0}' * 9000).format(s) }}",
+    "format, by name": LONG + "{{ ('{a}' * 9000).format(a=s) }}",
+    "compared lists": "{% set x = [[1] * 700] * 700 %}{% set y = [[1] * 700] * 700 %}"
+    + "{% if x == y %}{% endif %}" * 3000,
+    "in a list": "{% set x = [0] * 450000 %}" + "{% if 1 in x %}{% endif %}" * 3000,
+    "tests of a long text": LONG + "{% if s is lower %}{% endif %}" * 3000,
+    "methods of a long text": LONG + "{{ " + "s.isalpha() ~ " * 2000 + "1 }}",
+    "searched from the end": LONG + "{{ s.rfind(s[:200000] ~ 'b' ~ s[:200000]) }}",
+    "split from the end": LONG + "{{ s.rsplit(sep=s[:200000] ~ 'b' ~ s[:200000]) }}",
+    "stripped of many": LONG + "{{ s.strip('b' * 400000 ~ 'a') }}",
+    "trimmed of many": LONG + "{{ s | trim(chars='b' * 400000 ~ 'a') }}",
+    "empty cycler": "{{ cycler() }}",
+    "infinite number": "{{ 1e999 }}",
+    "long number": "{{ " + "1" * 200_000 + " }}",
+    "long number in hexadecimal": "{{ 0x" + "f" * 200_000 + " }}",
+    "quotes": "{{ " + "'\\" * 130_000,
+    "opened often": "{{" * 130_000,
+    "not a template": "{%" * 130_000,
+    "division by nothing": "{{ 1 is divisibleby(0) }}",
+    "jump": "{% break %}",
+    "jump out of a macro": "{% for i in [1] %}{% macro m() %}{% break %}{% endmacro %}{% endfor %}",
+    "jump out of else": "{% for i in [1] %}{% else %}{% continue %}{% endfor %}",
 }
 
 
@@ -360,12 +386,29 @@ HOSTILE = {
 def test_hostile_templates_are_stopped(name: str) -> None:
     # The sandbox stops at a fixed amount of work (about a second on a slow machine) and at five seconds
     # whatever happens; processor time, so that a busy machine cannot make this fail.
-    start = time.process_time()
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(TemplateError) as caught:
         render(HOSTILE[name])
     assert time.process_time() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KB; the worst takes 190
     assert str(caught.value).startswith("the chat template ")
     assert len(str(caught.value)) < 500
+
+
+def test_a_failure_names_the_line() -> None:
+    """Whatever went wrong while rendering, and what is known of a template that cannot be compiled."""
+    for source in ("1 / 0", "cycler()", "1e999", "range(10 ** 9)", "'%999999d' % 1", "x.y", "[] | first.x"):
+        with pytest.raises(TemplateError, match=r"line 3"):
+            render("a\n\n{{ " + source + " }}")
+    for source in ("{% break %}", "{% include 'a' %}", "{{ 0x" + "f" * 9999 + " }}", "{{ ''.nothing.x }}"):
+        with pytest.raises(TemplateError, match=r"line 3"):
+            render("a\n\n" + source)
+
+
+def test_what_may_be_formatted_searched_and_left() -> None:
+    assert render("{{ '%s-%5d%%' % ('a', 3) }}{{ '{0}{x}'.format(1, x=2) }}") == "a-    3%12"
+    assert render("{{ 'a.b.c'.rsplit('.', 1)[0] }}{{ '<a>'.strip('<>') }}{{ ' b ' | trim }}") == "a.bab"
+    assert render("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "1"
 
 
 def test_hidden_attributes_are_undefined() -> None:

@@ -1,17 +1,16 @@
 """GGUF headers: good files as the `gguf` package writes them, and every way of being broken.
 
-Broken files are built by `encode` below, field by field, so that each field can lie.
+Broken files are built by helpers_hostile.encode, field by field, so that each field can lie.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import struct
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import gguf
 import numpy as np
 import pytest
 from conftest import ReadCount
+from helpers_hostile import ARRAY, BOOL, F32, I32, STRING, U32, U64, File, T, array, encode, scalar
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,73 +26,6 @@ from tinyllm.errors import Error, FormatError, NotFoundError, ReadError, Unsuppo
 from tinyllm.loaders import CHUNK_BYTES, FORMATS, find_model
 from tinyllm.loaders import gguf as loader
 from tinyllm.loaders.gguf import read_gguf
-
-U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
-CODES = {U8: "<B", U32: "<I", I32: "<i", F32: "<f", BOOL: "<B", U64: "<Q"}
-
-
-def text(value: str | bytes) -> bytes:
-    raw = value if isinstance(value, bytes) else value.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def scalar(kind: int, value: Any) -> bytes:
-    return struct.pack("<I", kind) + (text(value) if kind == STRING else struct.pack(CODES[kind], value))
-
-
-def array(kind: int, values: list[Any], count: int | None = None) -> bytes:
-    body = b"".join(text(v) if kind == STRING else struct.pack(CODES[kind], v) for v in values)
-    return struct.pack("<IIQ", ARRAY, kind, len(values) if count is None else count) + body
-
-
-@dataclass
-class T:
-    """A tensor of a file to encode; None: the value that makes the file right."""
-
-    name: str | bytes = "w"
-    dims: tuple[int, ...] = (32, 2)
-    type: int = 0
-    offset: int | None = None
-    n_dims: int | None = None
-
-    def n_bytes(self) -> int:
-        form = FORMATS.get(self.type)
-        return math.prod(self.dims) // form.block * form.block_bytes if form else 0
-
-
-@dataclass
-class File:
-    """A GGUF file to encode; None: the value that makes the file right."""
-
-    pairs: list[tuple[str | bytes, bytes]] = field(default_factory=list)
-    tensors: list[T] = field(default_factory=list)
-    magic: bytes = b"GGUF"
-    version: int = 3
-    n_tensors: int | None = None
-    n_pairs: int | None = None
-    alignment: int = 32
-    data: bytes | None = None
-
-
-def encode(file: File) -> bytes:
-    out = file.magic + struct.pack(
-        "<IQQ",
-        file.version % 2**32,
-        len(file.tensors) if file.n_tensors is None else file.n_tensors,
-        len(file.pairs) if file.n_pairs is None else file.n_pairs,
-    )
-    for key, value in file.pairs:
-        out += text(key) + value
-    end = 0
-    for t in file.tensors:
-        offset = end if t.offset is None else t.offset
-        n_dims = len(t.dims) if t.n_dims is None else t.n_dims
-        out += text(t.name) + struct.pack(f"<I{len(t.dims)}Q", n_dims, *t.dims)
-        out += struct.pack("<IQ", t.type, offset % 2**64)
-        end = -(-(end + t.n_bytes()) // file.alignment) * file.alignment
-    out += bytes(-len(out) % file.alignment)
-    return out + (bytes(min(end, 1 << 16)) if file.data is None else file.data)
-
 
 GOOD = File(
     [

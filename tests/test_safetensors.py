@@ -281,7 +281,7 @@ def test_json_file(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"config\.json: expected a JSON object, found list"):
         read_json(path)
     os.truncate(path, 2**40)
-    with pytest.raises(FormatError, match="too many for a JSON file"):
+    with pytest.raises(FormatError, match="too many for such a file"):
         read_json(path)
 
 

@@ -630,7 +630,7 @@ def test_paths_without_a_tokenizer(data_dir: Path, tmp_path: Path) -> None:
         ("tokenizer.json", '{"version": "1.0"}', FormatError, "tokenizer.json"),
         ("tokenizer.model", "IQ== 0\nIg== 1\n", FormatError, "tiktoken"),
         ("tokenizer.model", "", FormatError, "SentencePiece"),
-        ("tokenizer_config.json", "[]", FormatError, "must hold a JSON object, not list"),
+        ("tokenizer_config.json", "[]", FormatError, "expected a JSON object, found list"),
         ("tokenizer_config.json", "{", FormatError, "not valid JSON"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', FormatError, "no token at 'x'"),
         ("tokenizer_config.json", '{"eos_token": "\\ud800"}', FormatError, "surrogates"),

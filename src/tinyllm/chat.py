@@ -7,7 +7,7 @@ rendering.
 
 from __future__ import annotations
 
-import json
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllm.errors import FormatError, TemplateError
+from tinyllm.loaders import read_json_if_any, read_small
 
 if TYPE_CHECKING:
     from tinyllm.sandbox import Sandbox
@@ -124,7 +125,9 @@ class ChatTemplate:
             raise self._error("was stopped: it is nested too deeply", e) from None
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as e:
             raise self._error(f"failed: {e}", e) from None
-        except (AttributeError, SyntaxError, MemoryError) as e:
+        except SyntaxError as e:  # of the Python that Jinja makes of it, whose lines say nothing
+            raise self._error(f"is not valid: {e.msg}", e) from None
+        except Exception as e:  # a template can reach any corner of Jinja
             raise self._error(f"failed ({type(e).__name__}): {e}", e) from None
 
     def _compile(self, source: str) -> tuple[Sandbox, Any]:
@@ -196,18 +199,20 @@ def template_from_directory(path: str | Path) -> ChatTemplate | None:
     is not what it should be.
     """
     folder = Path(path)
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json_if_any(folder / "tokenizer_config.json")
     special = {
         key: text
-        for origin in (_read_json(folder / "special_tokens_map.json"), config)
+        for origin in (read_json_if_any(folder / "special_tokens_map.json"), config)
         for key, value in origin.items()
         if key.endswith("_token") and (text := _token_text(value)) is not None
     }
-    stored = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    stored = config.get("chat_template") or read_json_if_any(folder / "chat_template.json").get(
+        "chat_template"
+    )
     sources = _named(stored, folder / "tokenizer_config.json")
     name = "chat template in tokenizer_config.json"
     alone = folder / "chat_template.jinja"
-    if alone.is_file():
+    if os.path.exists(alone):
         sources["default"] = _read_text(alone)
         name = "chat template in chat_template.jinja"
     for extra in sorted(folder.glob("additional_chat_templates/*.jinja")):
@@ -250,21 +255,9 @@ def _token_text(value: Any) -> str | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        return read_small(path).decode()
+    except UnicodeDecodeError as e:
         raise FormatError(f"{path}: cannot be read as text: {e}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{path}: not valid JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: holds a {type(value).__name__}, not a JSON object")
-    return value
 
 
 def _messages(messages: Sequence[Message]) -> Any:

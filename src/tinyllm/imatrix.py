@@ -11,7 +11,6 @@ calibration run.
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import FormatError
-from .loaders import F32, FileReader, show
+from .loaders import F32, FileReader, show, user_path
 from .loaders.gguf import read_gguf
 from .loaders.gguf_writer import OutTensor, write_gguf
 
@@ -82,7 +81,7 @@ def write_imatrix(path: str | os.PathLike[str], imatrix: Imatrix) -> None:
 
 def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
     """Reads either form, told apart by content. Raises NotFoundError, ReadError, FormatError."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     with FileReader(path) as file:
         if file.read_at(0, min(4, file.size)) != b"GGUF":
             return _read_dat(path, file)
@@ -117,14 +116,13 @@ def _read_gguf(path: Path) -> Imatrix:
 def _read_dat(path: Path, file: FileReader) -> Imatrix:
     """int32 entries, then of each: int32 length and name, int32 calls, int32 n, float32 [n] means times
     calls; at the end, in newer ones, int32 chunks and the text's name."""
-    data = file.read_at(0, file.size)
     at = 0
 
     def whole(what: str, most: int = _MOST) -> int:
         nonlocal at
-        if at + 4 > len(data):
+        if at + 4 > file.size:
             raise FormatError(f"{path}: ends in {what} at byte {at}: no imatrix, or a truncated one")
-        value: int = struct.unpack_from("<i", data, at)[0]
+        value = int.from_bytes(file.read_at(at, 4), "little", signed=True)
         at += 4
         if not 0 <= value <= most:
             raise FormatError(f"{path}: {what} is {value} at byte {at - 4}: no imatrix")
@@ -132,10 +130,10 @@ def _read_dat(path: Path, file: FileReader) -> Imatrix:
 
     def take(n_bytes: int, what: str) -> bytes:
         nonlocal at
-        if at + n_bytes > len(data):
-            raise FormatError(f"{path}: {what} at byte {at} needs {n_bytes} bytes, {len(data) - at} are left")
+        if at + n_bytes > file.size:
+            raise FormatError(f"{path}: {what} at byte {at} needs {n_bytes} bytes, {file.size - at} are left")
         at += n_bytes
-        return data[at - n_bytes : at]
+        return file.read_at(at - n_bytes, n_bytes)
 
     sums: dict[str, Array] = {}
     counts: dict[str, Array] = {}
@@ -147,7 +145,7 @@ def _read_dat(path: Path, file: FileReader) -> Imatrix:
         counts[name] = np.array([max(calls, 1)], np.float32)
     _check(path, sums, counts)
     chunks, datasets = 0, ()
-    if at < len(data):
+    if at < file.size:
         chunks = whole("the number of chunks", (1 << 31) - 1)
         text = take(whole("the length of the text's name"), "the text's name").decode("utf-8", "replace")
         return Imatrix(sums, counts, (text,), chunks, 0, path)

@@ -21,7 +21,7 @@ from .config import (
     generation_from_json,
 )
 from .errors import FormatError, NotFoundError, UnsupportedError
-from .loaders import find_model, read_json
+from .loaders import find_model, read_json, user_path
 from .loaders.gguf import read_gguf
 from .loaders.names import Weights, map_tensors
 from .loaders.safetensors import read_safetensors
@@ -47,8 +47,8 @@ def read_model(path: str | os.PathLike[str]) -> ModelFiles:
     the bundled model by name; an existing path wins over the name. Raises NotFoundError, ReadError,
     FormatError, UnsupportedError.
     """
-    where = Path(path).expanduser()
-    if not where.exists():
+    where = user_path(path)
+    if not os.path.exists(where):
         if str(path) not in BUNDLED:
             raise NotFoundError(
                 f"{where}: no such file or directory, nor the name of a bundled model ({', '.join(BUNDLED)})"
@@ -67,7 +67,7 @@ def _read_gguf(path: Path) -> ModelFiles:
     file = read_gguf(path)
     config = config_from_gguf(file.metadata, file.tensors)
     # "none" is llama.cpp's word for a model without a vocabulary.
-    has_tokenizer = file.metadata.get("tokenizer.ggml.model", "none") != "none"
+    has_tokenizer = str(file.metadata.get("tokenizer.ggml.model", "none")) != "none"
     return ModelFiles(
         path,
         config,

@@ -8,15 +8,17 @@ Nothing to reach: values are plain data (chat.py copies them), attributes are th
 filters and globals are the ones that chat templates use, and no template can load another.
 
 Bounds: everything a template makes is charged to a `Budget`. Jinja lets an environment see calls, arithmetic,
-filters and printed values; what it does not show (loops, list displays, `~`, slices, literal text) is made
-visible by rewriting the syntax tree before it is compiled. Two rules then bound time and memory: the total
-work has a limit, and so has each value's expanded size, shared parts counted as often as they occur, so that
-printing or comparing a value can never explode.
+filters and printed values; what it does not show (loops, list displays, `~`, slices, comparisons, literal
+text) is made visible by rewriting the syntax tree before it is compiled. Three rules then bound time and
+memory: the total work has a limit, so has each value's expanded size, shared parts counted as often as they
+occur, so that printing or comparing a value can never explode, and where one operation can take the product
+of two sizes, in work or in memory, that is charged before it begins.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +33,7 @@ from jinja2.filters import FILTERS
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, TemplateReference, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.tests import TESTS
 from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -61,16 +64,21 @@ class Budget:
         self.work = 10_000_000 + 64 * input_size
         self.deadline = time.thread_time() + MAX_SECONDS
         self.depth = 0
-        self._charges = 0
+        self._next_look = self.work  # at the clock
         self._sizes: dict[int, tuple[object, int]] = {}  # by id; holding the object keeps the id its own
 
     def charge(self, n: int) -> None:
         self.work -= n + STEP
-        self._charges += 1
         if self.work < 0:
             raise LimitError("it does more work than a chat template may (an endless loop?)")
-        if self._charges % 256 == 0 and time.thread_time() > self.deadline:
-            raise LimitError(f"it takes longer than {MAX_SECONDS:g} seconds")
+        if self.work < self._next_look:
+            self._next_look = self.work - 64 * STEP
+            if time.thread_time() > self.deadline:
+                raise LimitError(f"it takes longer than {MAX_SECONDS:g} seconds")
+
+    def read(self, *values: Any) -> None:
+        """Charges for looking through values, which is quicker than making them."""
+        self.charge(sum(len(v) for v in values if isinstance(v, (str, list, tuple, dict))) // 16)
 
     def made(self, value: Any) -> Any:
         """Charges a new value, checks its size, and gives it back."""
@@ -118,6 +126,17 @@ def _tree_size(value: Any) -> int:
 _current: ContextVar[Budget] = ContextVar("budget")
 
 
+def _compared(value: Any) -> Any:
+    """Unlike other reading, comparing goes through the parts of parts."""
+    budget = _current.get()
+    budget.charge(budget.size(value) // 16)
+    return value
+
+
+def _made(value: Any) -> Any:
+    return _current.get().made(value)
+
+
 def _pad(n: Any) -> None:
     if isinstance(n, str):
         n = len(n)
@@ -125,15 +144,25 @@ def _pad(n: Any) -> None:
         raise LimitError(f"it pads by {n}, and {MAX_PAD} is the most")
 
 
-def _check_width(text: str) -> None:
-    """Format strings may not ask for huge widths, nor take the width from an argument."""
+def _check_format(text: str, sign: str, values: Any) -> None:
+    """Format strings may not ask for huge widths, nor take the width from an argument; and as each `sign` may
+    print the same value once more, they are charged for all that this can give."""
     if re.search(r"\d{4}|\*|\{[^{}]*\{", text):
         raise LimitError("it formats with a width that is too large")
+    budget = _current.get()
+    budget.fits(len(text) + text.count(sign) * budget.size(values))
 
 
-def _str_method(name: str, text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _check_search(text: str, part: Any) -> None:
+    """Python looks from the end for a part, and for one of many characters, in the product of the lengths."""
+    if isinstance(part, str):
+        _current.get().charge(len(text) * len(part) // 1024)
+
+
+def _str_method(name: str, text: str, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
     """Checks a call of a str method that can make much out of little; the arguments to call it with."""
     budget = _current.get()
+    budget.read(text, *args, *named.values())
     if name == "join" and args:
         parts = list(args[0])
         budget.fits(len(text) * len(parts) + budget.size(parts))
@@ -142,6 +171,9 @@ def _str_method(name: str, text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         budget.fits(len(text) + text.count(str(args[0])) * len(str(args[1])))
     elif name in ("center", "ljust", "rjust", "zfill") and args:
         _pad(args[0])
+    elif name in ("strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit"):
+        for part in (*args, *named.values()):
+            _check_search(text, part)
     return args
 
 
@@ -169,6 +201,11 @@ def _filter_indent(inner: Guarded, s: Any, width: Any = 4, first: bool = False, 
 def _filter_round(inner: Guarded, value: Any, precision: int = 0, method: Any = "common") -> Any:
     _pad(abs(precision))
     return inner(value, precision, method)
+
+
+def _filter_trim(inner: Guarded, value: Any, chars: Any = None) -> Any:
+    _check_search(str(value), chars)
+    return inner(value, chars)
 
 
 def _filter_sum(inner: Guarded, context: Any, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
@@ -203,8 +240,7 @@ def _tojson(
 
 _PLAIN_FILTERS = """
     abs capitalize count d default dictsort e escape first float groupby int items last length list lower map
-    max min reject rejectattr reverse safe select selectattr sort string title trim truncate unique upper
-    wordcount
+    max min reject rejectattr reverse safe select selectattr sort string title truncate unique upper wordcount
 """
 _CHECKED_FILTERS: dict[str, Guarded] = {
     "join": _filter_join,
@@ -212,16 +248,18 @@ _CHECKED_FILTERS: dict[str, Guarded] = {
     "indent": _filter_indent,
     "round": _filter_round,
     "sum": _filter_sum,
+    "trim": _filter_trim,
 }
 
 
 def _charged(function: Guarded) -> Guarded:
-    """A filter whose result is charged. `wraps` keeps the mark that tells Jinja which first argument to
-    pass."""
+    """A filter that is charged for what it reads and makes. `wraps` keeps the mark that tells Jinja which
+    first argument to pass."""
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        return _current.get().made(function(*args, **kwargs))
+        _current.get().read(*args, *kwargs.values())
+        return _made(function(*args, **kwargs))
 
     return guarded
 
@@ -231,7 +269,19 @@ def _checked(name: str) -> Guarded:
 
     @wraps(inner)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        return _current.get().made(check(inner, *args, **kwargs))
+        _current.get().read(*args, *kwargs.values())
+        return _made(check(inner, *args, **kwargs))
+
+    return guarded
+
+
+def _counted(test: Guarded) -> Guarded:
+    """A test that is charged for what it reads."""
+
+    @wraps(test)
+    def guarded(*args: Any) -> Any:
+        _current.get().read(*args)
+        return test(*args)
 
     return guarded
 
@@ -284,11 +334,15 @@ _REACHABLE = (
     *(Namespace, LoopContext, Macro, Cycler, Joiner, Undefined, BlockReference, TemplateReference),
 )
 
-_MADE, _TURNS = "(made)", "(turns)"  # names of filters that no template can write
+_MADE, _COMPARED, _TURNS = "(made)", "(compared)", "(turns)"  # names of filters that no template can write
 
 
 class _Rewrite(NodeTransformer):
-    """Puts charges where Jinja shows the environment nothing."""
+    """Puts charges where Jinja shows the environment nothing, and refuses what it would turn into wrong
+    Python."""
+
+    def __init__(self) -> None:
+        self._loops = 0  # around a node
 
     def _made(self, node: Any) -> nodes.Expr:
         return self._filter(node, _MADE)
@@ -309,10 +363,41 @@ class _Rewrite(NodeTransformer):
         self.generic_visit(node)
         return self._made(node) if isinstance(node.arg, nodes.Slice) else node
 
-    def visit_For(self, node: nodes.For) -> nodes.For:
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
+        node.expr = self._filter(node.expr, _COMPARED)
+        for operand in node.ops:
+            operand.expr = self._filter(operand.expr, _COMPARED)
+        return node
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Const:
+        value = node.value
+        is_huge = isinstance(value, int) and value.bit_length() > MAX_BITS
+        if is_huge or (isinstance(value, float) and math.isinf(value)):
+            raise TemplateSyntaxError("a number is too large", node.lineno)
+        return node
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self._loops += 1
+        self.generic_visit(node)
+        self._loops -= 1
         node.iter = self._filter(node.iter, _TURNS)
         return node
+
+    def visit_jump(self, node: nodes.Node) -> nodes.Node:
+        if not self._loops:
+            tag = type(node).__name__.lower()
+            raise TemplateSyntaxError(f"{{% {tag} %}} stands outside a loop", node.lineno)
+        return node
+
+    def visit_function(self, node: Any) -> Any:
+        loops, self._loops = self._loops, 0
+        self.generic_visit(node)
+        self._loops = loops
+        return node
+
+    visit_Break = visit_Continue = visit_jump
+    visit_Macro = visit_CallBlock = visit_Block = visit_function
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
         self.generic_visit(node)
@@ -345,13 +430,8 @@ def _finalize(context: Context, value: Any) -> str:
     """Charges what is printed. Taking the context also keeps Jinja from evaluating constants while it
     compiles."""
     text = value if isinstance(value, str) else str(value)
-    _current.get().made(text)
+    _made(text)
     return text
-
-
-def _check_length(source: str) -> None:
-    if len(source) > MAX_SOURCE:
-        raise LimitError(f"it has {len(source)} characters, and {MAX_SOURCE} is the most")
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -369,7 +449,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self.filters = {name: _charged(FILTERS[name]) for name in _PLAIN_FILTERS.split()}
         self.filters |= {name: _checked(name) for name in _CHECKED_FILTERS}
-        self.filters |= {"tojson": _charged(_tojson), _TURNS: _turns, _MADE: lambda v: _current.get().made(v)}
+        self.filters |= {"tojson": _charged(_tojson), _TURNS: _turns, _MADE: _made, _COMPARED: _compared}
+        self.tests = {name: _counted(test) for name, test in TESTS.items()}  # type: ignore[arg-type]
         self.globals = {
             "range": self.globals["range"],
             "dict": dict,
@@ -380,16 +461,22 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "strftime_now": _strftime_now,
         }
 
+    def _tree(self, source: str, filename: str) -> nodes.Template:
+        if len(source) > MAX_SOURCE:
+            raise LimitError(f"it has {len(source)} characters, and {MAX_SOURCE} is the most")
+        try:
+            return self.parse(source, filename=filename)
+        except ValueError:  # Python's limit of a number's digits
+            raise LimitError("it has a number that is too large") from None
+
     def compile_template(self, source: str, filename: str) -> Any:
         """The jinja2.Template of `source`, whose frames in a traceback bear `filename`."""
-        _check_length(source)
-        tree = _Rewrite().visit(self.parse(source, filename=filename))
+        tree = _Rewrite().visit(self._tree(source, filename))
         return self.template_class.from_code(self, self.compile(tree, filename=filename), self.globals)
 
     def free_variables(self, source: str, filename: str) -> set[str]:
         """The names that a template reads and sets nowhere itself, or asks of whether they are defined."""
-        _check_length(source)
-        tree = self.parse(source, filename=filename)
+        tree = self._tree(source, filename)
         names = list(tree.find_all(nodes.Name))
         own = {name.name for name in names if name.ctx != "load"}
         own |= {macro.name for macro in tree.find_all(nodes.Macro)} | self.globals.keys() | {"loop"}
@@ -411,9 +498,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
-        if wrapped is not None:
-            _check_width(value.__self__)
-        return wrapped
+        if wrapped is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_format(value.__self__, "{", [*args, kwargs])
+            return wrapped(*args, **kwargs)
+
+        return checked
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = _current.get()
@@ -425,7 +517,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if left.bit_length() * right > MAX_BITS:
                 raise LimitError("it makes a number that is too large")
         elif operator == "%" and isinstance(left, str):
-            _check_width(left)
+            _check_format(left, "%", right)
         return budget.made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -434,7 +526,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             args = tuple(_turns(arg) for arg in args)
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
-            args = _str_method(__obj.__name__, owner, args)
+            args = _str_method(__obj.__name__, owner, args, kwargs)
         budget.depth += 1
         try:
             if budget.depth > MAX_DEPTH:

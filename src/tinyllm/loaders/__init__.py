@@ -184,6 +184,24 @@ class FileReader:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """`path` as a user gives one, with its ~ expanded. Raises NotFoundError where nobody has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise NotFoundError(f"{os.fspath(path)}: {error}") from None
+
+
+def read_small(path: str | os.PathLike[str]) -> bytes:
+    """All of a file that nobody makes larger than `MAX_JSON_BYTES`: a template, a vocabulary, JSON."""
+    with FileReader(path) as file:
+        if file.size > MAX_JSON_BYTES:
+            raise FormatError(
+                f"{file.path}: {file.size} bytes are too many for such a file ({MAX_JSON_BYTES} at most)"
+            )
+        return file.read_at(0, file.size)
+
+
 def show(text: str, limit: int = 100) -> str:
     """A name from a file for a message: quoted, unprintable characters escaped, cut to about `limit`
     characters."""
@@ -242,16 +260,15 @@ def parse_json(raw: bytes, where: str) -> Any:
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON file that holds one object (config.json and its like), with the checks of `parse_json`."""
-    with FileReader(path) as file:
-        if file.size > MAX_JSON_BYTES:
-            raise FormatError(
-                f"{file.path}: {file.size} bytes are too many for a JSON file here ({MAX_JSON_BYTES})"
-            )
-        raw = file.read_at(0, file.size)
-    value = parse_json(raw, str(path))
+    value = parse_json(read_small(path), str(path))
     if not isinstance(value, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_json_if_any(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """As `read_json`, and {} where there is no such file."""
+    return read_json(path) if os.path.exists(path) else {}
 
 
 def list_directory(path: Path) -> list[str]:

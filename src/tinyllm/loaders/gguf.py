@@ -343,7 +343,7 @@ def _add_parts(
             if have != want:
                 raise FormatError(f"{part}: {key} is {have}, expected {want}: not part {i + 1} of this set")
         for key in ("general.architecture", "general.name", "general.uuid"):
-            if key in part_metadata and part_metadata[key] != metadata.get(key):
+            if key in part_metadata and str(part_metadata[key]) != str(metadata.get(key)):
                 raise FormatError(
                     f"{part}: its {key} is another than that of {path.name}: not a part of this set"
                 )

@@ -6,6 +6,7 @@ at once. A new family adds rows. Imports `config`, `errors` and this package's s
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -42,19 +43,23 @@ class Name:
     def per_layer(self) -> bool:
         return "{}" in self.gguf
 
-    def tensors(self, config: ModelConfig, source: Source) -> Iterator[tuple[str, list[Key]]]:
-        """The tensors that a file holds of it, and what weights each of them is."""
+    def tensors(self, config: ModelConfig, source: Source) -> Iterator[tuple[str, Iterator[Key]]]:
+        """The tensors that a file holds of it, and what weights each of them is; one by one, since a config
+        of a few bytes can ask for millions."""
         name = self.gguf if source == "gguf" else self.hf
         for old, new in family(config.architecture, source).renamed.get(source, {}).items():
             name = name.replace(old, new)
         for layer in range(config.n_layers) if self.per_layer else (None,):
-            keys: list[Key] = [(f"{self.canonical}.{i}", layer) for i in range(config.n_experts)]
             if not self.per_expert:
-                yield name.format(layer), [(self.canonical, layer)]
-            elif source == "gguf":
+                yield name.format(layer), iter([(self.canonical, layer)])
+                continue
+            keys: Iterator[Key] = zip(
+                (f"{self.canonical}.{i}" for i in range(config.n_experts)), itertools.repeat(layer)
+            )
+            if source == "gguf":
                 yield name.format(layer), keys
             else:
-                yield from ((name.format(layer, i), [key]) for i, key in enumerate(keys))
+                yield from ((name.format(layer, i), iter([key])) for i, key in enumerate(keys))
 
 
 def _q_dim(c: ModelConfig) -> int:
@@ -306,8 +311,8 @@ class Weights(Mapping[Key, TensorInfo]):
 def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: Source) -> Weights:
     """Match a file's tensors with the table.
 
-    A fused tensor counts as its parts. Raises one FormatError that lists every tensor that is missing,
-    unexpected, wrongly shaped, or a norm or bias in blocks.
+    A fused tensor counts as its parts. Raises one FormatError that lists the tensors that are missing,
+    unexpected, wrongly shaped, or a norm or bias in blocks; looks for no more than it shows.
     """
     row_of_family = family(config.architecture, source)
     if source == "hf":
@@ -320,17 +325,18 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
     problems: list[str] = []
     expected: set[str] = set()
     for row in TABLE:
-        weights = dict(row.tensors(config, source))
         present = row.present(config)
         if present is None:
-            present = any(name in tensors for name in weights)
+            present = any(name in tensors for name, _ in row.tensors(config, source))
         if not present:
             continue
-        expected.update(weights)
         shape = row.shape(config)
         if row.per_expert and source == "gguf":
             shape = (config.n_experts, *shape)
-        for name, keys in weights.items():
+        for name, keys in row.tensors(config, source):
+            if len(problems) > MAX_PROBLEMS:
+                break
+            expected.add(name)
             if name not in tensors:
                 problems.append(f"{name} is missing, expected with shape {shape}")
             elif tensors[name].shape != shape:
@@ -342,11 +348,12 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
                 stack = row.per_expert and source == "gguf"
                 parts = tensors[name].parts() if stack else [tensors[name]]
                 found.update(zip(keys, parts, strict=True))
-    harmless = _HARMLESS[source]
-    extra = [name for name in tensors if name not in expected and not harmless.fullmatch(name)]
-    problems += [f"{show(name)} of shape {tensors[name].shape} is not expected" for name in sorted(extra)]
+    if len(problems) <= MAX_PROBLEMS:
+        harmless = _HARMLESS[source]
+        extra = [name for name in tensors if name not in expected and not harmless.fullmatch(name)]
+        problems += [f"{show(name)} of shape {tensors[name].shape} is not expected" for name in sorted(extra)]
     if problems:
-        more = f"\n  and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        more = "\n  and more" if len(problems) > MAX_PROBLEMS else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:MAX_PROBLEMS])
         model = f"{config.architecture}, {config.n_layers} layers"
         raise FormatError(f"the tensors do not fit the config ({model}):{listed}{more}")

@@ -9,9 +9,9 @@ merging.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from tinyllm.errors import FormatError, NotFoundError
+from tinyllm.loaders import user_path
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.tokenizer.core import Tokenizer, TokenStream
 from tinyllm.tokenizer.from_directory import tokenizer_from_directory
@@ -26,14 +26,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises NotFoundError when `path` does not exist or is a directory without a tokenizer, FormatError when a
     file is broken or of another kind, UnsupportedError for a kind of tokenizer that tinyllm does not know.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
+    path = user_path(path)
+    if os.path.isdir(path):
         tokenizer = tokenizer_from_directory(path)
         if tokenizer is None:
             raise NotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in this directory")
         return tokenizer
-    if not path.exists():
-        raise NotFoundError(f"{path}: no such file or directory")
     metadata = read_gguf(path).metadata
     try:
         return tokenizer_from_gguf(metadata)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,18 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from tinyllm.errors import FormatError, NotFoundError, ReadError, UnsupportedError
-from tinyllm.tokenizer.bpe import BPEEncoder
+from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
+from tinyllm.loaders import parse_json, read_json_if_any, read_small, user_path
+from tinyllm.tokenizer.bpe import BPEEncoder, refused
 from tinyllm.tokenizer.core import SPACE, Tokenizer, spell_byte_level, spell_sentencepiece
 from tinyllm.tokenizer.spm import SentencePieceEncoder, load_processor, normalizer
 
 _OTHER_KINDS = ("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.tiktoken", "spiece.model")
 _MAX_VOCABULARY = 1 << 22  # far above any model's; keeps a wild id from allocating memory
+_PARTS = ("normalizers", "pretokenizers", "processors", "decoders")
+# Characters that a step may make of one; the longest decomposition that Unicode has is 18 long.
+_GROWTH = {"ByteLevel": 2, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3}
+_MAX_GROWTH = 1000
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -32,12 +37,12 @@ def tokenizer_from_directory(path: str | os.PathLike[str]) -> Tokenizer | None:
     Raises NotFoundError when `path` is no directory, FormatError for broken files, UnsupportedError for kinds
     of tokenizer that tinyllm does not read.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    folder = user_path(path)
+    if not os.path.isdir(folder):
         raise NotFoundError(f"{folder}: no such directory")
-    if (folder / "tokenizer.json").exists():
+    if os.path.exists(folder / "tokenizer.json"):
         return _from_json(folder, _Settings.read(folder))
-    if (folder / "tokenizer.model").exists():
+    if os.path.exists(folder / "tokenizer.model"):
         return _from_sentencepiece(folder, _Settings.read(folder))
     others = sorted(file.name for pattern in _OTHER_KINDS for file in folder.glob(pattern))
     if others:
@@ -114,17 +119,18 @@ class _Settings:
 
 def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
     file = folder / "tokenizer.json"
-    data = _read_bytes(file)
-    try:
+    data = read_small(file)
+    _check_tables(data, file)
+    with refused(f"{file}: not a tokenizer that the tokenizers package reads"):
         backend = tokenizers.Tokenizer.from_buffer(data)
         backend.no_truncation()
         backend.no_padding()
+    _check_steps(backend, file)
+    with refused(f"{file}: the tokenizers package fails with it"):
         before, after = _template(backend)
-    except Exception as error:  # the package raises bare Exceptions
-        raise FormatError(f"{file}: not a tokenizer that the tokenizers package reads: {error}") from error
-    for _, token in sorted(settings.added.items()):
-        if backend.token_to_id(token.content) is None:
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        for _, token in sorted(settings.added.items()):
+            if backend.token_to_id(token.content) is None:
+                (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     speller, leading_space = _read_decoder(backend, file)
 
     vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -151,6 +157,39 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
     )
 
 
+def _check_tables(data: bytes, file: Path) -> None:
+    """Refuses compiled tables of characters before the package reads them: it takes their numbers for
+    granted, and can end the process."""
+    if b"Precompiled" not in data and b"\\u00" not in data:  # which could spell it; not worth reading twice
+        return
+    value = parse_json(data, str(file))
+    if isinstance(value, dict) and "Precompiled" in json.dumps(value.get("normalizer")):
+        raise UnsupportedError(
+            f"{file}: its normalizer is a compiled table, which the tokenizers package does not check; where "
+            "the model has a tokenizer.model, put that in the directory in place of the tokenizer.json"
+        )
+
+
+def _check_steps(backend: tokenizers.Tokenizer, file: Path) -> None:
+    """Refuses what would take memory without bound, at which the package ends the whole process, and what it
+    does not check itself."""
+    growth = 1.0  # characters of a text, at most, for one of the user's
+    for step in (*_steps(backend.normalizer), *_steps(backend.pre_tokenizer)):
+        if step["type"] == "Replace":
+            pattern = step["pattern"].get("String", "a")
+            growth *= max(1.0, len(step["content"]) / max(len(pattern), 1))
+        elif step["type"] == "Prepend":
+            growth *= 1 + len(step["prepend"])
+        else:
+            growth *= _GROWTH.get(step["type"], 1)
+        if growth > _MAX_GROWTH:
+            raise FormatError(f"{file}: its steps before merging can make {growth:.3g} characters of one")
+    templates = [step for step in _steps(backend.post_processor) if step["type"] == "TemplateProcessing"]
+    texts = [part["Sequence"]["id"] for step in templates for part in step["single"] if "Sequence" in part]
+    if len(templates) > 1 or texts not in ([], ["A"]):
+        raise FormatError(f"{file}: its post-processor does not put one text into its template")
+
+
 def _template(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts before and after a text."""
     text = backend.encode("a", add_special_tokens=False).ids
@@ -164,8 +203,7 @@ def _template(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 
 def _read_decoder(backend: tokenizers.Tokenizer, file: Path) -> tuple[Callable[[str], bytes], bool]:
     """How tokens are spelled, and whether a text begins with a space that is not its own."""
-    top = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "none"}
-    steps = list(_flatten(top))
+    steps = _steps(backend.decoder)
     kinds = {step["type"] for step in steps}
     if kinds == {"ByteLevel"}:
         return spell_byte_level, False
@@ -184,19 +222,24 @@ def _read_decoder(backend: tokenizers.Tokenizer, file: Path) -> tuple[Callable[[
     )
 
 
-def _flatten(decoder: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    if decoder["type"] != "Sequence":
-        yield decoder
-        return
-    for step in decoder["decoders"]:
-        yield from _flatten(step)
+def _steps(component: Any) -> list[dict[str, Any]]:
+    """The settings of a normalizer, a decoder..., those of a sequence one after another."""
+    if component is None:
+        return []
+    todo, steps = [json.loads(component.__getstate__())], []
+    while todo:
+        step = todo.pop()
+        parts = next((step[key] for key in _PARTS if step["type"] == "Sequence" and key in step), None)
+        steps += [step] if parts is None else []
+        todo += reversed(parts or [])
+    return steps
 
 
 def _from_sentencepiece(folder: Path, settings: _Settings) -> Tokenizer:
     file = folder / "tokenizer.model"
     # Spaces stay as they are, even where the model asks to squeeze them: so do the GGUF of the same model and
     # Hugging Face's fast tokenizers, and a text comes back as it was.
-    model = _read_bytes(file) + normalizer(squeeze_spaces=False)
+    model = read_small(file) + normalizer(squeeze_spaces=False)
     processor = inner = load_processor(model, str(file))
     if settings.values.get("legacy") is False or settings.values.get("add_prefix_space") is False:
         inner = load_processor(model + normalizer(space_prefix=False), str(file))
@@ -205,7 +248,10 @@ def _from_sentencepiece(folder: Path, settings: _Settings) -> Tokenizer:
 
     n_pieces = processor.get_piece_size()
     size = settings.n_ids(max([n_pieces - 1, *settings.added]), folder)
-    tokens = [processor.id_to_piece(i) for i in range(n_pieces)] + [""] * (size - n_pieces)
+    try:
+        tokens = [processor.id_to_piece(i) for i in range(n_pieces)] + [""] * (size - n_pieces)
+    except UnicodeDecodeError:
+        raise FormatError(f"{file}: a piece is not UTF-8") from None
     special = {tokens[i]: i for i in range(n_pieces) if processor.is_control(i) or processor.is_unknown(i)}
     always: dict[str, int] = {}
     rstrip = set()
@@ -235,23 +281,12 @@ def _from_sentencepiece(folder: Path, settings: _Settings) -> Tokenizer:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
-    if not file.exists():
-        return {}
+    value = read_json_if_any(file)
     try:
-        value = json.loads(_read_bytes(file))
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{file}: must hold a JSON object, not {type(value).__name__}")
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{file}: holds what is no text: {error.reason}") from error
     return value
-
-
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ReadError(f"{file}: {error.strerror or error}") from error
 
 
 def _content(token: Any) -> str | None:

@@ -16,7 +16,8 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.tokenizer.bpe import BPEEncoder
+from tinyllm.loaders import show
+from tinyllm.tokenizer.bpe import BPEEncoder, refused
 from tinyllm.tokenizer.core import Encoder, Speller, Tokenizer, byte_of, spell_byte_level, spell_sentencepiece
 from tinyllm.tokenizer.pretokenizers import PRE_TOKENIZERS
 from tinyllm.tokenizer.spm import (
@@ -67,12 +68,13 @@ def tokenizer_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
     model = metadata.get(_KEY + "model")
     if model is None:
         raise FormatError(f"the metadata has no {_KEY}model: this file holds no tokenizer")
-    if model == "llama":
+    kind = str(model)  # an array equals nothing and everything
+    if kind == "llama":
         return _sentencepiece(metadata)
-    if model == "gpt2":
+    if kind == "gpt2":
         return _bpe(metadata)
     raise UnsupportedError(
-        f"{_KEY}model is {model!r}; tinyllm reads 'llama' (SentencePiece BPE) and 'gpt2' (byte-level BPE)"
+        f"{_KEY}model is {show(kind)}; tinyllm reads 'llama' (SentencePiece BPE) and 'gpt2' (byte-level BPE)"
     )
 
 
@@ -142,6 +144,10 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     unk_id = vocabulary.unk_id if vocabulary.unk_id is not None else next(iter(unknown), None)
     if unk_id is None:
         raise FormatError(f"no token is of type {UNKNOWN} (unknown) and {_KEY}unknown_token_id is missing")
+    if not set(types) <= set(range(1, 7)):
+        raise FormatError(f"{_KEY}token_type holds {min(types)} to {max(types)}; there are types 1 to 6")
+    if not all(abs(score) < 1e38 for score in scores):
+        raise FormatError(f"{_KEY}scores holds a number that float32 has no room for")
     kinds = [CONTROL if kind in (UNKNOWN, USER_DEFINED) else kind for kind in types]
     kinds[unk_id] = UNKNOWN
     n_bytes = kinds.count(BYTE)
@@ -191,12 +197,10 @@ def _bpe(metadata: dict[str, Any]) -> Tokenizer:
     for i, (left, right) in enumerate(merges):
         if not left or not right:
             raise FormatError(f"{_KEY}merges: entry {i}, {left!r}, is not two tokens with a space between")
-    try:
+    with refused(f"{_KEY}merges do not fit {_KEY}tokens"):
         bpe = tokenizers.Tokenizer(
             models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=rule.ignore_merges)
         )
-    except Exception as error:  # the package raises bare Exceptions
-        raise FormatError(f"{_KEY}merges do not fit {_KEY}tokens: {error}") from error
     bpe.pre_tokenizer = rule.build()
     always = vocabulary.of_type(USER_DEFINED)
     special = vocabulary.of_type(CONTROL, UNKNOWN)
@@ -270,10 +274,12 @@ def _numbers(metadata: dict[str, Any], name: str, length: int, kinds: str) -> li
 def _token_id(metadata: dict[str, Any], name: str, n_tokens: int) -> int | None:
     key = f"{_KEY}{name}_token_id"
     value = metadata.get(key)
-    if value is None or value in (_NO_TOKEN, -1):
+    if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise FormatError(f"{key} must be an integer, not {type(value).__name__}")
+    if value in (_NO_TOKEN, -1):
+        return None
     if not 0 <= value < n_tokens:
         raise FormatError(f"{key} is {value}, outside the vocabulary of {n_tokens} tokens")
     return int(value)

@@ -1,0 +1,274 @@
+"""Model files made field by field, so that each field can lie, and what fuzzers do with such files.
+
+`TARGETS` says what is done with the bytes of each kind of file: it works, or raises a tinyllm.Error whose
+text can be printed; anything else is a fault. Used by test_gguf.py, test_hostile.py (which replays corpus/)
+and long/fuzz_loaders.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyllm.chat import ChatTemplate, template_from_directory
+from tinyllm.config import config_from_gguf
+from tinyllm.errors import Error
+from tinyllm.imatrix import read_imatrix
+from tinyllm.loaders import FORMATS, find_model
+from tinyllm.loaders.gguf import read_gguf
+from tinyllm.loaders.safetensors import read_safetensors
+from tinyllm.modelfiles import read_model
+
+CORPUS = Path(__file__).parent / "corpus"
+
+U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
+CODES = {U8: "<B", U32: "<I", I32: "<i", F32: "<f", BOOL: "<B", U64: "<Q"}
+
+
+def text(value: str | bytes) -> bytes:
+    raw = value if isinstance(value, bytes) else value.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def scalar(kind: int, value: Any) -> bytes:
+    return struct.pack("<I", kind) + (text(value) if kind == STRING else struct.pack(CODES[kind], value))
+
+
+def array(kind: int, values: list[Any], count: int | None = None) -> bytes:
+    body = b"".join(text(v) if kind == STRING else struct.pack(CODES[kind], v) for v in values)
+    return struct.pack("<IIQ", ARRAY, kind, len(values) if count is None else count) + body
+
+
+@dataclass
+class T:
+    """A tensor of a file to encode; None: the value that makes the file right."""
+
+    name: str | bytes = "w"
+    dims: tuple[int, ...] = (32, 2)
+    type: int = 0
+    offset: int | None = None
+    n_dims: int | None = None
+
+    def n_bytes(self) -> int:
+        form = FORMATS.get(self.type)
+        return math.prod(self.dims) // form.block * form.block_bytes if form else 0
+
+
+@dataclass
+class File:
+    """A GGUF file to encode; None: the value that makes the file right."""
+
+    pairs: list[tuple[str | bytes, bytes]] = field(default_factory=list)
+    tensors: list[T] = field(default_factory=list)
+    magic: bytes = b"GGUF"
+    version: int = 3
+    n_tensors: int | None = None
+    n_pairs: int | None = None
+    alignment: int = 32
+    data: bytes | None = None
+
+
+def encode(file: File) -> bytes:
+    out = file.magic + struct.pack(
+        "<IQQ",
+        file.version % 2**32,
+        len(file.tensors) if file.n_tensors is None else file.n_tensors,
+        len(file.pairs) if file.n_pairs is None else file.n_pairs,
+    )
+    for key, value in file.pairs:
+        out += text(key) + value
+    end = 0
+    for t in file.tensors:
+        offset = end if t.offset is None else t.offset
+        n_dims = len(t.dims) if t.n_dims is None else t.n_dims
+        out += text(t.name) + struct.pack(f"<I{len(t.dims)}Q", n_dims, *t.dims)
+        out += struct.pack("<IQ", t.type, offset % 2**64)
+        end = -(-(end + t.n_bytes()) // file.alignment) * file.alignment
+    out += bytes(-len(out) % file.alignment)
+    return out + (bytes(min(end, 1 << 16)) if file.data is None else file.data)
+
+
+def tiny_gguf(family: str = "llama", **changes: bytes) -> File:
+    """A model of one layer that is whole, of some 3 kB; `changes`: of the family's keys, with __ for dots."""
+    sizes = {"embedding_length": 4, "block_count": 1, "context_length": 8, "feed_forward_length": 4}
+    keys = {f"{family}.{name}": scalar(U32, n) for name, n in sizes.items()}
+    keys |= {f"{family}.attention.head_count": scalar(U32, 2), "general.architecture": scalar(STRING, family)}
+    keys[f"{family}.attention.layer_norm_rms_epsilon"] = scalar(F32, 1e-5)
+    keys |= {f"{family}.{name.replace('__', '.')}": value for name, value in changes.items()}
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "\u2581"]
+    keys |= {
+        "tokenizer.ggml.model": scalar(STRING, "llama"),
+        "tokenizer.ggml.tokens": array(STRING, tokens),
+        "tokenizer.ggml.scores": array(F32, [0.0, 0.0, 0.0, -1.0, -2.0, -3.0]),
+        "tokenizer.ggml.token_type": array(I32, [2, 3, 3, 1, 1, 1]),
+        "tokenizer.ggml.eos_token_id": scalar(U32, 2),
+        "tokenizer.chat_template": scalar(STRING, "{% for m in messages %}{{ m.content }}{% endfor %}"),
+    }
+    tensors = [T("token_embd.weight", (4, 6)), T("output_norm.weight", (4,))]
+    tensors += [T(f"blk.0.{name}_norm.weight", (4,)) for name in ("attn", "ffn")]
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    tensors += [T(f"blk.0.{name}.weight", (4, 4)) for name in matrices]
+    return File(list(keys.items()), tensors)
+
+
+def safetensors_bytes(shapes: dict[str, list[int]], **more: Any) -> bytes:
+    """A file of zeros in F32."""
+    header, end = dict(more), 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + bytes(end)
+
+
+TINY_CONFIG = {
+    "model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 4, "vocab_size": 6, "max_position_embeddings": 8, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def tiny_directory() -> dict[str, bytes]:
+    """The files of a model of one layer."""
+    layer = "model.layers.0."
+    shapes = {"model.embed_tokens.weight": [6, 4], "model.norm.weight": [4]}
+    shapes |= {f"{layer}{name}.weight": [4] for name in ("input_layernorm", "post_attention_layernorm")}
+    shapes |= {f"{layer}self_attn.{name}_proj.weight": [4, 4] for name in "qkvo"}
+    shapes |= {f"{layer}mlp.{name}_proj.weight": [4, 4] for name in ("gate", "up", "down")}
+    return {
+        "config.json": json.dumps(TINY_CONFIG).encode(),
+        "generation_config.json": b'{"eos_token_id": [2], "temperature": 0.5}',
+        "tokenizer_config.json": b'{"chat_template": "{{ messages[0].content }}", "eos_token": "</s>"}',
+        "model.safetensors": safetensors_bytes(shapes),
+    }
+
+
+_FILE = re.compile(rb"=== ([a-z_.]{1,40})\n", re.DOTALL)
+
+
+def pack_directory(files: dict[str, bytes]) -> bytes:
+    """Several files as the bytes of one."""
+    return b"".join(b"=== " + name.encode() + b"\n" + raw for name, raw in files.items())
+
+
+def _unpack_directory(data: bytes, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    parts = _FILE.split(data)[1:]
+    for name, raw in zip(parts[::2], parts[1::2], strict=True):
+        if name.strip(b"."):
+            (folder / name.decode()).write_bytes(raw)
+
+
+def _file(data: bytes, folder: Path) -> Path:
+    path = folder / "file"
+    path.write_bytes(data)
+    return path
+
+
+def _gguf(data: bytes, folder: Path) -> None:
+    path = _file(data, folder)
+    file = read_gguf(path)
+    ranges = sorted((t.offset, t.offset + t.n_bytes) for t in file.tensors.values())
+    assert all(0 < start < end <= len(data) for start, end in ranges)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(ranges))
+    config_from_gguf(file.metadata, file.tensors)
+    _use(path)
+
+
+def _safetensors(data: bytes, folder: Path) -> None:
+    path = _file(data, folder)
+    find_model(path)
+    assert sum(t.n_bytes for t in read_safetensors(path).tensors.values()) <= len(data)
+
+
+def _directory(data: bytes, folder: Path) -> None:
+    _unpack_directory(data, folder / "model")
+    template_from_directory(folder / "model")
+    _use(folder / "model")
+
+
+def _use(path: Path) -> None:
+    model = read_model(path)
+    if model.tokenizer is not None:
+        model.tokenizer.decode(model.tokenizer.encode("a b"))
+    if model.template is not None:
+        model.template.render([{"role": "user", "content": "a"}])
+
+
+def _imatrix(data: bytes, folder: Path) -> None:
+    found = read_imatrix(_file(data, folder))
+    for name, sums in found.sums.items():
+        found.importance(name, *sums.shape)
+
+
+def _template(data: bytes, folder: Path) -> None:
+    template = ChatTemplate(data.decode("utf-8", "replace"), bos_token="<s>")
+    template.render([{"role": "user", "content": "hello"}], tools=[{"name": "f"}])
+
+
+TARGETS: dict[str, Callable[[bytes, Path], None]] = {
+    "gguf": _gguf,
+    "safetensors": _safetensors,
+    "directory": _directory,
+    "imatrix": _imatrix,
+    "template": _template,
+}
+
+
+def try_out(target: str, data: bytes, folder: Path) -> str:
+    """ "" where the file works, else the refusal. Anything but a tinyllm.Error goes through."""
+    try:
+        TARGETS[target](data, folder)
+    except Error as error:
+        text = str(error)
+        text.encode()  # fit to be printed
+        assert text
+        return text
+    return ""
+
+
+def seeds() -> Iterator[tuple[str, str, bytes]]:
+    """(target, name, bytes): files that work, for fuzzers to begin with."""
+    yield "gguf", "llama", encode(tiny_gguf())
+    experts = {"expert_count": scalar(U32, 2), "expert_used_count": scalar(U32, 1)}
+    yield "gguf", "experts", encode(tiny_gguf("llama", **experts))
+    yield "gguf", "scaled", encode(tiny_gguf("llama", rope__scaling__type=scalar(STRING, "yarn")))
+    yield "gguf", "split", encode(File([("split.count", scalar(U32, 2)), ("split.no", scalar(U32, 0))]))
+    yield "safetensors", "two", safetensors_bytes({"a": [2, 3], "b": [1]}, __metadata__={"format": "pt"})
+    yield "directory", "llama", pack_directory(tiny_directory())
+    index = {"weight_map": {"a": "x.safetensors"}}
+    sharded = {"model.safetensors.index.json": json.dumps(index).encode()}
+    sharded["x.safetensors"] = safetensors_bytes({"a": [2]})
+    yield "directory", "sharded", pack_directory({"config.json": tiny_directory()["config.json"]} | sharded)
+    one = struct.pack("<i", 1) + struct.pack("<i", 1) + b"a" + struct.pack("<iif", 1, 1, 1.0)
+    yield "imatrix", "dat", one + struct.pack("<ii", 1, 1) + b"t"
+    pairs: list[tuple[str | bytes, bytes]] = [("general.type", scalar(STRING, "imatrix"))]
+    yield "imatrix", "gguf", encode(File(pairs, [T("a.in_sum2"), T("a.counts", (1, 2))]))
+    yield (
+        "template",
+        "loop",
+        (
+            b"{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+            b"{{ '<|' ~ m.role | upper ~ '|>' }}"
+            b"{{ m['content'].split('l') | join(',') }}{% else %}"
+            b"{{ raise_exception('no') }}{% endif %}{% endfor %}"
+        ),
+    )
+    yield (
+        "template",
+        "macro",
+        (
+            b"{% macro f(x, n=2) %}{{ '%s-%5d' % (x, n) }}{% endmacro %}{% set ns = namespace(i=0) %}"
+            b"{% for t in tools %}{% set ns.i = ns.i + 1 %}"
+            b"{{ f(t | tojson, ns.i) }}{{ '{0}'.format(t.name) }}{% endfor %}"
+        ),
+    )

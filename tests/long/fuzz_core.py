@@ -1,0 +1,81 @@
+"""Coverage-guided fuzzing of the C core: builds fuzz_core.c with clang's libFuzzer, AddressSanitizer and
+UndefinedBehaviorSanitizer, runs it, and prints one JSON object with what it saw.
+
+    python tests/long/fuzz_core.py [--seconds 60] [--corpus DIRECTORY] [--json PATH]
+
+What crashes is kept in build/fuzz/crashes; give such a file to build/fuzz/fuzz_core to see it again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "fuzz"
+FLAGS = ["-g1", "-O1", "-std=c11", "-DTL_SCALAR_ONLY", "-ffp-contract=off", "-fno-math-errno"]
+ALL = ["-fsanitize=fuzzer-no-link,address,undefined", "-fno-sanitize-recover=all"]
+# The kernels of every format in one file: with coverage and checks of every addition clang takes an hour.
+KERNELS = ["-fsanitize=address", "-fno-unroll-loops", "-fno-vectorize"]
+
+
+def build() -> Path:
+    """The fuzzer, in plain C: vector instructions are compared with it bit by bit in the ordinary tests."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    csrc = ROOT / "csrc"
+    isa = [csrc / "isa" / "select.c", csrc / "isa" / "scalar.c"]
+    objects = []
+    for source in [*sorted(csrc.glob("*.c")), *isa, Path(__file__).with_suffix(".c")]:
+        objects.append(BUILD / f"{source.stem}.o")
+        checks = KERNELS if source.stem == "scalar" else ALL
+        subprocess.run(["clang", *FLAGS, *checks, "-c", source, "-o", objects[-1]], check=True)
+    fuzzer = BUILD / "fuzz_core"
+    link = ["clang", "-fsanitize=fuzzer,address,undefined", *objects, "-lm", "-lpthread", "-o", fuzzer]
+    subprocess.run(link, check=True)
+    return fuzzer
+
+
+def run(fuzzer: Path, seconds: int, corpus: Path) -> dict[str, Any]:
+    corpus.mkdir(parents=True, exist_ok=True)
+    crashes = BUILD / "crashes"
+    crashes.mkdir(exist_ok=True)
+    before = set(crashes.iterdir())
+    command = [fuzzer, f"-max_total_time={seconds}", "-print_final_stats=1", "-max_len=4096", "-timeout=300"]
+    command += ["-rss_limit_mb=2048", "-report_slow_units=300", f"-artifact_prefix={crashes}/", corpus]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "ASAN_OPTIONS": "abort_on_error=0"}
+    )
+    stats = dict(re.findall(r"stat::(\w+):\s+(\d+)", done.stderr))
+    covered = re.findall(r"cov: (\d+) ft: (\d+)", done.stderr)
+    new = len(set(crashes.iterdir()) - before)
+    if new or done.returncode:
+        sys.stderr.write(done.stderr[-4000:])
+    return {
+        "name": "C core (libFuzzer)",
+        "inputs": int(stats.get("number_of_executed_units", 0)),
+        "seconds": seconds,
+        "edges": int(covered[-1][0]) if covered else 0,
+        "features": int(covered[-1][1]) if covered else 0,
+        "corpus": len(list(corpus.iterdir())),
+        "peak_rss_mb": int(stats.get("peak_rss_mb", 0)),
+        "crashes": new or int(done.returncode != 0),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="fuzz the C core")
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--corpus", type=Path, default=BUILD / "corpus-core")
+    parser.add_argument("--json", type=Path, help="where to write the figures; else standard output")
+    args = parser.parse_args()
+    text = json.dumps(run(build(), args.seconds, args.corpus))
+    args.json.write_text(text + "\n") if args.json else print(text)
+
+
+if __name__ == "__main__":
+    main()

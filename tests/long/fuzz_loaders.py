@@ -1,0 +1,125 @@
+"""Coverage-guided fuzzing of everything that reads a model's files, by atheris: a file works or is refused
+with a tinyllm.Error, whatever is in it. Prints one JSON object with what it saw.
+
+    python tests/long/fuzz_loaders.py [--seconds 60] [--target gguf] [--corpus DIRECTORY] [--json PATH]
+    python tests/long/fuzz_loaders.py --minimize        # writes tests/corpus anew from what was found
+
+It needs `pip install atheris`. What crashes is kept in build/fuzz/crashes-TARGET; put such a file into
+tests/corpus/TARGET, and the ordinary tests replay it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+BUILD = ROOT / "build" / "fuzz"
+NAMES = ("gguf", "safetensors", "directory", "imatrix", "template")
+MEMORY_MB = 2048
+MOST_KEPT, MOST_BYTES = 60, 8192  # a target's files in tests/corpus, and their size
+
+
+def fuzz(target: str, options: list[str]) -> None:
+    """The process that fuzzes; atheris ends it."""
+    import atheris
+
+    with atheris.instrument_imports(include=["tinyllm", "jinja2"]):
+        import helpers_hostile
+
+    folder = Path(tempfile.mkdtemp())
+    resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY_MB << 20,) * 2)
+
+    def one(data: bytes) -> None:
+        helpers_hostile.try_out(target, data, folder)
+
+    atheris.Setup([sys.argv[0], *options], one)
+    atheris.Fuzz()
+
+
+def run(target: str, seconds: int, corpus: Path) -> dict[str, Any]:
+    import helpers_hostile
+
+    crashes = BUILD / f"crashes-{target}"
+    for folder in (corpus / target, crashes):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, seed, raw in helpers_hostile.seeds():
+        if name == target:
+            (corpus / target / seed).write_bytes(raw)
+    before = set(crashes.iterdir())
+    options = [f"-max_total_time={seconds}", "-max_len=8192", "-timeout=300", "-report_slow_units=200"]
+    options += [f"-rss_limit_mb={MEMORY_MB}", f"-artifact_prefix={crashes}/", "-print_final_stats=1"]
+    folders = [str(corpus / target)]
+    if (helpers_hostile.CORPUS / target).is_dir():
+        folders.append(str(helpers_hostile.CORPUS / target))
+    command = [sys.executable, __file__, "--child", target, *options, *folders]
+    log = BUILD / f"{target}.log"
+    with log.open("wb") as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT)
+    text = log.read_text("utf-8", "replace")
+    covered = re.findall(r"^#(\d+).* cov: (\d+) ft: (\d+)", text, re.MULTILINE) or [("0", "0", "0")]
+    inputs = re.findall(r"stat::number_of_executed_units: (\d+)|Done (\d+) (?:runs )?in", text)
+    new = len(set(crashes.iterdir()) - before)
+    if new or done.returncode:
+        sys.stderr.write(text[-3000:])
+    return {
+        "name": f"loaders: {target} (atheris)",
+        "inputs": max([int(n) for pair in inputs for n in pair if n] or [int(covered[-1][0])]),
+        "seconds": seconds,
+        "edges": int(covered[-1][1]),
+        "features": int(covered[-1][2]),
+        "corpus": len(list((corpus / target).iterdir())),
+        "crashes": new or int(done.returncode != 0),
+    }
+
+
+def minimize(corpus: Path) -> None:
+    """Into tests/corpus: of each target the smallest files that together reach all that was reached."""
+    import helpers_hostile
+
+    for target in NAMES:
+        with tempfile.TemporaryDirectory() as merged:
+            command = [sys.executable, __file__, "--child", target, "-merge=1", "-timeout=300", merged]
+            subprocess.run([*command, str(corpus / target)], check=True, stderr=subprocess.DEVNULL)
+            files = sorted(Path(merged).iterdir(), key=lambda path: path.stat().st_size)
+            kept = [path for path in files if path.stat().st_size <= MOST_BYTES]
+            step = max(1, -(-len(kept) // MOST_KEPT))
+            to = helpers_hostile.CORPUS / target
+            shutil.rmtree(to, ignore_errors=True)
+            to.mkdir(parents=True)
+            for path in kept[::step]:
+                shutil.copyfile(path, to / path.name[:12])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="fuzz what reads a model's files")
+    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--target", choices=NAMES, help="this one alone")
+    parser.add_argument("--corpus", type=Path, default=BUILD / "corpus")
+    parser.add_argument("--minimize", action="store_true")
+    parser.add_argument("--json", type=Path, help="where to write the figures; else standard output")
+    args = parser.parse_args()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    if args.minimize:
+        minimize(args.corpus)
+        return
+    targets = [args.target] if args.target else NAMES
+    parts = [run(target, args.seconds, args.corpus) for target in targets]
+    sums = {key: sum(part[key] for part in parts) for key in ("inputs", "seconds", "corpus", "crashes")}
+    text = json.dumps({"name": "loaders (atheris)", **sums, "parts": parts})
+    args.json.write_text(text + "\n") if args.json else print(text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        fuzz(sys.argv[2], sys.argv[3:])
+    else:
+        main()

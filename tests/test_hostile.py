@@ -1,0 +1,403 @@
+"""Files that mean harm or are simply broken, from the path to the model: each way of being wrong is one
+tinyllm.Error that names the file, at a cost in proportion to what the file really is."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ReadCount
+from helpers_hostile import (
+    ARRAY,
+    CORPUS,
+    STRING,
+    TINY_CONFIG,
+    U32,
+    File,
+    T,
+    array,
+    encode,
+    scalar,
+    seeds,
+    tiny_directory,
+    tiny_gguf,
+    try_out,
+)
+from test_tokenizer import tiny_sentencepiece, tiny_tokenizer_json
+
+import tinyllm
+from tinyllm.chat import template_from_directory
+from tinyllm.errors import Error, FormatError, NotFoundError, ReadError, UnsupportedError
+from tinyllm.imatrix import read_imatrix
+from tinyllm.loaders.gguf import read_gguf
+from tinyllm.modelfiles import read_model
+from tinyllm.tokenizer import load_tokenizer, tokenizer_from_gguf
+
+SEEDS = {f"{target}-{name}": (target, raw) for target, name, raw in seeds()}
+WORKING = SEEDS.keys() - {"gguf-experts", "gguf-split", "directory-sharded"}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_seeds(name: str, tmp_path: Path) -> None:
+    """What fuzzers begin with works, or is wrong where it should be."""
+    target, raw = SEEDS[name]
+    assert (try_out(target, raw, tmp_path) == "") == (name in WORKING)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}"
+)
+def test_corpus(path: Path, tmp_path: Path) -> None:
+    """Files that a fuzzer made of them, one for each behaviour it found."""
+    try_out(path.parent.name, path.read_bytes(), tmp_path)
+
+
+@contextmanager
+def bounded(reads: ReadCount, n_bytes: int) -> Iterator[None]:
+    """What happens inside costs work and memory in proportion to the `n_bytes` of the files."""
+    before, start = reads.n_bytes, time.process_time()
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert reads.n_bytes - before <= 3 * n_bytes + 4096  # the JSON files are read by two readers
+    assert peak < 100 * n_bytes + (1 << 20)  # the interpreter's own caches and imports
+    assert time.process_time() - start < 2
+
+
+def write_directory(folder: Path, **files: bytes | dict[str, Any] | None) -> Path:
+    """tiny_directory() with other files ("config" is config.json), None for one that is not there."""
+    everything = tiny_directory() | {
+        name.replace("__", ".") + ("" if "__" in name else ".json"): raw for name, raw in files.items()
+    }
+    folder.mkdir(exist_ok=True)
+    for name, raw in everything.items():
+        if raw is not None:
+            (folder / name).write_bytes(json.dumps(raw).encode() if isinstance(raw, dict) else raw)
+    return folder
+
+
+# From the path to the model
+
+LLAMA = {
+    "no layers": ({"block_count": scalar(U32, 0)}, "n_layers is 0"),
+    "2^31 layers": ({"block_count": scalar(U32, 1 << 31)}, "n_layers is 2147483648"),
+    "a thousand layers": ({"block_count": scalar(U32, 1024)}, "blk.1.*is missing.*and more"),
+    "layers in words": ({"block_count": scalar(STRING, "1")}, "block_count must be a whole number"),
+    "no heads": ({"attention__head_count": scalar(U32, 0)}, "n_heads is 0"),
+    "heads not divisible": ({"attention__head_count_kv": scalar(U32, 3)}, "no multiple of n_kv_heads 3"),
+    "heads do not divide the width": ({"attention__head_count": scalar(U32, 3)}, "attention.key_length"),
+    "heads listed and different": ({"attention__head_count": array(U32, [2, 3])}, "differs from layer"),
+    "no heads listed": ({"attention__head_count": array(U32, [])}, "differs from layer"),
+    "huge width": ({"embedding_length": scalar(U32, 0xFFFFFFFF)}, "dim is 4294967295"),
+    "huge context": ({"context_length": scalar(U32, 0xFFFFFFFF)}, "context is 4294967295"),
+    "a million experts": (
+        {
+            "expert_count": scalar(U32, 4096), "expert_used_count": scalar(U32, 1),
+            "block_count": scalar(U32, 1024),
+        },
+        "and more",
+    ),
+    "more experts used": (
+        {"expert_count": scalar(U32, 2), "expert_used_count": scalar(U32, 3)}, "3 experts used of 2",
+    ),
+    "rope not even": ({"rope__dimension_count": scalar(U32, 1)}, "rope_dim is 1"),
+    "another width": ({"feed_forward_length": scalar(U32, 8)}, "has shape .4, 4., expected .8, 4."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LLAMA)
+def test_hyperparameters(case: str, tmp_path: Path, reads: ReadCount) -> None:
+    changes, message = LLAMA[case]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(encode(tiny_gguf(**changes)))
+    with (
+        bounded(reads, path.stat().st_size),
+        pytest.raises((FormatError, UnsupportedError), match=rf"(?s)model\.gguf: .*{message}"),
+    ):
+        read_model(path)
+
+
+TOKENIZER = "tokenizer.ggml."
+PAIRS = {
+    "architecture an array": ("general.architecture", array(U32, [1, 2]), r"architecture '\[1 2\]'"),
+    "architecture strings": ("general.architecture", array(STRING, ["llama"]), "is not supported"),
+    "tokenizer an array": (TOKENIZER + "model", array(U32, [1, 2]), r"model is '\[1 2\]'"),
+    "no such tokenizer": (TOKENIZER + "model", scalar(STRING, "x" * 5000), "model is 'xxx"),
+    "type -1": (TOKENIZER + "token_type", array(5, [2, 3, 3, -1, 1, 1]), "token_type holds -1 to 3"),
+    "type 7": (TOKENIZER + "token_type", array(5, [2, 3, 3, 7, 1, 1]), "token_type holds 1 to 7"),
+    "score too large": (
+        TOKENIZER + "scores", struct.pack("<IIQ6d", ARRAY, 12, 6, *[0.0] * 5, 1e300), "no room for",
+    ),
+    "score no number": (TOKENIZER + "scores", array(6, [float("nan")] * 6), "not finite"),
+    "id past the end": (TOKENIZER + "eos_token_id", scalar(U32, 6), "eos_token_id is 6, but there are 6"),
+    "flag a number": (TOKENIZER + "add_bos_token", scalar(U32, 1), "add_bos_token must be true or false"),
+    "the same token twice": (
+        TOKENIZER + "tokens", array(STRING, ["<unk>", "a", "</s>", "a", "b", "c"]), "'a' stands there twice",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_metadata(case: str, tmp_path: Path, reads: ReadCount) -> None:
+    key, value, message = PAIRS[case]
+    good = tiny_gguf()
+    path = tmp_path / "model.gguf"
+    path.write_bytes(encode(File(list((dict(good.pairs) | {key: value}).items()), good.tensors)))
+    with (
+        bounded(reads, path.stat().st_size),
+        pytest.raises((FormatError, UnsupportedError), match=rf"model\.gguf: .*{message}"),
+    ):
+        read_model(path)
+
+
+def test_ids_that_mean_none(tmp_path: Path) -> None:
+    good = tiny_gguf()
+    pairs = dict(good.pairs) | {
+        f"{TOKENIZER}{name}_token_id": scalar(U32, 0xFFFFFFFF) for name in ("bos", "eos")
+    }
+    path = tmp_path / "model.gguf"
+    path.write_bytes(encode(File(list(pairs.items()), good.tensors)))
+    tokenizer = read_model(path).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.eos_id == 2  # by the name "</s>"
+
+
+def test_arrays_where_parts_of_a_set_are_compared(tmp_path: Path) -> None:
+    first = tmp_path / "m-00001-of-00002.gguf"
+    for i in range(2):
+        pairs = [("split.no", scalar(U32, i)), ("split.count", scalar(U32, 2))]
+        pairs += [("split.tensors.count", scalar(U32, 2)), ("general.name", array(U32, [1, 2, i]))]
+        first.with_name(f"m-0000{i + 1}-of-00002.gguf").write_bytes(encode(File([*pairs], [T(f"t{i}")])))
+    with pytest.raises(FormatError, match=r"m-00002-of-00002\.gguf: its general\.name is another"):
+        read_gguf(first)
+
+
+CONFIGS = {
+    "not JSON": (b"{", "not valid JSON"),
+    "a list": (b"[]", "expected a JSON object"),
+    "not UTF-8": (b'{"a": "\xff"}', "not UTF-8"),
+    "NaN": (b'{"model_type": "llama", "rms_norm_eps": NaN}', "NaN is no JSON"),
+    "Infinity": (b'{"model_type": "llama", "rope_theta": -Infinity}', "-Infinity is no JSON"),
+    "twice": (b'{"model_type": "llama", "model_type": "qwen2"}', "'model_type' appears twice"),
+    "deep": (b'{"a":' * 100 + b"1" + b"}" * 100, "nested deeper than 64"),
+    "very deep": (b"[" * 100_000, "nested too deeply"),
+    "many digits": (b'{"hidden_size": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    "type a list": ({"model_type": ["llama"]}, "is not supported"),
+    "type an object": ({"model_type": {}}, "is not supported"),
+    "no type": ({}, "no model_type"),
+    "sizes in words": (TINY_CONFIG | {"hidden_size": "4"}, "hidden_size must be a whole number"),
+    "sizes with a point": (TINY_CONFIG | {"hidden_size": 4.0}, "hidden_size must be a whole number"),
+    "sizes true": (TINY_CONFIG | {"num_hidden_layers": True}, "num_hidden_layers must be a whole number"),
+    "sizes negative": (TINY_CONFIG | {"vocab_size": -1}, "vocab_size is -1"),
+    "sizes huge": (TINY_CONFIG | {"num_hidden_layers": 10**400}, "n_layers is 1000"),
+    "number huge": (TINY_CONFIG | {"rms_norm_eps": 10**400}, "rms_norm_eps must be a number"),
+    "number overflows": (b'{"model_type": "llama", "rms_norm_eps": 1e999, "x": ""}', "hidden_size"),
+    "list for a number": (TINY_CONFIG | {"rope_theta": [1]}, "rope_theta must be a number"),
+    "scaling a list": (TINY_CONFIG | {"rope_scaling": [1]}, "rope_scaling must be an object"),
+    "scaling of lists": (
+        TINY_CONFIG | {"rope_scaling": {"rope_type": ["yarn"]}}, "RoPE type .* is not supported",
+    ),
+    "unknown and on": (TINY_CONFIG | {"quantum": {"a": 1}}, "'quantum' is set"),
+    "text in text": ({"model_type": "mistral3", "text_config": {"model_type": "mistral3"}}, "no text_config"),
+    "no heads": (TINY_CONFIG | {"num_attention_heads": 0}, "n_heads is 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config_json(case: str, tmp_path: Path, reads: ReadCount) -> None:
+    config, message = CONFIGS[case]
+    folder = write_directory(tmp_path / "model", config=config)
+    with (
+        bounded(reads, sum(file.stat().st_size for file in folder.iterdir())),
+        pytest.raises((FormatError, UnsupportedError), match=f"model.*{message}"),
+    ):
+        read_model(folder)
+
+
+def test_experts_by_the_million_in_a_directory(tmp_path: Path, reads: ReadCount) -> None:
+    sizes = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 1024,
+        "num_experts": 4096,
+        "num_experts_per_tok": 1,
+    }
+    folder = write_directory(tmp_path / "model", config=TINY_CONFIG | sizes | {"moe_intermediate_size": 4})
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    with bounded(reads, size), pytest.raises(FormatError, match="and more"):
+        read_model(folder)
+
+
+def test_a_snapshot_of_links(tmp_path: Path) -> None:
+    """A Hugging Face cache: a folder of links to blobs named by hash, siblings sought beside the links."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for i, (name, raw) in enumerate(tiny_directory().items()):
+        (blobs / f"{i:064x}").write_bytes(raw)
+        (snapshot / name).symlink_to(Path("..") / ".." / "blobs" / f"{i:064x}")
+    model = read_model(snapshot)
+    assert model.template is not None
+    assert {info.path.parent for info in model.weights.values()} == {snapshot}
+    (tmp_path / "link").symlink_to(snapshot)
+    assert read_model(tmp_path / "link").config == model.config
+    assert read_model(snapshot / "model.safetensors").config == model.config
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("config.json")
+    with pytest.raises(Error, match="snapshots"):
+        read_model(snapshot)
+
+
+@pytest.mark.parametrize(
+    "path", ["a" * 5000, "~nosuchuser/model", "a\0b", "\ud800", "", "/dev/null", "/dev/zero"]
+)
+def test_paths_that_are_none(path: str) -> None:
+    for read in (tinyllm.load, load_tokenizer, read_imatrix):
+        with pytest.raises((NotFoundError, ReadError, FormatError)):
+            read(path)
+
+
+# Files that are not what they seem
+
+ODD = {
+    "a pipe": (os.mkfifo, "not a regular file"),
+    "a folder": (os.mkdir, "not a regular file"),
+    "huge": (lambda path: (path.touch(), os.truncate(path, 1 << 40)), "too many for such a file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja",
+             "chat_template.json", "model.safetensors", "model.safetensors.index.json"],
+)  # fmt: skip
+def test_odd_files(name: str, odd: str, tmp_path: Path, reads: ReadCount) -> None:
+    make, message = ODD[odd]
+    folder = write_directory(tmp_path / "model", model__safetensors=None, tokenizer_config={})
+    if name == "added_tokens.json":  # read beside a vocabulary
+        tiny_tokenizer_json(folder)
+    if name != "model.safetensors.index.json":
+        (folder / "model.safetensors").write_bytes(tiny_directory()["model.safetensors"])
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with bounded(reads, 4096), pytest.raises((FormatError, ReadError), match=f"{name}: .*({message}|header)"):
+        read_model(folder)
+
+
+def test_odd_templates_of_a_folder(tmp_path: Path) -> None:
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    os.mkfifo(more / "tool_use.jinja")
+    with pytest.raises(ReadError, match="not a regular file"):
+        template_from_directory(tmp_path)
+
+
+def test_a_large_file_is_no_imatrix(tmp_path: Path, reads: ReadCount) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(struct.pack("<ii", 5, 1 << 30))
+    os.truncate(path, 1 << 40)
+    with bounded(reads, 4096), pytest.raises(FormatError, match="no imatrix"):
+        read_imatrix(path)
+
+
+# Vocabularies
+
+
+def step(type: str, **settings: Any) -> dict[str, Any]:
+    return {"type": type, **settings}
+
+
+BYTES = step("ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+TENFOLD = step("Replace", pattern={"String": "a"}, content="a" * 10)
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+TEMPLATE = step(
+    "TemplateProcessing",
+    single=[TEXT],
+    pair=[TEXT, {"Sequence": {"id": "B", "type_id": 0}}],
+    special_tokens={},
+)
+TOKENIZER_JSON: dict[str, tuple[dict[str, Any], str]] = {
+    "grows": ({"normalizer": step("Sequence", normalizers=[TENFOLD] * 12)}, "1e+04 characters of one"),
+    "grows in bytes": (
+        {"pre_tokenizer": step("Sequence", pretokenizers=[BYTES] * 40)},
+        "characters of one",
+    ),
+    "grows in front": (
+        {"normalizer": step("Sequence", normalizers=[step("Prepend", prepend="a" * 100)] * 9)},
+        "characters of one",
+    ),
+    "a compiled table": (
+        {"normalizer": step("Precompiled", precompiled_charsmap="AAAA/////////w==")}, "a compiled table",
+    ),
+    "a compiled table inside": (
+        {"normalizer": step("Sequence", normalizers=[step("Precompiled", precompiled_charsmap="")])}, "table",
+    ),
+    "two templates": (
+        {"post_processor": step("Sequence", processors=[TEMPLATE, TEMPLATE])}, "one text into its template",
+    ),
+    "the text twice": ({"post_processor": TEMPLATE | {"single": [TEXT, TEXT]}}, "one text into its template"),
+    "the other text": (
+        {"post_processor": TEMPLATE | {"single": [{"Sequence": {"id": "B", "type_id": 0}}]}}, "one text into",
+    ),
+    "pieces of nothing": ({"pre_tokenizer": step("FixedLength", length=0)}, "chunk size must be non-zero"),
+    "a prefix longer than a merge": (
+        {"model": step("BPE", continuing_subword_prefix="éé", vocab=dict(a=0, b=1, ab=2), merges=["a b"])},
+        "not a tokenizer",
+    ),
+    "a wild id": ({"model": step("BPE", vocab={"a": 4294967295}, merges=[])}, "vocabulary of 4294967296 ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOKENIZER_JSON)
+def test_tokenizer_json(case: str, tmp_path: Path) -> None:
+    """At some of these the tokenizers package panics or ends the process."""
+    changes, message = TOKENIZER_JSON[case]
+    tiny_tokenizer_json(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises((FormatError, UnsupportedError), match=message.replace("+", r"\+")):
+        load_tokenizer(tmp_path)
+
+
+def test_a_compiled_table_spelled_otherwise(tmp_path: Path) -> None:
+    tiny_tokenizer_json(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    table = {"normalizer": step("Precompiled", precompiled_charsmap="AAAA/////////w==")}
+    text = json.dumps(json.loads(path.read_text()) | table)
+    path.write_text(text.replace("Precompiled", "\\u0050recompiled"))
+    with pytest.raises(UnsupportedError, match="a compiled table"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_text_at_which_a_rule_gives_up(tmp_path: Path) -> None:
+    """A regular expression that goes back without end is stopped by the package, with a panic."""
+    tiny_tokenizer_json(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    rule = step("Split", pattern={"Regex": "((a|b| )+)+$c"}, behavior="Isolated", invert=False)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": rule}))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(FormatError, match="no tokens for this text"):
+        tokenizer.encode("a b " * 100)
+    assert tokenizer.encode("a")  # and it goes on
+
+
+def test_metadata_that_a_caller_made() -> None:
+    for key, value in (
+        ("model", np.array([1, 2])),
+        ("eos_token_id", np.array([1, 2])),
+        ("scores", [1e300] * 269),
+    ):
+        with pytest.raises((FormatError, UnsupportedError), match=key):
+            tokenizer_from_gguf(tiny_sentencepiece() | {TOKENIZER + key: value})
