@@ -12,10 +12,15 @@ import json
 import math
 import re
 import struct
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from conftest import ReadCount
 
 from tinyllm.chat import ChatTemplate, template_from_directory
 from tinyllm.config import config_from_gguf
@@ -27,6 +32,22 @@ from tinyllm.loaders.safetensors import read_safetensors
 from tinyllm.modelfiles import read_model
 
 CORPUS = Path(__file__).parent / "corpus"
+
+
+@contextmanager
+def bounded(reads: ReadCount, n_bytes: int) -> Iterator[None]:
+    """What happens inside costs work and memory in proportion to the `n_bytes` of the files."""
+    before, start = reads.n_bytes, time.process_time()
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert reads.n_bytes - before <= 3 * n_bytes + 4096  # the JSON files are read by two readers
+    assert peak < 100 * n_bytes + (1 << 20)  # the interpreter's own caches and imports
+    assert time.process_time() - start < 2
+
 
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
 CODES = {U8: "<B", U32: "<I", I32: "<i", F32: "<f", BOOL: "<B", U64: "<Q"}

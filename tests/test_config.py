@@ -327,6 +327,12 @@ def test_rope_freqs_tensor() -> None:
     for absurd in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(FormatError, match="RoPE factor"):
             from_gguf({**TENSORS, "rope_freqs.weight": Values([absurd] * 8)})
+    longrope = {f"rope_factors_{length}.weight": Values([1e30] * 8) for length in ("long", "short")}
+    with pytest.raises(FormatError, match="RoPE factor"):  # their product is past float32
+        from_gguf(
+            {**TENSORS, **longrope, "rope_freqs.weight": Values([1e30] * 8)},
+            rope__scaling__original_context_length=1024,
+        )
 
 
 def test_longrope_of_gguf() -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import struct
 import time
-import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +23,17 @@ from helpers_hostile import (
     File,
     T,
     array,
+    bounded,
     encode,
+    safetensors_bytes,
     scalar,
     seeds,
     tiny_directory,
     tiny_gguf,
     try_out,
 )
+from hypothesis import given, settings
+from strategies import damaged, directories, gguf_files, safetensors_files
 from test_tokenizer import tiny_sentencepiece, tiny_tokenizer_json
 
 import tinyllm
@@ -59,21 +61,6 @@ def test_seeds(name: str, tmp_path: Path) -> None:
 def test_corpus(path: Path, tmp_path: Path) -> None:
     """Files that a fuzzer made of them, one for each behaviour it found."""
     try_out(path.parent.name, path.read_bytes(), tmp_path)
-
-
-@contextmanager
-def bounded(reads: ReadCount, n_bytes: int) -> Iterator[None]:
-    """What happens inside costs work and memory in proportion to the `n_bytes` of the files."""
-    before, start = reads.n_bytes, time.process_time()
-    tracemalloc.start()
-    try:
-        yield
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert reads.n_bytes - before <= 3 * n_bytes + 4096  # the JSON files are read by two readers
-    assert peak < 100 * n_bytes + (1 << 20)  # the interpreter's own caches and imports
-    assert time.process_time() - start < 2
 
 
 def write_directory(folder: Path, **files: bytes | dict[str, Any] | None) -> Path:
@@ -239,6 +226,31 @@ def test_experts_by_the_million_in_a_directory(tmp_path: Path, reads: ReadCount)
         read_model(folder)
 
 
+def test_a_weight_that_is_there_twice(tmp_path: Path) -> None:
+    """Under two names, and as a matrix of its own beside the one that holds several."""
+    shapes = {"model.norm.weight": [4], "language_model.model.norm.weight": [4]}
+    folder = write_directory(tmp_path / "model", model__safetensors=safetensors_bytes(shapes))
+    with pytest.raises(FormatError, match=r"both hold 'model\.norm\.weight'"):
+        read_model(folder)
+    layer = "model.layers.0.self_attn."
+    shapes = {f"{layer}qkv_proj.weight": [12, 4], f"{layer}q_proj.weight": [4, 4]}
+    phi = TINY_CONFIG | {"model_type": "phi3", "pad_token_id": 0}
+    write_directory(folder, config=phi, model__safetensors=safetensors_bytes(shapes))
+    with pytest.raises(FormatError, match=r"both hold '.*q_proj\.weight'"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"])
+@pytest.mark.parametrize("shape", [[], [2], [3]])
+def test_a_stack_of_experts_that_is_none(name: str, shape: list[int], tmp_path: Path) -> None:
+    sizes = {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1}
+    sizes |= {"num_key_value_heads": 2}
+    raw = safetensors_bytes({f"model.layers.0.mlp.experts.{name}": shape})
+    folder = write_directory(tmp_path / "model", config=TINY_CONFIG | sizes, model__safetensors=raw)
+    with pytest.raises(FormatError, match=r"(?s)the tensors do not fit.*is missing"):
+        read_model(folder)
+
+
 def test_a_snapshot_of_links(tmp_path: Path) -> None:
     """A Hugging Face cache: a folder of links to blobs named by hash, siblings sought beside the links."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abc"
@@ -319,6 +331,7 @@ def step(type: str, **settings: Any) -> dict[str, Any]:
     return {"type": type, **settings}
 
 
+AB = {"a": 0, "b": 1, "ab": 2}
 BYTES = step("ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 TENFOLD = step("Replace", pattern={"String": "a"}, content="a" * 10)
 TEXT = {"Sequence": {"id": "A", "type_id": 0}}
@@ -353,7 +366,7 @@ TOKENIZER_JSON: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "pieces of nothing": ({"pre_tokenizer": step("FixedLength", length=0)}, "chunk size must be non-zero"),
     "a prefix longer than a merge": (
-        {"model": step("BPE", continuing_subword_prefix="éé", vocab=dict(a=0, b=1, ab=2), merges=["a b"])},
+        {"model": step("BPE", continuing_subword_prefix="éé", vocab=AB, merges=["a b"])},
         "not a tokenizer",
     ),
     "a wild id": ({"model": step("BPE", vocab={"a": 4294967295}, merges=[])}, "vocabulary of 4294967296 ids"),
@@ -401,3 +414,28 @@ def test_metadata_that_a_caller_made() -> None:
     ):
         with pytest.raises((FormatError, UnsupportedError), match=key):
             tokenizer_from_gguf(tiny_sentencepiece() | {TOKENIZER + key: value})
+
+
+# Whole models that lie in a few places, and damage
+
+KINDS = {"gguf": gguf_files(), "safetensors": safetensors_files(), "directory": directories()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_files(kind: str, tmp_path: Path, reads: ReadCount) -> None:
+    outcomes = {"": 0}
+
+    @settings(max_examples=150)
+    @given(damaged(KINDS[kind]))
+    def check(raw: bytes) -> None:
+        before, start = reads.n_bytes, time.process_time()
+        outcome = try_out(kind, raw, tmp_path)
+        outcomes[outcome and "refused"] = outcomes.get(outcome and "refused", 0) + 1
+        assert reads.n_bytes - before <= 6 * len(raw) + 4096  # of a GGUF three readers in turn
+        assert time.process_time() - start < 2
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+    assert outcomes[""] > 0
+    assert outcomes["refused"] > 0

@@ -741,7 +741,8 @@ def _head_dim(dim: int, n_heads: int) -> int | None:
 
 
 def _float32(factors: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(float(factor) for factor in factors.astype(np.float32))
+    with np.errstate(over="ignore"):  # the config refuses infinity
+        return tuple(float(factor) for factor in factors.astype(np.float32))
 
 
 def _check_scaling(factor: float, theta: float = 2.0, original: int = 1) -> None:

@@ -62,7 +62,8 @@ static void must(int condition, const char *what) {
 
 // A refusal says something.
 static int ok(tl_status status, const tl_message *message) {
-    if (status != TL_OK) must(message->text[0] && memchr(message->text, 0, sizeof message->text), "a refusal's sentence");
+    if (status != TL_OK)
+        must(message->text[0] && memchr(message->text, 0, sizeof message->text), "a refusal's sentence");
     return status == TL_OK;
 }
 
@@ -102,19 +103,22 @@ static tl_config small_config(input *in) {
 }
 
 static void upload(input *in) {
-    static const char *const names[] = {"embedding", "wq",         "wk",      "w_down",    "output_norm", "bq",
-                                        "w_gate.1",  "w_gate.9",   "router",  "w_up.",     "sinks",       "nothing",
-                                        "w_gate.-1", "b_router",   "w_up.0x", "b_down.2 ", "q_norm",      "w_up.99999999999999999999"};
+    static const char *const names[] = {
+        "embedding", "wq",       "wk",      "w_down",    "output_norm", "bq",
+        "w_gate.1",  "w_gate.9", "router",  "w_up.",     "sinks",       "nothing",
+        "w_gate.-1", "b_router", "w_up.0x", "b_down.2 ", "q_norm",      "w_up.99999999999999999999"};
     const tl_config c = small_config(in);
     tl_message message = {""};
     tl_model *model = NULL;
     must(ok(tl_model_create(&model, &c, &tl_backend_cpu, &message), &message), "a small model");
     const tl_format *from = any_format(in), *to = below(in, 2) ? from : any_format(in);
     const char *name = names[below(in, sizeof names / sizeof names[0])];
-    const int layer = (int)below(in, 4) - 1, rows = below(in, 2) ? 256 : (int)below(in, 300), with_order = !below(in, 3);
+    const int layer = (int)below(in, 4) - 1, rows = below(in, 2) ? 256 : (int)below(in, 300),
+              with_order = !below(in, 3);
     const int apart = from->id == 39 && below(in, 2), stride = 1 + (int)below(in, 2);
     int32_t *order = exactly((size_t)rows * sizeof *order);
-    for (int i = 0; i < rows; i++) order[i] = below(in, 64) ? (int32_t)below(in, (unsigned)(rows ? rows : 1)) : any_int(in);
+    for (int i = 0; i < rows; i++)
+        order[i] = below(in, 64) ? (int32_t)below(in, (unsigned)(rows ? rows : 1)) : any_int(in);
     // As many bytes as the largest of those weights needs with that stride.
     const size_t row_bytes = 256 / (size_t)from->block * (size_t)from->block_bytes, n_bytes = row_bytes * 512;
     const size_t blocks = 256 / 32 * 512;
@@ -165,31 +169,36 @@ static int size_like(input *in, int usual) {
 
 static void configure(input *in) {
     tl_config c = small_config(in);
-    int *sizes[] = {&c.n_layers,   &c.dim,     &c.n_heads,  &c.n_kv_heads, &c.head_dim,       &c.ff_dim,
-                    &c.vocab_size, &c.context, &c.rope_dim, &c.n_experts,  &c.n_experts_used, &c.parallel};
+    int *sizes[] = {&c.n_layers,       &c.dim,        &c.n_heads,    &c.n_kv_heads, &c.head_dim,
+                    &c.ff_dim,         &c.vocab_size, &c.context,    &c.rope_dim,   &c.n_experts,
+                    &c.n_experts_used, &c.parallel,   &c.query_span, &c.page_layers};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) *sizes[i] = size_like(in, *sizes[i]);
-    float *numbers[] = {&c.norm_eps,      &c.attention_scale, &c.rope_scale,     &c.attention_cap,
-                        &c.logit_cap,     &c.embedding_scale, &c.residual_scale, &c.logit_scale};
+    float *numbers[] = {&c.norm_eps,  &c.attention_scale, &c.rope_scale,     &c.attention_cap,
+                        &c.logit_cap, &c.embedding_scale, &c.residual_scale, &c.logit_scale};
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         if (!below(in, 4)) *numbers[i] = any_float(in);
     if (!below(in, 4)) take(in, &c.rope_theta, sizeof c.rope_theta);
     if (!below(in, 4)) take(in, &c.local_rope_theta, sizeof c.local_rope_theta);
+    if (!below(in, 4)) take(in, &c.query_growth, sizeof c.query_growth);
     c.norm_kind = (tl_norm_kind)size_like(in, 0);
     c.norm_place = (tl_norm_place)size_like(in, 0);
     c.activation = (tl_activation)size_like(in, 0);
     c.qk_norm = (tl_qk_norm)size_like(in, 0);
     const size_t layers = c.n_layers > 0 && c.n_layers <= 1 << 12 ? (size_t)c.n_layers : 0;
     const size_t pairs = c.rope_dim > 0 && c.rope_dim <= 1 << 12 ? (size_t)c.rope_dim / 2 : 0;
-    int32_t *windows = bytes_of(in, layers * 4), *ropes = bytes_of(in, layers * 4);
+    int32_t *windows = bytes_of(in, layers * 4), *ropes = bytes_of(in, layers * 4), *places = bytes_of(in, layers * 4);
+    for (size_t i = 0; i < layers; i++) places[i] = places[i] & 0x7f ? places[i] & 3 : places[i];
     for (size_t i = 0; i < layers; i++) ropes[i] = ropes[i] & 0x7f ? ropes[i] & 3 : ropes[i];
     for (size_t i = 0; i < layers; i++) windows[i] = windows[i] & 0x7f ? windows[i] & 0xff : windows[i];
     float *factors = bytes_of(in, pairs * 4);
     if (below(in, 2)) c.windows = windows;
     if (below(in, 2)) c.ropes = ropes;
+    if (below(in, 2)) c.places = places;
     if (!below(in, 4)) c.rope_factors = factors;
     tl_message message = {""};
     tl_model *model = NULL;
-    if ((int64_t)c.n_layers * c.n_experts < 1 << 16 && ok(tl_model_create(&model, &c, &tl_backend_cpu, &message), &message)) {
+    if ((int64_t)c.n_layers * c.n_experts < 1 << 16 &&
+        ok(tl_model_create(&model, &c, &tl_backend_cpu, &message), &message)) {
         must(!ok(tl_model_check(model, &message), &message), "an empty model lacks weights");
         tl_cache *cache = NULL;
         const int type = below(in, 4) ? (int[]){0, 1, 8}[below(in, 3)] : any_int(in), pages = size_like(in, 3);
@@ -211,6 +220,7 @@ static void configure(input *in) {
     }
     free(windows);
     free(ropes);
+    free(places);
     free(factors);
 }
 
@@ -225,18 +235,25 @@ static tl_model *runnable(tl_cache **cache) {
         c.n_experts = c.n_experts_used = 0;
         c.n_layers = 2;
         c.vocab_size = 40;
+        static const int32_t windows[2] = {0, 70}, places[2] = {0, 1}; // each layer has pages of its own
+        c.windows = windows;
+        c.places = places;
+        c.page_layers = 1;
         tl_message message = {""};
         must(ok(tl_model_create(&model, &c, &tl_backend_cpu, &message), &message), "a model");
-        static const char *const names[] = {"attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w_gate", "w_up", "w_down"};
+        static const char *const names[] = {"attention_norm", "wq",     "wk",   "wv",    "wo",
+                                            "ffn_norm",       "w_gate", "w_up", "w_down"};
         uint8_t *zeros = calloc(1, 1 << 20);
         const tl_source floats = {.format = tl_format_of(0), .fd = -1, .memory = zeros};
         const tl_source blocks = {.format = tl_format_of(8), .fd = -1, .memory = zeros};
         must(ok(tl_model_upload(model, "embedding", 0, &floats, floats.format, 1, &message), &message), "embedding");
-        must(ok(tl_model_upload(model, "output_norm", 0, &floats, floats.format, 1, &message), &message), "output norm");
+        must(ok(tl_model_upload(model, "output_norm", 0, &floats, floats.format, 1, &message), &message),
+             "output norm");
         for (int layer = 0; layer < 2; layer++)
             for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
                 const tl_source *source = names[i][0] == 'w' ? &blocks : &floats;
-                must(ok(tl_model_upload(model, names[i], layer, source, source->format, 1, &message), &message), names[i]);
+                must(ok(tl_model_upload(model, names[i], layer, source, source->format, 1, &message), &message),
+                     names[i]);
             }
         tl_model_tie(model);
         must(ok(tl_model_check(model, &message), &message), "all weights");
@@ -252,7 +269,7 @@ static void run(input *in) {
     tl_cache *cache;
     tl_model *model = runnable(&cache);
     tl_batch b = {.n = (int)below(in, 40), .n_sequences = 1 + (int)below(in, 3), .max_pages = 1 + (int)below(in, 4)};
-    const size_t n = (size_t)b.n, n_tables = (size_t)b.n_sequences * (size_t)b.max_pages;
+    const size_t n = (size_t)b.n, n_tables = (size_t)b.n_sequences * (size_t)model->n_tables * (size_t)b.max_pages;
     b.n_rows = (int)below(in, 5);
     int32_t *tokens = exactly(n * 4), *positions = exactly(n * 4), *sequences = exactly(n * 4);
     int32_t *tables = exactly(n_tables * 4), *rows = exactly((size_t)b.n_rows * 4);
@@ -298,10 +315,10 @@ static void sample(input *in) {
     int32_t *history = exactly((size_t)n_history * 4);
     for (int i = 0; i < n_history; i++) history[i] = below(in, 8) && n ? (int32_t)below(in, (unsigned)n) : any_int(in);
     tl_sampling s = {.temperature = 1, .top_p = 1, .typical_p = 1, .repetition_penalty = 1};
-    float *numbers[] = {&s.temperature,        &s.top_p,            &s.min_p,            &s.typical_p,
-                        &s.repetition_penalty, &s.presence_penalty, &s.frequency_penalty};
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
-        switch (below(in, 4)) {
+    float *numbers[] = {
+        &s.temperature,      &s.top_p, &s.min_p, &s.typical_p, &s.repetition_penalty, &s.presence_penalty,
+        &s.frequency_penalty};
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) switch (below(in, 4)) {
         case 0: *numbers[i] = any_float(in); break;
         case 1: *numbers[i] = (float)below(in, 1000) / 1000; break;
         default: break;

@@ -316,7 +316,10 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
     """
     row_of_family = family(config.architecture, source)
     if source == "hf":
-        tensors = {_unwrapped(name): info for name, info in tensors.items()}
+        unwrapped: dict[str, TensorInfo] = {}
+        for name, info in tensors.items():
+            _add(unwrapped, _unwrapped(name), info)
+        tensors = unwrapped
     if row_of_family.fused:
         tensors = _split_fused(tensors, config, source)
     if row_of_family.stacked and source == "hf":
@@ -361,6 +364,13 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
     return Weights(config, found, row_orders(config, source), minus_one)
 
 
+def _add(found: dict[str, TensorInfo], name: str, info: TensorInfo) -> None:
+    """Refuses what a file holds twice, whole and as a part or under two names."""
+    if name in found:
+        raise FormatError(f"{show(info.name)} and {show(found[name].name)} both hold {show(name)}")
+    found[name] = info
+
+
 def _unwrapped(name: str) -> str:
     return next((to + name[len(start) :] for start, to in _WRAPPED if name.startswith(start)), name)
 
@@ -381,12 +391,13 @@ def _split_fused(
             del found[name]
             row_bytes, first = whole.n_bytes // whole.shape[0], 0
             for (part, _), n in zip(parts, heights, strict=True):
-                found[f"{layer.format(i)}{part}.weight"] = replace(
+                rows = replace(
                     whole,
                     shape=(n, whole.shape[1]),
                     offset=whole.offset + first * row_bytes,
                     n_bytes=n * row_bytes,
                 )
+                _add(found, f"{layer.format(i)}{part}.weight", rows)
                 first += n
     return found
 
@@ -423,8 +434,8 @@ def _split_stacks(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dic
     found: dict[str, TensorInfo] = {}
     for name, stack in tensors.items():
         match = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up|down)_proj(_bias)?", name)
-        if not match or stack.shape[0] != config.n_experts:
-            found[name] = stack
+        if not match or len(stack.shape) < 2 or stack.shape[0] != config.n_experts:
+            _add(found, name, stack)
             continue
         prefix, part, bias = match.groups()
         kind = "bias" if bias else "weight"
@@ -435,10 +446,10 @@ def _split_stacks(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dic
             )
         for i, expert in enumerate(stack.parts()):
             if part == "down":
-                found[f"{prefix}{i}.down_proj.{kind}"] = expert
+                _add(found, f"{prefix}{i}.down_proj.{kind}", expert)
             else:
-                found[f"{prefix}{i}.gate_proj.{kind}"] = expert.every_other(0)
-                found[f"{prefix}{i}.up_proj.{kind}"] = expert.every_other(1)
+                _add(found, f"{prefix}{i}.gate_proj.{kind}", expert.every_other(0))
+                _add(found, f"{prefix}{i}.up_proj.{kind}", expert.every_other(1))
     return found
 
 

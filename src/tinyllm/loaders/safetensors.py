@@ -107,6 +107,8 @@ def _join_mxfp4(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
                 f"{tensor.path}: {show(stem)} has blocks of shape {blocks.shape} and scales of shape "
                 f"{scales.shape}; MXFP4 has 16 bytes and a scale a block"
             )
+        if stem in tensors:
+            raise FormatError(f"{tensor.path}: {show(stem)} is there whole and as {show(name)}")
         if kind == "blocks":
             shape = (*scales.shape[:-1], 32 * scales.shape[-1])
             joined[stem] = replace(blocks, name=stem, shape=shape, format=MXFP4, scales=scales)
