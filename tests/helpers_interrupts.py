@@ -22,7 +22,9 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _profile(self, frame: FrameType, event: str, _: Any) -> None:
-        if event in ("call", "c_return") and frame.f_code.co_filename in self._files:
+        # An expression that any() leaves early is called once more, to end it; no handler runs there.
+        is_ended = frame.f_code.co_name == "<genexpr>" and event == "call"
+        if event in ("call", "c_return") and frame.f_code.co_filename in self._files and not is_ended:
             self._place()
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:

@@ -1,15 +1,14 @@
 """Ctrl-C between any two steps of the engine and of the books about pages: nothing is lost, nobody waits for
-ever, and what comes after is right. With the mock model; tests/long/interrupts.py sends real signals."""
+ever, and what comes after is right. With the mock model; tests/long/signals.py sends real signals."""
 
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from helpers_engine import VOCAB, MockModel, MockPool, logits_after
+from helpers_engine import F32, VOCAB, MockModel, MockPool, logits_after
 from helpers_interrupts import Interrupts
 from test_engine import expected, generation, run, text
 
@@ -19,7 +18,7 @@ from tinyllm.engine import Engine, Job, _Call
 from tinyllm.kvcache import PAGE, KVCache
 
 FILES = {engine_module.__file__, kvcache.__file__}
-EVERY = int(os.environ.get("TINYLLM_INTERRUPT_EVERY", "97"))  # tests/long tries every place
+EVERY = 97  # of the places; tests/long/interrupts.py tries them all
 
 
 def make_engine(max_pages: int) -> Engine:
@@ -73,7 +72,10 @@ def sessions_and_a_stream(engine: Engine) -> None:
     stream.close()
 
 
-@pytest.mark.parametrize("work", [batch_of_groups, sessions_and_a_stream])
+WORKS: tuple[Callable[[Engine], None], ...] = (batch_of_groups, sessions_and_a_stream)
+
+
+@pytest.mark.parametrize("work", WORKS)
 def test_an_interrupt_anywhere_loses_no_page(work: Callable[[Engine], None]) -> None:
     engine = make_engine(6)
     places = Interrupts(FILES)
@@ -87,42 +89,79 @@ def test_an_interrupt_anywhere_loses_no_page(work: Callable[[Engine], None]) -> 
         check_after(engine)
 
 
-def test_an_interrupt_anywhere_harms_no_other_thread() -> None:
-    """The interrupted thread makes calls of the model for another, which goes on and gets all its logits."""
+def of_another_thread(at: int | None) -> int:
+    """A thread that is interrupted at a place makes calls of the model for another, which goes on and gets
+    all its logits. How many places there were.
+    """
     prompt = text(150, seed=3)
-    right = np.array([logits_after(prompt[: i + 1]) for i in range(150)])
-
-    def start() -> tuple[Engine, _Call]:
-        engine = make_engine(9)
-        call = _Call([Job(engine.sequence(prompt), first_row=0)])
-        engine._calls.append(call)
-        return engine, call
-
-    def work(engine: Engine) -> None:
-        run(engine, [[generation(engine, text(PAGE - 2), max_tokens=6)]])
-
-    engine, call = start()
-    places = Interrupts(FILES)
-    places.run(lambda: work(engine))
-    assert call.is_done
-    for at in range(1, places.n + 1, EVERY):
-        engine, call = start()
-        Interrupts(FILES, at).run(lambda engine=engine: work(engine))  # type: ignore[misc]
-        (job,), rows = call.jobs, []
-        while True:  # what the other thread does when its turn comes
-            for _ in range(9):
-                if call.is_done:
-                    break
-                with engine.cache.lock:
-                    engine._run()
-            else:
-                pytest.fail(f"interrupted at {at}: the other thread waits for ever")
-            assert job.logits is not None
-            rows.append(job.logits)
-            if job.is_done:
+    engine = make_engine(9)
+    call = _Call([Job(engine.sequence(prompt), first_row=0)])
+    engine._calls.append(call)
+    places = Interrupts(FILES, at)
+    places.run(lambda: run(engine, [[generation(engine, text(PAGE - 2), max_tokens=6)]]))
+    (job,), rows = call.jobs, []
+    while True:  # what the other thread does when its turn comes
+        for _ in range(9):
+            if call.is_done:
                 break
-            job.start()
-        np.testing.assert_array_equal(np.concatenate(rows), right)
-        engine._calls.remove(call)
-        del job, call
-        check_after(engine)
+            with engine.cache.lock:
+                engine._run()
+        else:
+            pytest.fail(f"interrupted at {at}: the other thread waits for ever")
+        assert job.logits is not None
+        rows.append(job.logits)
+        if job.is_done:
+            break
+        job.start()
+    np.testing.assert_array_equal(np.concatenate(rows), RIGHT)
+    engine._calls.remove(call)
+    del job, call
+    check_after(engine)
+    return places.n
+
+
+RIGHT = np.array([logits_after(text(150, seed=3)[: i + 1]) for i in range(150)])
+
+
+def test_an_interrupt_anywhere_harms_no_other_thread() -> None:
+    n_places = of_another_thread(None)
+    assert n_places > 500
+    for at in range(1, n_places + 1, EVERY):
+        of_another_thread(at)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_results_that_an_interrupt_lost_are_computed_again(nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interrupt comes after the pages were counted as written, before the logits were handed over."""
+    advance, calls = Job.advance, 0
+
+    def interrupted(job: Job, logits: F32) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            raise KeyboardInterrupt
+        advance(job, logits)
+
+    engine = make_engine(9)
+    prompt, job = text(150, seed=3), None
+    session = engine.sequence(prompt)
+    monkeypatch.setattr(Job, "advance", interrupted)
+    rows = []
+    while job is None or not job.is_done:
+        job = job or Job(session, first_row=0)
+        try:
+            engine.step([job])
+        except KeyboardInterrupt:
+            continue
+        assert job.logits is not None
+        rows.append(job.logits)
+    np.testing.assert_array_equal(np.concatenate(rows), RIGHT)
+    session.tokens.append(5)
+    calls = nth - 1  # the next one is lost, too
+    last = Job(session)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step([last])
+    assert session.n_pending == 0
+    engine.step([last])
+    assert last.logits is not None
+    np.testing.assert_array_equal(last.logits[-1], logits_after([*prompt, 5]))

@@ -93,11 +93,11 @@ def pipe(path: Path) -> None:
 
 
 CHANGES: list[tuple[Callable[[Path], object], type[errors.Error], str]] = [
-    (truncate, errors.FormatError, "could not be read: the file ends there"),
+    (truncate, errors.FormatError, "(could not be read: the file ends there|but the file has)"),
     (overwrite, errors.FormatError, "the file changed while it was read"),
     (replace, errors.FormatError, "the file changed while it was read"),
-    (lambda path: path.unlink(), errors.NotFoundError, "no such file any more"),
-    (pipe, errors.FormatError, "could not be read"),
+    (lambda path: path.unlink(), errors.NotFoundError, "no such file"),
+    (pipe, errors.Error, "(could not be read|not a regular file)"),
 ]
 
 

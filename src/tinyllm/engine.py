@@ -209,7 +209,7 @@ class _Call:
 
     @property
     def is_done(self) -> bool:
-        return True in [job.has_news for job in self.jobs]  # any() of a generator may lose an interrupt
+        return any(job.has_news for job in self.jobs)
 
 
 @dataclass
@@ -370,7 +370,7 @@ class Engine:
         def stop() -> bool:
             nonlocal stopped
             wishes = [part.job.wants_to_stop() for part in parts]
-            stopped = stopped or any(wishes) or True in [call.is_abandoned for call in calls]
+            stopped = stopped or any(wishes) or any(call.is_abandoned for call in calls)
             return stopped
 
         # Asking costs a layer its pause for the interpreter, so only where somebody could answer.
