@@ -11,6 +11,7 @@
 #include <chrono>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <pthread.h>
 #include <string>
 #include <thread>
@@ -258,9 +259,9 @@ struct Model {
         if (status != TL_OK) raise(status, message);
     }
 
-    Floats forward(Cache &cache, const py::object &tokens, const py::object &x, const Ints &positions,
-                   const Ints &sequences, const Ints &page_tables, const Ints &rows, int first_layer, int last_layer,
-                   bool logits, int threads, const py::object &should_stop) {
+    py::object forward(Cache &cache, const py::object &tokens, const py::object &x, const Ints &positions,
+                       const Ints &sequences, const Ints &page_tables, const Ints &rows, int first_layer,
+                       int last_layer, bool logits, int n_candidates, int threads, const py::object &should_stop) {
         std::shared_ptr<tl_model> model = (get(), p);
         std::shared_ptr<tl_cache> pages = (cache.get(), cache.p);
         const tl_config &config = model->config;
@@ -287,8 +288,20 @@ struct Model {
         batch.n_rows = static_cast<int>(rows.size());
         batch.rows = rows.data();
         batch.threads = threads;
-        auto out = array_of<Floats>({logits ? batch.n_rows : batch.n, logits ? config.vocab_size : config.dim});
-        (logits ? batch.logits : batch.activations) = out.mutable_data();
+        Floats out;
+        std::vector<tl_candidate> candidates;
+        py::array_t<double> totals;
+        if (n_candidates == 0) {
+            out = array_of<Floats>({logits ? batch.n_rows : batch.n, logits ? config.vocab_size : config.dim});
+            (logits ? batch.logits : batch.activations) = out.mutable_data();
+        } else {
+            const int most = std::clamp(n_candidates, 0, model->backend->most_candidates);
+            candidates.resize(static_cast<size_t>(batch.n_rows) * static_cast<size_t>(most));
+            totals = py::array_t<double>(batch.n_rows);
+            batch.n_candidates = n_candidates;
+            batch.candidates = candidates.data();
+            batch.totals = totals.mutable_data();
+        }
         Watch watch{should_stop, on_main_thread()};
         batch.stop = Watch::ask;
         batch.stop_data = &watch;
@@ -300,7 +313,14 @@ struct Model {
         }
         if (watch.raised) throw py::error_already_set();
         if (status != TL_OK) raise(status, message);
-        return out;
+        if (n_candidates == 0) return std::move(out);
+        Ints ids({batch.n_rows, n_candidates});
+        Floats largest({batch.n_rows, n_candidates});
+        for (size_t i = 0; i < candidates.size(); i++) {
+            ids.mutable_data()[i] = candidates[i].token;
+            largest.mutable_data()[i] = candidates[i].logit;
+        }
+        return py::make_tuple(ids, largest, totals);
     }
 
     Floats unpack(const std::string &name, int layer) {
@@ -387,7 +407,8 @@ Bytes convert(const Bytes &data, int source_format, int format, size_t rows, siz
 
 py::tuple sample(const Floats &logits, float temperature, int top_k, float top_p, float min_p, float typical_p,
                  float repetition_penalty, float presence_penalty, float frequency_penalty, const Ints &bias_tokens,
-                 const Floats &bias, const Ints &history, uint64_t seed, uint64_t position) {
+                 const Floats &bias, const Ints &history, uint64_t seed, uint64_t position,
+                 const std::optional<double> &total) {
     if (bias_tokens.size() != bias.size()) raise_argument("bias_tokens and bias must be of one length");
     tl_sampling sampling{temperature,
                          top_k,
@@ -408,21 +429,21 @@ py::tuple sample(const Floats &logits, float temperature, int top_k, float top_p
     {
         Released released;
         status = tl_sample(&sampled, logits.data(), n, &sampling, history.data(), static_cast<int>(history.size()),
-                           seed, position, scratch.get(), &message);
+                           seed, position, total ? &*total : nullptr, scratch.get(), &message);
     }
     if (status != TL_OK) raise(status, message);
     return py::make_tuple(sampled.token, sampled.logprob);
 }
 
-py::tuple top_logprobs(const Floats &logits, int k) {
+py::tuple top_logprobs(const Floats &logits, int k, const std::optional<double> &total) {
     int n = static_cast<int>(logits.size());
     if (k < 0 || k > n) raise_argument("k must be in 0.." + std::to_string(n));
     Ints tokens(k);
     Floats logprobs(k);
     std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n)]); // uninitialized on purpose: it is large
     tl_message message;
-    tl_status status =
-        tl_top_logprobs(tokens.mutable_data(), logprobs.mutable_data(), k, logits.data(), n, scratch.get(), &message);
+    tl_status status = tl_top_logprobs(tokens.mutable_data(), logprobs.mutable_data(), k, logits.data(), n,
+                                       total ? &*total : nullptr, scratch.get(), &message);
     if (status != TL_OK) raise(status, message);
     return py::make_tuple(tokens, logprobs);
 }
@@ -484,7 +505,10 @@ PYBIND11_MODULE(_core, m) {
         .def("check", &Model::check)
         .def("forward", &Model::forward, py::arg("cache"), py::arg("tokens"), py::arg("x"), py::arg("positions"),
              py::arg("sequences"), py::arg("page_tables"), py::arg("rows"), py::arg("first_layer"),
-             py::arg("last_layer"), py::arg("logits"), py::arg("threads"), py::arg("should_stop"))
+             py::arg("last_layer"), py::arg("logits"), py::arg("n_candidates"), py::arg("threads"),
+             py::arg("should_stop"))
+        .def_property_readonly("most_candidates",
+                               [](const Model &model) { return model.get()->backend->most_candidates; })
         .def("unpack", &Model::unpack, py::arg("name"), py::arg("layer"))
         .def("observe", &Model::observe, py::arg("name"), py::arg("layer"))
         .def("cache", &Model::cache, py::arg("type"), py::arg("max_pages"))
@@ -499,8 +523,8 @@ PYBIND11_MODULE(_core, m) {
     m.def("sample", &sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
           py::arg("min_p"), py::arg("typical_p"), py::arg("repetition_penalty"), py::arg("presence_penalty"),
           py::arg("frequency_penalty"), py::arg("bias_tokens"), py::arg("bias"), py::arg("history"), py::arg("seed"),
-          py::arg("position"));
-    m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"));
+          py::arg("position"), py::arg("total") = py::none());
+    m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"), py::arg("total") = py::none());
     m.def("logprob", &logprob, py::arg("logits"), py::arg("token"));
     m.def("random", &tl_random, py::arg("seed"), py::arg("position"));
     m.def("read_bandwidth", &read_bandwidth, py::arg("n_bytes"), py::arg("threads"), py::arg("repetitions"));

@@ -120,7 +120,11 @@ tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_
     if (b->first_layer < 0 || b->first_layer > b->last_layer || b->last_layer > c->n_layers)
         return tl_fail(message, TL_ARGUMENT, "layers %d to %d are not in 0..%d", b->first_layer, b->last_layer,
                        c->n_layers);
-    if (b->logits && b->last_layer != c->n_layers)
+    if (b->n_candidates < 0 || b->n_candidates > model->backend->most_candidates || b->n_candidates > c->vocab_size ||
+        (b->n_candidates && b->n_rows > 64))
+        return tl_fail(message, TL_ARGUMENT, "%d candidates of %d rows, not 0..%d of 64 at most", b->n_candidates,
+                       b->n_rows, model->backend->most_candidates);
+    if ((b->logits || b->n_candidates) && b->last_layer != c->n_layers)
         return tl_fail(message, TL_ARGUMENT, "logits come after layer %d, not after %d", c->n_layers, b->last_layer);
     if (!b->tokens == !b->x) return tl_fail(message, TL_ARGUMENT, "give either token ids or activations");
     if (b->threads < 1 || b->threads > TL_MAX_THREADS)

@@ -25,7 +25,7 @@ static tl_status forward(tl_model *model, tl_cache *cache, const tl_batch *batch
         if (!model->config.parallel) be->norm_glu(run, l);
         be->linear_add(run, run->hidden, &layer->w_down, &layer->ffn_post_norm);
     }
-    if (batch->logits) be->norm_linear(run, &model->output_norm, &model->output);
+    if (batch->logits || batch->n_candidates) be->norm_linear(run, &model->output_norm, &model->output);
     return be->end(run, message);
 }
 

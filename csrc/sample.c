@@ -252,6 +252,11 @@ static tl_status check(int n, const tl_sampling *s, const int32_t *history, int 
     return TL_OK;
 }
 
+static tl_status check_total(const double *total, tl_message *message) {
+    if (!total || isfinite(*total)) return TL_OK;
+    return tl_fail(message, TL_ARGUMENT, "among the logits is NaN or +inf, or all are -inf: leave a token to choose");
+}
+
 static int penalizes(const tl_sampling *s) {
     return s->repetition_penalty != 1 || s->presence_penalty != 0 || s->frequency_penalty != 0;
 }
@@ -369,8 +374,10 @@ static int32_t first_of(const float *x, const float *block_max, float value) {
 }
 
 tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampling *sampling, const int32_t *history,
-                    int n_history, uint64_t seed, uint64_t position, void *scratch, tl_message *message) {
+                    int n_history, uint64_t seed, uint64_t position, const double *total, void *scratch,
+                    tl_message *message) {
     tl_status status = check(n, sampling, history, n_history, message);
+    if (!status) status = check_total(total, message);
     if (status) return status;
     workspace w = workspace_in(scratch, n);
     const float *x = logits;
@@ -387,19 +394,21 @@ tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampli
     }
     out->token = sampling->temperature > 0 ? draw(&w, x, n, max, sampling, tl_random(seed, position))
                                            : first_of(x, w.block_max, max);
-    out->logprob = (float)((double)logits[out->token] - (double)own_max - log_positive(exp_sum(logits, n, own_max)));
+    out->logprob = (float)((double)logits[out->token] - (double)own_max -
+                           log_positive(total ? *total : exp_sum(logits, n, own_max)));
     return TL_OK;
 }
 
-tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, void *scratch,
-                          tl_message *message) {
+tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, const double *total,
+                          void *scratch, tl_message *message) {
     float max;
     if (n <= 0) return tl_fail(message, TL_ARGUMENT, "there are %d logits, expected at least 1", n);
     if (k < 1 || k > n) return tl_fail(message, TL_ARGUMENT, "top_logprobs is %d, expected 1 to %d", k, n);
     workspace w = workspace_in(scratch, n);
-    tl_status status = scan_checked(&max, logits, n, w.block_max, "", message);
+    tl_status status = check_total(total, message);
+    if (!status) status = scan_checked(&max, logits, n, w.block_max, "", message);
     if (status) return status;
-    double log_total = log_positive(exp_sum(logits, n, max));
+    double log_total = log_positive(total ? *total : exp_sum(logits, n, max));
     gather(&w, logits, n, kth_threshold(&w, n, k));
     for (int i = 0; i < k; i++) {
         tokens[i] = w.ids[i];

@@ -258,6 +258,11 @@ void tl_cache_free(tl_cache *cache);
 // tokens, each with its position and its sequence. A sequence's tokens stand together, in order, without
 // gaps; sequences ascend. They enter as ids (tokens) or as activations (x), pass layers [first_layer,
 // last_layer), and leave as logits for the chosen rows (last_layer == n_layers) and/or as activations.
+typedef struct tl_candidate {
+    int32_t token;
+    float logit;
+} tl_candidate;
+
 typedef struct tl_batch {
     int n;
     const int32_t *tokens;    // [n], or NULL
@@ -272,7 +277,11 @@ typedef struct tl_batch {
     int n_rows;
     const int32_t *rows; // [n_rows] indices into the n tokens, for the logits
     float *logits;       // [n_rows, vocab_size], or NULL
-    float *activations;  // [n, dim], or NULL
+    // > 0: so many of each row's largest instead, at most the backend's most_candidates and of 64 rows at most.
+    int n_candidates;
+    tl_candidate *candidates; // [n_rows, n_candidates] the largest first, of equal ones the lower token
+    double *totals;     // [n_rows] the sum of e^(logit - largest) over all logits; not finite where one is no logit
+    float *activations; // [n, dim], or NULL
     int threads;
     int (*stop)(void *); // asked before each layer; non-zero cancels; or NULL
     void *stop_data;
@@ -294,6 +303,7 @@ struct tl_run {
 
 struct tl_backend {
     const char *name;
+    int most_candidates;            // that a call may ask for instead of logits; 0: it has logits alone
     void *(*alloc)(size_t n_bytes); // zeroed
     void (*free)(void *block);
     tl_status (*clear)(void *to, size_t n_bytes);
@@ -374,14 +384,16 @@ typedef struct tl_sampled {
 // Chooses the next token. logits [n] are left as they are. history [n_history]: the tokens penalties look at.
 // The draw depends on (seed, position) only. scratch: tl_sample_scratch(n) bytes, aligned to 4; what they
 // hold does not matter. A logit of -inf is a masked token. NaN or +inf among the logits, or nothing but -inf,
-// is TL_ARGUMENT.
+// is TL_ARGUMENT. total: logits are only the largest of a row, in order, and this is the row's sum (tl_batch); NULL: they
+// are all. The largest top_k + 1 (of greedy choice: 1) give the same as all, if nothing is biased or penalized.
 size_t tl_sample_scratch(int n);
 tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampling *sampling, const int32_t *history,
-                    int n_history, uint64_t seed, uint64_t position, void *scratch, tl_message *message);
+                    int n_history, uint64_t seed, uint64_t position, const double *total, void *scratch,
+                    tl_message *message);
 // The k most likely tokens of the model's own distribution, most likely first (ties: lower id first): tokens
 // [k], logprobs [k], 1 <= k <= n. Errors and scratch as above.
-tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, void *scratch,
-                          tl_message *message);
+tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, const double *total,
+                          void *scratch, tl_message *message);
 // Uniform in [0, 1) from a counter-based generator.
 double tl_random(uint64_t seed, uint64_t position);
 // log softmax at one token; NaN where tl_sample would refuse the logits.

@@ -153,7 +153,18 @@ static void norm_glu(tl_run *run, int layer) {
     products(r, a, run->x, NULL, &w->ffn_norm, w->w_up.k, r->shape.n, in_block(r, 4 * N_TOKENS), 0);
 }
 
-// Recorded: all rows (they are few); end fetches them. Else: some rows at a time, fetched at once.
+// Of the rows of logits just computed, LOGIT_ROWS at most.
+static void candidates(cuda_run *r, int n) {
+    const int vocabulary = r->base.model->config.vocab_size, k = r->base.batch->n_candidates;
+    const candidate_arguments c = {r->logits,    in_block(r, 4 * N_ROWS), vocabulary, k, r->best, r->result,
+                                   r->sum_parts, r->row_arrived};
+    const int pieces = n_sorted(vocabulary);
+    launch(r, sort_pieces, {pieces, n, 1}, BLOCK_THREADS, SORT_PIECE * sizeof(uint64_t), true, c);
+    launch(r, merge_pieces, {n, 1, 1}, BLOCK_THREADS, (size_t)power_from(pieces * k) * sizeof(uint64_t), true, c);
+    launch(r, sum_exponentials, {n_summed(vocabulary), n, 1}, BLOCK_THREADS, SUM_PIECE * sizeof(float) + 16, true, c);
+}
+
+// Recorded: all rows (they are few); end fetches them. Else: some rows at a time, fetched at once. Candidates: end does.
 static void norm_linear(tl_run *run, const tl_norm *norm, const tl_matrix *w) {
     cuda_run *r = run_of(run);
     const tl_batch *b = run->batch;
@@ -165,7 +176,9 @@ static void norm_linear(tl_run *run, const tl_norm *norm, const tl_matrix *w) {
         const int left = b->n_rows - first, n = r->recording ? r->shape.n_rows : left < LOGIT_ROWS ? left : LOGIT_ROWS;
         products(r, a, run->x, in_block(r, r->at.rows), norm, w->k, n, in_block(r, 4 * N_ROWS), first);
         const size_t vocabulary = (size_t)w->rows;
-        if (!r->recording && !r->error)
+        if (b->n_candidates)
+            candidates(r, n);
+        else if (!r->recording && !r->error)
             r->error = gpu_copy_out(r->device->stream, b->logits + (size_t)first * vocabulary, r->logits,
                                     (size_t)n * vocabulary * sizeof(float));
     }
@@ -320,6 +333,9 @@ static tl_status begin_call(gpu *d, tl_run **run, tl_model *model, tl_cache *cac
         error = gpu_wait(d->stream);
         if (error) return gpu_fail(d, error, "the call before", message);
     }
+    if (n_sorted(model->config.vocab_size) * b->n_candidates > MOST_MERGED)
+        return tl_fail(message, TL_UNSUPPORTED, "%d candidates of %d logits are too many; ask for logits",
+                       b->n_candidates, model->config.vocab_size);
     r->open = true;
     r->recording = false;
     r->error = 0;
@@ -362,18 +378,30 @@ static tl_status end_call(tl_run *run, tl_message *message) {
             r->error = gpu_run(d->stream, graph);
         }
     }
-    const size_t n_bytes = (size_t)b->n_rows * (size_t)run->model->config.vocab_size * sizeof(float);
-    const bool fetch = r->record && b->logits && b->n_rows > 0;
+    const size_t k = (size_t)b->n_candidates, row_bytes = k ? (1 + k) * 8 : (size_t)run->model->config.vocab_size * 4;
+    const size_t n_bytes = (size_t)b->n_rows * row_bytes;
+    const bool fetch = b->n_rows > 0 && (k || (r->record && b->logits));
     bool changed;
-    if (fetch && !r->error) r->error = grow(&r->host_logits, &r->host_logits_bytes, n_bytes, true, &changed);
-    if (fetch && !r->error) r->error = gpu_copy_out(d->stream, r->host_logits, r->logits, n_bytes);
+    if (fetch && !r->error) r->error = grow(&r->fetched, &r->fetched_bytes, n_bytes, true, &changed);
+    if (fetch && !r->error)
+        r->error = gpu_copy_out(d->stream, r->fetched, k ? (void *)r->result : (void *)r->logits, n_bytes);
     if (b->activations && !r->error)
         r->error = gpu_copy_out(d->stream, b->activations, run->x,
                                 (size_t)b->n * (size_t)run->model->config.dim * sizeof(float));
     const int waited = gpu_wait(d->stream);
     if (!r->error) r->error = waited;
     if (r->error) return gpu_fail(d, r->error, "a call", message);
-    if (fetch) memcpy(b->logits, r->host_logits, n_bytes);
+    if (fetch && !k) memcpy(b->logits, r->fetched, n_bytes);
+    for (size_t i = 0; fetch && k && i < (size_t)b->n_rows; i++) {
+        const uint64_t *row = (const uint64_t *)(const void *)(r->fetched + i * row_bytes);
+        memcpy(b->totals + i, row, sizeof *b->totals);
+        for (size_t j = 0; j < k; j++) {
+            tl_candidate *c = b->candidates + i * k + j;
+            const uint32_t bits = candidate_bits(row[1 + j]);
+            c->token = (int32_t)(uint32_t)row[1 + j];
+            memcpy(&c->logit, &bits, sizeof c->logit);
+        }
+    }
     return TL_OK;
 }
 
@@ -415,6 +443,7 @@ template <int I> struct on_device {
         static const tl_backend made = [] {
             tl_backend t = {}; // an operation that is not named here is one this backend lacks
             t.name = "cuda";
+            t.most_candidates = MOST_CANDIDATES;
             t.alloc = alloc;
             t.free = free;
             t.clear = clear;
@@ -483,6 +512,9 @@ static tl_status set_up(int device, tl_message *message) {
     if (!error) error = gpu_allow_shared(product<TOKENS, true>, d->shared_block);
     if (!error) error = gpu_allow_shared(attend, d->shared_block);
     if (!error) error = gpu_allow_shared(prepare, d->shared_block);
+    if (!error) error = gpu_allow_shared(sort_pieces, d->shared_block);
+    if (!error) error = gpu_allow_shared(merge_pieces, d->shared_block);
+    if (!error) error = gpu_allow_shared(sum_exponentials, d->shared_block);
     if (!error) error = gpu_allow_shared(store_kv, d->shared_block);
     if (!error) error = gpu_allow_shared(embed, d->shared_block);
     for (int i = 0; i < n_quantized_formats && !error; i++) {

@@ -16,10 +16,10 @@
 struct call_shape {
     int n, n_segments, n_rows; // rounded up
     bool stores;               // every sequence has one token
-    int cache_type;
+    int cache_type, n_candidates;
     bool operator<(const call_shape &o) const {
-        return std::tie(n, n_segments, n_rows, stores, cache_type) <
-               std::tie(o.n, o.n_segments, o.n_rows, o.stores, o.cache_type);
+        return std::tie(n, n_segments, n_rows, stores, cache_type, n_candidates) <
+               std::tie(o.n, o.n_segments, o.n_rows, o.stores, o.cache_type, o.n_candidates);
     }
 };
 
@@ -43,12 +43,16 @@ struct cuda_run {
     uint8_t *arena; // every buffer below, and base's
     size_t arena_bytes;
     int capacity, logit_rows, n_units, n_parts; // what the arena is for: tokens, rows, (tile, kv head)s, their splits
+    int candidates;                             // of a row
     float *k, *v, *cos, *sin, *logits, *partial;
     uint8_t *prepared; // activations of many tokens
     int *arrived;
+    uint64_t *best, *result; // candidates.cuh, of up to LOGIT_ROWS rows
+    float *sum_parts;
+    int *row_arrived;
     double *frequencies; // [rope_dim / 2]
-    float *host_logits;  // pinned
-    size_t host_logits_bytes;
+    uint8_t *fetched;    // pinned: logits, or candidates with their sums
+    size_t fetched_bytes;
     std::map<call_shape, gpu_graph> graphs;
     int n_tiles, tile_limit; // of this call: there are; there may be
     int n_splits;            // blocks that share a tile's segments
@@ -92,6 +96,11 @@ static size_t place_buffers(cuda_run *r, uint8_t *base) {
     activations a;
     PLACE(prepared, uint8_t, place_activations(&a, NULL, (int)n, widest, true, true));
     PLACE(arrived, int, (size_t)r->n_units * sizeof(int));
+    PLACE(row_arrived, int, LOGIT_ROWS * sizeof(int));
+    const size_t rows = r->candidates > 0 ? (size_t)r->logit_rows : 0, k = (size_t)r->candidates;
+    PLACE(best, uint64_t, rows *(size_t)n_sorted(c.vocab_size) * k * 8);
+    PLACE(result, uint64_t, rows * (1 + k) * 8);
+    PLACE(sum_parts, float, rows *(size_t)n_summed(c.vocab_size) * SUM_LANES * 4);
     PLACE(partial, float, (size_t)r->n_parts *partial_size(v_stride) * 4);
 #undef PLACE
     return used;
@@ -169,8 +178,12 @@ static int prepare_call(cuda_run *r) {
         if (n > longest) longest = n;
         if (t > 0 && b->sequences[t] == b->sequences[t - 1]) stores = false;
     }
-    r->shape = {round_up_to_power(b->n), round_up_to_power(longest), b->logits ? round_up_to_power(b->n_rows) : 0,
-                stores, r->base.cache->type};
+    r->shape = {round_up_to_power(b->n),
+                round_up_to_power(longest),
+                b->logits || b->n_candidates ? round_up_to_power(b->n_rows) : 0,
+                stores,
+                r->base.cache->type,
+                b->n_candidates};
     // Tiles: every sequence may begin one that is not full.
     const int tiles = r->shape.n * ((heads_a_kv_head(c) + TOKENS - 1) / TOKENS);
     const int units = tiles * c.n_kv_heads;
@@ -178,8 +191,8 @@ static int prepare_call(cuda_run *r) {
     r->n_splits = units < 4 * r->device->info.n_processors ? r->shape.n_segments : 1;
     const int parts = r->n_splits > 1 ? units * r->n_splits : 0;
     const int logit_rows = r->shape.n_rows < LOGIT_ROWS ? r->shape.n_rows : LOGIT_ROWS;
-    const bool fits =
-        r->shape.n <= r->capacity && units <= r->n_units && parts <= r->n_parts && logit_rows <= r->logit_rows;
+    const bool fits = r->shape.n <= r->capacity && units <= r->n_units && parts <= r->n_parts &&
+                      logit_rows <= r->logit_rows && b->n_candidates <= r->candidates;
     bool changed = !fits;
     int error = 0;
     if (!fits) { // it only grows, in each of its measures, so that recorded graphs keep their places
@@ -187,6 +200,7 @@ static int prepare_call(cuda_run *r) {
         r->n_units = units > r->n_units ? units : r->n_units;
         r->n_parts = parts > r->n_parts ? parts : r->n_parts;
         r->logit_rows = logit_rows > r->logit_rows ? logit_rows : r->logit_rows;
+        r->candidates = b->n_candidates > r->candidates ? b->n_candidates : r->candidates;
         forget_graphs(r);
         error = grow(&r->arena, &r->arena_bytes, place_buffers(r, NULL), false, &changed);
         if (error) {
@@ -195,6 +209,7 @@ static int prepare_call(cuda_run *r) {
         }
         place_buffers(r, r->arena);
         error = gpu_clear(r->device->stream, r->arrived, (size_t)r->n_units * sizeof(int));
+        if (!error) error = gpu_clear(r->device->stream, r->row_arrived, LOGIT_ROWS * sizeof(int));
     }
     r->at = block_of(r->shape, tiles);
     changed = false;
@@ -215,7 +230,7 @@ static void release_run(cuda_run *r) {
     if (r->block) gpu_free(r->block);
     if (r->host_block) gpu_free_pinned(r->host_block);
     if (r->frequencies) gpu_free(r->frequencies);
-    if (r->host_logits) gpu_free_pinned(r->host_logits);
+    if (r->fetched) gpu_free_pinned(r->fetched);
     delete r;
 }
 

@@ -4,6 +4,7 @@
 #define TINYLLM_CUDA_GPU_H
 
 #include "kernels/attention.cuh"
+#include "kernels/candidates.cuh"
 #include "kernels/embed.cuh"
 #include "kernels/pack.cuh"
 #include "kernels/product_many.cuh"

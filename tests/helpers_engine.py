@@ -90,6 +90,7 @@ class MockModel:
 
     def __init__(self, windows: tuple[int, ...] = (0,)) -> None:
         self.windows = windows
+        self.most_candidates = 0
         self.calls: list[int] = []  # tokens of each call
         self.n_layers_run = 0
         self.before_layer: Callable[[], None] = lambda: None

@@ -390,6 +390,93 @@ def test_everything_is_freed(host: Host, tmp_path: Path) -> None:
     assert host.live() == before
 
 
+# ---- what sampling needs, found on the device
+
+
+@pytest.fixture
+def chooser(host: Host, tmp_path: Path) -> Iterator[tinyllm.LLM]:
+    """A vocabulary of several pieces, each logit there twice, one of them a NaN's for a prompt of token 7."""
+    config = one_layer(hidden_size=64, intermediate_size=64, vocab_size=9000)
+    weights = random_weights(config, seed=3)
+    weights["lm_head.weight"][4500:] = weights["lm_head.weight"][:4500]
+    weights["model.embed_tokens.weight"][7] = np.nan
+    write_gguf(tmp_path / "model.gguf", config, weights)
+    with load(tmp_path / "model.gguf", context=100) as llm:
+        yield llm
+
+
+def test_candidates(chooser: tinyllm.LLM) -> None:
+    """Of few rows from a graph, of a long prompt's last, and in any order of equals the lower first."""
+    model = chooser.model
+    with pytest.raises(tinyllm.ArgumentError, match="gives 1 to 64"):
+        model.candidates([1], [0], [0], [[0]], rows=[0], n=65, cache=chooser._cache.pool)
+    pool = model.cache("f16", 4)
+    pool.grow(4)
+    for n_tokens, rows, n in ((3, [2, 0], 5), (3, [2, 1], 5), (3, [1], 64), (90, [89, 4, 4], 1)):
+        tokens, positions, zeros = (
+            np.arange(8, 8 + n_tokens),
+            np.arange(n_tokens),
+            np.zeros(n_tokens, np.int32),
+        )
+        call = (tokens, positions, zeros, [[0, 1]])
+        logits = model.forward(*call, rows=rows, cache=pool)
+        found = model.candidates(*call, rows=rows, n=n, cache=pool)
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :n]
+        np.testing.assert_array_equal(found.tokens, order)
+        np.testing.assert_array_equal(found.logits, np.take_along_axis(logits, order, 1))
+        sums = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True)).sum(axis=1)
+        np.testing.assert_allclose(found.totals, sums, rtol=1e-6)
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"temperature": 0, "top_logprobs": 9},
+        {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 1, "top_k": 3, "typical_p": 0.9, "top_logprobs": 20},
+        {"temperature": 1, "top_k": 1},
+    ],
+)
+def test_choosing_from_candidates_is_choosing_from_all(
+    options: dict[str, Any], chooser: tinyllm.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    find = chooser.model.candidates
+
+    def candidates(*arguments: Any, **named: Any) -> Any:
+        asked.append(named["n"])
+        return find(*arguments, **named)
+
+    monkeypatch.setattr(chooser.model, "candidates", candidates)
+    prompts = [[1, 2, 3], [4, 5]]
+    wanted = {"max_tokens": 6, "seed": 5, "logprobs": True, **options}
+    some = chooser(prompts, **wanted)
+    assert len(asked) >= 6
+    monkeypatch.setattr(backends.Model, "most_candidates", 0)
+    every = chooser(prompts, **wanted)
+    assert len(asked) < 12
+    for a, b in zip(some, every, strict=True):
+        assert (a.tokens, a.logprobs, a.top_logprobs) == (b.tokens, b.logprobs, b.top_logprobs)
+
+
+def test_no_number_among_candidates_is_said(chooser: tinyllm.LLM) -> None:
+    with pytest.raises(tinyllm.ArgumentError, match="NaN"):
+        chooser([7], max_tokens=1, temperature=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 0}, {"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.1}, {"processors": [lambda x, _: x]}],
+)
+def test_what_needs_all_logits_gets_them(
+    options: dict[str, Any], chooser: tinyllm.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chooser.model, "candidates", None)
+    assert len(chooser([1, 2], max_tokens=2, temperature=1, seed=1, **options).tokens) == 2
+
+
 # ---- races
 
 RACES = """
@@ -402,7 +489,7 @@ from helpers_models import random_weights
 from helpers_gguf import write_gguf
 
 path = Path(sys.argv[1])
-config = one_layer(max_position_embeddings=384, vocab_size=600)
+config = one_layer(max_position_embeddings=384, vocab_size=1100)
 for format, cache in (("Q4_0", "f16"), ("F16", "q8_0")):
     write_gguf(path, config, random_weights(config, seed=1), format=format)
     with tinyllm.load(path, device="cuda", cache_type=cache) as llm:
@@ -412,7 +499,9 @@ for format, cache in (("Q4_0", "f16"), ("F16", "q8_0")):
         for pieces in PIECES:
             positions = np.concatenate([np.arange(first, first + n) for first, n in pieces])
             sequences = np.repeat(np.arange(len(pieces)), [n for _, n in pieces])
-            llm.model.forward(positions, positions, sequences, tables, rows=[len(positions) - 1], cache=pool)
+            call = (positions, positions, sequences, tables)
+            llm.model.forward(*call, rows=[len(positions) - 1], cache=pool)
+            llm.model.candidates(*call, rows=[len(positions) - 1], n=5, cache=pool)
         pool.close()
 print("ran")
 """

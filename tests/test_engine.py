@@ -470,3 +470,24 @@ def test_mock_cancels_by_an_exception_of_its_own() -> None:
     zero = np.zeros(1, dtype=np.int32)
     with pytest.raises(Cancelled):
         model.forward(zero, zero, zero, zero[None, None], cache=pool, should_stop=lambda: True)
+
+
+def test_calls_are_kept_short_where_a_device_cannot_stop_within_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt begins with a small call; its speed decides about the next, slower ones make it smaller."""
+    clock = [0.0]
+    monkeypatch.setattr("tinyllm.engine.time.perf_counter", lambda: clock[0])
+    engine = make_engine()
+    engine = Engine(engine.model, engine.cache, vocab_size=VOCAB, call_s=0.05)
+    model: Any = engine.model
+    seconds_a_token = 0.0002
+
+    def before_layer() -> None:
+        clock[0] += model.calls[-1] * seconds_a_token / N_LAYERS
+
+    model.before_layer = before_layer
+    job = Job(engine.sequence(text(550)))
+    engine.step([job])
+    seconds_a_token = 0.01
+    while not job.is_done:
+        engine.step([job])
+    assert model.calls == [64, 192, 64, 64, 64, 64, 38]

@@ -174,6 +174,18 @@ def test_layers_may_be_run_apart(llm: tinyllm.LLM) -> None:
     pool.close()
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1, "top_k": 20, "top_logprobs": 9}])
+def test_choosing_on_the_device_is_choosing_from_all(
+    options: dict[str, Any], llm: tinyllm.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"max_tokens": 9, "seed": 5, "logprobs": True, **options}
+    some = llm([IDS[:9], IDS[:90]], **wanted)
+    assert llm.model.most_candidates == 64
+    monkeypatch.setattr(backends.Model, "most_candidates", 0)
+    for a, b in zip(some, llm([IDS[:9], IDS[:90]], **wanted), strict=True):
+        assert (a.tokens, a.logprobs, a.top_logprobs) == (b.tokens, b.logprobs, b.top_logprobs)
+
+
 # ---- manners
 
 

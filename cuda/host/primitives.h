@@ -27,7 +27,8 @@
 #define UNROLL_BY(n)
 #define KERNEL(threads, blocks) static void
 
-#define HOST_STACK_BYTES (256 << 10)
+#define HOST_STACK_BYTES   (256 << 10)
+#define HOST_ORDERED_BYTES 1024 // behind a block's shared memory: addresses that stand for its barriers
 
 // ---- what ThreadSanitizer is told ---------------------------------------------------------------------------------------
 
@@ -39,6 +40,7 @@ void AnnotateIgnoreReadsEnd(const char *file, int line);
 void AnnotateIgnoreWritesBegin(const char *file, int line);
 void AnnotateIgnoreWritesEnd(const char *file, int line);
 void __tsan_write_range(void *at, unsigned long n_bytes);
+void __tsan_read_range(void *at, unsigned long n_bytes);
 }
 struct host_aside { // what this file does for itself is no access of the kernel's
     host_aside() {
@@ -54,11 +56,13 @@ struct host_aside { // what this file does for itself is no access of the kernel
 #define HOST_RELEASE(at)        __tsan_release((void *)(at))
 #define HOST_ACQUIRE(at)        __tsan_acquire((void *)(at))
 #define HOST_WRITES(at, n_byte) __tsan_write_range(at, n_byte)
+#define HOST_READS(at, n_byte)  __tsan_read_range((void *)(at), n_byte)
 #else
 #define HOST_ASIDE              (void)0
 #define HOST_RELEASE(at)        (void)(at)
 #define HOST_ACQUIRE(at)        (void)(at)
 #define HOST_WRITES(at, n_byte) (void)0
+#define HOST_READS(at, n_byte)  (void)0
 #endif
 
 // ---- fibers -------------------------------------------------------------------------------------------------------------
@@ -86,7 +90,6 @@ struct host_warp {
     uint32_t slot[2][32][12]; // what lanes show each other, by parity
     int32_t sums[2][16][8];   // what the last of them made of it (mma)
     int arrived, generation;
-    char ordered[2]; // addresses that stand for a barrier, by its generation
 };
 
 struct host_block {
@@ -100,7 +103,8 @@ struct host_block {
     long idle;          // switches since something last happened
     unsigned long seed; // of the next random number; 0: the fibers go in order
     host_context home;
-    char ordered[2], ended[3], launched; // as in host_warp; the ends of launches, by turns; what was before a launch
+    uint8_t *ordered;        // addresses of barriers: the block's and each warp's, by turns
+    char ended[3], launched; // addresses of the ends of launches, by turns, and of all that was before one
     int n_launches;
     bool overlaps; // the launch may begin before the one in front has ended
 };
@@ -184,7 +188,7 @@ static inline uint8_t *shared_memory() { return host.shared.back().data(); }
 
 static inline void block_barrier() {
     const int generation = host.generation;
-    HOST_RELEASE(&host.ordered[generation % 2]);
+    HOST_RELEASE(host.ordered + generation % 2 * 8);
     {
         HOST_ASIDE;
         if (++host.arrived == host.n) {
@@ -194,7 +198,7 @@ static inline void block_barrier() {
         }
         while (host.generation == generation) host_switch(host_next(0, host.n));
     }
-    HOST_ACQUIRE(&host.ordered[generation % 2]);
+    HOST_ACQUIRE(host.ordered + generation % 2 * 8);
 }
 
 // The lanes of a warp come together, which orders nothing.
@@ -218,7 +222,7 @@ static inline void host_meet() {
 
 static inline void warp_barrier() {
     const host_warp &warp = host.warps[(size_t)warp_id()];
-    const char *ordered = &warp.ordered[warp.generation % 2];
+    const uint8_t *ordered = host.ordered + 16 + (warp_id() * 2 + warp.generation % 2) * 8;
     HOST_RELEASE(ordered);
     host_meet();
     HOST_ACQUIRE(ordered);
@@ -347,9 +351,10 @@ static inline void mma_f16(float c[4], const uint32_t a[4], uint32_t b0, uint32_
     for (int i = 0; i < 4; i++) c[i] = as_float((uint32_t)sums[lane_id() / 4 + i / 2 * 8][lane_id() % 4 * 2 + i % 2]);
 }
 
-// Where the copy ends is written at some time between its start and the wait: ThreadSanitizer is told of both ends.
+// It happens at some time between its start and the wait: ThreadSanitizer is told of both ends.
 static inline void copy_async(uint8_t *shared, const uint8_t *global) {
     HOST_WRITES(shared, 16);
+    HOST_READS(global, 16);
     HOST_ASIDE;
     host.fibers[(size_t)host.current].copies.back().push_back({shared, global});
 }
@@ -430,7 +435,8 @@ static inline void host_run(int nx, int ny, int nz, int threads, size_t shared_b
 #ifndef __SANITIZE_THREAD__
                     host.shared.clear(); // there every block has its own until the launch has ended
 #endif
-                    host.shared.emplace_back(shared_bytes, 0xff);
+                    host.shared.emplace_back(shared_bytes + HOST_ORDERED_BYTES, 0xff);
+                    host.ordered = host.shared.back().data() + shared_bytes;
                     host.left = threads;
                     host.arrived = host.generation = 0;
                     host.idle = 0;

@@ -301,6 +301,27 @@ def _core_config(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The largest logits of rows, and what a probability needs of the others: all that sampling with a top_k
+    below their number, or greedily, asks of a row, to the same bits.
+
+    tokens int32 and logits float32 [rows, n]: the largest first, of equal ones the lower token. totals
+    float64 [rows]: the sum over all tokens of e^(logit - largest), as csrc/sample.c adds it up; not finite
+    where a logit is NaN or +inf. An index picks rows, as of an array.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    logits: F32
+    totals: npt.NDArray[np.float64]
+
+    def __getitem__(self, rows: int | slice) -> Candidates:
+        return Candidates(self.tokens[rows], self.logits[rows], self.totals[rows])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
 class PagePool:
     """The memory of a KV cache: pages of 64 tokens, growing up to max_pages. Owned through kvcache.py."""
 
@@ -460,6 +481,50 @@ class Model:
         is not the model's last or `logits` is False, activations [n, dim]. Raises ArgumentError for what does
         not fit, CancelledError.
         """
+        found: F32 = self._forward(
+            tokens_or_x, positions, sequences, page_tables, rows, layers, logits, 0, cache, should_stop
+        )
+        return found
+
+    def candidates(
+        self,
+        tokens: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        sequences: npt.ArrayLike,
+        page_tables: npt.ArrayLike,
+        *,
+        rows: npt.ArrayLike,
+        n: int,
+        cache: PagePool,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Candidates:
+        """As `forward` through all layers, but of each of at most 64 rows only the n largest logits, so that
+        a vocabulary need not leave the device. n: 1 to most_candidates."""
+        if not 1 <= n <= self.most_candidates:
+            raise ArgumentError(f"{n} candidates asked for, {self.device} gives 1 to {self.most_candidates}")
+        found = self._forward(
+            tokens, positions, sequences, page_tables, rows, None, None, n, cache, should_stop
+        )
+        return Candidates(*found)
+
+    @property
+    def most_candidates(self) -> int:
+        """How many logits of a row the device finds by itself; 0: none."""
+        return self._core.most_candidates
+
+    def _forward(
+        self,
+        tokens_or_x: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        sequences: npt.ArrayLike,
+        page_tables: npt.ArrayLike,
+        rows: npt.ArrayLike | None,
+        layers: tuple[int, int] | None,
+        logits: bool | None,
+        n_candidates: int,
+        cache: PagePool,
+        should_stop: Callable[[], bool] | None,
+    ) -> Any:
         if not isinstance(cache, PagePool):
             raise TypeError(f"cache must be what `Model.cache` returns, not {type(cache).__name__}")
         position = _integers("positions", positions, 1)
@@ -488,6 +553,7 @@ class Model:
             between[0],
             between[1],
             between[1] == self.config.n_layers if logits is None else bool(logits),
+            n_candidates,
             self.threads,
             should_stop,
         )

@@ -9,6 +9,7 @@ llm.py, the interface.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -23,13 +24,16 @@ import numpy.typing as npt
 from .errors import ArgumentError, MemoryLimitError, ModelClosedError
 from .kvcache import KVCache, Sequence
 from .reasoning import Kind, Part, Plain, Splitter
-from .sampling import Sampled, StopStrings
+from .sampling import Candidates, Logits, Sampled, StopStrings
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 CHUNK = 512  # tokens of a call; more would only make it longer
+CALL_S = 0.05  # that a call may take on a device that cannot stop within one
+LEAST_CHUNK = 64  # tokens of a call there
 MAX_LOGITS_BYTES = 64 << 20  # of a call
+MOST_CHOSEN = 64  # rows whose candidates a call finds on the device
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,22 @@ class Model(Protocol):
         should_stop: Callable[[], bool] | None = None,
     ) -> F32: ...
 
+    @property
+    def most_candidates(self) -> int: ...
+
+    def candidates(
+        self,
+        tokens: npt.NDArray[Any],
+        positions: I32,
+        sequences: I32,
+        page_tables: I32,
+        *,
+        rows: I32,
+        n: int,
+        cache: Any,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Candidates: ...
+
 
 class Job:
     """A sequence to bring up to date, and what came of it in the last step.
@@ -59,10 +79,15 @@ class Job:
     """
 
     def __init__(
-        self, sequence: Sequence, *, first_row: int | None = None, cancel: Callable[[], bool] | None = None
+        self,
+        sequence: Sequence,
+        *,
+        first_row: int | None = None,
+        cancel: Callable[[], bool] | None = None,
+        n_candidates: int | None = None,
     ) -> None:
-        self.sequence = sequence
-        self.logits: F32 | None = None  # [rows, vocab_size], of the wanted tokens that the last step computed
+        self.sequence, self.n_candidates = sequence, n_candidates
+        self.logits: Any = None  # [rows, vocab_size], of the wanted tokens that the last step computed
         self.is_done = False  # all tokens are computed
         self.is_cancelled = False
         self.error: Exception | None = None  # why it cannot go on
@@ -83,7 +108,7 @@ class Job:
         """Forgets the last step."""
         self.logits, self.is_done, self._advanced = None, False, False
 
-    def advance(self, logits: F32) -> None:
+    def advance(self, logits: Logits) -> None:
         is_done, next_row = self.sequence.n_pending == 0, self._next_row
         if next_row is not None:
             next_row += len(logits)
@@ -130,10 +155,13 @@ class Generation:
     """
 
     sequence: Sequence | None
-    sampler: Callable[[F32, list[int], int], Sampled]
+    sampler: Callable[[Any, list[int], int], Sampled]
     stops: StopStrings
     text_of: Callable[[int | None], str]
     context: int
+    n_candidates: int | None = (
+        None  # of the largest logits, that are enough for the sampler; None: it needs all
+    )
     max_tokens: int | None = None
     eos_ids: frozenset[int] = frozenset()
     split: Splitter = field(default_factory=Plain)
@@ -148,8 +176,8 @@ class Generation:
     prompt_done: float | None = None  # when the prompt was computed
     ended: float | None = None
 
-    def accept(self, logits: F32) -> list[Piece]:
-        """Chooses the next token. logits float32 [vocab_size]. Returns what there is to show."""
+    def accept(self, logits: Logits) -> list[Piece]:
+        """Chooses the next token. logits: a row, as the sampler takes it. Returns what there is to show."""
         assert self.sequence is not None
         if self.prompt_done is None:
             self.prompt_done = time.perf_counter()
@@ -224,9 +252,21 @@ class _Part:
 class Engine:
     """One model with its cache, shared by any number of threads."""
 
-    def __init__(self, model: Model, cache: KVCache, *, vocab_size: int, chunk: int = CHUNK) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        *,
+        vocab_size: int,
+        chunk: int = CHUNK,
+        call_s: float = math.inf,
+    ) -> None:
+        """chunk: tokens of a call at most. call_s: seconds that a call should take at most; where given,
+        prompts go in chunks from LEAST_CHUNK up, as large as the last call's speed allows."""
         assert chunk <= cache.ahead
         self.model, self.cache = model, cache
+        self._most, self._call_s = chunk, call_s
+        chunk = min(chunk, LEAST_CHUNK) if call_s < math.inf else chunk
         self.is_closed = False
         self._chunk = chunk
         self._max_rows = max(1, MAX_LOGITS_BYTES // (4 * vocab_size))
@@ -301,7 +341,9 @@ class Engine:
 
         def start(generation: Generation) -> None:
             assert generation.sequence is not None
-            jobs[generation] = Job(generation.sequence, cancel=cancel)
+            wanted = [g.n_candidates for g in (generation, *siblings.get(generation, ()))]
+            n = None if None in wanted else max(n for n in wanted if n is not None)
+            jobs[generation] = Job(generation.sequence, cancel=cancel, n_candidates=n)
 
         try:
             for first in siblings:
@@ -376,7 +418,9 @@ class Engine:
         # Asking costs a layer its pause for the interpreter, so only where somebody could answer.
         asks = len(calls) > 1 or any(part.job._cancel is not None for part in parts)
         try:
+            started = time.perf_counter()
             logits = self._forward(parts, stop if asks else None) if parts else None
+            self._keep_short(sum(part.n for part in parts), time.perf_counter() - started)
         except Exception:
             if not stopped:
                 raise
@@ -387,6 +431,12 @@ class Engine:
                 start, end = end, end + part.n_rows
                 self.cache.commit(part.job.sequence, part.n)
                 part.job.advance(logits[start:end])
+
+    def _keep_short(self, n_tokens: int, seconds: float) -> None:
+        """Learns from a call how many tokens the next may have."""
+        if n_tokens >= LEAST_CHUNK and self._call_s < math.inf:
+            fitting = int(n_tokens * self._call_s / max(seconds, 1e-9)) // LEAST_CHUNK * LEAST_CHUNK
+            self._chunk = min(self._most, max(LEAST_CHUNK, fitting))
 
     def _admit(self, jobs: list[Job]) -> list[Job]:
         """The jobs that have all the pages they need, the oldest first. Raises nothing: a job that can
@@ -429,8 +479,16 @@ class Engine:
                 n_rows -= parts[-1].n_rows
         return parts
 
-    def _forward(self, parts: list[_Part], should_stop: Callable[[], bool] | None) -> F32:
-        """The logits of the wanted tokens, in the order of `parts`: float32 [rows, vocab_size]."""
+    def _n_candidates(self, parts: list[_Part]) -> int:
+        """How many of each row's logits are enough for all, where the device finds them by itself; else 0."""
+        wanted = [part.job.n_candidates for part in parts if part.n_rows]
+        n = max((n or 0 for n in wanted), default=0)
+        rows = sum(part.n_rows for part in parts)
+        return n if None not in wanted and n <= self.model.most_candidates and rows <= MOST_CHOSEN else 0
+
+    def _forward(self, parts: list[_Part], should_stop: Callable[[], bool] | None) -> Logits:
+        """The logits of the wanted tokens, in the order of `parts`: float32 [rows, vocab_size], or those that
+        are enough."""
         sequences = [part.job.sequence for part in parts]
         n = np.array([part.n for part in parts])
         starts = np.cumsum(n) - n
@@ -447,15 +505,15 @@ class Engine:
                 tables[i, k, : len(table)] = table
             rows.extend(range(here.stop - part.n_rows, here.stop))
         np.maximum(tables, 0, out=tables)  # what is GONE is not read, but must be a page
-        return self.model.forward(
-            tokens,
-            positions,
-            np.repeat(np.arange(len(parts), dtype=np.int32), n),
-            tables,
-            rows=np.array(rows, dtype=np.int32),
-            cache=self.cache.pool,
-            should_stop=should_stop,
-        )
+        given = (tokens, positions, np.repeat(np.arange(len(parts), dtype=np.int32), n), tables)
+        options: dict[str, Any] = {
+            "rows": np.array(rows, dtype=np.int32),
+            "cache": self.cache.pool,
+            "should_stop": should_stop,
+        }
+        if n_candidates := self._n_candidates(parts):
+            return self.model.candidates(*given, n=n_candidates, **options)
+        return self.model.forward(*given, **options)
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

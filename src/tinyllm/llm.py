@@ -23,7 +23,7 @@ from . import backends
 from .backends import CacheType
 from .chat import ChatTemplate, require
 from .config import GenerationDefaults, ModelConfig
-from .engine import CHUNK, Engine, FinishReason, Generation, Job, Piece
+from .engine import CALL_S, CHUNK, Engine, FinishReason, Generation, Job, Piece
 from .errors import ArgumentError, ContextError, MemoryLimitError, out_of_memory, size_text
 from .kvcache import PAGE, KVCache, Sequence, pages_held, root_key
 from .reasoning import Plain, Splitter, splitter, visible_ids
@@ -163,7 +163,8 @@ class LLM:
             max_unused=n_pages,
             free_bytes=model.free_memory,
         )
-        self._engine = Engine(model, self._cache, vocab_size=config.vocab_size)
+        call_s = math.inf if model.device == "cpu" else CALL_S  # the CPU stops between layers
+        self._engine = Engine(model, self._cache, vocab_size=config.vocab_size, call_s=call_s)
 
     @overload
     def __call__(
@@ -417,12 +418,14 @@ class LLM:
         self, params: SamplingParams, prompt: list[int], sequence: Sequence | None, reasoning: bool = False
     ) -> _Request:
         """params: resolved. sequence: holds the prompt; None: will be forked from the first of its group."""
+        sampler = Sampler(params, self.config.vocab_size)
         generation = Generation(
             sequence,
-            Sampler(params, self.config.vocab_size),
+            sampler,
             StopStrings(params.stop),
             self._text_stream(prompt[-1], reasoning),
             context=self.context,
+            n_candidates=sampler.n_candidates,
             max_tokens=params.max_tokens,
             eos_ids=self.eos_ids,
             split=self._splitter(prompt) if reasoning else Plain(),

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from . import backends
 from .errors import ArgumentError
 
+Candidates = backends.Candidates
+Logits = npt.NDArray[np.float32] | Candidates
 Processor = Callable[[npt.NDArray[np.float32], Sequence[int]], npt.NDArray[Any] | None]
 """`processor(logits, tokens)`: logits float32 [vocab_size], a writable copy; tokens so far, prompt included.
 Change the logits in place and return None, or return a new array [vocab_size]."""
@@ -199,14 +201,31 @@ class Sampler:
         penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
         self._penalizes = self._window != 0 and any(settings[name] != _DEFAULTS[name] for name in penalties)
 
-    def __call__(self, logits: npt.NDArray[np.float32], history: Sequence[int], position: int) -> Sampled:
+    @property
+    def n_candidates(self) -> int | None:
+        """How many of the largest logits are enough to choose as from all of them; None: all are needed."""
+        params = self.params
+        if params.processors or params.logit_bias or self._penalizes:
+            return None
+        if params.temperature == 0:
+            n = 1
+        elif params.top_k and params.top_k < self.vocab_size:
+            n = params.top_k + 1  # one more shows the core that top_k is not all
+        else:
+            return None
+        return min(max(n, params.top_logprobs), self.vocab_size)
+
+    def __call__(self, logits: Logits, history: Sequence[int], position: int) -> Sampled:
         """The next token.
 
-        logits: float32 [vocab_size], left as they are; history: the tokens so far, prompt included; position:
-        the new token's, 0 or more. The random number is a function of (params.seed, position), nothing else.
+        logits: float32 [vocab_size], left as they are, or a row's n_candidates largest; history: the tokens
+        so far, prompt included; position: the new token's, 0 or more. The random number is a function of
+        (params.seed, position), nothing else.
         Raises ArgumentError for logits of another shape or dtype, for NaN or +inf among them, and where
         nothing is left to choose (all -inf).
         """
+        if isinstance(logits, Candidates):
+            return self._choose(logits, position)
         if logits.shape != (self.vocab_size,) or logits.dtype != np.float32:
             raise ArgumentError(
                 f"logits are {logits.dtype} {list(logits.shape)}, expected float32 [{self.vocab_size}]"
@@ -228,6 +247,25 @@ class Sampler:
             tokens, logprobs = backends.top_logprobs(logits, min(self.params.top_logprobs, self.vocab_size))
             top = list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
         return Sampled(int(token), float(logprob), top)
+
+    def _choose(self, row: Candidates, position: int) -> Sampled:
+        total = float(row.totals)
+        none = np.empty(0, dtype=np.int32)
+        i, logprob = backends.sample(
+            row.logits,
+            **self._settings,
+            bias_tokens=none,
+            bias=self._bias,
+            history=none,
+            position=position,
+            total=total,
+        )
+        top: list[tuple[int, float]] = []
+        if self.params.top_logprobs:
+            n = min(self.params.top_logprobs, self.vocab_size)
+            found, logprobs = backends.top_logprobs(row.logits, n, total)
+            top = list(zip(row.tokens[found].tolist(), logprobs.tolist(), strict=True))
+        return Sampled(int(row.tokens[i]), float(logprob), top)
 
     def _penalized(self, history: Sequence[int]) -> npt.NDArray[np.int32]:
         if not self._penalizes:

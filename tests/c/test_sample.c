@@ -23,7 +23,7 @@ static tl_status sample(tl_sampled *out, const float *logits, int n, tl_sampling
     void *scratch = malloc(tl_sample_scratch(n));
     float *own = malloc((size_t)n * sizeof(float));
     memcpy(own, logits, (size_t)n * sizeof(float));
-    tl_status status = tl_sample(out, own, n, &s, history, n_history, 1, position, scratch, message);
+    tl_status status = tl_sample(out, own, n, &s, history, n_history, 1, position, NULL, scratch, message);
     EXPECT(!memcmp(own, logits, (size_t)n * sizeof(float)));
     free(own);
     free(scratch);
@@ -63,7 +63,7 @@ static void every_size(void) {
             float *logprobs = malloc((size_t)k * sizeof(float));
             void *scratch = malloc(tl_sample_scratch(n));
             tl_message message;
-            EXPECT(tl_top_logprobs(tokens, logprobs, k, logits, n, scratch, &message) == TL_OK);
+            EXPECT(tl_top_logprobs(tokens, logprobs, k, logits, n, NULL, scratch, &message) == TL_OK);
             for (int j = 1; j < k; j++) EXPECT(logprobs[j] <= logprobs[j - 1] && tokens[j] != tokens[j - 1]);
             free(tokens);
             free(logprobs);
@@ -130,10 +130,10 @@ static void errors(void) {
     EXPECT(sample(&out, nan, 4, OFF, NULL, 0, 0, &message) == TL_ARGUMENT && strstr(message.text, "token 1 is NaN"));
     EXPECT(sample(&out, inf, 4, OFF, NULL, 0, 0, &message) == TL_ARGUMENT && strstr(message.text, "token 3 is +inf"));
     EXPECT(sample(&out, nothing, 4, OFF, NULL, 0, 0, &message) == TL_ARGUMENT && strstr(message.text, "-inf"));
-    EXPECT(tl_sample(&out, logits, 0, &OFF, NULL, 0, 0, 0, scratch, &message) == TL_ARGUMENT);
-    EXPECT(tl_top_logprobs(tokens, logprobs, 5, logits, 4, scratch, &message) == TL_ARGUMENT);
-    EXPECT(tl_top_logprobs(tokens, logprobs, 0, logits, 4, scratch, &message) == TL_ARGUMENT);
-    EXPECT(tl_top_logprobs(tokens, logprobs, 1, nan, 4, scratch, &message) == TL_ARGUMENT);
+    EXPECT(tl_sample(&out, logits, 0, &OFF, NULL, 0, 0, 0, NULL, scratch, &message) == TL_ARGUMENT);
+    EXPECT(tl_top_logprobs(tokens, logprobs, 5, logits, 4, NULL, scratch, &message) == TL_ARGUMENT);
+    EXPECT(tl_top_logprobs(tokens, logprobs, 0, logits, 4, NULL, scratch, &message) == TL_ARGUMENT);
+    EXPECT(tl_top_logprobs(tokens, logprobs, 1, nan, 4, NULL, scratch, &message) == TL_ARGUMENT);
     EXPECT(isnan(tl_logprob(nan, 4, 0)) && isnan(tl_logprob(nothing, 4, 0)) && isnan(tl_logprob(logits, 4, 4)));
     free(scratch);
 }
