@@ -136,7 +136,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"backends", "errors"},
     "tokenizer": {"errors", "loaders"},
     "sandbox": {"errors"},
-    "chat": {"errors", "sandbox"},
+    "chat": {"errors", "loaders", "sandbox"},
     "reasoning": {"sampling"},
     "engine": {"errors", "kvcache", "reasoning", "sampling"},
     "modelfiles": {"chat", "config", "errors", "loaders", "tokenizer"},
