@@ -156,6 +156,8 @@ def _check(path: Path, sums: Mapping[str, Array], counts: Mapping[str, Array]) -
     if not sums:
         raise FormatError(f"{path}: an imatrix without entries")
     for name in sums:
+        if not sums[name].size:
+            raise FormatError(f"{path}: {show(name)} has no numbers")
         for values in (sums[name], counts[name]):
             if not (values >= 0).all() or not np.isfinite(values).all():
                 raise FormatError(f"{path}: {show(name)} has a number that is negative or not finite")

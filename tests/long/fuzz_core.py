@@ -45,8 +45,8 @@ def run(fuzzer: Path, seconds: int, corpus: Path) -> dict[str, Any]:
     crashes = BUILD / "crashes"
     crashes.mkdir(exist_ok=True)
     before = set(crashes.iterdir())
-    command = [fuzzer, f"-max_total_time={seconds}", "-print_final_stats=1", "-max_len=4096", "-timeout=300"]
-    command += ["-rss_limit_mb=2048", "-report_slow_units=300", f"-artifact_prefix={crashes}/", corpus]
+    command = [fuzzer, f"-max_total_time={seconds}", "-print_final_stats=1", "-max_len=4096", "-timeout=3600"]
+    command += ["-rss_limit_mb=2048", "-report_slow_units=3600", f"-artifact_prefix={crashes}/", corpus]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "ASAN_OPTIONS": "abort_on_error=0"}
     )
