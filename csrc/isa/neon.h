@@ -84,6 +84,16 @@ static inline void vf_store_f16(uint8_t *p, vf x) {
     vst1q_u8(p, vreinterpretq_u8_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.a), x.b)));
     vst1q_u8(p + 16, vreinterpretq_u8_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.c), x.d)));
 }
+static inline uint16x4_t v_to_bf16(float32x4_t x) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x), upper = vshrq_n_u32(bits, 16);
+    const uint32x4_t odd = vandq_u32(upper, vdupq_n_u32(1)), quiet = vorrq_u32(upper, vdupq_n_u32(0x40));
+    const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd), 16);
+    return vmovn_u32(vbslq_u32(vceqq_f32(x, x), rounded, quiet));
+}
+static inline void vf_store_bf16(uint8_t *p, vf x) {
+    vst1q_u8(p, vreinterpretq_u8_u16(vcombine_u16(v_to_bf16(x.a), v_to_bf16(x.b))));
+    vst1q_u8(p + 16, vreinterpretq_u8_u16(vcombine_u16(v_to_bf16(x.c), v_to_bf16(x.d))));
+}
 
 static inline float vf_largest(vf x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d))); }
 

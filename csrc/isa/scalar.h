@@ -57,6 +57,11 @@ static inline void vf_store_f16(uint8_t *p, vf a) {
     V_EACH h[i] = tl_f32_to_f16(a.v[i]);
     memcpy(p, h, sizeof h);
 }
+static inline void vf_store_bf16(uint8_t *p, vf a) {
+    uint16_t h[16];
+    V_EACH h[i] = tl_f32_to_bf16(a.v[i]);
+    memcpy(p, h, sizeof h);
+}
 
 static inline float vf_largest(vf a) {
     float largest = a.v[0];

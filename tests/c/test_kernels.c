@@ -880,8 +880,55 @@ static void check_merge(void) {
     }
 }
 
+// ---- floats -> BF16
+
+// The nearest bfloat16, of two the even one; beyond the largest is where 2^128 would be. NaN stays one, made quiet.
+static uint16_t to_bf16(uint32_t bits) {
+    const uint16_t toward_zero = (uint16_t)(bits >> 16), sign = toward_zero & 0x8000;
+    if ((bits & 0x7fffffff) > 0x7f800000) return toward_zero | 0x40;
+    if ((bits & 0x7fffffff) == 0x7f800000) return toward_zero;
+    double at[3]; // the number, the bfloat16s on both sides of it
+    const uint32_t of[3] = {bits & 0x7fffffff, bits & 0x7fff0000, (bits & 0x7fff0000) + 0x10000};
+    for (int i = 0; i < 3; i++) {
+        float x;
+        memcpy(&x, &of[i], 4);
+        at[i] = of[i] == 0x7f800000 ? 0x1p128 : (double)x;
+    }
+    const double below = at[0] - at[1], above = at[2] - at[0];
+    return (uint16_t)(sign | (of[below < above || (below == above && !(toward_zero & 1)) ? 1 : 2] >> 16));
+}
+
+// Every upper half with lower halves around all that matters, at widths that are no multiple of 16 as well.
+static void check_to_bf16(void) {
+    static const uint16_t lower[] = {0, 1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x1234};
+    for (uint32_t first = 0; first < 0x10000; first += 64) {
+        const size_t n = 64 * COUNT(lower) - first / 64 % 33;
+        float *x = exactly(n * sizeof(float));
+        uint16_t *expected = exactly(n * 2);
+        for (size_t i = 0; i < n; i++) {
+            const uint32_t bits = (first + (uint32_t)i / COUNT(lower)) << 16 | lower[i % COUNT(lower)];
+            memcpy(x + i, &bits, 4);
+            expected[i] = to_bf16(bits);
+        }
+        for (int c = 0; c < n_kernels; c++) {
+            uint8_t *got = exactly(n * 2);
+            kernels[c]->to_blocks[TL_INDEX_bf16](got, x, n, NULL);
+            for (size_t i = 0; i < n; i++) {
+                uint16_t h;
+                memcpy(&h, got + 2 * i, 2);
+                CHECK(h == expected[i], "bf16 %s: %a becomes %04x, not %04x", kernels[c]->name, (double)x[i], h,
+                      expected[i]);
+            }
+            free(got);
+        }
+        free(expected);
+        free(x);
+    }
+}
+
 int main(void) {
     find_kernels();
+    check_to_bf16();
     check_rmsnorm();
     check_layernorm();
     check_quantize();
