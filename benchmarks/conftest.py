@@ -28,6 +28,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--against", metavar="FILE", help="say what is slower than in this earlier --results")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What could not be kept or compared is said before ten minutes of measuring."""
+    results, against = config.getoption("--results"), config.getoption("--against")
+    if results is not None and not Path(results).absolute().parent.is_dir():
+        raise pytest.UsageError(f"--results {results}: there is no such folder")
+    if against is not None:
+        try:
+            regressions.read(against)
+        except (OSError, ValueError) as error:
+            raise pytest.UsageError(f"--against: {error}") from None
+
+
 @pytest.fixture(scope="session")
 def master() -> Path:
     """The float master of the bundled model: F16, so that every format can be made of it while loading."""

@@ -661,6 +661,16 @@ def test_suite_keeps_a_run_and_compares_with_it(tmp_path: Path) -> None:
     slower = run("--against", str(kept))
     assert slower.returncode == 1
     assert "slower: 2 of 2" in slower.stdout
+    # What cannot be kept or compared is said first, not after ten minutes.
+    for option, said in (
+        (("--results", str(tmp_path / "no" / "run.json")), "there is no such folder"),
+        (("--against", str(tmp_path / "no.json")), "No such file"),
+        (("--against", str(BENCHMARKS / "README.md")), "--against: "),
+    ):
+        refused = run(*option)
+        assert refused.returncode == 4
+        assert said in refused.stderr
+        assert "passed" not in refused.stdout
 
 
 # --- the page about quantization ----------------------------------------------------------------------------

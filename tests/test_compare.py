@@ -19,6 +19,7 @@ from helpers_models import random_weights
 
 import tinyllm
 from tinyllm import backends, benchmark, compare, quality
+from tinyllm.cli import compare as cli_compare
 from tinyllm.cli import plot
 from tinyllm.cli.bench import main
 from tinyllm.compare import Candidate
@@ -155,6 +156,31 @@ def test_markdown(cli: Cli) -> None:
     assert "(reference)" not in without.out
 
 
+def test_the_table_names_its_device(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--device reaches the loading for speed and for quality, and what was measured on stands below."""
+    asked: list[Any] = []
+    for module in (benchmark, compare):
+        real = module.load
+
+        def watched(*args: Any, real: Any = real, **options: Any) -> Any:
+            asked.append(options["device"])
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, "load", watched)
+    result = cli(MASTER, "stories", "--device", "cpu", "--text", "-", "-c", "32", *FAST, "-o", "json")
+    assert asked == ["cpu"] * 4
+    records = json.loads(result.out)
+    for record in records:
+        assert (record["decode"]["device"], record["decode"]["gpu_info"]) == ("cpu", "")
+        record["decode"] |= {"device": "cuda:1", "gpu_info": "A GPU"}
+    cli_compare._write_md(records)
+    assert "\ncuda:1 A GPU, f16 cache, tinyllm" in capsys.readouterr().out
+    cli_compare._write_csv(records)
+    assert "cuda:1" in capsys.readouterr().out
+
+
 def test_json_and_csv_have_the_same_figures(cli: Cli) -> None:
     options = (MASTER, "--types", "q4_0", "--text", "-", "-c", "32", *FAST)
     records = json.loads(cli(*options, "-o", "json").out)
@@ -177,6 +203,7 @@ def test_json_and_csv_have_the_same_figures(cli: Cli) -> None:
         (["stories", "--types", "q4_0"], 2, "is quantized already; weights= is for float models"),
         ([str(MASTER), "--types", "q9"], 2, "'q9' is no quantization; there are f32, "),
         (["stories", str(MASTER), "--plot", "a.png"], 2, "--plot draws quality, which is measured on a text"),
+        (["stories", str(MASTER), "--device", "gpu"], 2, "gpu"),
         (["stories", str(MASTER), "--cache-type", "q9"], 2, "cache type is 'q9'"),
         (["stories", "nowhere.gguf"], 1, "nowhere.gguf: no such file or directory"),
         (["stories", str(MASTER), "--text", "nowhere.txt"], 1, "nowhere.txt: No such file or directory"),

@@ -100,12 +100,14 @@ def compare(
     most_windows: int | None = None,
     repetitions: int = 5,
     read_bytes: int | None = None,
+    device: str = "auto",
     progress: Progress | None = None,
 ) -> list[Row]:
     """Measures every candidate: a row each, in their order.
 
     cases: what to time (`benchmark.cases`). text: what to measure quality on; None: no quality. n_ctx,
-    most_windows: as `text_windows` takes them. repetitions, read_bytes: as `benchmark.measure` takes them.
+    most_windows: as `text_windows` takes them. repetitions, read_bytes, device: as `benchmark.measure` takes
+    them; quality is measured on the same device.
     progress: (what, done, total). The reference is the largest model, the first of several: of quantizations
     of one model, the float one. Models take turns where all fit into half of the free memory; else each is
     loaded for itself, and for quality beside the reference.
@@ -122,6 +124,7 @@ def compare(
             [c.path for c in group],
             cases,
             weights=[c.weights for c in group],
+            device=device,
             repetitions=repetitions,
             read_bytes=read_bytes,
             progress=progress,
@@ -132,7 +135,11 @@ def compare(
     if text is not None:
         others = [c for i, c in enumerate(of) if i != reference]
         first = cases[0]
-        settings: dict[str, Any] = {"threads": first.threads, "cache_type": first.cache_type}
+        settings: dict[str, Any] = {
+            "threads": first.threads,
+            "cache_type": first.cache_type,
+            "device": device,
+        }
         on = _Text(text, n_ctx, most_windows)
         qualities = _qualities(
             of[reference], [others] if fits else [[c] for c in others], on, settings, progress

@@ -19,6 +19,7 @@ from tinyllm.cli.common import (
     EXIT_OK,
     Parser,
     add_model_argument,
+    machine,
     positive,
     progress_line,
     run_command,
@@ -188,14 +189,8 @@ def _cells(record: dict[str, Any]) -> dict[str, str]:
         "load": seconds(record["load_s"]),
         "peak memory": size(record["peak_memory_bytes"]),
         "file": f"{kind}:{digest[:12]}",
-        "machine": f"{_machine(record)}, tinyllm {record['version']}",
+        "machine": f"{machine(record)}, tinyllm {record['version']}",
     }
-
-
-def _machine(record: dict[str, Any]) -> str:
-    if record["gpu_info"]:
-        return f"{record['device']} {record['gpu_info']}"
-    return f"{record['cpu_info']}, {record['isa']}, {record['n_threads']} threads"
 
 
 def _write_csv(records: list[dict[str, Any]]) -> None:

@@ -370,6 +370,13 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.3g} TB"
 
 
+def machine(record: dict[str, Any]) -> str:
+    """What a record of `benchmark.Result` was measured on."""
+    if record["gpu_info"]:
+        return f"{record['device']} {record['gpu_info']}"
+    return f"{record['cpu_info']}, {record['isa']}, {record['n_threads']} threads"
+
+
 def rate(n: float, s: float) -> float:
     """n a second; 0 where no time passed."""
     return n / s if s > 0 else 0.0

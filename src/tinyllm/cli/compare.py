@@ -18,6 +18,7 @@ from tinyllm.cli.common import (
     Parser,
     UsageError,
     add_model_argument,
+    machine,
     positive,
     progress_line,
     read_text,
@@ -82,6 +83,7 @@ def run(argv: list[str]) -> int:
             most_windows=args.chunks,
             repetitions=args.repetitions,
             read_bytes=None if args.buffer is None else args.buffer * 1_048_576,
+            device=args.device,
             progress=progress,
         )
     records = [row.record() for row in rows]
@@ -109,6 +111,7 @@ def _parser() -> Parser:
     speed.add_argument("-p", "--n-prompt", type=positive, default=512, metavar="N", help="of a prompt (512)")
     speed.add_argument("-n", "--n-gen", type=positive, default=128, metavar="N", help="to decode (128)")
     speed.add_argument("-r", "--repetitions", type=positive, default=5, metavar="N", help="of each (5)")
+    speed.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (auto)")
     speed.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (the physical cores)")
     speed.add_argument("--cache-type", default="f16", metavar="T", help="f16, f32 or q8_0 (f16)")
     speed.add_argument(
@@ -159,9 +162,9 @@ def _write_md(records: list[dict[str, Any]]) -> None:
     prefill, decode = records[0]["prefill"], records[0]["decode"]
     reads = [r["decode"]["read_gb_s"] for r in records]
     print(
-        f"\n{decode['cpu_info']}, {decode['isa']}, {decode['n_threads']} threads, {decode['type_k']} cache, "
-        f"tinyllm {decode['version']}; {prefill['test']}, {decode['test']}, medians of "
-        f"{len(decode['samples_ns'])}; read bandwidth {min(reads):.0f}-{max(reads):.0f} GB/s."
+        f"\n{machine(decode)}, {decode['type_k']} cache, tinyllm {decode['version']}; {prefill['test']}, "
+        f"{decode['test']}, medians of {len(decode['samples_ns'])}; read bandwidth {min(reads):.0f}-"
+        f"{max(reads):.0f} GB/s."
     )
     if records[0]["quality"] is not None:
         print(f"Quality on {records[0]['quality']['n_tokens']} tokens.")
@@ -175,7 +178,7 @@ def _write_csv(records: list[dict[str, Any]]) -> None:
     writer.writerows(rows)
 
 
-OF_SPEED = ("test", "median_ts", "min_ts", "max_ts", "gmac_s", "gb_s", "percent_of_read")
+OF_SPEED = ("device", "test", "median_ts", "min_ts", "max_ts", "gmac_s", "gb_s", "percent_of_read")
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
