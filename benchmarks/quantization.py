@@ -25,7 +25,7 @@ import numpy as np
 
 import tinyllm
 from tinyllm import benchmark, compare
-from tinyllm.cli.common import progress_line, read_text, seconds, size, table
+from tinyllm.cli.common import percent, progress_line, read_text, seconds, size, table
 from tinyllm.cli.plot import draw
 from tinyllm.errors import Error
 from tinyllm.loaders import FORMATS
@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 OF_SPEED = (
     "cpu_info", "isa", "n_threads", "type_k", "version", "test", "median_ts", "min_ts", "max_ts", "gmac_s",
-    "gb_s", "percent_of_read", "read_gb_s", "samples_ts", "file_hash",
+    "percent_of_peak", "gb_s", "percent_of_read", "read_gb_s", "samples_ts", "file_hash",
 )  # fmt: skip
 
 
@@ -211,6 +211,7 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
         "peak memory",
         "prefill t/s",
         "GMAC/s",
+        "% of peak",
         "decode t/s",
         "least-most",
         "% of read",
@@ -223,6 +224,7 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
             size(row["peak_memory_bytes"]),
             f"{row['prefill']['median_ts']:.0f}",
             f"{row['prefill']['gmac_s']:.0f}",
+            percent(row["prefill"].get("percent_of_peak")),  # runs before it was measured lack it
             f"{row['decode']['median_ts']:.1f}",
             f"{row['decode']['min_ts']:.1f}-{row['decode']['max_ts']:.1f}",
             f"{row['decode']['percent_of_read']:.0f}",

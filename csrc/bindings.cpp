@@ -460,6 +460,18 @@ double read_bandwidth(size_t n_bytes, int threads, int repetitions) {
     return gb_s;
 }
 
+double multiply_rate(bool floats, int threads, int repetitions) {
+    double gmac_s = 0;
+    tl_message message;
+    tl_status status;
+    {
+        py::gil_scoped_release released;
+        status = tl_multiply_rate(&gmac_s, floats, threads, repetitions, &message);
+    }
+    if (status != TL_OK) raise(status, message);
+    return gmac_s;
+}
+
 float logprob(const Floats &logits, int32_t token) {
     if (token < 0 || token >= logits.size()) raise_argument("token " + std::to_string(token) + " is out of range");
     return tl_logprob(logits.data(), static_cast<int>(logits.size()), token);
@@ -528,6 +540,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("logprob", &logprob, py::arg("logits"), py::arg("token"));
     m.def("random", &tl_random, py::arg("seed"), py::arg("position"));
     m.def("read_bandwidth", &read_bandwidth, py::arg("n_bytes"), py::arg("threads"), py::arg("repetitions"));
+    m.def("multiply_rate", &multiply_rate, py::arg("floats"), py::arg("threads"), py::arg("repetitions"));
     m.def("live_allocations", [] {
         size_t blocks, bytes;
         tl_memory_live(&blocks, &bytes);

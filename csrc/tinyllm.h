@@ -360,6 +360,11 @@ int tl_isa_select(const char *name); // 0, or -1 if it is not usable here
 // (bandwidth.c)
 tl_status tl_read_bandwidth(double *gb_s, size_t n_bytes, int threads, int repetitions, tl_message *message);
 
+// How fast `threads` threads multiply and add with the instruction set in use, in 1e9 a second, on data in the first
+// cache: int8 with int8 (what quantized weights take) or floats: the limit of reading a prompt. About 0.1 ms a
+// repetition where 16 floats are a register. TL_ARGUMENT. (bandwidth.c)
+tl_status tl_multiply_rate(double *gmac_s, int floats, int threads, int repetitions, tl_message *message);
+
 // ---- sampling ------------------------------------------------------------------------------------------------------
 // The steps, in this order: logit bias, penalties, temperature 0 stops here (greedy), top_k, typical_p,
 // top_p, min_p, temperature, draw. Filters look at the distribution at temperature 1. (sample.c,

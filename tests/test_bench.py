@@ -25,6 +25,8 @@ import numpy as np
 import pytest
 import reference
 from helpers_cli import Cli, in_process
+from helpers_gguf import write_gguf
+from helpers_models import golden_spec, random_weights
 
 import tinyllm
 from tinyllm import backends, benchmark
@@ -41,8 +43,8 @@ LLAMA_BENCH_KEYS = [
 OUR_KEYS = {
     "version", "test", "isa", "n_sequences", "median_ns", "median_ts", "min_ts", "max_ts", "gb_s",
     "weight_bytes_per_token", "kv_bytes_per_position", "bytes_per_step", "percent_of_read", "read_gb_s",
-    "read_gb_s_min", "read_gb_s_max", "samples_read_gb_s", "gmac_s", "load_s", "peak_memory_bytes",
-    "file_hash", "device",
+    "read_gb_s_min", "read_gb_s_max", "samples_read_gb_s", "gmac_s", "peak_gmac_s", "percent_of_peak",
+    "load_s", "peak_memory_bytes", "file_hash", "device",
 }  # fmt: skip
 
 
@@ -239,6 +241,40 @@ def test_bytes_of_a_step_are_the_sums_of_the_tensors(cli: Cli, tiny: Path) -> No
     assert prompt["gmac_s"] == pytest.approx(
         (3 * 2 * (2 * q + 2 * kv + 3 * ff) + 512 * 256) / prompt["samples_ns"][0]
     )
+    assert prompt["percent_of_peak"] == pytest.approx(100 * prompt["gmac_s"] / prompt["peak_gmac_s"])
+    assert by_name["tg4"]["percent_of_peak"] is by_name["tg4"]["peak_gmac_s"] is None
+
+
+def test_the_peak_of_a_model_is_that_of_its_formats(tiny: Path, tmp_path: Path) -> None:
+    """Quantized layers multiply int8, float ones floats; a mixture's router is float in either."""
+    limits = benchmark.Limits(10.0, int8_gmac_s=400.0, float_gmac_s=100.0)
+    assert limits.gmac_s(0.0) == 400
+    assert limits.gmac_s(1.0) == 100
+    assert limits.gmac_s(0.5) == 160  # half of the work at each rate
+    assert benchmark.read_facts(str(tiny)).float_share == 0
+    assert benchmark.read_facts(str(BENCHMARKS / "stories-f16.gguf")).float_share == 1
+    assert benchmark.read_facts(str(BENCHMARKS / "stories-f16.gguf"), "q4_0").float_share == 0
+    config = golden_spec("mixtral").config
+    write_gguf(tmp_path / "moe.gguf", config, random_weights(config, 1), format="Q8_0")
+    dim, ff, n, used = (config[key] for key in (
+        "hidden_size", "intermediate_size", "num_local_experts", "num_experts_per_tok"))  # fmt: skip
+    facts = benchmark.read_facts(str(tmp_path / "moe.gguf"))
+    attention = 2 * dim * dim + 2 * dim * dim // config["num_attention_heads"] * config["num_key_value_heads"]
+    layers = config["num_hidden_layers"]
+    assert facts.layer_macs == layers * (attention + n * dim + used * 3 * ff * dim)
+    floats = n * dim + (used * dim * ff if ff % 32 else 0)  # rows of ff numbers fit no block of Q8_0
+    assert facts.float_share == pytest.approx(layers * floats / facts.layer_macs)
+
+
+def test_what_the_processor_multiplies_is_a_rate_or_an_error() -> None:
+    for threads in (1, 2):
+        rates = backends.multiply_rate(threads, 2)
+        assert all(math.isfinite(rate) and rate > 0 for rate in rates)
+    for wrong in ((0, 1), (257, 1), (1, 0)):
+        with pytest.raises(ArgumentError, match="repetitions"):
+            backends.multiply_rate(*wrong)
+    sample = benchmark.sample_limits(benchmark.cases(n_prompt=[3], n_gen=[2], threads=[1])[0], 1 << 20)
+    assert min(sample.read_gb_s, sample.int8_gmac_s, sample.float_gmac_s) > 0
 
 
 def test_runs_compute_what_they_claim_to(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +364,7 @@ def test_models_take_turns_and_every_other_turn_runs_backwards(
     of = benchmark.cases(n_prompt=[2], n_gen=[])
     results = benchmark.measure([str(tiny), str(other)], of, repetitions=3, read_bytes=1 << 20)
     assert order == ["tiny", "other", *["tiny", "other"], *["other", "tiny"], *["tiny", "other"]]
-    assert [len(result.reads) for result in results] == [3, 3]
+    assert [len(result.limits) for result in results] == [3, 3]
 
 
 def test_cache_that_does_not_fit_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,10 +416,12 @@ def test_markdown_is_a_table_whose_rows_say_it_all(cli: Cli, tiny: Path) -> None
         [cell.strip() for cell in line.split("|")[1:-1]] for line in result.out.splitlines()
     )
     assert all(re.fullmatch(r"-+:?", cell) for cell in rule)
-    assert {len(cells) for cells in (header, rule, *body)} == {15}
+    assert {len(cells) for cells in (header, rule, *body)} == {16}
     prompt, decode = (dict(zip(header, cells, strict=True)) for cells in body)
     assert (prompt["test"], decode["test"]) == ("pp4", "tg2 x 2")
     assert (prompt["GB/s"], prompt["% of read"]) == ("", "")
+    assert prompt["% of peak"].isdecimal()
+    assert decode["% of peak"] == ""
     number = r"\d+(\.\d+)?"
     for row in (prompt, decode):
         assert re.fullmatch(rf"{number} ± {number}", row["t/s"])

@@ -142,7 +142,7 @@ def test_markdown(cli: Cli) -> None:
     names = [cell.strip() for cell in header.strip("|").split("|")]
     assert names == [
         "model", "weights", "size", "bits/weight", "load", "peak memory", "prefill t/s", "GMAC/s",
-        "decode t/s", "% of read", "perplexity", "KL, 1e-3 nats", "99 %", "same top",
+        "% of peak", "decode t/s", "% of read", "perplexity", "KL, 1e-3 nats", "99 %", "same top",
     ]  # fmt: skip
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0] for row in cells] == ["stories-f16.gguf (reference)", "q8_0", "q4_0"]

@@ -507,14 +507,38 @@ def test_llama_cpp_reads_what_becomes_of_directories(spec: Any, tmp_path: Path) 
     assert np.abs(ours - expected).max() < tolerance * np.abs(expected).max()
 
 
+def perplexity_there(llama_cpp: Any, path: Path, ids: list[int]) -> float:
+    """Of llama.cpp, its logarithm: nats a token."""
+    theirs = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
+    theirs.eval(ids)
+    logits = np.array(theirs.scores[: len(ids)], np.float64)
+    logits -= logits.max(1, keepdims=True)
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return -float(np.mean([logprobs[i, ids[i + 1]] for i in range(len(ids) - 1)]))
+
+
+@pytest.mark.parametrize("type", list(mixes.MIXES))
+def test_llama_cpp_reads_every_type(type: str, tmp_path: Path) -> None:
+    """Both round activations, each in its own way (bf16 as well, there), hence the tolerance: 0.02 nats."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    out = tmp_path / "out.gguf"
+    tinyllm.quantize(MASTER, out, type)
+    with tinyllm.load(out) as llm:
+        ids = llm.tokenizer.encode(
+            "Once upon a time, there was a little girl named Lily. She loved to play outside with her dog."
+        )
+        most = 1e-3 if type in ("f32", "f16") else 0.02
+        assert abs(perplexity_there(llama_cpp, out, ids) - np.log(llm.score(ids).perplexity)) < most
+
+
 def test_llama_cpp_gives_the_same_perplexity(data_dir: Path, tmp_path: Path) -> None:
-    """What is written loads there, and its logits are ours but for the rounding of activations."""
+    """Of a directory: its tokenizer too."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     folder = data_dir / "models" / "stories260K-hf"
     for type, most in (("f32", 1e-3), ("q8_0", 0.02), ("q4_0", 0.02), ("q5_1", 0.02)):
         out = tmp_path / f"{type}.gguf"
         tinyllm.quantize(folder, out, type)
-        theirs = llama_cpp.Llama(str(out), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
+        theirs = llama_cpp.Llama(str(out), n_ctx=256, vocab_only=True, verbose=False)
         with tinyllm.load(out) as llm:
             ids = llm.tokenizer.encode(
                 "Once upon a time, there was a little girl named Lily. She loved to play outside."
@@ -522,12 +546,5 @@ def test_llama_cpp_gives_the_same_perplexity(data_dir: Path, tmp_path: Path) -> 
             assert theirs.tokenize(b"Once upon a time", add_bos=True) == llm.tokenizer.encode(
                 "Once upon a time"
             )
-            theirs.eval(ids)
-            logits = np.array(theirs.scores[: len(ids)], np.float64)
-            logprobs = (
-                logits
-                - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
-                - logits.max(1, keepdims=True)
-            )
-            score = -np.mean([logprobs[i, ids[i + 1]] for i in range(len(ids) - 1)])
+            score = perplexity_there(llama_cpp, out, ids)
             assert abs(score - np.log(llm.score(ids).perplexity)) < most, type

@@ -76,6 +76,9 @@ typedef struct tl_kernels {
                      int type);
     // Reads n bytes (a multiple of 256) and little else: returns their 8-byte words or-ed together.
     uint64_t (*read)(const uint8_t *p, size_t n_bytes);
+    // Multiplies and little else: see read.inc.
+    uint32_t (*multiply_bytes)(const uint8_t *p, size_t n_bytes, int times);
+    float (*multiply_floats)(const float *p, size_t n, int times);
     void (*layernorm)(float *out, const float *x, const float *weight, float eps, int n);
     void (*soft_cap)(float *x, float cap, int n); // x = cap * tanh(x / cap)
     // A row of floats to a file's blocks, as tl_format.quantize; and n numbers of a format of floats to floats.

@@ -26,7 +26,7 @@ import numpy as np
 from . import backends
 from .backends import I32, PAGE, CacheType, PagePool
 from .errors import ArgumentError, MemoryLimitError
-from .loaders import FORMATS, FileReader, TensorInfo
+from .loaders import BF16, F16, F32, FORMATS, FileReader, TensorInfo
 from .loading import kept_formats, load
 from .modelfiles import ModelFiles, read_model
 
@@ -111,7 +111,7 @@ class Facts:
     """What a model is, from its files. size_bytes and n_params: of all tensors as they are stored.
 
     layer_macs, output_macs: the multiply-adds with weights that a token takes in the layers, and for its
-    logits.
+    logits. float_share: of layer_macs, those with weights that are floats.
     """
 
     name: str
@@ -120,6 +120,7 @@ class Facts:
     n_params: int
     layer_macs: int
     output_macs: int
+    float_share: float
     file_hash: str
 
 
@@ -145,13 +146,19 @@ def facts_of(files: ModelFiles, weights: str | None = None) -> Facts:
     layers = {key: _elements(t) for key, t in matrices.items() if key[1] is not None}
     experts = sum(n for (weight, _), n in layers.items() if "." in weight)
     unused = experts - experts * files.config.n_experts_used // max(1, files.config.n_experts)
+    layer_macs = sum(layers.values()) - unused
+    used = files.config.n_experts_used / max(1, files.config.n_experts)  # of the experts
+    in_floats = sum(
+        n * (used if "." in key[0] else 1.0) for key, n in layers.items() if kept[key] in (F32, F16, BF16)
+    )
     return Facts(
         name=str(files.path),
         kind=f"{files.config.architecture} {_short(n_params)} {formats}",
         size_bytes=sum(_n_bytes(t, kept[key]) for key, t in tensors.items()),
         n_params=n_params,
-        layer_macs=sum(layers.values()) - unused,
+        layer_macs=layer_macs,
         output_macs=embedding,  # of the same shape as the output matrix, tied or not
+        float_share=min(in_floats / layer_macs, 1.0),
         file_hash=hash_files(sorted({t.path for t in tensors.values()})),
     )
 
@@ -327,10 +334,10 @@ class Subject:
         self,
         case: Case,
         samples_ns: list[int],
-        reads: list[tuple[float, float]],
+        limits: list[tuple[Limits, Limits]],
         test_time: str | None = None,
     ) -> Result:
-        """What the repetitions of a case say. reads: see Result. test_time: ISO 8601; None: now."""
+        """What the repetitions of a case say. limits: see Result. test_time: ISO 8601; None: now."""
         return Result(
             facts=self.facts,
             case=case,
@@ -343,7 +350,7 @@ class Subject:
             macs=self.macs(case),
             test_time=test_time or _now(),
             samples_ns=samples_ns,
-            reads=reads,
+            limits=limits,
         )
 
     def close(self) -> None:
@@ -391,7 +398,7 @@ def loaded(
 
 @dataclass(frozen=True)
 class Result:
-    """The repetitions of one case of one model. reads: the read bandwidth in GB/s before and after each."""
+    """The repetitions of one case of one model. limits: what the machine gave before and after each."""
 
     facts: Facts
     case: Case
@@ -404,7 +411,7 @@ class Result:
     macs: int  # of a run
     test_time: str
     samples_ns: list[int]
-    reads: list[tuple[float, float]]
+    limits: list[tuple[Limits, Limits]]
 
     @property
     def samples_ts(self) -> list[float]:
@@ -419,11 +426,19 @@ class Result:
     def record(self) -> dict[str, Any]:
         """One row of the table: llama-bench's keys, where the figure exists here, and our own after them."""
         case, facts = self.case, self.facts
-        samples_ts, read = self.samples_ts, [x for pair in self.reads for x in pair]
+        samples_ts = self.samples_ts
+        reads = [(before.read_gb_s, after.read_gb_s) for before, after in self.limits]
+        read = [x for pair in reads for x in pair]
         shares = [
-            100 * gb_s / statistics.mean(pair)
-            for gb_s, pair in zip(self.samples_gb_s, self.reads, strict=True)
+            100 * gb_s / statistics.mean(pair) for gb_s, pair in zip(self.samples_gb_s, reads, strict=True)
         ]
+        gmac_s = [self.macs / ns for ns in self.samples_ns]
+        peaks = [
+            statistics.mean(limit.gmac_s(facts.float_share) for limit in pair)
+            for pair in self.limits
+            if pair[0].int8_gmac_s
+        ]
+        of_peak = [100 * rate / peak for rate, peak in zip(gmac_s, peaks, strict=False)]
         return {
             "build_commit": f"tinyllm-{backends.version}",
             "build_number": 0,
@@ -466,8 +481,10 @@ class Result:
             "read_gb_s": statistics.median(read),
             "read_gb_s_min": min(read),
             "read_gb_s_max": max(read),
-            "samples_read_gb_s": self.reads,
-            "gmac_s": statistics.median([self.macs / ns for ns in self.samples_ns]),
+            "samples_read_gb_s": reads,
+            "gmac_s": statistics.median(gmac_s),
+            "peak_gmac_s": statistics.median(peaks) if peaks else None,
+            "percent_of_peak": statistics.median(of_peak) if of_peak else None,
             "load_s": self.load_s,
             "peak_memory_bytes": self.peak_memory_bytes,
             "file_hash": facts.file_hash,
@@ -506,20 +523,20 @@ def measure(
         results, total = [], len(of) * repetitions * len(paths)
         for done, case in enumerate(of):
             times: list[list[int]] = [[] for _ in subjects]
-            reads: list[list[tuple[float, float]]] = [[] for _ in subjects]
+            limits: list[list[tuple[Limits, Limits]]] = [[] for _ in subjects]
             test_time = _now()
-            read = partial(sample_read_gb_s, case.threads, read_bytes, subjects[0].device)
-            before = read()
+            sample = partial(sample_limits, case, read_bytes, subjects[0].device)
+            before = sample()
             for turn in range(repetitions):
                 order = list(range(len(subjects)))[:: -1 if turn % 2 else 1]
                 for n, i in enumerate(order):
                     if progress is not None:
                         progress(case.name, (done * repetitions + turn) * len(paths) + n, total)
                     times[i].append(subjects[i].run(case))
-                    after = read()
-                    reads[i].append((before, after))
+                    after = sample()
+                    limits[i].append((before, after))
                     before = after
-            for subject, samples_ns, around in zip(subjects, times, reads, strict=True):
+            for subject, samples_ns, around in zip(subjects, times, limits, strict=True):
                 results.append(subject.result(case, samples_ns, around, test_time))
         return results
 
@@ -536,6 +553,35 @@ def _using(isa: str) -> Iterator[None]:
         yield
     finally:
         backends.select_isa(before)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine gives at a moment: GB/s that it reads, and 1e9 multiply-adds a second, of int8 and of
+    floats; these are 0 where they were not measured.
+    """
+
+    read_gb_s: float
+    int8_gmac_s: float = 0.0
+    float_gmac_s: float = 0.0
+
+    def gmac_s(self, float_share: float) -> float:
+        """The most that work of which that share is with float weights could reach."""
+        return 1 / ((1 - float_share) / self.int8_gmac_s + float_share / self.float_gmac_s)
+
+
+def sample_limits(
+    case: Case, read_bytes: int | None = None, device: backends.Device = backends.CPU
+) -> Limits:
+    """What a case runs against now: of all the memory, for a prompt on the CPU the arithmetic as well, of the
+    case's threads and instruction set. read_bytes: as `sample_read_gb_s` takes it.
+    """
+    read = sample_read_gb_s(case.threads, read_bytes, device)
+    if case.n_prompt and device.name == "cpu":
+        with _using(case.isa):
+            rates = [backends.multiply_rate(case.threads) for _ in range(3)]
+        return Limits(read, *map(max, zip(*rates, strict=True)))  # others only take from it
+    return Limits(read)
 
 
 def sample_read_gb_s(

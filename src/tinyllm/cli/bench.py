@@ -20,6 +20,7 @@ from tinyllm.cli.common import (
     Parser,
     add_model_argument,
     machine,
+    percent,
     positive,
     progress_line,
     run_command,
@@ -33,7 +34,8 @@ PROG = "tinyllm-bench"
 DESCRIPTION = f"""Measures prefill (pp, reading a prompt) and decoding (tg, writing an answer) in tokens a
 second, as llama-bench does: without sampling, after a warm-up, the logits of a prompt's last token only.
 Beside decoding stands what it reads from memory in GB/s, and what share that is of what the memory
-delivers (docs/roofline.md).
+delivers; beside a prompt what it multiplies, and what share that is of what the processor can
+(docs/roofline.md).
 
 Options with N,... take several values; every combination is measured. Several models take turns.
 
@@ -52,6 +54,7 @@ columns:
   % of read  that, of the read bandwidth measured before and after each repetition with the same threads
   read GB/s  this bandwidth: median (least to most)
   GMAC/s     1e9 multiply-adds with weights a second, the figure that limits prefill
+  % of peak  of a prompt, that of what the processor multiplies when it does nothing else, measured likewise
 
 {EXIT_CODES}"""
 
@@ -186,6 +189,7 @@ def _cells(record: dict[str, Any]) -> dict[str, str]:
         "% of read": f"{record['percent_of_read']:.0f}" if decodes else "",
         "read GB/s": "{read_gb_s:.1f} ({read_gb_s_min:.1f}-{read_gb_s_max:.1f})".format(**record),
         "GMAC/s": f"{record['gmac_s']:.1f}",
+        "% of peak": percent(record["percent_of_peak"]),
         "load": seconds(record["load_s"]),
         "peak memory": size(record["peak_memory_bytes"]),
         "file": f"{kind}:{digest[:12]}",

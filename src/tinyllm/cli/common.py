@@ -377,6 +377,11 @@ def machine(record: dict[str, Any]) -> str:
     return f"{record['cpu_info']}, {record['isa']}, {record['n_threads']} threads"
 
 
+def percent(share: float | None) -> str:
+    """Empty where there is none."""
+    return "" if share is None else f"{share:.0f}"
+
+
 def rate(n: float, s: float) -> float:
     """n a second; 0 where no time passed."""
     return n / s if s > 0 else 0.0

@@ -19,6 +19,7 @@ from tinyllm.cli.common import (
     UsageError,
     add_model_argument,
     machine,
+    percent,
     positive,
     progress_line,
     read_text,
@@ -45,7 +46,8 @@ EPILOG = f"""examples:
 columns:
   bits/weight  of the whole file: norms and what stays float included
   load         seconds, quantizing included for --types
-  prefill      reading a prompt: tokens a second (median), and 1e9 multiply-adds a second
+  prefill      reading a prompt: tokens a second (median), 1e9 multiply-adds a second, and % of what the
+               processor multiplies when it does nothing else (docs/roofline.md)
   decode       writing an answer: tokens a second (median), and % of the read bandwidth (docs/roofline.md)
   KL           mean Kullback-Leibler divergence from the reference, in 1e-3 nats a token, ± standard error;
                99 %: of 99 % of the tokens it is less
@@ -140,6 +142,7 @@ def cells(record: dict[str, Any]) -> dict[str, str]:
         "peak memory": size(record["peak_memory_bytes"]),
         "prefill t/s": f"{prefill['median_ts']:.0f}",
         "GMAC/s": f"{prefill['gmac_s']:.0f}",
+        "% of peak": percent(prefill["percent_of_peak"]),
         "decode t/s": f"{decode['median_ts']:.1f}",
         "% of read": f"{decode['percent_of_read']:.0f}",
     }
@@ -178,7 +181,17 @@ def _write_csv(records: list[dict[str, Any]]) -> None:
     writer.writerows(rows)
 
 
-OF_SPEED = ("device", "test", "median_ts", "min_ts", "max_ts", "gmac_s", "gb_s", "percent_of_read")
+OF_SPEED = (
+    "device",
+    "test",
+    "median_ts",
+    "min_ts",
+    "max_ts",
+    "gmac_s",
+    "percent_of_peak",
+    "gb_s",
+    "percent_of_read",
+)
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
