@@ -453,8 +453,9 @@ def test_ctrl_c(tmp_path: Path) -> None:
         f"sys.exit(q.main(['stories', {str(tmp_path / 'x.gguf')!r}, 'q4_0', '--allow-requantize']))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's & ignores it
+    )  # fmt: skip
     assert process.stdout is not None
     process.stdout.readline()
     assert len(os.listdir(tmp_path)) == 1
