@@ -30,8 +30,8 @@ from tinyllm.loaders import FORMATS, gguf_writer
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.loaders.gguf_writer import OutTensor
 
-# What no GGUF file can say, of the golden models.
 MASTER = Path(__file__).resolve().parents[1] / "benchmarks" / "stories-f16.gguf"
+# What no GGUF file can say, of the golden models.
 UNSAID = {"ministral": "windows", "qwen2_window": "windows", "qwen3_moe_not_renormalized": "norm_topk_prob"}
 GOLDEN = [spec for spec in golden_specs() + golden_specs("families") if spec.in_float_hf]
 SPECS = [spec for spec in GOLDEN if spec.name not in UNSAID]
