@@ -95,6 +95,16 @@ static void expert_unit(void *data, int unit, int thread) {
     tl_cpu_multiply(j->down ? &down : &gate, u.first, u.last, u.from, u.to);
 }
 
+static void observe(const job *j) {
+    for (int i = 0; i < j->routing->n_active; i++) {
+        const int e = j->routing->active[i], *row = &j->routing->first_row[e], n = row[1] - row[0];
+        const tl_expert *expert = &j->layer->experts[e];
+        const float *x = j->x + (size_t)row[0] * (size_t)j->run->in.k;
+        if (!j->down) tl_cpu_observe(&expert->w_gate, x, n);
+        tl_cpu_observe(j->down ? &expert->w_down : &expert->w_up, x, n);
+    }
+}
+
 // One half: rows of activations readied, then every active expert's matrices, in blocks that stay in L2, smaller where
 // that leaves too few units for the threads.
 static void half(job *j, int n_rows, const tl_matrix *w) {
@@ -103,6 +113,7 @@ static void half(job *j, int n_rows, const tl_matrix *w) {
     j->run->in.x = j->x;
     j->run->in.k = w->k;
     if (j->quantize || j->gathered) tl_parallel(n_rows < TL_FEW_TOKENS ? 1 : threads, n_rows, prepare_row, j);
+    observe(j);
     tl_parallel(threads, j->routing->n_active * ((n_panels + j->block - 1) / j->block), expert_unit, j);
 }
 

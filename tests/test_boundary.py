@@ -154,7 +154,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"reasoning", "tokenizer"},
     },
     "benchmark": {"backends", "errors", "loaders", "loading", "modelfiles"},
-    "calibration": {"errors", "families", "imatrix", "llm", "loaders"},
+    "calibration": {"imatrix", "llm", "loaders"},
     "quality": {"backends", "errors", "llm", "tokenizer"},
     "compare": {"backends", "benchmark", "errors", "llm", "loading", "quality"},
     "tinyllm": {"backends", "engine", "errors", "llm", "loading", "quantization", "sampling", "tokenizer"},

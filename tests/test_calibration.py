@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import reference
+from helpers_gguf import write_gguf
 from helpers_models import (
     Spec,
     golden_model,
@@ -25,6 +26,7 @@ import tinyllm
 from tinyllm import backends, calibration, quality
 from tinyllm.cli.perplexity import main
 from tinyllm.errors import ArgumentError, UnsupportedError
+from tinyllm.loaders.gguf import read_gguf
 
 F64 = npt.NDArray[np.float64]
 MASTER = Path(__file__).resolve().parents[1] / "benchmarks" / "stories-f16.gguf"
@@ -36,7 +38,9 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def inputs(monkeypatch: pytest.MonkeyPatch, weights: dict[str, Any], ids: list[int]) -> dict[str, F64]:
+def inputs(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], weights: dict[str, Any], ids: list[int]
+) -> dict[str, F64]:
     """Hugging Face's name -> the activations that matrix meets, [n, k], from tests/reference.py: every matrix
     there is multiplied as `seen @ w.T`, so an array that says what it was multiplied with tells."""
     met: dict[str, F64] = {}
@@ -62,15 +66,20 @@ def inputs(monkeypatch: pytest.MonkeyPatch, weights: dict[str, Any], ids: list[i
         return array
 
     monkeypatch.setattr(reference.np, "asarray", watched)
-    reference.logits(CONFIG, weights, ids)
+    reference.logits(config, weights, ids)
     monkeypatch.setattr(reference.np, "asarray", asarray)
     return met
 
 
+MIXTURE = {
+    **CONFIG, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
 NAMES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "ffn_down": "mlp.down_proj", "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3", "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
 }  # fmt: skip
 
 
@@ -81,41 +90,52 @@ def hugging_face(name: str) -> str:
     return f"model.layers.{layer}.{NAMES[part]}"
 
 
+@pytest.mark.parametrize("config", [CONFIG, MIXTURE], ids=["dense", "mixture"])
 def test_every_matrix_sees_what_the_reference_feeds_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """float32 against float64: sums of squares agree to 1e-4 of a matrix's largest, as the logits do
     (docs/numbers.md)."""
-    weights = random_weights(CONFIG, 3)
-    ids = random_ids(CONFIG, 3, 40)
-    expected = inputs(monkeypatch, weights, ids)
-    with tinyllm.load(write_hf_directory(tmp_path / "m", CONFIG, weights), cache_type="f32") as llm:
+    weights = random_weights(config, 3)
+    ids = random_ids(config, 3, 40)
+    expected = inputs(monkeypatch, config, weights, ids)
+    with tinyllm.load(write_hf_directory(tmp_path / "m", config, weights), cache_type="f32") as llm:
         seen = calibration.observe(llm)
         llm.logits(ids)
-    assert {hugging_face(name) for name in seen} == set(expected)
     assert len(seen) == 7 * 2 + 1
-    for name, sums in seen.items():
-        want = (expected[hugging_face(name)] ** 2).sum(axis=0)
-        assert sums[-1] == 40, name
+    found = {hugging_face(name).format(i): sums for name, of in seen.items() for i, sums in enumerate(of)}
+    assert set(expected) - {f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)} == {
+        name for name, sums in found.items() if sums[-1]
+    }
+    for name, sums in found.items():
+        met = expected.get(name, np.zeros((0, len(sums) - 1)))
+        want = (met**2).sum(axis=0)
+        assert sums[-1] == len(met), name
         np.testing.assert_allclose(sums[:-1], want, rtol=0, atol=1e-4 * want.max(), err_msg=name)
 
 
-DENSE = [  # mixtures of experts are refused: tests/test_experts.py
-    spec for spec in golden_specs("families") if not spec.config.keys() & {"num_experts", "num_local_experts"}
-]
-
-
-@pytest.mark.parametrize("spec", DENSE, ids=lambda spec: spec.name)
-def test_every_dense_family_is_observed(spec: Spec, tmp_path: Path) -> None:
-    """Every matrix of a layer meets every token, and something other than zeros."""
-    with tinyllm.load(golden_model(spec, tmp_path)) as llm:
+@pytest.mark.parametrize("spec", golden_specs("families"), ids=lambda spec: spec.name)
+def test_every_family_is_observed(spec: Spec, tmp_path: Path) -> None:
+    """Every tensor of a layer that a GGUF file has in blocks meets every token, a stack of experts all of a
+    token's visits, and something other than zeros."""
+    path = tmp_path / "model.gguf"
+    if spec.in_gguf:
+        write_gguf(path, spec.config, random_weights(spec.config, spec.seed))
+    with tinyllm.load(path if spec.in_gguf else golden_model(spec, tmp_path)) as llm:
+        config = llm.config
         seen = calibration.observe(llm)
         llm.logits(random_ids(spec.config, 1, 7))
-        n_fused = llm.config.n_layers if "blk.0.attn_qkv.weight" in seen else 0
-        assert len(seen) == 7 * llm.config.n_layers + 1 + n_fused
+    if spec.in_gguf:
+        tensors = read_gguf(path).tensors
+        names = {name for name, info in tensors.items() if len(info.shape) > 1 and ".bias" not in name}
+        unseen = {name for name in names if "_norm" in name or "ffn_gate_inp" in name}
+        unseen |= set() if config.tied else {"token_embd.weight"}
+        assert set(seen) == names - unseen
     for name, sums in seen.items():
-        assert sums[-1] == 7, name
-        assert sums[:-1].sum() > 0, name
+        assert len(sums) == (config.n_experts if "_exps" in name else 1)
+        visits = 7 * (config.n_experts_used if "_exps" in name else 1)
+        assert sum(of[-1] for of in sums) == visits, name
+        assert all((of[:-1].sum() > 0) == (of[-1] > 0) for of in sums), name
 
 
 def test_observing_changes_nothing_and_does_not_depend_on_threads_or_calls() -> None:
@@ -138,7 +158,9 @@ def test_observing_changes_nothing_and_does_not_depend_on_threads_or_calls() -> 
                             session.append(ids[start : start + 50])
                         logits.append(session.logits.tobytes())
                 assert logits[-1] == plain
-                found.append({name: sums.tobytes() for name, sums in seen.items() if name.startswith("blk")})
+                found.append(
+                    {name: sums.tobytes() for name, (sums,) in seen.items() if name.startswith("blk")}
+                )
         finally:
             backends.select_isa(before)
     assert all(other == found[0] for other in found[1:])
@@ -161,7 +183,7 @@ def test_nothing_is_left_behind() -> None:
     with tinyllm.load("stories") as llm:
         seen = calibration.observe(llm)
         llm.logits([1, 2, 3])
-    assert seen["blk.0.attn_q.weight"][-1] == 3, "the numbers outlive the model"
+    assert seen["blk.0.attn_q.weight"][0][-1] == 3, "the numbers outlive the model"
     assert backends.live_allocations() == before
 
 
@@ -189,7 +211,7 @@ def test_command_writes_what_gguf_reads(tmp_path: Path, capsys: pytest.CaptureFi
         seen = calibration.observe(llm)
         quality.measure([llm], quality.text_windows(llm, text, 40, most=3))
     assert len(held) == 2 * len(seen) == 2 * (4 * 7 + 1)
-    for name, sums in seen.items():
+    for name, (sums,) in seen.items():
         np.testing.assert_array_equal(held[f"{name}.in_sum2"].data.ravel(), sums[:-1].astype(np.float32))
         # A window's last token predicts nothing here, and only scored tokens meet the output matrix.
         n_rows = 3 * (19 if name == "token_embd.weight" else 39)
@@ -199,7 +221,7 @@ def test_command_writes_what_gguf_reads(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_unseen_matrices_are_left_out(tmp_path: Path) -> None:
-    calibration.write(tmp_path / "a.gguf", {"seen": np.ones(4), "unseen": np.zeros(4)})
+    calibration.write(tmp_path / "a.gguf", {"seen": [np.ones(4)], "unseen": [np.zeros(4)]})
     assert [t.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors] == ["seen.counts", "seen.in_sum2"]
 
 

@@ -23,9 +23,10 @@ from safetensors.numpy import save_file
 import tinyllm
 from tinyllm import backends
 from tinyllm.benchmark import read_facts
-from tinyllm.calibration import observe
+from tinyllm.calibration import observe, write
 from tinyllm.config import config_from_gguf, config_from_json
 from tinyllm.errors import ArgumentError, FormatError, UnsupportedError
+from tinyllm.imatrix import read_imatrix
 from tinyllm.loaders import FORMATS, FileReader, TensorInfo
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.loaders.names import map_tensors
@@ -105,13 +106,32 @@ def test_a_token_reads_only_the_experts_it_uses(weights: dict[str, F32], tmp_pat
     assert facts.layer_macs == 2 * (attention + router + 3 * 3 * 64 * 96)
 
 
-def test_inputs_of_experts_are_not_observed(weights: dict[str, F32], tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", CONFIG, weights)
-    with (
-        tinyllm.load(tmp_path / "model.gguf", device="cpu") as llm,
-        pytest.raises(UnsupportedError, match="is a mixture of experts, whose matrices' inputs"),
-    ):
-        observe(llm)
+def test_inputs_of_experts_are_observed(weights: dict[str, F32], tmp_path: Path) -> None:
+    """Of each expert those of the tokens that the router sends to it, whatever threads and calls, whether the
+    weights are floats or not; and the file is in the form that llama.cpp has for stacks."""
+    ids = random_ids(CONFIG, 5, 60)
+    found: list[dict[str, bytes]] = []
+    for format, threads, step in (("F32", 1, 60), ("F32", 3, 7), ("Q8_0", 1, 60), ("Q8_0", 2, 1)):
+        path = tmp_path / f"{format}.gguf"
+        write_gguf(path, CONFIG, weights, format=format)
+        with tinyllm.load(path, device="cpu", threads=threads) as llm, llm.session() as session:
+            seen = observe(llm)
+            for first in range(0, len(ids), step):
+                session.append(ids[first : first + step])
+        layers = {name: np.stack(sums) for name, sums in seen.items() if name.startswith("blk")}
+        found.append({name: sums.tobytes() for name, sums in layers.items()})
+        gate, up, down = (layers[f"blk.1.ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
+        assert gate.shape == (N_EXPERTS, 64 + 1)
+        assert down.shape == (N_EXPERTS, 96 + 1)
+        assert gate[:, -1].tolist() == down[:, -1].tolist()
+        assert gate[:, -1].sum() == 3 * len(ids)
+        np.testing.assert_array_equal(gate, up)
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    write(tmp_path / "imatrix.gguf", seen, texts=["a"], n_windows=1, n_ctx=60)
+    known = read_imatrix(tmp_path / "imatrix.gguf")
+    np.testing.assert_array_equal(known.counts["blk.1.ffn_down_exps.weight"], down[:, -1])
+    np.testing.assert_array_equal(known.sums["blk.1.ffn_down_exps.weight"], down[:, :-1].astype(np.float32))
 
 
 # ---- files

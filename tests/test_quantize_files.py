@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from helpers_models import golden_specs, random_ids, random_weights, write_hf_di
 from test_families import LLAMA_CPP_DIFFERS, LLAMA_CPP_TOLERANCE
 
 import tinyllm
-from tinyllm import errors, mixes
+from tinyllm import calibration, errors, mixes
+from tinyllm.cli.perplexity import main as perplexity
 from tinyllm.cli.quantize import main
 from tinyllm.imatrix import Imatrix, read_imatrix, write_imatrix
 from tinyllm.loaders import FORMATS, gguf_writer
@@ -361,6 +362,40 @@ def test_quantizing_with_an_imatrix(path: Path, tmp_path: Path, capsys: pytest.C
     assert "the imatrix says nothing of 22 tensors: token_embd.weight" in capsys.readouterr().err
 
 
+def test_our_own_imatrix_from_end_to_end(tmp_path: Path) -> None:
+    """What tinyllm-perplexity keeps of one text, tinyllm-quantize takes, and on another text of the kind the
+    matrices' outputs are closer to the master's: by the sum over columns of mean x^2 (w - q)^2, relative to
+    the outputs' squares. (Of so small a model the columns are much alike: it is a few percent.)"""
+    with tinyllm.load(MASTER) as master:
+        stories = master("Once upon a time", n=8, max_tokens=200, temperature=1.0, seed=1)
+        texts = ["Once upon a time" + story.text for story in stories]
+        (tmp_path / "text.txt").write_text("\n".join(texts[:4]), encoding="utf-8")
+        seen = calibration.observe(master)
+        for text in texts[4:]:
+            master.logits(text)
+        imatrix = tmp_path / "imatrix.gguf"
+        command = [str(MASTER), str(tmp_path / "text.txt"), "-c", "128", "--imatrix", str(imatrix)]
+        assert perplexity(command) == 0
+        found = []
+        for name, more in (("plain", []), ("weighted", ["--imatrix", str(imatrix)])):
+            out = tmp_path / f"{name}.gguf"
+            assert main([str(MASTER), str(out), "q3_k_s", *more]) == 0
+            with tinyllm.load(out) as llm:
+                found.append(_output_error(master, llm, seen))
+    assert found[1] < 0.97 * found[0]
+
+
+def _output_error(master: tinyllm.LLM, llm: tinyllm.LLM, seen: dict[str, list[Any]]) -> float:
+    errors = []
+    for weight, name in (("wq", "attn_q"), ("wo", "attn_output"), ("w_up", "ffn_up"), ("w_down", "ffn_down")):
+        for layer in range(master.config.n_layers):
+            (sums,) = seen[f"blk.{layer}.{name}.weight"]
+            exact = master.model.unpack(weight, layer).astype(np.float64)
+            error = ((exact - llm.model.unpack(weight, layer)) ** 2) @ sums[:-1]
+            errors.append(error.sum() / (exact**2 @ sums[:-1]).sum())
+    return float(np.mean(errors))
+
+
 # What cannot be
 
 
@@ -403,6 +438,43 @@ def test_no_room_is_said_before_any_work(path: Path, tmp_path: Path, monkeypatch
     with pytest.raises(errors.WriteError, match=r"no room: 0\.\d MB are needed, 0\.0 MB were free"):
         tinyllm.quantize(path, tmp_path / "x.gguf", "q4_0")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1.5 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tinyllm-test", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_real_disk_that_is_too_small(path: Path, small_disk: Path) -> None:
+    (small_disk / "other").write_bytes(bytes(1 << 20))
+    with pytest.raises(errors.WriteError, match=r"no room: 1\.\d MB are needed, 0\.5 MB were free"):
+        tinyllm.quantize(path, small_disk / "x.gguf", "q8_0")
+    assert os.listdir(small_disk) == ["other"]
+
+
+def test_a_real_disk_that_fills_up_meanwhile(path: Path, small_disk: Path) -> None:
+    """Somebody else takes the room while the file is written; the name keeps what it had."""
+    (small_disk / "x.gguf").write_bytes(b"before")
+
+    def others(done: int, total: int) -> None:
+        with (small_disk / "other").open("ab") as file:
+            file.write(bytes(total // 4))
+
+    with pytest.raises(errors.WriteError, match=r"x\.gguf: no room: .* Nothing is left of it; make room"):
+        tinyllm.quantize(path, small_disk / "x.gguf", "q8_0", progress=others)
+    assert (small_disk / "x.gguf").read_bytes() == b"before"
+    assert sorted(os.listdir(small_disk)) == ["other", "x.gguf"]
 
 
 def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path) -> None:

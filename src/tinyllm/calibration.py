@@ -2,8 +2,8 @@
 
 A weight's rounding error reaches the output times its input, so a quantizer that knows the mean square of
 every input puts the error where it does least. The file is llama.cpp's (a GGUF with, for each matrix, the
-sums `NAME.in_sum2` [k] and how many rows they are of, `NAME.counts`), so that its tools read it too. Imports
-errors, families, imatrix, llm and loaders.
+sums `NAME.in_sum2` [k] and how many rows they are of, `NAME.counts`; for a stack of experts [experts, k] and
+[experts]), so that its tools read it too. Imports imatrix, llm and loaders.
 """
 
 from __future__ import annotations
@@ -14,46 +14,37 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .errors import UnsupportedError
-from .families import FAMILIES
 from .imatrix import Imatrix, write_imatrix
 from .llm import LLM
-from .loaders.names import TABLE
+from .loaders.names import TABLE, fused_in_gguf
 
 F64 = npt.NDArray[np.float64]
 
 
-def observe(llm: LLM) -> dict[str, F64]:
-    """Starts watching the inputs of all matrices: float64 [k + 1] by the name of the tensor in a GGUF.
+def observe(llm: LLM) -> dict[str, list[F64]]:
+    """Starts watching the inputs of all matrices, by the name of their tensor in a GGUF: of each matrix in it
+    (one, or one an expert) float64 [k + 1].
 
     Every later call of the model adds to them (`Model.observe`): sums of squares by column, then the number
     of rows. A tied output matrix counts for the embedding's tensor. Raises UnsupportedError on a device other
-    than the CPU, and for a mixture of experts.
+    than the CPU.
     """
     config = llm.config
-    if config.n_experts:
-        raise UnsupportedError(
-            f"{llm.name} is a mixture of experts, whose matrices' inputs are not observed; use llama.cpp's "
-            "llama-imatrix"
-        )
-    seen: dict[str, F64] = {}
+    seen: dict[str, list[F64]] = {}
     for row in TABLE:
         if row.canonical == "output":
-            seen["token_embd.weight" if config.tied else row.gguf] = llm.model.observe("output")
+            seen["token_embd.weight" if config.tied else row.gguf] = [llm.model.observe("output")]
         elif row.canonical.startswith("w") and row.present(config):
-            for layer in range(config.n_layers):
-                seen[row.gguf.format(layer)] = llm.model.observe(row.canonical, layer)
-    if (
-        config.architecture in FAMILIES and FAMILIES[config.architecture].fused
-    ):  # q, k and v in one tensor, which all meet the same
-        for layer in range(config.n_layers):
-            seen[f"blk.{layer}.attn_qkv.weight"] = seen[f"blk.{layer}.attn_q.weight"]
+            for name, keys in row.tensors(config, "gguf"):
+                seen[name] = [llm.model.observe(*key) for key in keys]
+    for name, parts in fused_in_gguf(config):  # which all meet the same
+        seen[name], *_ = [seen.pop(part) for part in parts]
     return seen
 
 
 def write(
     path: str | os.PathLike[str],
-    seen: Mapping[str, F64],
+    seen: Mapping[str, Sequence[F64]],
     *,
     texts: Sequence[str] = (),
     n_windows: int = 0,
@@ -64,7 +55,8 @@ def write(
     texts: names of what was read. n_windows, n_ctx: how it was cut. The file appears under its name once it
     is complete; matrices that met no row are left out. Raises WriteError.
     """
-    known = {name: sums for name, sums in sorted(seen.items()) if sums[-1] > 0}
-    sums = {name: values[None, :-1].astype(np.float32) for name, values in known.items()}
-    counts = {name: values[-1:].astype(np.float32) for name, values in known.items()}
+    known = {name: np.stack(of) for name, of in sorted(seen.items())}
+    known = {name: values for name, values in known.items() if values[:, -1].any()}
+    sums = {name: values[:, :-1].astype(np.float32) for name, values in known.items()}
+    counts = {name: values[:, -1].astype(np.float32) for name, values in known.items()}
     write_imatrix(path, Imatrix(sums, counts, tuple(texts), n_windows, n_ctx))
