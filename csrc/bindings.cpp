@@ -465,7 +465,7 @@ double multiply_rate(bool floats, int threads, int repetitions) {
     tl_message message;
     tl_status status;
     {
-        py::gil_scoped_release released;
+        Released released;
         status = tl_multiply_rate(&gmac_s, floats, threads, repetitions, &message);
     }
     if (status != TL_OK) raise(status, message);

@@ -135,15 +135,15 @@ def measure(shape_name: str, type_name: str, of: slice, rows: list[dict[str, Any
 
 def timed(subject: benchmark.Subject, case: benchmark.Case) -> dict[str, Any]:
     """A row: the case's repetitions, with the read bandwidth around each."""
-    reads, samples_ns = [], []
+    limits, samples_ns = [], []
     n_bytes = 1 << 22 if EMULATE else None
-    before = benchmark.sample_read_gb_s(1, n_bytes, subject.device)
+    before = benchmark.sample_limits(case, n_bytes, subject.device)
     for _ in range(REPETITIONS):
         samples_ns.append(subject.run(case))
-        after = benchmark.sample_read_gb_s(1, n_bytes, subject.device)
-        reads.append((before, after))
+        after = benchmark.sample_limits(case, n_bytes, subject.device)
+        limits.append((before, after))
         before = after
-    record = subject.result(case, samples_ns, reads).record()
+    record = subject.result(case, samples_ns, limits).record()
     share = f", {record['gb_s']:.0f} GB/s, {record['percent_of_read']:.0f} % of read" if case.n_gen else ""
     print(f"{subject.facts.name}: {case.name} {record['median_ts']:.1f} tok/s{share}", flush=True)
     return record
