@@ -26,38 +26,45 @@ using Ints = py::array_t<int32_t, py::array::c_style>;
 
 namespace {
 
-// A thread of Python's that comes back from C while the interpreter ends would be torn down amid C++, which terminates the
-// process. So from exit on none but the thread that exits comes back; the others sleep until the process is gone.
+// A thread of Python's that waits for the GIL while the interpreter ends is torn down where it stands, and amid C++ that
+// terminates the process. So from exit on none but the thread that exits comes back from C or begins a call: the others
+// sleep until the process is gone.
 struct Door {
-    std::atomic<int> returning{0}; // threads that are on their way, or in Python on behalf of a call
+    std::atomic<int> inside{0}; // threads that run Python, or wait to, with C++ beneath
     std::atomic<bool> shut{false};
     std::thread::id keeper;
 
-    bool closed_to_this() const { return shut && std::this_thread::get_id() != keeper; }
-    void come_back() {
-        returning++;
-        if (!closed_to_this()) return;
-        returning--;
+    void enter() {
+        inside++;
+        if (!shut || std::this_thread::get_id() == keeper) return;
+        inside--;
+        if (PyGILState_Check()) PyEval_SaveThread();
         for (;;) pause();
     }
-    void close() { // at exit, with the GIL: returns when nobody is on the way, or after 2 s
+    void leave() { inside--; }
+    void close() { // at exit, with the GIL: returns when nobody is inside, or after 2 s
         keeper = std::this_thread::get_id();
         shut = true;
         py::gil_scoped_release released;
-        for (int ms = 0; returning > 0 && ms < 2000; ms++) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        for (int ms = 0; inside > 0 && ms < 2000; ms++) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
 } door;
+
+struct Call { // of a function that lets go of the GIL, or may run Python's code
+    Call() { door.enter(); }
+    Call(const Call &) = delete;
+    ~Call() { door.leave(); }
+};
 
 class Released { // the GIL, while C runs
     PyThreadState *state = PyEval_SaveThread();
 
   public:
-    Released() = default;
+    explicit Released(const Call &) { door.leave(); }
     Released(const Released &) = delete;
     ~Released() {
-        door.come_back();
+        door.enter();
         PyEval_RestoreThread(state);
-        door.returning--;
     }
 };
 
@@ -105,7 +112,7 @@ struct Watch {
         if ((self->should_stop.is_none() && !self->main_thread) || now - self->last < std::chrono::milliseconds(20))
             return 0;
         self->last = now;
-        door.come_back();
+        door.enter();
         PyGILState_STATE gil = PyGILState_Ensure();
         int stop = self->main_thread && PyErr_CheckSignals() != 0 ? -1 : 0;
         if (!stop && !self->should_stop.is_none()) {
@@ -114,7 +121,7 @@ struct Watch {
             Py_XDECREF(answer);
         }
         PyGILState_Release(gil);
-        door.returning--;
+        door.leave();
         self->raised = stop < 0;
         return stop != 0;
     }
@@ -132,12 +139,13 @@ struct Cache {
         if (!p) raise("ModelClosedError", "the cache is closed");
         return p.get();
     }
-    template <class F, class... A> void call(F f, A... arguments) {
+    template <class F, class... A> void run(F f, A... arguments) {
+        Call call;
         std::shared_ptr<tl_cache> keep = (get(), p);
         tl_message message{"the device failed while pages were written"}; // backends have no words for that
         tl_status status;
         {
-            Released released;
+            Released released(call);
             status = f(keep.get(), arguments..., &message);
         }
         if (status != TL_OK) raise(status, message);
@@ -212,6 +220,7 @@ struct Model {
 
     void upload(const std::string &name, int layer, int fd, uint64_t offset, int source_format, int format,
                 const py::object &row_order, int row_stride, const py::object &scales_at, int threads) {
+        Call call;
         std::shared_ptr<tl_model> keep = (get(), p);
         tl_source source{format_of(source_format), fd, offset, nullptr, nullptr, 0, row_stride, nullptr};
         tl_source scales = source;
@@ -229,7 +238,7 @@ struct Model {
         tl_message message;
         tl_status status;
         {
-            Released released;
+            Released released(call);
             status = tl_model_upload(keep.get(), name.c_str(), layer, &source, keep_as, threads, &message);
         }
         if (status != TL_OK) raise(status, message);
@@ -262,6 +271,7 @@ struct Model {
     py::object forward(Cache &cache, const py::object &tokens, const py::object &x, const Ints &positions,
                        const Ints &sequences, const Ints &page_tables, const Ints &rows, int first_layer,
                        int last_layer, bool logits, int n_candidates, int threads, const py::object &should_stop) {
+        Call call;
         std::shared_ptr<tl_model> model = (get(), p);
         std::shared_ptr<tl_cache> pages = (cache.get(), cache.p);
         const tl_config &config = model->config;
@@ -308,7 +318,7 @@ struct Model {
         tl_message message;
         tl_status status;
         {
-            Released released;
+            Released released(call);
             status = tl_forward(model.get(), pages.get(), &batch, &message);
         }
         if (watch.raised) throw py::error_already_set();
@@ -384,6 +394,7 @@ Floats pack_unpack(const py::bytes &data, int format, int rows, int k) {
 // rows of a tensor in one format -> uint8 [rows, bytes of a row] in another.
 Bytes convert(const Bytes &data, int source_format, int format, size_t rows, size_t k, const py::object &importance,
               int threads) {
+    Call call;
     const tl_format *from = format_of(source_format), *to = format_of(format);
     auto bytes_of = [k](const tl_format *f) {
         return k / static_cast<size_t>(f->block) * static_cast<size_t>(f->block_bytes);
@@ -398,7 +409,7 @@ Bytes convert(const Bytes &data, int source_format, int format, size_t rows, siz
     tl_message message;
     tl_status status;
     {
-        Released released;
+        Released released(call);
         status = tl_convert(blocks, to, data.data(), from, rows, k, of_columns, threads, &message);
     }
     if (status != TL_OK) raise(status, message);
@@ -409,6 +420,7 @@ py::tuple sample(const Floats &logits, float temperature, int top_k, float top_p
                  float repetition_penalty, float presence_penalty, float frequency_penalty, const Ints &bias_tokens,
                  const Floats &bias, const Ints &history, uint64_t seed, uint64_t position,
                  const std::optional<double> &total) {
+    Call call;
     if (bias_tokens.size() != bias.size()) raise_argument("bias_tokens and bias must be of one length");
     tl_sampling sampling{temperature,
                          top_k,
@@ -427,7 +439,7 @@ py::tuple sample(const Floats &logits, float temperature, int top_k, float top_p
     tl_message message;
     tl_status status;
     {
-        Released released;
+        Released released(call);
         status = tl_sample(&sampled, logits.data(), n, &sampling, history.data(), static_cast<int>(history.size()),
                            seed, position, total ? &*total : nullptr, scratch.get(), &message);
     }
@@ -449,11 +461,12 @@ py::tuple top_logprobs(const Floats &logits, int k, const std::optional<double> 
 }
 
 double read_bandwidth(size_t n_bytes, int threads, int repetitions) {
+    Call call;
     double gb_s = 0;
     tl_message message;
     tl_status status;
     {
-        Released released;
+        Released released(call);
         status = tl_read_bandwidth(&gb_s, n_bytes, threads, repetitions, &message);
     }
     if (status != TL_OK) raise(status, message);
@@ -461,11 +474,12 @@ double read_bandwidth(size_t n_bytes, int threads, int repetitions) {
 }
 
 double multiply_rate(bool floats, int threads, int repetitions) {
+    Call call;
     double gmac_s = 0;
     tl_message message;
     tl_status status;
     {
-        Released released;
+        Released released(call);
         status = tl_multiply_rate(&gmac_s, floats, threads, repetitions, &message);
     }
     if (status != TL_OK) raise(status, message);
@@ -485,7 +499,7 @@ PYBIND11_MODULE(_core, m) {
     m.attr("abi") = tl_seam_abi();
     m.attr("cuda_build") = TINYLLM_CUDA_BUILD;
     py::module_::import("atexit").attr("register")(py::cpp_function([] { door.close(); }));
-    pthread_atfork(nullptr, nullptr, [] { door.returning = 0; }); // of threads that the child does not have
+    pthread_atfork(nullptr, nullptr, [] { door.inside = 0; }); // of threads that the child does not have
     py::register_local_exception_translator([](std::exception_ptr thrown) {
         try {
             std::rethrow_exception(thrown);
@@ -496,11 +510,11 @@ PYBIND11_MODULE(_core, m) {
 
     py::class_<Cache>(m, "Cache")
         .def(
-            "grow", [](Cache &c, int n) { c.call(tl_cache_grow, n); }, py::arg("n_pages"))
+            "grow", [](Cache &c, int n) { c.run(tl_cache_grow, n); }, py::arg("n_pages"))
         .def(
-            "clear_page", [](Cache &c, int page) { c.call(tl_cache_clear_page, page); }, py::arg("page"))
+            "clear_page", [](Cache &c, int page) { c.run(tl_cache_clear_page, page); }, py::arg("page"))
         .def(
-            "copy_page", [](Cache &c, int to, int from, int n) { c.call(tl_cache_copy_page, to, from, n); },
+            "copy_page", [](Cache &c, int to, int from, int n) { c.run(tl_cache_copy_page, to, from, n); },
             py::arg("to"), py::arg("source"), py::arg("n_tokens"))
         .def_property_readonly("n_pages", [](Cache &c) { return c.get()->n_pages; })
         .def_property_readonly("max_pages", [](Cache &c) { return c.get()->max_pages; })

@@ -30,6 +30,7 @@ def run_script(name: str, *arguments: object) -> str:
 
 SHUTDOWN = """
 import sys, threading, time, tinyllm
+sys.setswitchinterval(float(sys.argv[2]))
 llm = tinyllm.load("stories", threads=2)
 def work():
     while True:
@@ -40,9 +41,12 @@ time.sleep(float(sys.argv[1]))
 """
 
 
+@pytest.mark.parametrize(
+    "switch", [0.005, 1e-5]
+)  # seconds a thread keeps the interpreter; the first is the usual
 @pytest.mark.parametrize("seconds", [0, 0.03, 0.1, 0.2])
-def test_the_interpreter_ends_amid_generation(seconds: float) -> None:
-    command = [sys.executable, "-c", SHUTDOWN, str(seconds)]
+def test_the_interpreter_ends_amid_generation(seconds: float, switch: float) -> None:
+    command = [sys.executable, "-c", SHUTDOWN, str(seconds), str(switch)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -7,8 +7,12 @@ sentencepiece_model.proto. Imports errors and core. Used by from_gguf.py and fro
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
 import struct
+import threading
+import time
 from collections.abc import Collection, Iterable, Mapping
 
 from sentencepiece import SentencePieceProcessor
@@ -19,6 +23,37 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of p
 
 _BPE = 2  # TrainerSpec.model_type
 _WHITE_SPACE = re.compile(r"\s*")
+
+
+class _Door:
+    """A thread that comes back from SentencePiece while the interpreter ends would be torn down amid its
+    C++, which terminates the process. So from exit on only the thread that exits enters; those inside are
+    waited for, 2 s at most. (bindings.cpp has the same for the core.)"""
+
+    def __init__(self) -> None:
+        self._inside: set[int] = set()  # threads
+        self._keeper: int | None = None  # the thread that exits
+        atexit.register(self._close)
+        os.register_at_fork(after_in_child=self._inside.clear)  # of threads that the child does not have
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        self._inside.add(me)
+        if self._keeper not in (None, me):
+            self._inside.discard(me)
+            threading.Event().wait()  # until the process is gone
+
+    def __exit__(self, *_: object) -> None:
+        self._inside.discard(threading.get_ident())
+
+    def _close(self) -> None:
+        self._keeper = threading.get_ident()
+        end = time.monotonic() + 2
+        while self._inside and time.monotonic() < end:
+            time.sleep(0.001)
+
+
+_door = _Door()
 
 
 class SentencePieceEncoder:
@@ -61,7 +96,8 @@ class SentencePieceEncoder:
         if start == end:
             return []
         processor = self._inner if start else self._first
-        ids: list[int] = processor.encode(text[start:end])
+        with _door:
+            ids: list[int] = processor.encode(text[start:end])
         return ids
 
 
