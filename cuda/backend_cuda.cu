@@ -11,6 +11,14 @@
 #define MANY_FROM 33 // tokens from which on larger tiles pay
 
 static cuda_run *run_of(tl_run *run) { return (cuda_run *)run; }
+static row_norm norm_of(const tl_norm *norm) { return {norm->weight, norm->eps, norm->kind == TL_LAYER_NORM}; }
+
+// A layer's i-th of [experts, EXPERT_MATRICES].
+static const tl_matrix *expert_matrix(const tl_layer &layer, int i) {
+    const tl_expert &e = layer.experts[i / EXPERT_MATRICES];
+    const tl_matrix *const matrices[EXPERT_MATRICES] = {&e.w_gate, &e.w_up, &e.w_down};
+    return matrices[i % EXPERT_MATRICES];
+}
 
 template <class A>
 static void launch(cuda_run *r, void (*kernel)(A), gpu_grid grid, int threads, size_t shared_bytes, bool after,
@@ -55,10 +63,13 @@ static product_kernel many_kernel(int format, size_t *step_bytes) {
     }
 }
 
-// For many tokens, if all matrices are of one format that has such a kernel and its steps fit.
+// For many tokens (to each of the experts, on average), if all matrices are of one format that has such a kernel and its
+// steps fit.
 static bool launch_many(cuda_run *r, product_arguments a, int n) {
+    const tl_config &c = r->base.model->config;
     size_t step = 0;
-    product_kernel kernel = n >= MANY_FROM ? many_kernel(a.w[0].format, &step) : NULL;
+    const bool many = a.experts ? n / c.n_experts >= MANY_FROM / 2 : n >= MANY_FROM;
+    product_kernel kernel = many ? many_kernel(a.w[0].format, &step) : NULL;
     for (int i = 1; i < a.n_matrices; i++)
         if (a.w[i].format != a.w[0].format) kernel = NULL;
     const size_t room = (size_t)r->device->shared_block;
@@ -66,8 +77,10 @@ static bool launch_many(cuda_run *r, product_arguments a, int n) {
     a.n_slots = 3 * step <= room ? 3 : 2;
     int units = a.epilogue == GLU ? (a.w[0].rows + 31) / 32 : 0;
     for (int i = 0; i < a.n_matrices && a.epilogue != GLU; i++) units += (a.w[i].rows + 63) / 64;
-    launch(r, kernel, {units, (n + MANY_TOKENS - 1) / MANY_TOKENS, 1}, BLOCK_THREADS, (size_t)a.n_slots * step, true,
-           a);
+    a.pieces = r->to.many_pieces;
+    a.n_pieces = r->to.counts + N_MANY_PIECES;
+    const int n_pieces = a.experts ? most_pieces(c, n, MANY_TOKENS) : (n + MANY_TOKENS - 1) / MANY_TOKENS;
+    launch(r, kernel, {units, n_pieces, 1}, BLOCK_THREADS, (size_t)a.n_slots * step, true, a);
     return true;
 }
 
@@ -77,7 +90,7 @@ static void product_of(cuda_run *r, product_arguments a, const float *x, const i
                        int n, const int *count, int first) {
     const gpu *d = r->device;
     const bool floats = quantized_index(a.w[0].format) < 0;
-    a.source = {x, rows, norm ? norm->weight : NULL, norm ? norm->eps : 0, k, !floats, floats};
+    a.source = {x, rows, norm ? norm_of(norm) : row_norm{}, k, !floats, floats};
     a.n_units = (a.w[0].rows + 15) / 16;
     for (int i = 0; i < a.n_matrices; i++) {
         if (i > 0 && a.epilogue != GLU) a.n_units += (a.w[i].rows + 15) / 16;
@@ -86,29 +99,33 @@ static void product_of(cuda_run *r, product_arguments a, const float *x, const i
     a.n = count;
     a.first = first;
     a.most = n;
-    a.prepared = n > 2; // few tokens: every block prepares them for itself
-    size_t shared = product_shared_bytes(a, n);
+    const int together = a.experts ? r->shape.n : n; // that meet the same weights, at most
+    a.prepared = together > 2;                       // few tokens: every block prepares them for itself
+    size_t shared = product_shared_bytes(a, together);
     if (!a.prepared && slots_for(d, a, shared) == 0) {
         a.prepared = true;
-        shared = product_shared_bytes(a, n);
+        shared = product_shared_bytes(a, together);
     }
     if (a.prepared) {
         place_activations(&a.in, r->prepared, n, k, !floats, floats);
         const prepare_arguments p = {a.source, a.in, count, first};
-        launch(r, prepare, {n, 1, 1}, BLOCK_THREADS, TOKENS * BLOCK_WARPS * sizeof(float), true, p);
+        launch(r, prepare, {n, 1, 1}, BLOCK_THREADS, NORM_SUMS * sizeof(float), true, p);
     }
     if (a.prepared && launch_many(r, a, n)) return;
     a.n_slots = slots_for(d, a, shared);
-    shared = product_shared_bytes(a, n);
+    shared = product_shared_bytes(a, together);
     const int blocks = 2 * (shared + 1024) <= (size_t)d->shared_processor ? 2 : 1;
     const int most = d->info.n_processors * blocks;
-    const gpu_grid grid = {a.n_units < most ? a.n_units : most, (n + TOKENS - 1) / TOKENS, 1};
+    a.pieces = r->to.pieces;
+    a.n_pieces = r->to.counts + N_PIECES;
+    const int n_pieces = a.experts ? most_pieces(r->base.model->config, n, TOKENS) : (n + TOKENS - 1) / TOKENS;
+    const gpu_grid grid = {a.n_units < most ? a.n_units : most, n_pieces, 1};
     void (*const kernels[2][2])(product_arguments) = {{product<TOKENS, false>, product<TOKENS, true>},
                                                       {product<1, false>, product<1, true>}};
-    launch(r, kernels[n == 1][floats], grid, BLOCK_THREADS, shared, true, a);
+    launch(r, kernels[together == 1][floats], grid, BLOCK_THREADS, shared, true, a);
 }
 
-// The same for any matrices: the quantized ones first. (Both of GLU's are of one kind, begin sees to that.)
+// The same for any matrices: the quantized ones first. (Both of GLU's are of one kind.)
 static void products(cuda_run *r, const product_arguments &all, const float *x, const int *rows, const tl_norm *norm,
                      int k, int n, const int *count, int first) {
     for (int floats = 0; floats < 2; floats++) {
@@ -120,37 +137,90 @@ static void products(cuda_run *r, const product_arguments &all, const float *x, 
     }
 }
 
+// Of n_matrices that are still to be named.
+static product_arguments product_into(epilogue epilogue, int n_matrices) {
+    product_arguments a = {};
+    a.n_matrices = n_matrices;
+    a.epilogue = epilogue;
+    a.scale = 1;
+    return a;
+}
+
 static void product_qkv(tl_run *run, int layer) {
     cuda_run *r = run_of(run);
     const tl_layer *w = &run->model->layers[layer];
-    product_arguments a = {};
+    product_arguments a = product_into(STORE, 3);
     a.w[0] = matrix_of(&w->wq, run->q);
     a.w[1] = matrix_of(&w->wk, r->k);
     a.w[2] = matrix_of(&w->wv, r->v);
-    a.n_matrices = 3;
-    a.epilogue = STORE;
     products(r, a, run->x, NULL, &w->attention_norm, w->wq.k, r->shape.n, in_block(r, 4 * N_TOKENS), 0);
 }
 
 static void linear_add(tl_run *run, const float *in, const tl_matrix *w, const tl_norm *norm) {
-    (void)norm; // begin refuses models that have one
     cuda_run *r = run_of(run);
-    product_arguments a = {};
-    a.w[0] = matrix_of(w, run->x);
-    a.n_matrices = 1;
-    a.epilogue = ADD;
-    products(r, a, in, NULL, NULL, w->k, r->shape.n, in_block(r, 4 * N_TOKENS), 0);
+    const int *n = in_block(r, 4 * N_TOKENS);
+    const float scale = run->model->config.residual_scale;
+    product_arguments a = product_into(norm->weight ? STORE : ADD, 1);
+    a.w[0] = matrix_of(w, norm->weight ? r->added : run->x);
+    if (!norm->weight) a.scale = scale;
+    products(r, a, in, NULL, NULL, w->k, r->shape.n, n, 0);
+    if (!norm->weight) return;
+    const add_arguments add = {run->x, r->added, norm_of(norm), scale, w->rows, n};
+    launch(r, add_normed, {r->shape.n, 1, 1}, BLOCK_THREADS, NORM_SUMS * sizeof(float), true, add);
+}
+
+// hidden = activation(gate) * up, of rows of x. experts: w is the first of theirs.
+static void glu(cuda_run *r, const tl_matrix *gate, const tl_matrix *up, const expert_weights *experts, const int *rows,
+                const tl_norm *norm, int n, const int *count) {
+    static const gating activations[] = {{-1, 0, INFINITY, 0},                           // SiLU
+                                         {-1.5957691216057308f, 0.044715f, INFINITY, 0}, // GELU, -2 sqrt(2 / pi)
+                                         {-1.702f, 0, 7, 1}};                            // gpt-oss's
+    const float *x = r->base.x;
+    product_arguments a = product_into(GLU, 2);
+    a.activation = activations[r->base.model->config.activation];
+    a.experts = experts;
+    a.w[0] = matrix_of(gate, r->base.hidden);
+    a.w[1] = matrix_of(up, r->base.hidden);
+    if (gate->format->is_float == up->format->is_float) {
+        products(r, a, x, rows, norm, up->k, n, count, 0);
+        return;
+    }
+    a.n_matrices = 1; // they read different activations: one after the other
+    a.epilogue = STORE;
+    products(r, a, x, rows, norm, up->k, n, count, 0);
+    a.epilogue = GATED;
+    a.w[0] = a.w[1];
+    a.experts = experts ? experts + 1 : NULL;
+    products(r, a, x, rows, norm, up->k, n, count, 0);
 }
 
 static void norm_glu(tl_run *run, int layer) {
     cuda_run *r = run_of(run);
     const tl_layer *w = &run->model->layers[layer];
-    product_arguments a = {};
-    a.w[0] = matrix_of(&w->w_gate, run->hidden);
-    a.w[1] = matrix_of(&w->w_up, run->hidden);
-    a.n_matrices = 2;
-    a.epilogue = GLU;
-    products(r, a, run->x, NULL, &w->ffn_norm, w->w_up.k, r->shape.n, in_block(r, 4 * N_TOKENS), 0);
+    glu(r, &w->w_gate, &w->w_up, NULL, NULL, &w->ffn_norm, r->shape.n, in_block(r, 4 * N_TOKENS));
+}
+
+// For one token: scores, routing, gate and up, down, the sum.
+static void moe(tl_run *run, int layer) {
+    cuda_run *r = run_of(run);
+    const tl_layer *w = &run->model->layers[layer];
+    const tl_config &c = run->model->config;
+    const int *n = in_block(r, 4 * N_TOKENS), *n_visits = r->to.counts + N_VISITS;
+    const int most_visits = r->shape.n * c.n_experts_used;
+    const expert_weights *experts = r->experts + (size_t)layer * (size_t)c.n_experts * EXPERT_MATRICES;
+    product_arguments router = product_into(STORE, 1);
+    router.w[0] = matrix_of(&w->router, r->scores);
+    products(r, router, run->x, NULL, &w->ffn_norm, c.dim, r->shape.n, n, 0);
+    const route_arguments to = {r->scores, n, c.n_experts, c.n_experts_used, c.norm_topk_prob != 0, r->to};
+    launch(r, route, {r->shape.n, 1, 1}, BLOCK_THREADS, route_shared_bytes(c.n_experts), true, to);
+    const tl_expert &any = w->experts[0];
+    glu(r, &any.w_gate, &any.w_up, experts, r->to.tokens, &w->ffn_norm, most_visits, n_visits);
+    product_arguments down = product_into(STORE, 1);
+    down.w[0] = matrix_of(&any.w_down, r->added);
+    down.experts = experts + 2;
+    products(r, down, run->hidden, NULL, NULL, c.ff_dim, most_visits, n_visits, 0);
+    const add_visits_arguments add = {run->x, r->added, r->to, c.dim, c.n_experts_used, n};
+    launch(r, add_visits, {r->shape.n, 1, 1}, BLOCK_THREADS, 0, true, add);
 }
 
 // Of the rows of logits just computed, LOGIT_ROWS at most.
@@ -168,10 +238,10 @@ static void candidates(cuda_run *r, int n) {
 static void norm_linear(tl_run *run, const tl_norm *norm, const tl_matrix *w) {
     cuda_run *r = run_of(run);
     const tl_batch *b = run->batch;
-    product_arguments a = {};
+    product_arguments a = product_into(STORE, 1);
     a.w[0] = matrix_of(w, r->logits);
-    a.n_matrices = 1;
-    a.epilogue = STORE;
+    a.scale = run->model->config.logit_scale;
+    a.cap = run->model->config.logit_cap;
     for (int first = 0; first < b->n_rows; first += LOGIT_ROWS) {
         const int left = b->n_rows - first, n = r->recording ? r->shape.n_rows : left < LOGIT_ROWS ? left : LOGIT_ROWS;
         products(r, a, run->x, in_block(r, r->at.rows), norm, w->k, n, in_block(r, 4 * N_ROWS), first);
@@ -246,6 +316,7 @@ static void embedding(tl_run *run) {
     e.positions = in_block(r, r->at.positions);
     e.n = in_block(r, 4 * N_TOKENS);
     e.frequencies = r->frequencies;
+    e.scale = c.embedding_scale;
     e.rope_scale = c.rope_scale;
     e.x = run->x;
     e.cos = r->cos;
@@ -271,14 +342,8 @@ static tl_status check_model(const gpu *d, const tl_model *model, tl_message *me
     const struct {
         bool there;
         const char *name;
-    } missing[] = {{c.norm_kind != TL_RMS_NORM, "LayerNorm"},
-                   {c.norm_place != TL_NORM_BEFORE, "norms after attention and feed-forward"},
-                   {c.activation != TL_SILU, "GELU"},
-                   {c.qk_norm != TL_QK_NONE, "norms of queries and keys"},
+    } missing[] = {{c.qk_norm != TL_QK_NONE, "norms of queries and keys"},
                    {c.attention_cap != 0, "soft-capped attention"},
-                   {c.logit_cap != 0 || c.logit_scale != 1, "scaled or soft-capped logits"},
-                   {c.embedding_scale != 1, "scaled embeddings"},
-                   {c.residual_scale != 1, "scaled residuals"},
                    {c.local_rope_theta != 0, "a second RoPE"},
                    {c.query_growth != 0, "queries scaled by position"}};
     for (const auto &m : missing)
@@ -288,13 +353,13 @@ static tl_status check_model(const gpu *d, const tl_model *model, tl_message *me
         if (w.window > 0 && w.window < c.context) return refuse(d, "sliding windows", message);
         if (w.rope != TL_ROPE) return refuse(d, "layers without RoPE", message);
         if (w.sinks) return refuse(d, "attention sinks", message);
-        const tl_format *gate = model->layers[l].w_gate.format, *up = model->layers[l].w_up.format;
-        if (!gate || !up) return refuse(d, "a feed-forward of experts", message);
-        if (gate->is_float != up->is_float)
-            return tl_fail(message, TL_UNSUPPORTED,
-                           "w_gate and w_up of layer %d are %s and %s: on a GPU both or neither must "
-                           "be quantized",
-                           l, gate->name, up->name);
+        for (int i = EXPERT_MATRICES; i < c.n_experts * EXPERT_MATRICES; i++) {
+            const tl_format *one = expert_matrix(w, i)->format, *first = expert_matrix(w, i % EXPERT_MATRICES)->format;
+            if (one != first)
+                return tl_fail(message, TL_UNSUPPORTED,
+                               "experts 0 and %d of layer %d are %s and %s: on a GPU a layer's must be alike",
+                               i / EXPERT_MATRICES, l, first->name, one->name);
+        }
     }
     return TL_OK;
 }
@@ -311,6 +376,17 @@ static tl_status new_run(gpu *d, tl_run **run, const tl_model *model, tl_message
     int error = gpu_alloc(&data, n_bytes ? n_bytes : 8);
     r->frequencies = (double *)data;
     if (!error) error = gpu_copy_in(d->stream, data, model->rope_frequencies, n_bytes);
+    std::vector<expert_weights> experts;
+    for (int l = 0; l < model->config.n_layers; l++)
+        for (int i = 0; i < model->config.n_experts * EXPERT_MATRICES; i++) {
+            const tl_matrix *m = expert_matrix(model->layers[l], i);
+            experts.push_back({(const uint8_t *)m->data, m->bias});
+        }
+    const size_t experts_bytes = experts.size() * sizeof(expert_weights);
+    data = NULL;
+    if (!error && experts_bytes) error = gpu_alloc(&data, experts_bytes);
+    r->experts = (expert_weights *)data;
+    if (!error && experts_bytes) error = gpu_copy_in(d->stream, data, experts.data(), experts_bytes);
     if (!error) error = gpu_wait(d->stream);
     if (!error) return TL_OK;
     release_run(r);
@@ -457,6 +533,7 @@ template <int I> struct on_device {
             t.attend = attention;
             t.linear_add = linear_add;
             t.norm_glu = norm_glu;
+            t.moe = moe;
             t.norm_linear = norm_linear;
             t.end = end_call;
             t.release = release;
@@ -512,6 +589,9 @@ static tl_status set_up(int device, tl_message *message) {
     if (!error) error = gpu_allow_shared(product<TOKENS, true>, d->shared_block);
     if (!error) error = gpu_allow_shared(attend, d->shared_block);
     if (!error) error = gpu_allow_shared(prepare, d->shared_block);
+    if (!error) error = gpu_allow_shared(add_normed, d->shared_block);
+    if (!error) error = gpu_allow_shared(route, d->shared_block);
+    if (!error) error = gpu_allow_shared(add_visits, d->shared_block);
     if (!error) error = gpu_allow_shared(sort_pieces, d->shared_block);
     if (!error) error = gpu_allow_shared(merge_pieces, d->shared_block);
     if (!error) error = gpu_allow_shared(sum_exponentials, d->shared_block);

@@ -45,7 +45,11 @@ struct cuda_run {
     int capacity, logit_rows, n_units, n_parts; // what the arena is for: tokens, rows, (tile, kv head)s, their splits
     int candidates;                             // of a row
     float *k, *v, *cos, *sin, *logits, *partial;
+    float *added;      // what attention or feed-forward gives, until it is added to x
     uint8_t *prepared; // activations of many tokens
+    float *scores;     // [n, n_experts]
+    routing to;
+    expert_weights *experts; // [layers, experts, EXPERT_MATRICES], as long as the run
     int *arrived;
     uint64_t *best, *result; // candidates.cuh, of up to LOGIT_ROWS rows
     float *sum_parts;
@@ -73,10 +77,17 @@ static int q_width(const tl_config &c) { return c.n_heads * c.head_dim; }
 static int kv_width(const tl_config &c) { return c.n_kv_heads * c.head_dim; }
 static int heads_a_kv_head(const tl_config &c) { return c.n_heads / c.n_kv_heads; }
 
+// Pieces of `size` that n visits may take at most: an expert's last one need not be full.
+static int most_pieces(const tl_config &c, int n, int size) {
+    const int most = (int)((n + (int64_t)c.n_experts * (size - 1)) / size);
+    return n < most ? n : most;
+}
+
 // Places the buffers behind base (or only counts, base NULL); returns the bytes.
 static size_t place_buffers(cuda_run *r, uint8_t *base) {
     const tl_config &c = r->base.model->config;
-    const size_t n = (size_t)r->capacity, half = (size_t)c.rope_dim / 2;
+    const size_t n = (size_t)r->capacity, half = (size_t)c.rope_dim / 2, experts = (size_t)c.n_experts;
+    const size_t visits = n * (size_t)c.n_experts_used, rows_ff = experts ? visits : n; // of the feed-forward
     const int v_stride = (c.head_dim + 15) / 16 * 16;
     size_t used = 0;
 #define PLACE(field, type, n_bytes)                                                                                    \
@@ -85,7 +96,8 @@ static size_t place_buffers(cuda_run *r, uint8_t *base) {
     PLACE(base.x, float, n *(size_t)c.dim * 4);
     PLACE(base.q, float, n *(size_t)q_width(c) * 4);
     PLACE(base.attended, float, n *(size_t)q_width(c) * 4);
-    PLACE(base.hidden, float, n *(size_t)c.ff_dim * 4);
+    PLACE(base.hidden, float, rows_ff *(size_t)c.ff_dim * 4);
+    PLACE(added, float, (c.norm_place == TL_NORM_BEFORE ? visits : rows_ff) * (size_t)c.dim * 4);
     PLACE(k, float, n *(size_t)kv_width(c) * 4);
     PLACE(v, float, n *(size_t)kv_width(c) * 4);
     PLACE(cos, float, n * half * 4);
@@ -94,7 +106,18 @@ static size_t place_buffers(cuda_run *r, uint8_t *base) {
     int widest = c.dim > c.ff_dim ? c.dim : c.ff_dim;
     if (q_width(c) > widest) widest = q_width(c);
     activations a;
-    PLACE(prepared, uint8_t, place_activations(&a, NULL, (int)n, widest, true, true));
+    const size_t for_all = place_activations(&a, NULL, (int)n, widest, true, true);
+    const size_t of_visits = place_activations(&a, NULL, (int)visits, c.dim > c.ff_dim ? c.dim : c.ff_dim, true, true);
+    PLACE(prepared, uint8_t, for_all > of_visits ? for_all : of_visits);
+    PLACE(scores, float, n * experts * 4);
+    PLACE(to.experts, int, visits * 4);
+    PLACE(to.weights, float, visits * 4);
+    PLACE(to.rows, int, visits * 4);
+    PLACE(to.tokens, int, visits * 4);
+    PLACE(to.pieces, piece, (size_t)most_pieces(c, (int)visits, TOKENS) * sizeof(piece));
+    PLACE(to.many_pieces, piece, (size_t)most_pieces(c, (int)visits, MANY_TOKENS) * sizeof(piece));
+    PLACE(to.counts, int, N_ROUTED * 4);
+    PLACE(to.visits, int, (experts + 1) * 4);
     PLACE(arrived, int, (size_t)r->n_units * sizeof(int));
     PLACE(row_arrived, int, LOGIT_ROWS * sizeof(int));
     const size_t rows = r->candidates > 0 ? (size_t)r->logit_rows : 0, k = (size_t)r->candidates;
@@ -210,6 +233,7 @@ static int prepare_call(cuda_run *r) {
         place_buffers(r, r->arena);
         error = gpu_clear(r->device->stream, r->arrived, (size_t)r->n_units * sizeof(int));
         if (!error) error = gpu_clear(r->device->stream, r->row_arrived, LOGIT_ROWS * sizeof(int));
+        if (!error) error = gpu_clear(r->device->stream, r->to.visits, ((size_t)c.n_experts + 1) * sizeof(int));
     }
     r->at = block_of(r->shape, tiles);
     changed = false;
@@ -230,6 +254,7 @@ static void release_run(cuda_run *r) {
     if (r->block) gpu_free(r->block);
     if (r->host_block) gpu_free_pinned(r->host_block);
     if (r->frequencies) gpu_free(r->frequencies);
+    if (r->experts) gpu_free(r->experts);
     if (r->fetched) gpu_free_pinned(r->fetched);
     delete r;
 }

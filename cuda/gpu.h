@@ -6,8 +6,8 @@
 #include "kernels/attention.cuh"
 #include "kernels/candidates.cuh"
 #include "kernels/embed.cuh"
+#include "kernels/experts.cuh"
 #include "kernels/pack.cuh"
-#include "kernels/product_many.cuh"
 #include "runtime.cuh"
 
 #define MAX_DEVICES 16

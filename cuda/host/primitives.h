@@ -389,7 +389,7 @@ static inline void memory_fence() {
     HOST_ASIDE;
     host.fibers[(size_t)host.current].fenced = true;
 }
-static inline float load_fresh(const float *p) { return *p; }
+template <class T> static inline T load_fresh(const T *p) { return *p; }
 static inline void wait_for_previous() { HOST_ACQUIRE(&host.launched); }
 static inline void let_next_start() {}
 

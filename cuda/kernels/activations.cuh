@@ -1,7 +1,7 @@
 // kernels/activations.cuh: what products read: rows of x, normed where there is a norm, as int8 groups of 32 for quantized
 // weights and as floats for the others. Written into a block's shared memory when few tokens share the weights (every block
-// makes its own, which is cheaper than a launch), into global memory when many do: the same function, so the same bits.
-// Includes primitives.cuh. Read product.cuh next.
+// makes its own, which is cheaper than a launch), into global memory when many do: the same function, so the same bits. And
+// what is normed before it is added to x. Includes primitives.cuh. Read product.cuh next.
 #ifndef TINYLLM_CUDA_ACTIVATIONS_CUH
 #define TINYLLM_CUDA_ACTIVATIONS_CUH
 
@@ -51,18 +51,54 @@ DEVICE float warp_largest(float x) {
     return x;
 }
 
-// RMSNorm's sum of squares, arXiv 1910.07467: a thread's in order, the warp's tree, the warps in order. sums: [8].
-DEVICE void sum_squares(const float *x, int k, float *sums) {
+// ---- norms --------------------------------------------------------------------------------------------------------------
+
+struct row_norm {
+    const float *weight; // [k], or NULL: the row stays as it is
+    float eps;
+    bool centred; // LayerNorm, arXiv 1607.06450; else RMSNorm, arXiv 1910.07467, which is that with a mean of 0
+};
+
+#define NORM_SUMS (2 * BLOCK_WARPS) // floats of shared memory a row: the warps' sums, then their sums of squares
+
+// In one order whatever the row is read for: a thread's in order, the warp's tree, the warps in order.
+template <class Add> DEVICE void sum_row(float *sums, int k, Add add) {
     float sum = 0;
-    for (int i = thread_id(); i < k; i += BLOCK_THREADS) sum = fmaf(x[i], x[i], sum);
+    for (int i = thread_id(); i < k; i += BLOCK_THREADS) sum = add(sum, i);
     sum = warp_sum(sum);
     if (lane_id() == 0) sums[warp_id()] = sum;
 }
-DEVICE float norm_scale(const float *sums, int k, float eps) {
+DEVICE float sum_warps(const float *sums) {
     float sum = sums[0];
     for (int i = 1; i < BLOCK_WARPS; i++) sum += sums[i];
-    return 1.0f / sqrtf(sum / (float)k + eps);
+    return sum;
 }
+
+DEVICE float mean_of(const row_norm &norm, const float *sums, int k) {
+    return norm.centred ? sum_warps(sums) / (float)k : 0.0f;
+}
+DEVICE float scale_of(const row_norm &norm, const float *sums, int k) {
+    return 1.0f / sqrtf(sum_warps(sums + BLOCK_WARPS) / (float)k + norm.eps);
+}
+
+// Into sums, of n rows of k: what their means and scales are made of. Ends with a barrier.
+template <class Row> DEVICE void sum_rows(const row_norm &norm, float *sums, int n, int k, Row row) {
+    if (norm.centred) {
+        for (int t = 0; t < n; t++) {
+            const float *x = row(t);
+            sum_row(sums + t * NORM_SUMS, k, [&](float sum, int i) { return sum + x[i]; });
+        }
+        block_barrier();
+    }
+    for (int t = 0; t < n; t++) {
+        const float *x = row(t), mean = mean_of(norm, sums + t * NORM_SUMS, k);
+        sum_row(sums + t * NORM_SUMS + BLOCK_WARPS, k,
+                [&](float sum, int i) { return fmaf(x[i] - mean, x[i] - mean, sum); });
+    }
+    block_barrier();
+}
+
+// ---- activations --------------------------------------------------------------------------------------------------------
 
 // A warp rounds one group: scale = largest / 127, q = x / scale half to even. A group too small for 127 / largest to be
 // finite becomes zeros.
@@ -85,32 +121,27 @@ DEVICE void quantize_group(const activations &a, int t, int group, float x) {
 }
 
 struct activation_source {
-    const float *x;    // [.., k]
-    const int *rows;   // which of x, or NULL: as they come
-    const float *norm; // [k], or NULL
-    float eps;
+    const float *x;  // [.., k]
+    const int *rows; // which of x, or NULL: as they come
+    row_norm norm;
     int k;
     bool quantized, floats; // what to make
 };
 
-// A block makes tokens first..first + n - 1 (n <= 8) into 0.. of `to`. sums: 8 floats a token. Ends with a barrier.
+// A block makes tokens first..first + n - 1 (n <= 8) into 0.. of `to`. sums: NORM_SUMS floats a token. Ends with a barrier.
 DEVICE void prepare_tokens(const activation_source &s, const activations &to, int first, int n, float *sums) {
     const int k_padded = s.floats && !s.quantized ? (s.k + 63) / 64 * 64 : (s.k + 255) / 256 * 256;
     const int x_padded = (s.k + 63) / 64 * 64;
-    if (s.norm) {
-        for (int t = 0; t < n; t++) {
-            const int row = s.rows ? s.rows[first + t] : first + t;
-            sum_squares(s.x + (size_t)row * s.k, s.k, sums + t * BLOCK_WARPS);
-        }
-        block_barrier();
-    }
+    const bool norm = s.norm.weight != NULL;
+    auto row = [&](int t) { return s.x + (size_t)(s.rows ? s.rows[first + t] : first + t) * s.k; };
+    if (norm) sum_rows(s.norm, sums, n, s.k, row);
     for (int t = 0; t < n; t++) {
-        const int row = s.rows ? s.rows[first + t] : first + t;
-        const float *x = s.x + (size_t)row * s.k;
-        const float scale = s.norm ? norm_scale(sums + t * BLOCK_WARPS, s.k, s.eps) : 1.0f;
+        const float *x = row(t);
+        const float mean = norm ? mean_of(s.norm, sums + t * NORM_SUMS, s.k) : 0.0f;
+        const float scale = norm ? scale_of(s.norm, sums + t * NORM_SUMS, s.k) : 1.0f;
         for (int i = thread_id(); i < k_padded; i += BLOCK_THREADS) {
             float value = i < s.k ? x[i] : 0.0f;
-            if (s.norm && i < s.k) value = value * scale * s.norm[i];
+            if (norm && i < s.k) value = (value - mean) * scale * s.norm.weight[i];
             if (s.floats && i < x_padded) to.x[(size_t)t * to.x_stride + i] = value;
             if (s.quantized) quantize_group(to, t, i / 32, value);
         }
@@ -139,6 +170,30 @@ KERNEL(BLOCK_THREADS, 1) prepare(const prepare_arguments p) {
     to.half_sums += (size_t)t * to.group_stride;
     to.x += (size_t)t * to.x_stride;
     prepare_tokens(p.source, to, p.first + t, 1, sums);
+}
+
+struct add_arguments {
+    float *x;         // [n, k]
+    const float *add; // [n, k]
+    row_norm norm;    // of what is added
+    float scale;
+    int k;
+    const int *n;
+};
+
+// x += scale * norm(add). block_x: the token.
+KERNEL(BLOCK_THREADS, 1) add_normed(const add_arguments a) {
+    float *sums = (float *)(void *)shared_memory();
+    wait_for_previous();
+    let_next_start();
+    const int t = block_x();
+    if (t >= *a.n) return;
+    float *x = a.x + (size_t)t * a.k;
+    const float *add = a.add + (size_t)t * a.k;
+    sum_rows(a.norm, sums, 1, a.k, [&](int) { return add; });
+    const float mean = mean_of(a.norm, sums, a.k), scale = scale_of(a.norm, sums, a.k);
+    for (int i = thread_id(); i < a.k; i += BLOCK_THREADS)
+        x[i] = fmaf(a.scale, (add[i] - mean) * scale * a.norm.weight[i], x[i]);
 }
 
 #endif

@@ -11,8 +11,8 @@ struct embed_arguments {
     int format, n_chunks, dim, rope_dim;
     const int *tokens, *positions, *n; // tokens: NULL where x is there already
     const double *frequencies;         // [rope_dim / 2] radians a position
-    float rope_scale;
-    float *x, *cos, *sin; // [n, dim], [n, rope_dim / 2]
+    float scale, rope_scale;           // of the rows, of cos and sin
+    float *x, *cos, *sin;              // [n, dim], [n, rope_dim / 2]
 };
 
 // block_x: the token.
@@ -29,7 +29,7 @@ KERNEL(256, 1) embed(const embed_arguments e) {
     }
     if (!e.tokens) return;
     for (int i = thread_id(); i < e.dim; i += n_threads())
-        e.x[(size_t)t * e.dim + i] = value_at(e.data, e.format, e.n_chunks, e.tokens[t], i);
+        e.x[(size_t)t * e.dim + i] = value_at(e.data, e.format, e.n_chunks, e.tokens[t], i) * e.scale;
 }
 
 #endif

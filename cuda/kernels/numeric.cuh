@@ -1,5 +1,5 @@
-// kernels/numeric.cuh: exp, SiLU, sin and cos from explicit operations, as csrc/rows.inc and csrc/numeric.c have them: the
-// same numbers on every device, and on the CPU that runs these kernels. Includes primitives.cuh.
+// kernels/numeric.cuh: exp, gates, caps, sin and cos from explicit operations, as csrc/rows.inc and csrc/numeric.c have them:
+// the same numbers on every device, and on the CPU that runs these kernels. Includes primitives.cuh.
 #ifndef TINYLLM_CUDA_NUMERIC_CUH
 #define TINYLLM_CUDA_NUMERIC_CUH
 
@@ -21,8 +21,18 @@ DEVICE float exponential(float x) {
     return sum * as_float((uint32_t)(n + 127) << 23);
 }
 
-// SwiGLU's gate, arXiv 2002.05202.
-DEVICE float silu(float x) { return x / (1.0f + exponential(-x)); }
+// What a gate makes of itself and of up, g / (1 + e^(slope (g + cubic g^3))) (u + shift), g and u no larger than limit: any
+// activation (csrc/rows.inc) is four numbers, and no branch.
+struct gating {
+    float slope, cubic, limit, shift;
+};
+DEVICE float gated(const gating &a, float gate, float up) {
+    const float g = gate > a.limit ? a.limit : gate, u = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
+    return g / (1.0f + exponential(a.slope * fmaf(a.cubic * g * g, g, g))) * (u + a.shift);
+}
+
+// cap tanh(x / cap), tanh y = 1 - 2 / (e^2y + 1).
+DEVICE float soft_cap(float x, float cap) { return (1.0f - 2.0f / (exponential(x * (2.0f / cap)) + 1.0f)) * cap; }
 
 // In float64, so that RoPE's angles are good at any position; the reduction is Cody and Waite's.
 DEVICE void sine_cosine(double radians, double *sine, double *cosine) {

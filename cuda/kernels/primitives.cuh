@@ -92,7 +92,7 @@ template <int N> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_gro
 
 DEVICE int atomic_add(int *p, int x) { return atomicAdd(p, x); }
 DEVICE void memory_fence() { __threadfence(); }
-DEVICE float load_fresh(const float *p) {
+template <class T> DEVICE T load_fresh(const T *p) {
     return __ldcg(p);
 } // what another block wrote: not from this processor's cache
 

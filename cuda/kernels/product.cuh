@@ -2,7 +2,8 @@
 // at a time; its 8 warps take an eighth of k each (their chunks follow each other in memory), every warp with its own ring
 // of chunks on their way from memory, filled before the kernel before this one has ended. Tokens are the columns of the
 // tensor cores' tile, 8 at most. The eight sums of an output are added in order. So the order of additions depends on
-// the matrix's shape alone. Includes activations.cuh, formats.cuh, numeric.cuh.
+// the matrix's shape alone. Experts of a mixture are the same, each with rows of its own.
+// Includes activations.cuh, formats.cuh, numeric.cuh.
 #ifndef TINYLLM_CUDA_PRODUCT_CUH
 #define TINYLLM_CUDA_PRODUCT_CUH
 
@@ -19,23 +20,55 @@ struct product_matrix {
     int format, rows, n_chunks, chunk_bytes;
 };
 
-enum epilogue { STORE, ADD, GLU }; // out = w x; out += w x; out = silu(w[0] x) * (w[1] x)
+// out = scale w x, capped; out += scale w x; out = gated(w[0] x, w[1] x); out = gated(out, w x)
+enum epilogue { STORE, ADD, GLU, GATED };
+
+// Rows of activations that a block multiplies, and whose weights they meet where there are experts.
+struct piece {
+    int first, n, expert;
+};
+struct expert_weights { // what a layer's experts do not have in common
+    const uint8_t *data;
+    const float *bias;
+};
+#define EXPERT_MATRICES 3 // gate, up, down
 
 struct product_arguments {
     product_matrix w[3];
     int n_matrices, n_units, epilogue; // units: tiles of all matrices; GLU: tiles of either
+    float scale, cap;                  // STORE's cap: 0 is none
+    gating activation;
     activation_source source;
     activations in; // in global memory, where `prepared`
     bool prepared;
     const int *n;            // tokens there are
     int first, most;         // of them, from here on, and no more than so many, into 0.. of out and from 0.. of in
     int n_slots, slot_bytes; // of a warp's ring
+    const expert_weights *experts; // [experts, EXPERT_MATRICES] from the first of w on; NULL: w's own
+    const piece *pieces;           // of experts; tokens are visits to them (experts.cuh)
+    const int *n_pieces;
 };
 
-// How many tokens there are for a block that starts at the first_token-th of the launch's.
-DEVICE int tokens_from(const product_arguments &a, int first_token) {
-    const int left = *a.n - a.first;
-    return (left < a.most ? left : a.most) - first_token;
+// The piece that is a block's, of `size` rows at most. Known once the kernel in front has ended.
+DEVICE piece piece_of_block(const product_arguments &a, int size) {
+    if (a.experts) return block_y() < *a.n_pieces ? a.pieces[block_y()] : piece{0, 0, 0};
+    const int first = block_y() * size, there = *a.n - a.first, left = (there < a.most ? there : a.most) - first;
+    return piece{first, left < size ? left : size, 0};
+}
+DEVICE expert_weights weights_of(const product_arguments &a, int m, int expert) {
+    return a.experts ? a.experts[expert * EXPERT_MATRICES + m] : expert_weights{a.w[m].data, a.w[m].bias};
+}
+
+// A sum on its way out. gate: what GLU's first matrix (part 0) leaves for its second.
+DEVICE void put_sum(const product_arguments &a, float *out, float sum, int part, float &gate) {
+    if (a.epilogue == STORE)
+        *out = a.cap > 0 ? soft_cap(a.scale * sum, a.cap) : a.scale * sum;
+    else if (a.epilogue == ADD)
+        *out = fmaf(a.scale, sum, *out);
+    else if (a.epilogue == GLU && part == 0)
+        gate = sum;
+    else
+        *out = gated(a.activation, a.epilogue == GLU ? gate : *out, sum);
 }
 
 // Chunks [first, last) of a tile belong to split s.
@@ -148,7 +181,7 @@ DEVICE void add_chunk(float acc[4], const uint8_t *chunk, const activations &in,
 
 // Walks a warp through the chunks of its split: of every tile of the block's units, in order.
 struct walk {
-    int unit, part, chunk, last;
+    int unit, expert, part, chunk, last;
     const uint8_t *from; // of the chunk
     int bytes;
 };
@@ -169,11 +202,13 @@ DEVICE int find_tile(const product_arguments &a, int unit, int part, int *tile) 
 DEVICE void walk_settle(walk &k, const product_arguments &a) {
     while (k.unit < a.n_units) {
         int tile;
-        const product_matrix &w = a.w[find_tile(a, k.unit, k.part, &tile)];
+        const int m = find_tile(a, k.unit, k.part, &tile);
+        const product_matrix &w = a.w[m];
         k.chunk = split_first(w.n_chunks, warp_id());
         k.last = split_first(w.n_chunks, warp_id() + 1);
         k.bytes = w.chunk_bytes;
-        k.from = w.data + ((size_t)tile * (size_t)w.n_chunks + (size_t)k.chunk) * (size_t)k.bytes;
+        k.from =
+            weights_of(a, m, k.expert).data + ((size_t)tile * (size_t)w.n_chunks + (size_t)k.chunk) * (size_t)k.bytes;
         if (k.chunk < k.last) return;
         if (a.epilogue == GLU && k.part == 0)
             k.part = 1;
@@ -304,42 +339,48 @@ DEVICE void add_split_floats(float *partial, ring &r, walk &k, const product_arg
 
 #define PARTIAL_FLOATS (TOKENS * 16)
 
-// Shared memory: the warps' rings, partial sums (two buffers, so that one barrier a tile is enough), sums of squares, and
+// Shared memory: the warps' rings, partial sums (two buffers, so that one barrier a tile is enough; norms' sums before), and
 // the activations unless they are prepared.
 BOTH size_t product_shared_bytes(const product_arguments &a, int n_tokens) {
     activations in;
     const size_t rings = (size_t)BLOCK_WARPS * (size_t)a.n_slots * (size_t)a.slot_bytes;
-    const size_t sums = (2 * SPLITS * PARTIAL_FLOATS + TOKENS * BLOCK_WARPS) * sizeof(float);
-    return rings + sums +
+    return rings + 2 * SPLITS * PARTIAL_FLOATS * sizeof(float) +
            (a.prepared ? 0 : place_activations(&in, NULL, n_tokens, a.source.k, a.source.quantized, a.source.floats));
 }
 
-// block_y: which 8 tokens. COLUMNS 1: there is one token. FLOATS: the matrices are not quantized.
+// block_y: which 8 tokens, or which piece. COLUMNS 1: there is one, or one a piece. FLOATS: the matrices are not quantized.
 template <int COLUMNS, bool FLOATS>
 KERNEL(BLOCK_THREADS, (FLOATS && COLUMNS > 1 ? 1 : 2))
 product(const GRID_CONSTANT product_arguments a) {
     uint8_t *shared = shared_memory();
     ring r = {shared + (size_t)warp_id() * (size_t)(a.n_slots * a.slot_bytes), a.n_slots, a.slot_bytes, 0};
     float *partials = (float *)(void *)(shared + (size_t)BLOCK_WARPS * (size_t)(a.n_slots * a.slot_bytes));
-    float *sums = partials + 2 * SPLITS * PARTIAL_FLOATS;
 
-    walk ahead = {block_x(), 0, 0, 0, NULL, 0};
+    piece rows = {0, 0, 0};
+    if (a.experts) { // only now it is known whose weights are to be fetched
+        wait_for_previous();
+        rows = piece_of_block(a, TOKENS);
+        if (rows.n <= 0) return;
+    }
+    walk ahead = {block_x(), rows.expert, 0, 0, 0, NULL, 0};
     walk_settle(ahead, a);
     for (int i = 0; i < r.n; i++) walk_copy(ahead, a, r.slots + i * r.bytes);
-    wait_for_previous();
+    if (!a.experts) {
+        wait_for_previous();
+        rows = piece_of_block(a, TOKENS);
+    }
     let_next_start();
 
-    const int first_token = block_y() * TOKENS, left = tokens_from(a, first_token);
-    if (left <= 0) { // shapes are rounded up
+    if (rows.n <= 0) { // shapes are rounded up
         copy_async_wait<0>();
         return;
     }
-    const int n_tokens = COLUMNS == 1 ? 1 : left < TOKENS ? left : TOKENS;
+    const int first_token = rows.first, n_tokens = COLUMNS == 1 ? 1 : rows.n;
     activations in = a.in;
     if (!a.prepared) {
-        place_activations(&in, (uint8_t *)(void *)(sums + TOKENS * BLOCK_WARPS), n_tokens, a.source.k,
+        place_activations(&in, (uint8_t *)(void *)(partials + 2 * SPLITS * PARTIAL_FLOATS), n_tokens, a.source.k,
                           a.source.quantized, a.source.floats);
-        prepare_tokens(a.source, in, a.first + first_token, n_tokens, sums);
+        prepare_tokens(a.source, in, a.first + first_token, n_tokens, partials);
     } else {
         in.q += (size_t)first_token * in.q_stride;
         in.scale += (size_t)first_token * in.group_stride;
@@ -354,7 +395,8 @@ product(const GRID_CONSTANT product_arguments a) {
         float gate = 0;
         for (int part = 0; part < n_parts; part++, buffer ^= 1) {
             int tile;
-            const product_matrix &w = a.w[find_tile(a, unit, part, &tile)];
+            const int m = find_tile(a, unit, part, &tile);
+            const product_matrix &w = a.w[m];
             float *partial = partials + (buffer * SPLITS + warp_id()) * PARTIAL_FLOATS;
             if constexpr (FLOATS) {
                 add_split_floats<COLUMNS>(partial, r, ahead, a, in, w, n_tokens);
@@ -372,16 +414,9 @@ product(const GRID_CONSTANT product_arguments a) {
             const float *from = partials + buffer * SPLITS * PARTIAL_FLOATS + column * 16 + row16;
             float sum = from[0];
             for (int i = 1; i < SPLITS; i++) sum += from[i * PARTIAL_FLOATS];
-            if (w.bias) sum += w.bias[row];
-            float *out = w.out + (size_t)(first_token + column) * (size_t)w.rows + row;
-            if (a.epilogue == STORE)
-                *out = sum;
-            else if (a.epilogue == ADD)
-                *out += sum;
-            else if (part == 0)
-                gate = sum;
-            else
-                *out = silu(gate) * sum;
+            const float *bias = weights_of(a, m, rows.expert).bias;
+            if (bias) sum += bias[row];
+            put_sum(a, w.out + (size_t)(first_token + column) * (size_t)w.rows + row, sum, part, gate);
         }
     }
 }

@@ -25,7 +25,7 @@ BOTH constexpr many_step many_layout(format_facts f) {
 }
 
 // Which tile of which matrix fragment i of a unit is; past the matrix's end: its last tile, whose result nobody takes.
-DEVICE const product_matrix &many_tile(const product_arguments &a, int unit, int i, int *tile) {
+DEVICE int many_tile(const product_arguments &a, int unit, int i, int *tile) {
     int m = 0;
     if (a.epilogue == GLU) {
         m = i % 2;
@@ -34,7 +34,7 @@ DEVICE const product_matrix &many_tile(const product_arguments &a, int unit, int
         for (; m + 1 < a.n_matrices && unit >= (a.w[m].rows + 63) / 64; m++) unit -= (a.w[m].rows + 63) / 64;
         *tile = unit * MANY_TILES + i;
     }
-    return a.w[m];
+    return m;
 }
 
 template <class F>
@@ -120,24 +120,24 @@ DEVICE void many_wait(int n_slots) {
     block_barrier();
 }
 
-// block_x: the unit, block_y: which 128 tokens. All matrices are of format F; the activations are prepared.
+// block_x: the unit, block_y: which 128 tokens, or which piece. All matrices are of format F; the activations are prepared.
 template <class F> KERNEL(BLOCK_THREADS, 1) product_many(const GRID_CONSTANT product_arguments a) {
     constexpr many_step at = many_layout(F::facts);
     uint8_t *slots = shared_memory();
     wait_for_previous();
     let_next_start();
-    const int first_token = block_y() * MANY_TOKENS, left = tokens_from(a, first_token);
-    if (left <= 0) return;
-    const int n_tokens = left < MANY_TOKENS ? left : MANY_TOKENS;
+    const piece rows = piece_of_block(a, MANY_TOKENS);
+    if (rows.n <= 0) return;
+    const int first_token = rows.first, n_tokens = rows.n;
     const uint8_t *tiles[MANY_TILES];
     int n_chunks = 0;
     UNROLL
     for (int i = 0; i < MANY_TILES; i++) {
         int tile;
-        const product_matrix &w = many_tile(a, block_x(), i, &tile);
-        const int last = (w.rows + 15) / 16 - 1;
-        n_chunks = w.n_chunks;
-        tiles[i] = w.data + (size_t)(tile < last ? tile : last) * (size_t)n_chunks * (size_t)chunk_bytes(F::facts);
+        const int m = many_tile(a, block_x(), i, &tile), last = (a.w[m].rows + 15) / 16 - 1;
+        n_chunks = a.w[m].n_chunks;
+        tiles[i] = weights_of(a, m, rows.expert).data +
+                   (size_t)(tile < last ? tile : last) * (size_t)n_chunks * (size_t)chunk_bytes(F::facts);
     }
 
     const int ahead = a.n_slots - 1, first_tile = warp_id() / 4 * WARP_TILES, warp_token = warp_id() % 4 * 32;
@@ -180,19 +180,11 @@ template <class F> KERNEL(BLOCK_THREADS, 1) product_many(const GRID_CONSTANT pro
         UNROLL
         for (int r = 0; r < WARP_TILES; r++) {
             int tile;
-            const product_matrix &w = many_tile(a, block_x(), first_tile + r, &tile);
-            const int row = tile * 16 + g + e / 2 * 8;
-            if (token >= n_tokens || row >= w.rows) continue;
-            const float result = w.bias ? sum[r][c][e] + w.bias[row] : sum[r][c][e];
-            float *out = w.out + (size_t)(first_token + token) * (size_t)w.rows + row;
-            if (a.epilogue == STORE)
-                *out = result;
-            else if (a.epilogue == ADD)
-                *out += result;
-            else if (r == 0)
-                gate = result;
-            else
-                *out = silu(gate) * result;
+            const int m = many_tile(a, block_x(), first_tile + r, &tile), row = tile * 16 + g + e / 2 * 8;
+            if (token >= n_tokens || row >= a.w[m].rows) continue;
+            const float *bias = weights_of(a, m, rows.expert).bias;
+            put_sum(a, a.w[m].out + (size_t)(first_token + token) * (size_t)a.w[m].rows + row,
+                    bias ? sum[r][c][e] + bias[row] : sum[r][c][e], r, gate);
         }
     }
 }
