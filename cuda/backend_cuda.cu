@@ -256,34 +256,46 @@ static void norm_linear(tl_run *run, const tl_norm *norm, const tl_matrix *w) {
 
 // ---- attention and the embedding ----------------------------------------------------------------------------------------
 
+// Weights of the config's kind of norm for a layer's queries or keys, n_heads of them.
+static head_norm head_norm_of(const tl_config &c, const tl_norm &norm, int n_heads) {
+    return {norm_of(&norm), c.qk_norm == TL_QK_HEAD ? 0 : c.head_dim, c.qk_norm == TL_QK_ALL ? n_heads : 1};
+}
+
 static void attention(tl_run *run, int layer) {
     cuda_run *r = run_of(run);
     const tl_config &c = run->model->config;
+    const tl_layer &w = run->model->layers[layer];
     const tl_cache *cache = run->cache;
     attend_arguments a = {};
     a.q = run->q;
     a.k = r->k;
     a.v = r->v;
     a.out = run->attended;
-    a.cos = r->cos;
-    a.sin = r->sin;
+    const size_t rope = w.rope == TL_ROPE_LOCAL ? (size_t)r->shape.n * ((size_t)c.rope_dim / 2) : 0;
+    a.cos = r->cos + rope;
+    a.sin = r->sin + rope;
+    a.query_scales = (const float *)(const void *)(r->block + r->at.query_scales);
+    a.sinks = w.sinks;
+    a.q_norm = head_norm_of(c, w.q_norm, c.n_heads);
+    a.k_norm = head_norm_of(c, w.k_norm, c.n_kv_heads);
     a.positions = in_block(r, r->at.positions);
     a.sequences = in_block(r, r->at.sequences);
     a.n = in_block(r, 4 * N_TOKENS);
     a.tiles = (const attend_tile *)(const void *)(r->block + r->at.tiles);
     a.n_tiles = in_block(r, 4 * N_TILES);
-    a.pages = (const uint64_t *)(const void *)(r->block + r->at.pages);
-    a.page_stride = r->at.page_stride;
-    a.head_at = (size_t)layer * (size_t)c.n_kv_heads * (cache->k_bytes + cache->v_bytes);
+    a.pages = (const uint64_t *)(const void *)(r->block + r->at.pages) + w.table * r->at.page_stride;
+    a.page_stride = run->model->n_tables * r->at.page_stride;
+    a.head_at = (size_t)w.place * (size_t)c.n_kv_heads * (cache->k_bytes + cache->v_bytes);
     a.k_bytes = cache->k_bytes;
     a.v_bytes = cache->v_bytes;
     a.n_kv_heads = c.n_kv_heads;
     a.group = heads_a_kv_head(c);
     a.head_dim = c.head_dim;
     a.v_stride = cache->v_stride;
-    a.rope_dim = c.rope_dim;
+    a.rope_dim = w.rope == TL_ROPE_NONE ? 0 : c.rope_dim;
+    a.window = w.window;
+    a.cap = c.attention_cap;
     a.kind = page_kind_of(cache->type, c.head_dim);
-    a.scale = c.attention_scale;
     a.stores = r->shape.stores;
     a.n_splits = r->n_splits;
     a.partial = r->partial;
@@ -317,6 +329,7 @@ static void embedding(tl_run *run) {
     e.n = in_block(r, 4 * N_TOKENS);
     e.frequencies = r->frequencies;
     e.scale = c.embedding_scale;
+    e.n_ropes = n_ropes(run->model);
     e.rope_scale = c.rope_scale;
     e.x = run->x;
     e.cos = r->cos;
@@ -326,11 +339,6 @@ static void embedding(tl_run *run) {
 
 // ---- a call -------------------------------------------------------------------------------------------------------------
 
-static tl_status refuse(const gpu *d, const char *what, tl_message *message) {
-    return tl_fail(message, TL_UNSUPPORTED, "%s cannot be computed on device %d (%s) yet; use device='cpu'", what,
-                   d->index, d->info.name);
-}
-
 // What this backend cannot compute, by name.
 static tl_status check_model(const gpu *d, const tl_model *model, tl_message *message) {
     const tl_config &c = model->config;
@@ -339,20 +347,8 @@ static tl_status check_model(const gpu *d, const tl_model *model, tl_message *me
         if (place_attend(&s, NULL, (page_kind)kind, c.head_dim, (c.head_dim + 15) / 16 * 16) > (size_t)d->shared_block)
             return tl_fail(message, TL_UNSUPPORTED, "heads of %d dimensions are too wide for device %d (%s)",
                            c.head_dim, d->index, d->info.name);
-    const struct {
-        bool there;
-        const char *name;
-    } missing[] = {{c.qk_norm != TL_QK_NONE, "norms of queries and keys"},
-                   {c.attention_cap != 0, "soft-capped attention"},
-                   {c.local_rope_theta != 0, "a second RoPE"},
-                   {c.query_growth != 0, "queries scaled by position"}};
-    for (const auto &m : missing)
-        if (m.there) return refuse(d, m.name, message);
     for (int l = 0; l < c.n_layers; l++) {
         const tl_layer &w = model->layers[l];
-        if (w.window > 0 && w.window < c.context) return refuse(d, "sliding windows", message);
-        if (w.rope != TL_ROPE) return refuse(d, "layers without RoPE", message);
-        if (w.sinks) return refuse(d, "attention sinks", message);
         for (int i = EXPERT_MATRICES; i < c.n_experts * EXPERT_MATRICES; i++) {
             const tl_format *one = expert_matrix(w, i)->format, *first = expert_matrix(w, i % EXPERT_MATRICES)->format;
             if (one != first)
@@ -371,11 +367,13 @@ static tl_status new_run(gpu *d, tl_run **run, const tl_model *model, tl_message
     r->device = d;
     r->base.model = model;
     *run = &r->base;
-    const size_t n_bytes = (size_t)model->config.rope_dim / 2 * sizeof(double);
+    const size_t half = (size_t)model->config.rope_dim / 2, n_bytes = half * sizeof(double);
     void *data = NULL;
-    int error = gpu_alloc(&data, n_bytes ? n_bytes : 8);
+    int error = gpu_alloc(&data, n_bytes ? (size_t)n_ropes(model) * n_bytes : 8);
     r->frequencies = (double *)data;
     if (!error) error = gpu_copy_in(d->stream, data, model->rope_frequencies, n_bytes);
+    if (!error && n_ropes(model) > 1)
+        error = gpu_copy_in(d->stream, r->frequencies + half, model->local_rope_frequencies, n_bytes);
     std::vector<expert_weights> experts;
     for (int l = 0; l < model->config.n_layers; l++)
         for (int i = 0; i < model->config.n_experts * EXPERT_MATRICES; i++) {

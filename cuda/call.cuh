@@ -25,8 +25,8 @@ struct call_shape {
 
 // A call's integers: where each array stands in the block, in bytes.
 struct call_block {
-    size_t tokens, positions, sequences, rows, tiles, pages, n_bytes;
-    int page_stride;
+    size_t tokens, positions, sequences, rows, query_scales, tiles, pages, n_bytes;
+    int page_stride; // pages of a table
 };
 enum { N_TOKENS, N_ROWS, N_TILES, N_COUNTS = 4 }; // the block's first integers
 
@@ -54,7 +54,7 @@ struct cuda_run {
     uint64_t *best, *result; // candidates.cuh, of up to LOGIT_ROWS rows
     float *sum_parts;
     int *row_arrived;
-    double *frequencies; // [rope_dim / 2]
+    double *frequencies; // [n_ropes, rope_dim / 2]
     uint8_t *fetched;    // pinned: logits, or candidates with their sums
     size_t fetched_bytes;
     std::map<call_shape, gpu_graph> graphs;
@@ -76,6 +76,7 @@ static void forget_graphs(cuda_run *r) {
 static int q_width(const tl_config &c) { return c.n_heads * c.head_dim; }
 static int kv_width(const tl_config &c) { return c.n_kv_heads * c.head_dim; }
 static int heads_a_kv_head(const tl_config &c) { return c.n_heads / c.n_kv_heads; }
+static int n_ropes(const tl_model *model) { return model->local_rope_frequencies ? 2 : 1; }
 
 // Pieces of `size` that n visits may take at most: an expert's last one need not be full.
 static int most_pieces(const tl_config &c, int n, int size) {
@@ -86,7 +87,8 @@ static int most_pieces(const tl_config &c, int n, int size) {
 // Places the buffers behind base (or only counts, base NULL); returns the bytes.
 static size_t place_buffers(cuda_run *r, uint8_t *base) {
     const tl_config &c = r->base.model->config;
-    const size_t n = (size_t)r->capacity, half = (size_t)c.rope_dim / 2, experts = (size_t)c.n_experts;
+    const size_t n = (size_t)r->capacity, experts = (size_t)c.n_experts;
+    const size_t n_angles = n * (size_t)n_ropes(r->base.model) * ((size_t)c.rope_dim / 2);
     const size_t visits = n * (size_t)c.n_experts_used, rows_ff = experts ? visits : n; // of the feed-forward
     const int v_stride = (c.head_dim + 15) / 16 * 16;
     size_t used = 0;
@@ -100,8 +102,8 @@ static size_t place_buffers(cuda_run *r, uint8_t *base) {
     PLACE(added, float, (c.norm_place == TL_NORM_BEFORE ? visits : rows_ff) * (size_t)c.dim * 4);
     PLACE(k, float, n *(size_t)kv_width(c) * 4);
     PLACE(v, float, n *(size_t)kv_width(c) * 4);
-    PLACE(cos, float, n * half * 4);
-    PLACE(sin, float, n * half * 4);
+    PLACE(cos, float, n_angles * 4);
+    PLACE(sin, float, n_angles * 4);
     PLACE(logits, float, (size_t)r->logit_rows *(size_t)c.vocab_size * 4);
     int widest = c.dim > c.ff_dim ? c.dim : c.ff_dim;
     if (q_width(c) > widest) widest = q_width(c);
@@ -129,17 +131,19 @@ static size_t place_buffers(cuda_run *r, uint8_t *base) {
     return used;
 }
 
-static call_block block_of(const call_shape &s, int tile_capacity) {
+// The pages stand last: how many sequences there are is no part of the shape. (A power of two, so that it seldom grows.)
+static call_block block_of(const call_shape &s, int tile_capacity, int n_page_tables) {
     call_block b = {};
     const size_t n = (size_t)s.n;
     b.tokens = N_COUNTS * 4;
     b.positions = b.tokens + 4 * n;
     b.sequences = b.positions + 4 * n;
     b.rows = b.sequences + 4 * n;
-    b.tiles = b.rows + 4 * n;
+    b.query_scales = b.rows + 4 * n;
+    b.tiles = b.query_scales + 4 * n;
     b.page_stride = s.n_segments * SEGMENT_PAGES;
     b.pages = (b.tiles + (size_t)tile_capacity * sizeof(attend_tile) + 7) / 8 * 8;
-    b.n_bytes = b.pages + n * (size_t)b.page_stride * 8;
+    b.n_bytes = b.pages + (size_t)n_page_tables * (size_t)b.page_stride * 8;
     return b;
 }
 
@@ -158,32 +162,44 @@ template <class T> static int grow(T **buffer, size_t *has, size_t n_bytes, bool
     return 0;
 }
 
+// What a token's queries are multiplied by.
+static float query_scale(const tl_config &c, int position) {
+    if (c.query_growth == 0) return c.attention_scale;
+    return c.attention_scale * (float)(1 + c.query_growth * log(1 + position / c.query_span));
+}
+
 // Writes the call's integers: the sequences that have tokens are numbered anew, pages become addresses.
 static void fill_block(cuda_run *r, uint8_t *to) {
     const tl_batch *b = r->base.batch;
     const tl_cache *cache = r->base.cache;
-    const int group = heads_a_kv_head(r->base.model->config);
+    const tl_config &c = r->base.model->config;
+    const int group = heads_a_kv_head(c), n_tables = r->base.model->n_tables;
+    float *query_scales = (float *)(void *)(to + r->at.query_scales);
     int *counts = (int *)(void *)to, *sequences = (int *)(void *)(to + r->at.sequences);
     attend_tile *tiles = (attend_tile *)(void *)(to + r->at.tiles);
     uint64_t *pages = (uint64_t *)(void *)(to + r->at.pages);
     if (b->tokens) memcpy(to + r->at.tokens, b->tokens, (size_t)b->n * 4);
     memcpy(to + r->at.positions, b->positions, (size_t)b->n * 4);
     if (b->n_rows) memcpy(to + r->at.rows, b->rows, (size_t)b->n_rows * 4);
+    for (int t = 0; t < b->n; t++) query_scales[t] = query_scale(c, b->positions[t]);
     int n_sequences = 0;
     r->n_tiles = 0;
     for (int t = 0, end; t < b->n; t = end, n_sequences++) {
         for (end = t; end < b->n && b->sequences[end] == b->sequences[t]; end++) sequences[end] = n_sequences;
-        for (int c = 0; c < (end - t) * group; c += TOKENS) {
-            const int left = (end - t) * group - c, n = left < TOKENS ? left : TOKENS;
-            const int last = t + (c + n - 1) / group;
-            tiles[r->n_tiles++] = {t + c / group, c % group, n, b->positions[last] / SEGMENT + 1, n_sequences};
+        for (int column = 0; column < (end - t) * group; column += TOKENS) {
+            const int left = (end - t) * group - column, n = left < TOKENS ? left : TOKENS;
+            const int last = t + (column + n - 1) / group;
+            tiles[r->n_tiles++] = {t + column / group, column % group, n, b->positions[last] / SEGMENT + 1,
+                                   n_sequences};
         }
-        const int32_t *table = b->page_tables + (size_t)b->sequences[t] * (size_t)b->max_pages;
-        for (int i = 0; i <= b->positions[end - 1] / PAGE_TOKENS; i++) {
-            const uint8_t *slab = (const uint8_t *)cache->slabs[table[i] / cache->pages_per_slab];
-            pages[n_sequences * r->at.page_stride + i] =
-                (uint64_t)(uintptr_t)(slab + (size_t)(table[i] % cache->pages_per_slab) * cache->page_bytes);
-        }
+        const int32_t *tables = b->page_tables + (size_t)b->sequences[t] * (size_t)n_tables * (size_t)b->max_pages;
+        for (int table = 0; table < n_tables; table++)
+            for (int i = 0; i <= b->positions[end - 1] / PAGE_TOKENS; i++) {
+                const int page = tables[(size_t)table * (size_t)b->max_pages + (size_t)i];
+                const uint8_t *slab = (const uint8_t *)cache->slabs[page / cache->pages_per_slab];
+                pages[(n_sequences * n_tables + table) * r->at.page_stride + i] =
+                    (uint64_t)(uintptr_t)(slab + (size_t)(page % cache->pages_per_slab) * cache->page_bytes);
+            }
     }
     counts[N_TOKENS] = b->n;
     counts[N_ROWS] = b->n_rows;
@@ -194,17 +210,16 @@ static void fill_block(cuda_run *r, uint8_t *to) {
 static int prepare_call(cuda_run *r) {
     const tl_batch *b = r->base.batch;
     const tl_config &c = r->base.model->config;
-    int longest = 1;
-    bool stores = true;
+    int longest = 1, n_sequences = 0;
     for (int t = 0; t < b->n; t++) {
         const int n = b->positions[t] / SEGMENT + 1;
         if (n > longest) longest = n;
-        if (t > 0 && b->sequences[t] == b->sequences[t - 1]) stores = false;
+        n_sequences += t == 0 || b->sequences[t] != b->sequences[t - 1];
     }
     r->shape = {round_up_to_power(b->n),
                 round_up_to_power(longest),
                 b->logits || b->n_candidates ? round_up_to_power(b->n_rows) : 0,
-                stores,
+                n_sequences == b->n,
                 r->base.cache->type,
                 b->n_candidates};
     // Tiles: every sequence may begin one that is not full.
@@ -235,7 +250,7 @@ static int prepare_call(cuda_run *r) {
         if (!error) error = gpu_clear(r->device->stream, r->row_arrived, LOGIT_ROWS * sizeof(int));
         if (!error) error = gpu_clear(r->device->stream, r->to.visits, ((size_t)c.n_experts + 1) * sizeof(int));
     }
-    r->at = block_of(r->shape, tiles);
+    r->at = block_of(r->shape, tiles, round_up_to_power(n_sequences) * r->base.model->n_tables);
     changed = false;
     if (!error) error = grow(&r->host_block, &r->host_block_bytes, r->at.n_bytes, true, &changed);
     if (!error) error = grow(&r->block, &r->block_bytes, r->at.n_bytes, false, &changed);

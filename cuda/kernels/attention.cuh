@@ -1,7 +1,8 @@
-// kernels/attention.cuh: RoPE, keys and values into their pages, and attention over the pages. A block takes a tile of up to
-// 8 columns (tokens x heads that share a kv head) against segments of 256 positions: either one segment, and the last
-// block of a tile merges them all, or every segment one after another. Within a segment: scores, one maximum, exp, a sum in
-// fixed order, values in order of position; segments merge in ascending order. So who computes what never matters.
+// kernels/attention.cuh: norms of heads, RoPE, keys and values into their pages, and attention over the pages. A block takes
+// a tile of up to 8 columns (tokens x heads that share a kv head) against segments of 256 positions: either one segment, and
+// the last block of a tile merges them all, or every segment one after another, but for those wholly behind the layer's
+// window. Within a segment: scores, one maximum, exp, a sum in fixed order, values in order of position; segments merge in
+// ascending order. So who computes what never matters.
 //
 // F16 pages of heads of a multiple of 16 are kept as A fragments of mma.m16n8k16, and queries and weights are cut into two
 // f16 numbers each, whose products together keep about 22 bits. Other pages are plain numbers and meet float32 arithmetic.
@@ -30,24 +31,35 @@ BOTH page_kind page_kind_of(int type, int head_dim) {
     return type == 8 ? PLAIN_Q8_0 : type == 0 ? PLAIN_F32 : head_dim % 16 ? PLAIN_F16 : F16_FRAGMENTS;
 }
 
+// How heads are normed before RoPE.
+struct head_norm {
+    row_norm norm;     // of the first head
+    int weight_stride; // from a head's weights to the next one's
+    int n_together;    // heads that are one row: 1 or all
+};
+
 // Queries of one sequence and kv head: columns [first, first + n) of (tokens, from `token` on) x (heads of the group).
 struct attend_tile {
     int token, first, n, n_segments, sequence;
 };
 
 struct attend_arguments {
-    const float *q, *k, *v; // [n, heads or kv heads, head_dim] as the products left them
-    float *out;             // [n, heads, head_dim]
-    const float *cos, *sin; // [n, rope_dim / 2]
+    const float *q, *k, *v;    // [n, heads or kv heads, head_dim] as the products left them
+    float *out;                // [n, heads, head_dim]
+    const float *cos, *sin;    // [n, rope_dim / 2]
+    const float *query_scales; // [n] what queries are multiplied by
+    const float *sinks;        // [heads] a score more in each head's softmax, with no value; or NULL
+    head_norm q_norm, k_norm;
     const int *positions, *sequences, *n;
     const attend_tile *tiles;
     const int *n_tiles;
-    const uint64_t *pages; // [sequences, page_stride] addresses
+    const uint64_t *pages; // addresses of the layer's pages, a sequence's page_stride after the one before it
     int page_stride;
     size_t head_at, k_bytes, v_bytes; // the layer's first head in a page; a head's keys, values
     int n_kv_heads, group, head_dim, v_stride, rope_dim;
     page_kind kind;
-    float scale;
+    int window;     // positions a token attends to, itself among them; 0: all
+    float cap;      // scores become cap * tanh(score / cap); 0: as they are
     bool stores;    // every sequence has one token here: its block stores the key and value as well
     bool staged;    // F16_FRAGMENTS and one segment a block: all its keys and values are fetched at once
     int n_splits;   // blocks a tile at most; 1: a block goes through all segments
@@ -57,14 +69,43 @@ struct attend_arguments {
 
 BOTH size_t partial_size(int v_stride) { return (size_t)TOKENS * ((size_t)v_stride + 2); }
 
-// ---- RoPE, and into the pages -------------------------------------------------------------------------------------------
+// ---- norm, RoPE, and into the pages -------------------------------------------------------------------------------------
+
+// A head's numbers as the products left them, with what its norm makes of them.
+struct head_numbers {
+    const float *x, *weight;
+    float mean, scale;
+};
+DEVICE float number_of(const head_numbers &h, int d) {
+    return h.weight ? (h.x[d] - h.mean) * h.scale * h.weight[d] : h.x[d];
+}
+
+// A warp finds a head's, row being all of the token's heads. Sums: a lane's in order, then a fixed tree.
+DEVICE head_numbers head_of(const float *row, int head, int head_dim, const head_norm &how) {
+    const row_norm &norm = how.norm;
+    head_numbers h = {row + (size_t)head * head_dim, NULL, 0, 1};
+    if (!norm.weight) return h;
+    const float *x = how.n_together == 1 ? h.x : row;
+    const int n = how.n_together * head_dim;
+    if (norm.centred) {
+        float sum = 0;
+        for (int i = lane_id(); i < n; i += 32) sum += x[i];
+        h.mean = warp_sum(sum) / (float)n;
+    }
+    float squares = 0;
+    for (int i = lane_id(); i < n; i += 32) squares = fmaf(x[i] - h.mean, x[i] - h.mean, squares);
+    h.scale = 1.0f / sqrtf(warp_sum(squares) / (float)n + norm.eps);
+    h.weight = norm.weight + (size_t)head * how.weight_stride;
+    return h;
+}
 
 // Dimension d of a head, rotated: pairs (d, d + rope_dim / 2), arXiv 2104.09864.
-DEVICE float rotated(const float *x, const float *cos, const float *sin, int d, int rope_dim, float scale) {
+DEVICE float rotated(const head_numbers &h, const float *cos, const float *sin, int d, int rope_dim) {
     const int half = rope_dim / 2;
-    if (d >= rope_dim) return x[d] * scale;
-    if (d < half) return fmaf(x[d], cos[d], -(x[d + half] * sin[d])) * scale;
-    return fmaf(x[d], cos[d - half], x[d - half] * sin[d - half]) * scale;
+    const float x = number_of(h, d);
+    if (d >= rope_dim) return x;
+    if (d < half) return fmaf(x, cos[d], -(number_of(h, d + half) * sin[d]));
+    return fmaf(x, cos[d - half], number_of(h, d - half) * sin[d - half]);
 }
 
 // Byte of element (row r, k) of a 16 x 16 f16 A fragment.
@@ -83,15 +124,16 @@ DEVICE void store_number(page_kind kind, uint8_t *head, size_t quarter, int slot
     }
 }
 
-// A warp stores a token's key (rotated) or value of one head.
+// A warp stores a token's key (normed, rotated) or value of one head.
 DEVICE void store_head(const attend_arguments &a, int token, int kv_head, bool value) {
     const int position = a.positions[token], slot = position % PAGE_TOKENS, half = a.rope_dim / 2;
     uint8_t *head = (uint8_t *)(uintptr_t)a.pages[(size_t)a.sequences[token] * a.page_stride + position / PAGE_TOKENS];
     head += a.head_at + (size_t)kv_head * (a.k_bytes + a.v_bytes) + (value ? a.k_bytes : 0);
-    const float *x = (value ? a.v : a.k) + ((size_t)token * a.n_kv_heads + kv_head) * a.head_dim;
+    const float *row = (value ? a.v : a.k) + (size_t)token * a.n_kv_heads * a.head_dim;
+    const head_numbers x = head_of(row, kv_head, a.head_dim, value ? head_norm{} : a.k_norm);
     const float *cos = a.cos + (size_t)token * half, *sin = a.sin + (size_t)token * half;
     for (int d = lane_id(); d < a.head_dim; d += 32) {
-        const float number = value ? x[d] : rotated(x, cos, sin, d, a.rope_dim, 1.0f);
+        const float number = value ? x.x[d] : rotated(x, cos, sin, d, a.rope_dim);
         if (a.kind != PLAIN_Q8_0) {
             store_number(a.kind, head, (value ? a.v_bytes : a.k_bytes) / 4, slot, d, value ? a.v_stride : a.head_dim,
                          value, number);
@@ -188,13 +230,15 @@ DEVICE void stage_blocks(const attend_arguments &a, const attend_shared &s, int 
     copy_async_commit();
 }
 
-// Scores of all columns with the first n positions of a segment, into p.
-DEVICE void scores(const attend_arguments &a, const attend_shared &s, int sequence, int segment, int kv_head, int n) {
+// Scores of all columns with positions [from, to) of a segment, from being a multiple of 16, into p.
+DEVICE void scores(const attend_arguments &a, const attend_shared &s, int sequence, int segment, int kv_head, int from,
+                   int to) {
     const int lane = lane_id(), g = lane / 4, t = lane % 4;
     if (a.kind == F16_FRAGMENTS) {
-        if (warp_id() * PAGE_TOKENS >= n) return; // a page a warp
+        if (warp_id() * PAGE_TOKENS >= to) return; // a page a warp
         const uint8_t *keys = page_head(a, s, sequence, segment * SEGMENT_PAGES + warp_id(), kv_head, false);
-        for (int i = 0; i < 4 && warp_id() * PAGE_TOKENS + i * 16 < n; i++) {
+        for (int i = 0; i < 4 && warp_id() * PAGE_TOKENS + i * 16 < to; i++) {
+            if (warp_id() * PAGE_TOKENS + i * 16 < from) continue;
             const uint8_t *block = keys + (size_t)i * (a.k_bytes / 4) + lane * 16;
             float c[4] = {0, 0, 0, 0};
             UNROLL_BY(4)
@@ -209,7 +253,7 @@ DEVICE void scores(const attend_arguments &a, const attend_shared &s, int sequen
         }
         return;
     }
-    for (int i = thread_id(); i < n; i += ATTEND_THREADS) {
+    for (int i = from + thread_id(); i < to; i += ATTEND_THREADS) {
         const uint8_t *keys = page_head(a, s, sequence, segment * SEGMENT_PAGES + i / PAGE_TOKENS, kv_head, false);
         float sum[TOKENS] = {0, 0, 0, 0, 0, 0, 0, 0};
         for (int d = 0; d < a.head_dim; d++) {
@@ -222,21 +266,25 @@ DEVICE void scores(const attend_arguments &a, const attend_shared &s, int sequen
     }
 }
 
-// A warp makes a column's scores into weights e^(score - maximum), +0 from `to` on; their maximum and sum.
-DEVICE void softmax(const attend_arguments &a, const attend_shared &s, int column, int to) {
+// A warp makes a column's scores into weights e^(score - maximum), +0 outside of [from, to); their maximum and sum.
+DEVICE void softmax(const attend_arguments &a, const attend_shared &s, int column, int from, int to) {
     const int lane = lane_id();
     float x[SEGMENT / 32], largest = -INFINITY, sum = 0;
     UNROLL
     for (int j = 0; j < SEGMENT / 32; j++) {
         const int i = lane + 32 * j;
-        x[j] = i < to ? s.p[column * P_STRIDE + i] : -INFINITY;
+        x[j] = -INFINITY;
+        if (i >= from && i < to) {
+            x[j] = s.p[column * P_STRIDE + i];
+            if (a.cap > 0) x[j] = soft_cap(x[j], a.cap);
+        }
         largest = fmaxf(largest, x[j]);
     }
     largest = warp_largest(largest);
     UNROLL
     for (int j = 0; j < SEGMENT / 32; j++) {
         const int i = lane + 32 * j;
-        const float p = i < to ? exponential(x[j] - largest) : 0.0f;
+        const float p = i >= from && i < to ? exponential(x[j] - largest) : 0.0f;
         sum += p;
         if (a.kind == F16_FRAGMENTS)
             put_halves(s.p_fragments, i, column, p);
@@ -250,16 +298,16 @@ DEVICE void softmax(const attend_arguments &a, const attend_shared &s, int colum
     }
 }
 
-// Weights times values of the first n positions. Each number goes to put(column, dimension, number).
+// Weights times values of positions [from, to). Each number goes to put(column, dimension, number).
 template <class Put>
-DEVICE void values(const attend_arguments &a, const attend_shared &s, int sequence, int segment, int kv_head, int n,
-                   Put put) {
+DEVICE void values(const attend_arguments &a, const attend_shared &s, int sequence, int segment, int kv_head, int from,
+                   int to, Put put) {
     const int lane = lane_id(), g = lane / 4, t = lane % 4;
     if (a.kind == F16_FRAGMENTS) {
         for (int d = warp_id(); d < a.v_stride / 16; d += ATTEND_WARPS) {
             float c[4] = {0, 0, 0, 0};
             UNROLL_BY(4)
-            for (int i = 0; i < (n + 15) / 16; i++) {
+            for (int i = from / 16; i < (to + 15) / 16; i++) {
                 const uint8_t *head = page_head(a, s, sequence, segment * SEGMENT_PAGES + i / 4, kv_head, true);
                 const uint8_t *at = head + (size_t)(i % 4) * (a.v_bytes / 4) + d * 512 + lane * 16;
                 const words4 v = *(const words4 *)(const void *)at;
@@ -274,7 +322,7 @@ DEVICE void values(const attend_arguments &a, const attend_shared &s, int sequen
     for (int i = thread_id(); i < a.head_dim * TOKENS; i += ATTEND_THREADS) {
         const int d = i % a.head_dim, column = i / a.head_dim;
         float sum = 0;
-        for (int j = 0; j < n; j++) {
+        for (int j = from; j < to; j++) {
             const uint8_t *head = page_head(a, s, sequence, segment * SEGMENT_PAGES + j / PAGE_TOKENS, kv_head, true);
             const int width = a.kind == PLAIN_Q8_0 ? a.head_dim : a.v_stride;
             sum = fmaf(s.p[column * P_STRIDE + j], plain_number(a.kind, head, j % PAGE_TOKENS, d, width), sum);
@@ -296,17 +344,28 @@ DEVICE void merge_factors(float &max, float &sum, float part_max, float part_sum
     max = top;
 }
 
-// The tile's last block: every column's parts in ascending order. A chunk of parts at a time, factors first, so that the
-// loads of the sums do not wait for each other.
+// The first position that a token attends to.
+DEVICE int first_seen(const attend_arguments &a, int position) {
+    return a.window > 0 && position >= a.window ? position + 1 - a.window : 0;
+}
+DEVICE bool sees(const attend_arguments &a, int position, int segment) {
+    return segment * SEGMENT <= position && segment >= first_seen(a, position) / SEGMENT;
+}
+
+// The tile's last block: every column's parts from `begin` on in ascending order. A chunk of parts at a time, factors
+// first, so that the loads of the sums do not wait for each other.
 #define MERGE_PARTS 16
-DEVICE void merge_parts(const attend_arguments &a, const attend_shared &s, const attend_tile &tile,
+DEVICE void merge_parts(const attend_arguments &a, const attend_shared &s, const attend_tile &tile, int begin,
                         const float *partial) {
     const size_t size = partial_size(a.v_stride);
     float *factors = s.p; // [MERGE_PARTS][2][8]
     const int column_of = thread_id();
-    float max = -INFINITY, sum = 0;
-    for (int i = thread_id(); i < TOKENS * a.v_stride; i += ATTEND_THREADS) s.out[i] = 0;
-    for (int first = 0; first < tile.n_segments; first += MERGE_PARTS) {
+    float max = 0, sum = 0;
+    if (column_of < tile.n) {
+        max = s.max[column_of];
+        sum = s.sum[column_of];
+    }
+    for (int first = begin; first < tile.n_segments; first += MERGE_PARTS) {
         const int n = tile.n_segments - first < MERGE_PARTS ? tile.n_segments - first : MERGE_PARTS;
         block_barrier();
         if (column_of < tile.n) {
@@ -314,7 +373,7 @@ DEVICE void merge_parts(const attend_arguments &a, const attend_shared &s, const
             for (int i = 0; i < n; i++) {
                 const float *part = partial + (size_t)(first + i) * size;
                 float old_factor = 1, new_factor = 0;
-                if ((first + i) * SEGMENT <= position)
+                if (sees(a, position, first + i))
                     merge_factors(max, sum, load_fresh(part + column_of), load_fresh(part + TOKENS + column_of),
                                   old_factor, new_factor);
                 factors[(2 * i) * TOKENS + column_of] = old_factor;
@@ -329,7 +388,7 @@ DEVICE void merge_parts(const attend_arguments &a, const attend_shared &s, const
             float out = s.out[i];
             UNROLL_BY(8)
             for (int j = 0; j < n; j++)
-                if ((first + j) * SEGMENT <= position)
+                if (sees(a, position, first + j))
                     out = fmaf(out, factors[2 * j * TOKENS + column],
                                load_fresh(partial + (size_t)(first + j) * size + 2 * TOKENS + i) *
                                    factors[(2 * j + 1) * TOKENS + column]);
@@ -346,37 +405,45 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
     if (block_x() >= *a.n_tiles) return;
     const attend_tile tile = a.tiles[block_x()];
     const int kv_head = block_y(), split = block_z();
-    if (a.n_splits > 1 && split >= tile.n_segments) return;
+    const int oldest = first_seen(a, a.positions[tile.token]); // the farthest back that a column looks
+    const int begin = oldest / SEGMENT;                        // segments wholly behind the window are nobody's
+    if (a.n_splits > 1 && (split < begin || split >= tile.n_segments)) return;
     attend_shared s;
     place_attend(&s, shared_memory(), a.kind, a.head_dim, a.v_stride);
 
-    const int first = a.n_splits > 1 ? split : 0, last = a.n_splits > 1 ? split + 1 : tile.n_segments;
+    const int first = a.n_splits > 1 ? split : begin, last = a.n_splits > 1 ? split + 1 : tile.n_segments;
     const int last_position = a.positions[tile.token + (tile.first + tile.n - 1) / a.group]; // the farthest
     const bool stores = a.stores && last == tile.n_segments;
     int n_blocks = (last_position - first * SEGMENT) / 16 + 1; // of the segment, where it is staged
     if (n_blocks > SEGMENT / 16) n_blocks = SEGMENT / 16;
-    if (a.staged) stage_blocks(a, s, tile.sequence, first, kv_head, 0, stores ? n_blocks - 1 : n_blocks);
+    const int first_block = first > begin ? 0 : oldest % SEGMENT / 16;
+    if (a.staged) stage_blocks(a, s, tile.sequence, first, kv_head, first_block, stores ? n_blocks - 1 : n_blocks);
     if (stores && warp_id() < 2) store_head(a, tile.token, kv_head, warp_id() == 1);
 
-    for (int i = thread_id(); i < TOKENS * a.head_dim; i += ATTEND_THREADS) {
-        const int column = i / a.head_dim, d = i % a.head_dim;
-        float q = 0; // columns past the tile's
-        if (column < tile.n) {
-            const int token = tile.token + (tile.first + column) / a.group, half = a.rope_dim / 2;
-            const int head = kv_head * a.group + (tile.first + column) % a.group;
-            const float *x = a.q + ((size_t)token * a.n_kv_heads * a.group + head) * a.head_dim;
-            q = rotated(x, a.cos + (size_t)token * half, a.sin + (size_t)token * half, d, a.rope_dim, a.scale);
+    for (int column = warp_id(); column < TOKENS; column += ATTEND_WARPS) {
+        const bool there = column < tile.n; // else past the tile's: zeros
+        const int token = tile.token + (tile.first + column) / a.group, half = a.rope_dim / 2;
+        const int head = kv_head * a.group + (tile.first + column) % a.group;
+        head_numbers x = {};
+        float scale = 0;
+        if (there) {
+            x = head_of(a.q + (size_t)token * a.n_kv_heads * a.group * a.head_dim, head, a.head_dim, a.q_norm);
+            scale = a.query_scales[token];
         }
-        if (a.kind == F16_FRAGMENTS)
-            put_halves(s.q_fragments, d, column, q);
-        else
-            s.q[i] = q;
+        for (int d = lane_id(); d < a.head_dim; d += 32) {
+            const float *cos = a.cos + (size_t)token * half, *sin = a.sin + (size_t)token * half;
+            const float q = there ? rotated(x, cos, sin, d, a.rope_dim) * scale : 0.0f;
+            if (a.kind == F16_FRAGMENTS)
+                put_halves(s.q_fragments, d, column, q);
+            else
+                s.q[column * a.head_dim + d] = q;
+        }
+        if (lane_id() == 0) { // a sink is merged first, with the value 0
+            s.max[column] = there && a.sinks ? a.sinks[head] : -INFINITY;
+            s.sum[column] = there && a.sinks ? 1.0f : 0.0f;
+        }
     }
     for (int i = thread_id(); i < TOKENS * a.v_stride; i += ATTEND_THREADS) s.out[i] = 0;
-    if (thread_id() < TOKENS) {
-        s.max[thread_id()] = -INFINITY;
-        s.sum[thread_id()] = 0;
-    }
     memory_fence(); // the key and value just stored are read below
     block_barrier();
     if (a.staged) {
@@ -388,13 +455,18 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
 
     float *partial = a.partial + (((size_t)block_x() * a.n_kv_heads + kv_head) * a.n_splits) * partial_size(a.v_stride);
     for (int segment = first; segment < last; segment++) {
-        const int left = last_position + 1 - segment * SEGMENT, n = left < SEGMENT ? left : SEGMENT;
-        scores(a, s, tile.sequence, segment, kv_head, n);
+        const int left = last_position + 1 - segment * SEGMENT, to = left < SEGMENT ? left : SEGMENT;
+        const int from = segment > begin ? 0 : oldest % SEGMENT / 16 * 16;
+        scores(a, s, tile.sequence, segment, kv_head, from, to);
         block_barrier();
         for (int column = warp_id(); column < TOKENS; column += ATTEND_WARPS) {
-            int to = 0;
-            if (column < tile.n) to = a.positions[tile.token + (tile.first + column) / a.group] + 1 - segment * SEGMENT;
-            softmax(a, s, column, to < n ? to : n);
+            int seen_from = 0, seen_to = 0; // in the segment
+            if (column < tile.n) {
+                const int position = a.positions[tile.token + (tile.first + column) / a.group];
+                seen_from = first_seen(a, position) - segment * SEGMENT;
+                seen_to = position + 1 - segment * SEGMENT;
+            }
+            softmax(a, s, column, seen_from, seen_to < to ? seen_to : to);
         }
         block_barrier();
         if (a.n_splits > 1) {
@@ -403,7 +475,7 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
                 part[thread_id()] = s.part_max[thread_id()];
                 part[TOKENS + thread_id()] = s.part_sum[thread_id()];
             }
-            values(a, s, tile.sequence, segment, kv_head, n,
+            values(a, s, tile.sequence, segment, kv_head, from, to,
                    [&](int column, int d, float x) { part[2 * TOKENS + column * a.v_stride + d] = x; });
             break;
         }
@@ -415,7 +487,7 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
                 merge_factors(s.max[c], s.sum[c], s.part_max[c], s.part_sum[c], s.old_factor[c], s.new_factor[c]);
         }
         block_barrier();
-        values(a, s, tile.sequence, segment, kv_head, n, [&](int column, int d, float x) {
+        values(a, s, tile.sequence, segment, kv_head, from, to, [&](int column, int d, float x) {
             if (s.part_max[column] == -INFINITY) return;
             float *out = s.out + column * a.v_stride + d;
             *out = fmaf(*out, s.old_factor[column], x * s.new_factor[column]);
@@ -429,14 +501,14 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
         memory_fence();
         block_barrier();
         if (thread_id() == 0) {
-            const bool is_last = atomic_add(arrived, 1) == tile.n_segments - 1;
+            const bool is_last = atomic_add(arrived, 1) == tile.n_segments - begin - 1;
             if (is_last) *arrived = 0;
             all[0] = is_last ? 1.0f : 0.0f;
         }
         block_barrier();
         if (all[0] == 0.0f) return;
         memory_fence();
-        merge_parts(a, s, tile, partial);
+        merge_parts(a, s, tile, begin, partial);
     }
     for (int i = thread_id(); i < tile.n * a.head_dim; i += ATTEND_THREADS) {
         const int column = i / a.head_dim, d = i % a.head_dim;

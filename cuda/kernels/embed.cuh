@@ -10,9 +10,10 @@ struct embed_arguments {
     const uint8_t *data; // the embedding
     int format, n_chunks, dim, rope_dim;
     const int *tokens, *positions, *n; // tokens: NULL where x is there already
-    const double *frequencies;         // [rope_dim / 2] radians a position
-    float scale, rope_scale;           // of the rows, of cos and sin
-    float *x, *cos, *sin;              // [n, dim], [n, rope_dim / 2]
+    const double *frequencies;         // [n_ropes, rope_dim / 2] radians a position
+    int n_ropes;
+    float scale, rope_scale; // of the rows; of the first cos and sin
+    float *x, *cos, *sin;    // [n, dim], [n_ropes, blocks, rope_dim / 2] x2
 };
 
 // block_x: the token.
@@ -21,11 +22,14 @@ KERNEL(256, 1) embed(const embed_arguments e) {
     let_next_start();
     const int t = block_x(), half = e.rope_dim / 2;
     if (t >= *e.n) return;
-    for (int i = thread_id(); i < half; i += n_threads()) {
+    for (int i = thread_id(); i < e.n_ropes * half; i += n_threads()) {
+        const int rope = i / half;
+        const size_t at = ((size_t)rope * n_blocks_x() + t) * half + i % half;
+        const float scale = rope == 0 ? e.rope_scale : 1.0f;
         double sine, cosine;
         sine_cosine(e.positions[t] * e.frequencies[i], &sine, &cosine);
-        e.cos[(size_t)t * half + i] = (float)cosine * e.rope_scale;
-        e.sin[(size_t)t * half + i] = (float)sine * e.rope_scale;
+        e.cos[at] = (float)cosine * scale;
+        e.sin[at] = (float)sine * scale;
     }
     if (!e.tokens) return;
     for (int i = thread_id(); i < e.dim; i += n_threads())
