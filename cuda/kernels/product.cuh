@@ -49,14 +49,19 @@ struct product_arguments {
     const int *n_pieces;
 };
 
-// The piece that is a block's, of `size` rows at most. Known once the kernel in front has ended.
-DEVICE piece piece_of_block(const product_arguments &a, int size) {
-    if (a.experts) return block_y() < *a.n_pieces ? a.pieces[block_y()] : piece{0, 0, 0};
-    const int first = block_y() * size, there = *a.n - a.first, left = (there < a.most ? there : a.most) - first;
-    return piece{first, left < size ? left : size, 0};
+// A block's rows, `size` at most: how many there are, and the first. Known once the kernel in front has ended. These and the
+// weights are looked up where they are needed: registers are dearer.
+DEVICE int rows_of_block(const product_arguments &a, int size) {
+    if (a.experts) return block_y() < *a.n_pieces ? a.pieces[block_y()].n : 0;
+    const int there = *a.n - a.first, left = (there < a.most ? there : a.most) - block_y() * size;
+    return left < size ? left : size;
 }
-DEVICE expert_weights weights_of(const product_arguments &a, int m, int expert) {
-    return a.experts ? a.experts[expert * EXPERT_MATRICES + m] : expert_weights{a.w[m].data, a.w[m].bias};
+DEVICE int first_of_block(const product_arguments &a, int size) {
+    return a.experts ? a.pieces[block_y()].first : block_y() * size;
+}
+DEVICE expert_weights weights_of(const product_arguments &a, int m) {
+    return a.experts ? a.experts[a.pieces[block_y()].expert * EXPERT_MATRICES + m]
+                     : expert_weights{a.w[m].data, a.w[m].bias};
 }
 
 // A sum on its way out. gate: what GLU's first matrix (part 0) leaves for its second.
@@ -181,7 +186,7 @@ DEVICE void add_chunk(float acc[4], const uint8_t *chunk, const activations &in,
 
 // Walks a warp through the chunks of its split: of every tile of the block's units, in order.
 struct walk {
-    int unit, expert, part, chunk, last;
+    int unit, part, chunk, last;
     const uint8_t *from; // of the chunk
     int bytes;
 };
@@ -207,8 +212,7 @@ DEVICE void walk_settle(walk &k, const product_arguments &a) {
         k.chunk = split_first(w.n_chunks, warp_id());
         k.last = split_first(w.n_chunks, warp_id() + 1);
         k.bytes = w.chunk_bytes;
-        k.from =
-            weights_of(a, m, k.expert).data + ((size_t)tile * (size_t)w.n_chunks + (size_t)k.chunk) * (size_t)k.bytes;
+        k.from = weights_of(a, m).data + ((size_t)tile * (size_t)w.n_chunks + (size_t)k.chunk) * (size_t)k.bytes;
         if (k.chunk < k.last) return;
         if (a.epilogue == GLU && k.part == 0)
             k.part = 1;
@@ -356,26 +360,22 @@ product(const GRID_CONSTANT product_arguments a) {
     ring r = {shared + (size_t)warp_id() * (size_t)(a.n_slots * a.slot_bytes), a.n_slots, a.slot_bytes, 0};
     float *partials = (float *)(void *)(shared + (size_t)BLOCK_WARPS * (size_t)(a.n_slots * a.slot_bytes));
 
-    piece rows = {0, 0, 0};
-    if (a.experts) { // only now it is known whose weights are to be fetched
+    if (a.experts) { // only then it is known whose weights are to be fetched
         wait_for_previous();
-        rows = piece_of_block(a, TOKENS);
-        if (rows.n <= 0) return;
+        if (rows_of_block(a, TOKENS) <= 0) return;
     }
-    walk ahead = {block_x(), rows.expert, 0, 0, 0, NULL, 0};
+    walk ahead = {block_x(), 0, 0, 0, NULL, 0};
     walk_settle(ahead, a);
     for (int i = 0; i < r.n; i++) walk_copy(ahead, a, r.slots + i * r.bytes);
-    if (!a.experts) {
-        wait_for_previous();
-        rows = piece_of_block(a, TOKENS);
-    }
+    wait_for_previous();
     let_next_start();
 
-    if (rows.n <= 0) { // shapes are rounded up
+    const int n_rows = rows_of_block(a, TOKENS), first_token = first_of_block(a, TOKENS);
+    if (n_rows <= 0) { // shapes are rounded up
         copy_async_wait<0>();
         return;
     }
-    const int first_token = rows.first, n_tokens = COLUMNS == 1 ? 1 : rows.n;
+    const int n_tokens = COLUMNS == 1 ? 1 : n_rows;
     activations in = a.in;
     if (!a.prepared) {
         place_activations(&in, (uint8_t *)(void *)(partials + 2 * SPLITS * PARTIAL_FLOATS), n_tokens, a.source.k,
@@ -395,28 +395,30 @@ product(const GRID_CONSTANT product_arguments a) {
         float gate = 0;
         for (int part = 0; part < n_parts; part++, buffer ^= 1) {
             int tile;
-            const int m = find_tile(a, unit, part, &tile);
-            const product_matrix &w = a.w[m];
+            const product_matrix &of = a.w[find_tile(a, unit, part, &tile)];
             float *partial = partials + (buffer * SPLITS + warp_id()) * PARTIAL_FLOATS;
             if constexpr (FLOATS) {
-                add_split_floats<COLUMNS>(partial, r, ahead, a, in, w, n_tokens);
+                add_split_floats<COLUMNS>(partial, r, ahead, a, in, of, n_tokens);
             } else {
-                switch (w.format) {
+                switch (of.format) {
 #define X(name, id, ...)                                                                                               \
-    case id: add_split<format_##name, COLUMNS>(partial, r, ahead, a, in, w, n_tokens); break;
+    case id: add_split<format_##name, COLUMNS>(partial, r, ahead, a, in, of, n_tokens); break;
                     QUANTIZED_FORMATS(X)
 #undef X
                 }
             }
             block_barrier();
+            const int m = find_tile(a, unit, part, &tile); // again, which is cheaper than to keep it
+            const product_matrix &w = a.w[m];
             const int row = tile * 16 + row16;
             if (column >= n_tokens || row >= w.rows) continue;
             const float *from = partials + buffer * SPLITS * PARTIAL_FLOATS + column * 16 + row16;
             float sum = from[0];
             for (int i = 1; i < SPLITS; i++) sum += from[i * PARTIAL_FLOATS];
-            const float *bias = weights_of(a, m, rows.expert).bias;
+            const float *bias = weights_of(a, m).bias;
             if (bias) sum += bias[row];
-            put_sum(a, w.out + (size_t)(first_token + column) * (size_t)w.rows + row, sum, part, gate);
+            const size_t token = (size_t)(first_of_block(a, TOKENS) + column);
+            put_sum(a, w.out + token * (size_t)w.rows + row, sum, part, gate);
         }
     }
 }

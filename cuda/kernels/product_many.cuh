@@ -126,9 +126,9 @@ template <class F> KERNEL(BLOCK_THREADS, 1) product_many(const GRID_CONSTANT pro
     uint8_t *slots = shared_memory();
     wait_for_previous();
     let_next_start();
-    const piece rows = piece_of_block(a, MANY_TOKENS);
-    if (rows.n <= 0) return;
-    const int first_token = rows.first, n_tokens = rows.n;
+    const int n_tokens = rows_of_block(a, MANY_TOKENS);
+    if (n_tokens <= 0) return;
+    const int first_token = first_of_block(a, MANY_TOKENS);
     const uint8_t *tiles[MANY_TILES];
     int n_chunks = 0;
     UNROLL
@@ -136,7 +136,7 @@ template <class F> KERNEL(BLOCK_THREADS, 1) product_many(const GRID_CONSTANT pro
         int tile;
         const int m = many_tile(a, block_x(), i, &tile), last = (a.w[m].rows + 15) / 16 - 1;
         n_chunks = a.w[m].n_chunks;
-        tiles[i] = weights_of(a, m, rows.expert).data +
+        tiles[i] = weights_of(a, m).data +
                    (size_t)(tile < last ? tile : last) * (size_t)n_chunks * (size_t)chunk_bytes(F::facts);
     }
 
@@ -182,7 +182,7 @@ template <class F> KERNEL(BLOCK_THREADS, 1) product_many(const GRID_CONSTANT pro
             int tile;
             const int m = many_tile(a, block_x(), first_tile + r, &tile), row = tile * 16 + g + e / 2 * 8;
             if (token >= n_tokens || row >= a.w[m].rows) continue;
-            const float *bias = weights_of(a, m, rows.expert).bias;
+            const float *bias = weights_of(a, m).bias;
             put_sum(a, a.w[m].out + (size_t)(first_token + token) * (size_t)a.w[m].rows + row,
                     bias ? sum[r][c][e] + bias[row] : sum[r][c][e], r, gate);
         }
