@@ -4,6 +4,7 @@
 #define V_UNROLL
 #define V_TILES(X) X(1, 1) // (tokens, panels at once), widest first
 #define V_SUMS     1       // vectors of sums that registers hold beside the weights
+#define V_AHEAD    0       // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        scalar
 
 static int usable(void) { return 1; }

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,10 @@ PYTHON_TESTS = (
     ),
     *("families", "windows", "golden", "sampling", "quantize", "safetensors", "gguf", "stories"),
 )
+THREADED_TESTS = ("threads_python", "llm", "kvcache", "misuse", "numbers")
 # A sanitizer's own memory leaves no room under RLIMIT_AS, and its shutdown is another one.
 NOT_UNDER_ASAN = "not address_space and not interpreter_ends"
+NOT_UNDER_TSAN = f"{NOT_UNDER_ASAN} and not fork"  # it knows no new threads after fork()
 
 
 @dataclass(frozen=True)
@@ -81,17 +83,10 @@ def built(kind: str, sanitizers: str) -> Path:
     folder = BUILD / kind
     if "--built" in sys.argv:
         return folder
-    options = ["-DTINYLLM_C_TESTS=ON", "-DTINYLLM_CUDA=OFF", f"-DTINYLLM_SANITIZERS={sanitizers}"]
-    if kind == "address":
-        pybind11 = subprocess.check_output(
-            [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
-        ).strip()
-        options += [
-            "-DTINYLLM_MODULE=ON",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11}",
-        ]
-        options += ["-DSKBUILD_PROJECT_VERSION=0.1.0"]
+    pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
+    options = ["-DTINYLLM_C_TESTS=ON", "-DTINYLLM_MODULE=ON", "-DTINYLLM_CUDA=OFF"]
+    options += [f"-DTINYLLM_SANITIZERS={sanitizers}", f"-Dpybind11_DIR={pybind11}"]
+    options += [f"-DPython_EXECUTABLE={sys.executable}", "-DSKBUILD_PROJECT_VERSION=0.1.0"]
     subprocess.run(
         ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options], check=True, capture_output=True
     )
@@ -122,40 +117,50 @@ def c_tests(kind: str, sanitizers: str, name: str) -> Callable[[float], dict[str
     return run
 
 
-def python_tests(seconds: float) -> dict[str, Any]:
-    """The Python tests over a module under AddressSanitizer, file after file until the time is over."""
-    folder, package = built("address", "address,undefined"), BUILD / "package"
-    shutil.rmtree(package, ignore_errors=True)
-    kept = shutil.ignore_patterns("_core*.so", "libtinyllm_cuda.so", "__pycache__")
-    shutil.copytree(ROOT / "src" / "tinyllm", package / "tinyllm", ignore=kept)
-    for module in folder.glob("_core*.so"):
-        shutil.copy(module, package / "tinyllm")
+def library(name: str) -> str:
+    return subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip()
 
-    def library(name: str) -> str:
-        return subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip()
 
-    env = os.environ | {
-        "PYTHONPATH": str(package),
-        "LD_PRELOAD": f"{library('libasan.so')}:{library('libubsan.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:handle_segv=0",
-    }
-    end, passed, files, failed, output = time.monotonic() + seconds, 0, 0, [], ""
-    for name in PYTHON_TESTS:
-        if time.monotonic() > end:
-            break
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", NOT_UNDER_ASAN]
-        command += ["-m", "not slow and not gpu", ROOT / "tests" / f"test_{name}.py"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=env, cwd=ROOT, timeout=seconds + 3600
-        )
-        output += done.stdout + done.stderr
-        passed += sum(map(int, re.findall(r"(\d+) passed", done.stdout)))
-        files += 1
-        if done.returncode:
-            failed.append(f"test_{name}.py: {(done.stdout + done.stderr)[-1500:]}")
-    result: dict[str, Any] = {"name": "Python tests under AddressSanitizer and UndefinedBehaviorSanitizer"}
-    result |= {"inputs": passed, "unit": "tests", "crashes": len(REPORTS.findall(output))}
-    return result | {"files": files} | ({"failed": "\n".join(failed)} if failed else {})
+def python_tests(
+    kind: str, sanitizers: str, tests: Sequence[str], but: str, options: Mapping[str, str], name: str
+) -> Callable[[float], dict[str, Any]]:
+    """Files of Python tests over a module under sanitizers, one after another until the time is over."""
+
+    def run(seconds: float) -> dict[str, Any]:
+        folder, package = built(kind, sanitizers), BUILD / f"package-{kind}"
+        shutil.rmtree(package, ignore_errors=True)
+        kept = shutil.ignore_patterns("_core*.so", "libtinyllm_cuda.so", "__pycache__")
+        shutil.copytree(ROOT / "src" / "tinyllm", package / "tinyllm", ignore=kept)
+        for module in folder.glob("_core*.so"):
+            shutil.copy(module, package / "tinyllm")
+        libraries = ["libasan.so", "libubsan.so"] if kind == "address" else ["libtsan.so"]
+        env = os.environ | options
+        env |= {"PYTHONPATH": str(package), "LD_PRELOAD": ":".join(map(library, libraries))}
+        end, passed, files, failed, output = time.monotonic() + seconds, 0, 0, [], ""
+        for test in tests:
+            if time.monotonic() > end:
+                break
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", but]
+            command += ["-m", "not slow and not gpu", ROOT / "tests" / f"test_{test}.py"]
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                check=False,
+                env=env,
+                cwd=ROOT,
+                timeout=seconds + 3600,
+            )
+            output += done.stdout + done.stderr
+            passed += sum(map(int, re.findall(r"(\d+) passed", done.stdout)))
+            files += 1
+            if done.returncode:
+                failed.append(f"test_{test}.py: {(done.stdout + done.stderr)[-1500:]}")
+        result: dict[str, Any] = {"name": name, "inputs": passed, "unit": f"tests of {files} files"}
+        result["crashes"] = len(REPORTS.findall(output))
+        return result | ({"failed": "\n".join(failed)} if failed else {})
+
+    return run
 
 
 STAGES: dict[str, Stage] = {
@@ -174,7 +179,30 @@ STAGES: dict[str, Stage] = {
         ),
     ),
     "c-thread": Stage("sanitizers", 0, c_tests("thread", "thread", "C tests under ThreadSanitizer")),
-    "python-address": Stage("sanitizers", 2, python_tests),
+    "python-address": Stage(
+        "sanitizers",
+        2,
+        python_tests(
+            "address",
+            "address,undefined",
+            PYTHON_TESTS,
+            NOT_UNDER_ASAN,
+            {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:handle_segv=0"},
+            "Python tests under AddressSanitizer and UBSan",
+        ),
+    ),
+    "python-thread": Stage(
+        "sanitizers",
+        1,
+        python_tests(
+            "thread",
+            "thread",
+            THREADED_TESTS,
+            NOT_UNDER_TSAN,
+            {"TSAN_OPTIONS": f"report_signal_unsafe=0:suppressions={HERE / 'tsan.supp'}"},
+            "Python tests with threads under ThreadSanitizer",
+        ),
+    ),
     "fuzz_core": Stage("files", 2, script("fuzz_core")),
     "fuzz_loaders": Stage("files", 4, script("fuzz_loaders", parts=5)),
 }
