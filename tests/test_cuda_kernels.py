@@ -240,6 +240,7 @@ def test_rows_that_stand_apart_in_the_file(host: Host, tmp_path: Path) -> None:
         ("gemma3", 66),
         ("cohere_plus", 20),
         ("cohere2", 66),
+        ("qwen3_moe_not_renormalized", 20),
         ("gpt_oss", 66),
     ],
 )
@@ -394,6 +395,13 @@ def load_varied(path: Path, **options: Any) -> tinyllm.LLM:
     return llm
 
 
+def family(name: str, **changes: Any) -> dict[str, Any]:
+    """What sets a golden model apart, but for its sizes."""
+    config = next(spec.config for spec in golden_specs("families") if spec.name == name)
+    sizes = ("head_dim", "max_position_embeddings", "vocab_size", "layer_types")
+    return {key: value for key, value in config.items() if key not in sizes} | changes
+
+
 SUBJECTS: dict[str, tuple[Any, ...]] = {
     # format, cache, heads, kv heads, width of a head, what else is not Llama's, who loads it
     "q4_0-f16": ("Q4_0", "f16", (4, 2, 16), {}),
@@ -401,6 +409,8 @@ SUBJECTS: dict[str, tuple[Any, ...]] = {
     "f16-f16": ("F16", "f16", (3, 1, 12), {}),
     "f32-f32": ("F32", "f32", (9, 1, 8), {}),
     "mixture": ("Q4_0", "f16", (4, 2, 16), MIXTURE),
+    "gpt_oss": ("MXFP4", "f16", (4, 2, 16), family("gpt_oss", num_hidden_layers=1)),
+    "gemma2": ("Q4_0", "f16", (4, 2, 16), family("gemma2", num_hidden_layers=2)),
     "varied": ("F32", "f16", (4, 2, 16), VARIED, load_varied),
 }
 
