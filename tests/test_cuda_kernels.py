@@ -680,9 +680,12 @@ from helpers_gguf import write_gguf
 path = Path(sys.argv[1])
 llama = one_layer(max_position_embeddings=384, vocab_size=1100)
 mixture = one_layer(max_position_embeddings=384, **MIXTURE)
-varied = {**llama, **VARIED}
-for config, format, cache in (
-    (llama, "Q4_0", "f16"), (llama, "F16", "q8_0"), (mixture, "Q4_0", "f16"), (varied, "F32", "f16")
+varied = {**llama, **VARIED, "vocab_size": 310}
+for config, format, cache, calls in (
+    (llama, "Q4_0", "f16", PIECES),
+    (llama, "F16", "q8_0", PIECES),
+    (mixture, "Q4_0", "f16", [[(0, 1)], [(1, 1), (0, 36)]]),
+    (varied, "F32", "f16", PIECES[1::2]),
 ):
     write_gguf(path, config, random_weights(config, seed=1), format=format)
     with (load_varied if config is varied else tinyllm.load)(path, device="cuda", cache_type=cache) as llm:
@@ -690,7 +693,7 @@ for config, format, cache in (
         pool = llm.model.cache(cache, 12 * n_tables)
         pool.grow(12 * n_tables)
         tables = np.arange(12 * n_tables).reshape(2, n_tables, 6)
-        for pieces in PIECES if config is not mixture else [[(0, 1)], [(1, 1), (0, 36)]]:
+        for pieces in calls:
             positions = np.concatenate([np.arange(first, first + n) for first, n in pieces])
             sequences = np.repeat(np.arange(len(pieces)), [n for _, n in pieces])
             call = (positions, positions, sequences, tables)
