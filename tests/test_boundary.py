@@ -129,7 +129,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "families": {"errors"},
     "config": {"errors", "families"},
-    "loaders": {"config", "errors", "families"},
+    "outfiles": {"errors"},
+    "loaders": {"config", "errors", "families", "outfiles"},
     "cuda": {"errors"},
     "backends": {"_core", "config", "cuda", "errors", "loaders"},
     "kvcache": {"errors"},
@@ -148,7 +149,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "imatrix": {"errors", "loaders"},
     "loading": {"backends", "config", "errors", "llm", "loaders", "mixes", "modelfiles"},
     "contents": {"chat", "config", "errors", "families", "loaders", "modelfiles", "tokenizer"},
-    "quantization": {"backends", "contents", "errors", "imatrix", "loaders", "mixes", "modelfiles"},
+    "quantization": {
+        *{"backends", "contents", "errors", "imatrix", "loaders", "mixes", "modelfiles", "outfiles"},
+    },
     "inspection": {
         *{"backends", "chat", "config", "engine", "errors", "loaders", "loading", "modelfiles"},
         *{"reasoning", "tokenizer"},

@@ -82,4 +82,7 @@ def out_of_memory(doing: str) -> Iterator[None]:
 
 def size_text(n_bytes: int) -> str:
     """A number of bytes as messages write it, in decimal units."""
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
+    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= of / 10:
+            return f"{n_bytes / of:.2f} {unit}"
+    return f"{n_bytes} bytes"

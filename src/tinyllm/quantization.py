@@ -23,6 +23,7 @@ from .loaders import BF16, F16, F32, FORMATS
 from .loaders.gguf_writer import OutTensor, write_gguf
 from .mixes import tensor_formats, type_named
 from .modelfiles import BUNDLED
+from .outfiles import target_of
 
 PIECE_NUMBERS = 1 << 22  # of a tensor, that are read, rounded and written at a time
 
@@ -56,19 +57,20 @@ def quantize(
     model: a GGUF file (of a split set the first) or a directory with safetensors. imatrix: importance of
     columns, a file's path. allow_requantize: take a quantized model as well, whose errors then add up.
     threads: None for one a physical core; never changes the bits. progress: called with (bytes written,
-    bytes in all). The file appears under its name when it is complete.
+    bytes in all). The file appears under its name when it is complete; where
+    `out` is a symbolic link, what it points to is replaced.
 
     Raises ArgumentError, NotFoundError, ReadError, FormatError (a NaN or an infinity among the weights as
     well), UnsupportedError, WriteError.
     """
     mix = type_named(type)
-    target = Path(out).expanduser()
+    target = target_of(out)
     where = _where(model)
     known = read_imatrix(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix
     contents = contents_of(where)
     sources = contents.tensors
     if target.exists() and any(target.samefile(path) for path in contents.paths):
-        raise ArgumentError(f"{target}: is the model itself; name another file")
+        raise ArgumentError(f"{out}: is the model itself; name another file")
     formats = tensor_formats(
         {name: source.shape for name, source in sources.items()}, type, imatrix=known is not None
     )
@@ -82,13 +84,13 @@ def quantize(
     for name, source in sources.items():
         importance = _importance(known, name, source.shape, formats[name], unknown)
         tensors.append(_out_tensor(name, source, formats[name], importance, n_threads))
-    n_bytes = write_gguf(target, metadata, tensors, types=types, progress=progress)
+    n_bytes = write_gguf(out, metadata, tensors, types=types, progress=progress)
     counts: dict[str, int] = {}
     for format in formats.values():
         counts[FORMATS[format].name] = counts.get(FORMATS[format].name, 0) + 1
     n_weights = sum(int(np.prod(source.shape)) for source in sources.values())
     bits = 8 * sum(tensor.n_bytes for tensor in tensors) / n_weights
-    return Quantized(target, n_bytes, n_weights, bits, counts, tuple(unknown))
+    return Quantized(Path(out).expanduser(), n_bytes, n_weights, bits, counts, tuple(unknown))
 
 
 def _where(model: str | os.PathLike[str]) -> Path:

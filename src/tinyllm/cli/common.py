@@ -124,6 +124,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def out_file(text: str) -> str:
+    """An argparse type: a file to write. It must not be a pipe, and - is one everywhere else."""
+    if text == "-":
+        raise argparse.ArgumentTypeError("a file is written, not a pipe (./- is the file of that name)")
+    return text
+
+
 def add_model_argument(
     parser: argparse.ArgumentParser, name: str = "model", nargs: str | None = None
 ) -> None:

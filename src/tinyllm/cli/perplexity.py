@@ -22,6 +22,7 @@ from tinyllm.cli.common import (
     add_model_argument,
     add_model_options,
     load_model,
+    out_file,
     positive,
     progress_bar,
     read_text,
@@ -64,8 +65,9 @@ def _run(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     if args.against == "-" or args.model == "-":
         raise UsageError("a model is a file; only TEXT can be -")
-    if args.imatrix is not None and not Path(args.imatrix).expanduser().parent.is_dir():
-        raise UsageError(f"--imatrix {args.imatrix}: there is no such folder")
+    from tinyllm.outfiles import target_of
+
+    where = None if args.imatrix is None else target_of(args.imatrix)
     text = read_text(args.text)
     from tinyllm import calibration, quality
 
@@ -77,15 +79,14 @@ def _run(argv: list[str]) -> int:
             quality.require_same_vocabulary(reference, model)
             models = [reference, model]
         on = quality.text_windows(models[0], text, args.context, stride=args.stride, most=args.chunks)
-        seen = {} if args.imatrix is None else calibration.observe(model)
+        seen = {} if where is None else calibration.observe(model)
         with progress_bar("perplexity") as progress:
             found = quality.measure(
                 models, on, progress=lambda done, total, nll: progress(done, total, _so_far(nll))
             )
-        if args.imatrix is not None:
+        if where is not None:
             n_windows, n_ctx = on.ids.shape
             names = [] if args.text == "-" else [Path(args.text).name]
-            where = Path(args.imatrix).expanduser()
             calibration.write(where, seen, texts=names, n_windows=n_windows, n_ctx=n_ctx)
         WRITERS[args.output](args, models, on, found)
     return EXIT_OK
@@ -114,6 +115,7 @@ def _parser() -> Parser:
     )
     how.add_argument(
         "--imatrix",
+        type=out_file,
         metavar="OUT.gguf",
         help="also keep how much each input of each matrix matters on this text, for better quantizing",
     )

@@ -12,6 +12,7 @@ from tinyllm.cli.common import (
     EXIT_OK,
     Parser,
     note,
+    out_file,
     positive,
     progress_bar,
     run_command,
@@ -53,7 +54,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "model", metavar="MODEL", help="a .gguf file, of a split model the first, or a directory"
     )
-    parser.add_argument("out", metavar="OUT", help="the .gguf file to write; one that is there is replaced")
+    parser.add_argument(
+        "out", type=out_file, metavar="OUT", help="the .gguf file to write; one that is there is replaced"
+    )
     parser.add_argument("type", metavar="TYPE", help="see below; q4_k_m is a good start")
     parser.add_argument(
         "--imatrix",

@@ -1,26 +1,21 @@
 """Writes GGUF files (version 3): metadata, then tensor after tensor as they are made, in bounded memory.
 
-A file appears under its name when it is complete, and not before: until then it is a hidden one in the same
-folder, which goes away whatever ends the work. Imports `errors` and this package's shared part. gguf.py reads
-what is written here.
+A file appears under its name when it is complete, and not before (outfiles.py). Imports `errors`, outfiles
+and this package's shared part. gguf.py reads what is written here.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import secrets
-import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, WriteError
+from ..errors import ArgumentError
+from ..outfiles import replacing
 from . import FORMATS
 
 ALIGNMENT = 32
@@ -129,58 +124,3 @@ def _whole(value: Any, key: str) -> int:
         if isinstance(value, int) and least <= value < most:
             return kind
     raise ArgumentError(f"{key} cannot be written: {value!r}")
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str], n_bytes: int) -> Iterator[IO[bytes]]:
-    """A file to write that takes `path`'s place when the block ends, complete and on the disk; where an
-    exception ends it, it is gone and whatever was at `path` is as it was. n_bytes: how many there will be.
-
-    Raises WriteError for what the system refuses, before any work where the disk has too little room.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise WriteError(f"{target}: is a directory; name a file")
-    part = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.part")
-    try:
-        free = shutil.disk_usage(target.parent).free
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise WriteError(f"{target}: cannot be written: {error.strerror}") from None
-    try:
-        with open(descriptor, "wb") as file:
-            if n_bytes > free:
-                raise WriteError(_no_room(target, n_bytes, free))
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(part, target)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WriteError(_no_room(target, n_bytes, free)) from None
-        if isinstance(error, OSError) and not isinstance(error, WriteError) and error.filename is None:
-            raise WriteError(f"{target}: cannot be written: {error.strerror}") from None
-        raise
-    _sync_folder(target.parent)
-
-
-def _no_room(target: Path, n_bytes: int, free: int) -> str:
-    return (
-        f"{target}: no room: {n_bytes / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB were free. Nothing "
-        "is left of it; make room, or write to another disk"
-    )
-
-
-def _sync_folder(folder: Path) -> None:
-    """So that the new name outlives a power cut, where the system can do that."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

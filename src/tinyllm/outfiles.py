@@ -1,0 +1,99 @@
+"""Files that are there complete or not at all: `replacing`, by which everything writes that others keep.
+
+While it is written a file has no name, so that whatever ends the work, SIGKILL as well, leaves nothing. Where
+the file system has no unnamed files it is a hidden one in the same folder, which an exception removes and a
+signal that ends the process does not. Imports `errors`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from .errors import WriteError, size_text
+
+
+def target_of(path: str | os.PathLike[str]) -> Path:
+    """Where a file that is written to `path` comes to lie: ~ expanded and symbolic links followed, so that a
+    link stays one and what it points to is replaced.
+
+    Raises WriteError where no regular file is or can be: a directory, a device, a pipe, no such folder.
+    """
+    try:
+        target = Path(os.path.realpath(Path(path).expanduser()))
+        mode = target.stat().st_mode if os.path.lexists(target) else stat.S_IFREG
+        target.parent.stat()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WriteError(f"{path}: cannot be written: {getattr(error, 'strerror', error)}") from None
+    if stat.S_ISDIR(mode):
+        raise WriteError(f"{path}: is a directory; name a file")
+    if not stat.S_ISREG(mode):
+        raise WriteError(f"{path}: is no regular file, and would be replaced by one; name another")
+    return target
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], n_bytes: int) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `target_of(path)` when the block ends, complete and on the
+    disk; where something else ends it, whatever was there is as it was. n_bytes: how many there will be.
+
+    Raises WriteError for what the system refuses, before any work where the disk has too little room.
+    """
+    target = target_of(path)
+    part, unnamed = f".{target.name[:200]}.{secrets.token_hex(4)}.part", ""
+    try:
+        free = shutil.disk_usage(target.parent).free
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        if n_bytes > free:
+            raise WriteError(_no_room(path, n_bytes, free))
+        descriptor, unnamed = _open(part, folder)
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+            if unnamed:
+                os.link(unnamed, part, dst_dir_fd=folder)
+        os.replace(part, target.name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException as error:
+        with suppress(OSError):  # it has no name yet, or no longer this one
+            os.unlink(part, dir_fd=folder)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise WriteError(_no_room(path, n_bytes, free)) from None
+        if isinstance(error, OSError) and error.errno and error.filename in (None, part, unnamed):
+            raise WriteError(f"{path}: cannot be written: {error.strerror}") from None
+        raise
+    else:
+        with suppress(OSError):  # so that the new name outlives a power cut, where the system can do that
+            os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _open(part: str, folder: int) -> tuple[int, str]:
+    """A descriptor of a new file in `folder`, and the path by which a file without a name can get one. The
+    path is "" where it had to be made with the name `part`."""
+    flags = os.O_WRONLY | os.O_CLOEXEC
+    with suppress(AttributeError, OSError):  # not Linux, or a file system that knows no such files
+        descriptor = os.open(".", flags | os.O_TMPFILE, 0o666, dir_fd=folder)
+        unnamed = f"/proc/self/fd/{descriptor}"
+        if os.path.exists(unnamed):
+            return descriptor, unnamed
+        os.close(descriptor)
+    return os.open(part, flags | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder), ""
+
+
+def _no_room(path: str | os.PathLike[str], n_bytes: int, free: int) -> str:
+    return (
+        f"{path}: no room: {size_text(n_bytes)} are needed, {size_text(free)} were free. Nothing is left "
+        "of it; make room, or write to another disk"
+    )
