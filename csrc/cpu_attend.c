@@ -34,33 +34,55 @@ static int first_seen(const tl_cpu_run *r, int position) {
     return window ? tl_max(0, position + 1 - window) : 0;
 }
 
-// One tile, one kv head, one split: a segment, or all of them.
+// A unit's work: one tile, one kv head, and one split: a segment, or all of them.
+typedef struct span {
+    const tl_tile *tile;
+    int kv_head, split, first, last; // segments [first, last)
+} span;
+
+static span span_of(const tl_cpu_run *r, int unit) {
+    const int n_kv_heads = r->base.model->config.n_kv_heads, split = unit % r->n_splits;
+    const tl_tile *tile = &r->tiles[unit / r->n_splits / n_kv_heads];
+    const int seen = first_seen(r, r->base.batch->positions[tile->token + tile->first / r->group]) / TL_SEGMENT;
+    return (span){tile, unit / r->n_splits % n_kv_heads, split, tl_max(r->n_splits > 1 ? split : 0, seen),
+                  tl_min(r->n_splits > 1 ? split + 1 : tile->n_segments, tile->n_segments)};
+}
+
+// The pages of a segment, as far as the tile's last column sees: its keys, and its values.
+static void find_pages(const tl_cpu_run *r, const span *at, int segment, const uint8_t **k, const uint8_t **v) {
+    const tl_cache *cache = r->base.cache;
+    const int last_token = at->tile->token + (at->tile->first + at->tile->n - 1) / r->group;
+    const int first = segment * (TL_SEGMENT / TL_PAGE), last = r->base.batch->positions[last_token] / TL_PAGE;
+    const int32_t *pages = tl_cpu_pages(r, at->tile->token);
+    for (int i = 0; i < TL_SEGMENT / TL_PAGE && first + i <= last; i++) {
+        k[i] = tl_cache_head(cache, pages[first + i], r->base.model->layers[r->layer].place, at->kv_head);
+        v[i] = k[i] + cache->k_bytes;
+    }
+}
+
 static void attend_unit(void *data, int unit, int thread) {
     tl_cpu_run *r = data;
     const tl_config *c = &r->base.model->config;
     const tl_batch *b = r->base.batch;
-    const tl_cache *cache = r->base.cache;
-    const int place = r->base.model->layers[r->layer].place;
-    const int split = unit % r->n_splits, kv_head = unit / r->n_splits % c->n_kv_heads;
-    const tl_tile *tile = &r->tiles[unit / r->n_splits / c->n_kv_heads];
-    const int32_t *pages = tl_cpu_pages(r, tile->token);
+    const span at = span_of(r, unit);
+    const tl_tile *tile = at.tile;
     size_t q[TL_COLUMNS]; // where a column's query begins among all the call's
     float *running[TL_COLUMNS];
     int positions[TL_COLUMNS];
     for (int i = 0; i < tile->n; i++) {
         const int token = tile->token + (tile->first + i) / r->group;
-        const int head = kv_head * r->group + (tile->first + i) % r->group;
+        const int head = at.kv_head * r->group + (tile->first + i) % r->group;
         q[i] = (size_t)token * r->q_width + (size_t)head * (size_t)c->head_dim;
         positions[i] = b->positions[token];
-        running[i] = running_result(r, token, head, split);
+        running[i] = running_result(r, token, head, at.split);
         memset(running[i], 0, ((size_t)r->v_stride + 2) * sizeof(float));
         running[i][r->v_stride] = -INFINITY;
     }
-    const int first = tl_max(r->n_splits > 1 ? split : 0, first_seen(r, positions[0]) / TL_SEGMENT);
-    const int last = tl_min(r->n_splits > 1 ? split + 1 : tile->n_segments, tile->n_segments);
-    for (int s = first; s < last; s++) {
+    const int more = unit + 1 < r->n_tiles * c->n_kv_heads * r->n_splits;
+    const span after = more ? span_of(r, unit + 1) : (span){0};
+    for (int s = at.first; s < at.last; s++) {
         tl_segment segment = {
-            .head_dim = c->head_dim, .v_stride = r->v_stride, .type = cache->type, .cap = c->attention_cap};
+            .head_dim = c->head_dim, .v_stride = r->v_stride, .type = r->base.cache->type, .cap = c->attention_cap};
         int column[TL_COLUMNS];
         for (int i = 0; i < tile->n; i++) { // those that see something of the segment
             const int to = tl_min(positions[i] + 1 - s * TL_SEGMENT, TL_SEGMENT), n = segment.n_columns;
@@ -74,11 +96,11 @@ static void attend_unit(void *data, int unit, int thread) {
             segment.out[n] = r->part + ((size_t)thread * TL_COLUMNS + (size_t)n) * (size_t)r->v_stride;
             column[segment.n_columns++] = i;
         }
-        const int first_page = s * (TL_SEGMENT / TL_PAGE), last_page = positions[tile->n - 1] / TL_PAGE;
-        for (int i = 0; i < TL_SEGMENT / TL_PAGE && first_page + i <= last_page; i++) { // the last column sees farthest
-            segment.k[i] = tl_cache_head(cache, pages[first_page + i], place, kv_head);
-            segment.v[i] = segment.k[i] + cache->k_bytes;
-        }
+        find_pages(r, &at, s, segment.k, segment.v);
+        if (s + 1 < at.last) // what this thread reads next, or most likely so
+            find_pages(r, &at, s + 1, segment.next_k, segment.next_v);
+        else if (after.first < after.last)
+            find_pages(r, &after, after.first, segment.next_k, segment.next_v);
         tl_isa()->segment(&segment);
         for (int n = 0; n < segment.n_columns; n++)
             merge(r, running[column[n]], segment.out[n], segment.max[n], segment.sum[n]);

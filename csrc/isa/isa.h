@@ -53,7 +53,10 @@ typedef struct tl_segment {
     int from[TL_COLUMNS], to[TL_COLUMNS];
     const uint8_t *k[TL_SEGMENT / TL_PAGE],
         *v[TL_SEGMENT / TL_PAGE]; // one head's keys and values, a page each
-    float *out[TL_COLUMNS];       // [v_stride]
+    // What the thread reads after this segment, or NULL: pages are small pieces all over memory, each begun anew before a
+    // processor sees where it leads, so they are asked for a segment ahead.
+    const uint8_t *next_k[TL_SEGMENT / TL_PAGE], *next_v[TL_SEGMENT / TL_PAGE];
+    float *out[TL_COLUMNS]; // [v_stride]
     float max[TL_COLUMNS], sum[TL_COLUMNS];
 } tl_segment;
 
