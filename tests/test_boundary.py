@@ -159,7 +159,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benchmark": {"backends", "errors", "loaders", "loading", "modelfiles"},
     "calibration": {"imatrix", "llm", "loaders"},
     "quality": {"backends", "errors", "llm", "tokenizer"},
-    "compare": {"backends", "benchmark", "errors", "llm", "loading", "quality"},
+    "compare": {"backends", "benchmark", "errors", "llm", "loading", "mixes", "quality"},
     "tinyllm": {"backends", "engine", "errors", "llm", "loading", "quantization", "sampling", "tokenizer"},
 }
 

@@ -53,6 +53,10 @@ def test_candidates() -> None:
     found = compare.candidates(["dir/a.gguf"], ["q8_0", "q4_0"])
     assert [c.label for c in found] == ["a.gguf", "q8_0", "q4_0"]
     assert {c.path for c in found} == {"dir/a.gguf"}
+    named_twice = compare.candidates(["a.gguf"], ["q8_0", "Q8_0", "q4_k", "q4_k_m"])
+    assert [c.label for c in named_twice] == ["a.gguf", "q8_0", "q4_k_m"]
+    with pytest.raises(ArgumentError, match="'q9' is no quantization"):
+        compare.candidates(["a.gguf"], ["q9"])
     with pytest.raises(ArgumentError, match="types are made of one float model; there are 2 models"):
         compare.candidates(["a", "b"], ["q8_0"])
     with pytest.raises(ArgumentError, match="one model alone has nothing to be compared with"):

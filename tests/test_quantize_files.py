@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
@@ -272,7 +273,26 @@ def test_exceptions() -> None:
     assert named(shapes(experts=8), "mxfp4")("blk.9.ffn_down_exps.weight") == "mxfp4"
     assert named(shapes(experts=8), "mxfp4")("blk.9.attn_q.weight") == "q8_0"
     with pytest.raises(errors.ArgumentError, match="'q9' is no quantization; there are f32, bf16"):
-        mixes.type_named("q9")
+        mixes.key_of("q9")
+    assert [mixes.key_of(name) for name in ("Q4_K", "q4_k_m", "q3_k", "Q5_K")] == [
+        "q4_k_m",
+        "q4_k_m",
+        "q3_k_m",
+        "q5_k_m",
+    ]
+
+
+def test_fused_attention_counts_as_its_values() -> None:
+    """How many heads share a value is seen there as well: 4 of 256 columns, and one of 64."""
+    fused = {
+        name: shape
+        for name, shape in shapes().items()
+        if "attn_q" not in name and "attn_k" not in name and "attn_v" not in name
+    } | {f"blk.{layer}.attn_qkv.weight": (384, 256) for layer in range(17)}
+    for type in mixes.MIXES:
+        apart, together = named(shapes(), type), named(fused, type)
+        for layer in range(17):
+            assert together(f"blk.{layer}.attn_qkv.weight") == apart(f"blk.{layer}.attn_v.weight"), type
 
 
 # Importance
@@ -560,7 +580,8 @@ def test_help_lists_the_types(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"  {name} " in text for name in mixes.MIXES)
+    assert all(f"  {name} " in text or f"  {name}, " in text for name in mixes.MIXES)
+    assert all(f"{key}, {name} " in text for name, key in mixes.ALIASES.items())
 
 
 # Other tools
@@ -569,6 +590,45 @@ def test_help_lists_the_types(capsys: pytest.CaptureFixture[str]) -> None:
 LLAMA_CPP_DIFFERS = LLAMA_CPP_DIFFERS | {
     "mistral_window": "llama.cpp knows no window of Mistral's",
 }
+
+
+# Four heads share a value; rows that fit no block of 256; attention in one tensor; eight experts.
+OF_MIXES: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 17, "num_key_value_heads": 1, "intermediate_size": 256},
+    "narrow": {"hidden_size": 288, "head_dim": 64},
+    "phi3": {"model_type": "phi3", "num_hidden_layers": 17, "intermediate_size": 256},
+    "phi4": {"model_type": "phi3", "num_key_value_heads": 1, "intermediate_size": 256},
+    "mixtral": {"model_type": "mixtral", "intermediate_size": 256, "num_local_experts": 8,
+                "num_experts_per_tok": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OF_MIXES, "llama with an imatrix"])
+def test_llama_cpp_gives_each_tensor_the_same_format(name: str, tmp_path: Path) -> None:
+    """Its own quantizer, asked for every type."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(quiet, None)
+    config = CONFIG | {"vocab_size": 300} | OF_MIXES[name.split()[0]]
+    path, out = tmp_path / "model.gguf", tmp_path / "out.gguf"
+    write_gguf(path, config, random_weights(config, 0), tokenizer=small_tokenizer(300))
+    found = {tensor.name: tuple(tensor.shape) for tensor in read_gguf(path).tensors.values()}
+    options = llama_cpp.llama_model_quantize_default_params()
+    if "imatrix" in name:
+        kind = llama_cpp.llama_model_imatrix_data
+        ones = (ctypes.c_float * 256)(*[1.0] * 256)
+        entries = (kind * 2)(kind(b"blk.0.attn_q.weight", ones, 256), kind())
+        options.imatrix = ctypes.cast(entries, ctypes.POINTER(kind))
+    for type, mix in mixes.MIXES.items():
+        if type == "mxfp4" and "num_local_experts" not in config:
+            continue  # llama.cpp makes everything Q8_0
+        options.ftype = mix.file_type
+        done = llama_cpp.llama_model_quantize(str(path).encode(), str(out).encode(), ctypes.byref(options))
+        assert done == 0
+        theirs = formats_of(out)
+        ours = mixes.tensor_formats(found, type, imatrix="imatrix" in name)
+        assert {n: FORMATS[format].name.lower() for n, format in ours.items()} == theirs, type
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), None)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

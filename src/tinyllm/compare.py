@@ -1,8 +1,8 @@
 """Which quantization should I use? Size, memory, speed and quality of several models, a row each.
 
 Speed is benchmark.py's, quality is quality.py's; here is what brings them together: which model is the
-reference, and how many are in memory at once. Imports benchmark, quality, loading, llm, backends and errors;
-prints nothing. cli/compare.py prints the rows, cli/plot.py draws them.
+reference, and how many are in memory at once. Imports benchmark, quality, loading, mixes, llm, backends
+and errors; prints nothing. cli/compare.py prints the rows, cli/plot.py draws them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .benchmark import Case, Facts, Progress, Result
 from .errors import ArgumentError
 from .llm import LLM
 from .loading import load
+from .mixes import key_of
 from .quality import Quality, require_same_vocabulary, text_windows
 from .quality import measure as measure_quality
 
@@ -40,12 +41,13 @@ class Candidate:
 
 def candidates(paths: Sequence[str], types: Sequence[str] = ()) -> list[Candidate]:
     """The models at `paths`, each once; with `types`, the one model there as it is and quantized to each.
+    Types go by their keys in MIXES, so one that has two names is one.
 
-    Raises ArgumentError for types with several models, and for nothing to compare.
+    Raises ArgumentError for types with several models, unknown ones, and for nothing to compare.
     """
     if types and len(paths) != 1:
         raise ArgumentError(f"types are made of one float model; there are {len(paths)} models")
-    found = [*(Candidate(path) for path in paths), *(Candidate(paths[0], type) for type in types)]
+    found = [*(Candidate(path) for path in paths), *(Candidate(paths[0], key_of(type)) for type in types)]
     found = list(dict.fromkeys(found))
     if len(found) < 2:
         raise ArgumentError("one model alone has nothing to be compared with; give more models, or types")

@@ -81,10 +81,9 @@ class Mix:
     base: str
     file_type: int
     note: str
-    values: Choice | None = None  # attn_v
+    values: Choice | None = None  # attn_v, and attn_qkv, which has it within
     down: Choice | None = None  # ffn_down
     attention_output: Choice | None = None  # attn_output
-    fused: Choice | None = None  # attn_qkv
 
 
 MIXES: dict[str, Mix] = {
@@ -94,12 +93,12 @@ MIXES: dict[str, Mix] = {
     "q8_0": Mix("q8_0", 7, "8.5 bits a weight"),
     "q6_k": Mix("q6_k", 18, "6.6 bits"),
     "q5_k_m": Mix("q5_k", 17, "Q5_K, half of the attention's values and of the feed-forward's outputs Q6_K",
-                  values=_spread("q6_k"), down=_spread("q6_k"), fused=_all("q6_k")),
+                  values=_spread("q6_k"), down=_spread("q6_k")),
     "q5_k_s": Mix("q5_k", 16, "Q5_K"),
     "q5_1": Mix("q5_1", 9, "6 bits"),
     "q5_0": Mix("q5_0", 8, "5.5 bits", down=_with_imatrix(_first("q5_1", 8))),
     "q4_k_m": Mix("q4_k", 15, "Q4_K, half of the attention's values and of the feed-forward's outputs Q6_K",
-                  values=_spread("q6_k"), down=_spread("q6_k"), fused=_all("q5_k")),
+                  values=_spread("q6_k"), down=_spread("q6_k")),
     "q4_k_s": Mix("q4_k", 14, "Q4_K, those of the first layers Q5_K",
                   values=_until("q5_k", 4), down=_first("q5_k", 8)),
     "q4_1": Mix("q4_1", 3, "5 bits"),
@@ -108,11 +107,12 @@ MIXES: dict[str, Mix] = {
                   values=_shared("q5_k"), down=_without_imatrix(_first("q5_k", 8))),
     "iq4_xs": Mix("iq4_xs", 30, "4.25 bits, on an uneven grid",
                   values=_shared("q5_k"), down=_without_imatrix(_first("q5_k", 8))),
+    # llama.cpp gives a model without experts nothing but Q8_0 under this name.
     "mxfp4": Mix("mxfp4", 38, "4.25 bits, tiny floats with a shared power of two; beside experts Q8_0"),
-    "q3_k_l": Mix("q3_k", 13, "Q3_K, the same three Q5_K",
-                  values=_all("q5_k"), down=_all("q5_k"), attention_output=_all("q5_k"), fused=_all("q4_k")),
-    "q3_k_m": Mix("q3_k", 12, "Q3_K, attention's values and outputs and the feed-forward's outputs better",
-                  values=_until("q5_k", 2, "q4_k"), attention_output=_all("q4_k"), fused=_all("q4_k"),
+    "q3_k_l": Mix("q3_k", 13, "Q3_K, attention's values and outputs and the feed-forward's outputs Q5_K",
+                  values=_all("q5_k"), down=_all("q5_k"), attention_output=_all("q5_k")),
+    "q3_k_m": Mix("q3_k", 12, "Q3_K, the same three Q4_K, some Q5_K",
+                  values=_until("q5_k", 2, "q4_k"), attention_output=_all("q4_k"),
                   down=lambda layer, facts: "q5_k" if layer < facts.n_layers // 16 else "q4_k"),
     "q3_k_s": Mix("q3_k", 11, "Q3_K"),
     "q2_k": Mix("q2_k", 10, "Q2_K, the same three Q3_K or Q4_K",
@@ -126,13 +126,17 @@ _NEVER = re.compile(
 )  # norms, and the router, whose errors choose experts
 
 
-def type_named(name: str) -> Mix:
-    """The mix of that name ("q4_k" is "q4_k_m"...). Raises ArgumentError with the names that there are."""
-    key = name.lower()
-    key = key if key in MIXES else f"{key}_m"
+# Other names: a format's own stands for the middle of its mixes.
+ALIASES = {"q5_k": "q5_k_m", "q4_k": "q4_k_m", "q3_k": "q3_k_m"}
+
+
+def key_of(type: str) -> str:
+    """The key in MIXES of what somebody calls a quantization ("Q4_K" is "q4_k_m"). Raises ArgumentError with
+    the names that there are."""
+    key = ALIASES.get(type.lower(), type.lower())
     if key not in MIXES:
-        raise ArgumentError(f"{name!r} is no quantization; there are {', '.join(MIXES)}")
-    return MIXES[key]
+        raise ArgumentError(f"{type!r} is no quantization; there are {', '.join(MIXES)}")
+    return key
 
 
 def tensor_formats(
@@ -143,7 +147,7 @@ def tensor_formats(
     shapes: of all tensors, in numpy's order. imatrix: whether importance is known, which makes some
     exceptions needless. Vectors (norms, biases) and routers are F32. Raises ArgumentError.
     """
-    mix = type_named(type)
+    mix = MIXES[key_of(type)]
     facts = _facts(shapes, imatrix)
     return {
         name: IDS[_format(name, shape, mix, facts, "output.weight" in shapes)]
@@ -154,10 +158,11 @@ def tensor_formats(
 def _facts(shapes: Mapping[str, tuple[int, ...]], imatrix: bool) -> Facts:
     layers = [int(match[1]) for name in shapes if (match := re.match(r"blk\.(\d+)\.", name))]
     experts = [shape[0] for shape in shapes.values() if len(shape) == 3]
-    q, k = shapes.get("blk.0.attn_q.weight"), shapes.get("blk.0.attn_k.weight")
-    return Facts(
-        max(layers, default=-1) + 1, max(experts, default=0), q[0] // k[0] if q and k else 1, imatrix
-    )
+    q = shapes.get("blk.0.attn_output.weight", (0, 1))[-1]  # as many columns as all heads have
+    k = shapes.get("blk.0.attn_k.weight", (q,))[0]
+    if "blk.0.attn_qkv.weight" in shapes:
+        k = (shapes["blk.0.attn_qkv.weight"][0] - q) // 2
+    return Facts(max(layers, default=-1) + 1, max(experts, default=0), q // max(k, 1), imatrix)
 
 
 def _format(name: str, shape: tuple[int, ...], mix: Mix, facts: Facts, has_output: bool) -> str:
@@ -179,13 +184,8 @@ def _in_layer(name: str, mix: Mix, facts: Facts) -> str | None:
     match = _LAYER.fullmatch(name)
     if not match:
         return None
-    layer, part = int(match[1]), match[2]
-    choice = {
-        "attn_v": mix.values,
-        "ffn_down": mix.down,
-        "attn_output": mix.attention_output,
-        "attn_qkv": mix.fused,
-    }.get(part)
+    layer, part = int(match[1]), "attn_v" if match[2] == "attn_qkv" else match[2]
+    choice = {"attn_v": mix.values, "ffn_down": mix.down, "attn_output": mix.attention_output}.get(part)
     format = choice(layer, facts) if choice else None
     if part == "attn_v" and facts.n_layers == 80 and (format or mix.base) in ("q3_k", "q4_k"):
         format = "q5_k"  # the 70B models: eight heads share each

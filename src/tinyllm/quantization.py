@@ -21,7 +21,7 @@ from .errors import ArgumentError, FormatError, NotFoundError
 from .imatrix import Imatrix, read_imatrix
 from .loaders import BF16, F16, F32, FORMATS
 from .loaders.gguf_writer import OutTensor, write_gguf
-from .mixes import tensor_formats, type_named
+from .mixes import MIXES, key_of, tensor_formats
 from .modelfiles import BUNDLED
 from .outfiles import target_of
 
@@ -63,7 +63,7 @@ def quantize(
     Raises ArgumentError, NotFoundError, ReadError, FormatError (a NaN or an infinity among the weights as
     well), UnsupportedError, WriteError.
     """
-    mix = type_named(type)
+    mix = MIXES[key_of(type)]
     target = target_of(out)
     where = _where(model)
     known = read_imatrix(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix

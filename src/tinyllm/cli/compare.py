@@ -103,7 +103,7 @@ def _parser() -> Parser:
         type=lambda text: text.split(","),
         default=[],
         metavar="T,...",
-        help="quantize one float model to each of these while loading (tinyllm-run --info lists them)",
+        help="quantize one float model to each of these while loading (tinyllm-quantize --help lists them)",
     )
     quality = parser.add_argument_group("quality")
     quality.add_argument("--text", metavar="FILE", help="a UTF-8 text to measure quality on; - for a pipe")

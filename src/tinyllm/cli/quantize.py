@@ -11,6 +11,7 @@ from tinyllm.cli.common import (
     EXIT_CODES,
     EXIT_OK,
     Parser,
+    counted,
     note,
     out_file,
     positive,
@@ -27,8 +28,14 @@ DESCRIPTION = """Writes a model as a GGUF file in another quantization.
 MODEL is a GGUF file with float weights (F32, F16, BF16) or a Hugging Face directory with safetensors.
 Tokenizer and chat template come along. OUT appears when it is complete; llama.cpp reads it as well."""
 
-EPILOG = f"""types, best first; a name means the same tensors as with llama.cpp:
+EPILOG = f"""types, best first:
 %s
+
+A name gives each tensor the format that it has with llama.cpp; only mxfp4 differs where there are no experts,
+and llama.cpp makes everything Q8_0. In all of them norms, biases and routers stay F32, and the output matrix
+is Q6_K (Q8_0 in q8_0 and mxfp4). With eight experts attention's keys and values are Q8_0, in models of 80
+layers its values at least Q5_K. Rows that fit no block of 256 get a type with smaller ones, or F16.
+docs/quantize.md has the whole table, and what an imatrix changes in it.
 
 examples:
   {PROG} path/to/hf-directory model-q4_k_m.gguf q4_k_m
@@ -47,12 +54,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    from tinyllm.mixes import MIXES
+    from tinyllm.mixes import ALIASES, MIXES
 
-    types = "\n".join(f"  {name:<8}{mix.note}" for name, mix in MIXES.items())
+    names = {name: [name, *(other for other, key in ALIASES.items() if key == name)] for name in MIXES}
+    types = "\n".join(f"  {', '.join(names[name]):<14}{mix.note}" for name, mix in MIXES.items())
     parser = Parser(PROG, "MODEL OUT TYPE [options]", DESCRIPTION, (EPILOG % types).replace("%", "%%"))
     parser.add_argument(
-        "model", metavar="MODEL", help="a .gguf file, of a split model the first, or a directory"
+        "model",
+        metavar="MODEL",
+        help="a .gguf file, of a split model the first, a directory, or stories, the model that comes with "
+        "tinyllm (in Q8_0: --allow-requantize)",
     )
     parser.add_argument(
         "out", type=out_file, metavar="OUT", help="the .gguf file to write; one that is there is replaced"
@@ -96,7 +107,7 @@ def _run(argv: list[str]) -> int:
     )
     if done.without_importance:
         some = ", ".join(done.without_importance[:4])
-        note(f"the imatrix says nothing of {len(done.without_importance)} tensors: {some}")
+        note(f"the imatrix says nothing of {counted(len(done.without_importance), 'tensor')}: {some}")
     return EXIT_OK
 
 
