@@ -30,6 +30,7 @@ from tinyllm.loaders import FORMATS, find_model
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.loaders.safetensors import read_safetensors
 from tinyllm.modelfiles import read_model
+from tinyllm.tokenizer.spm import build_model
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -171,6 +172,36 @@ def tiny_directory() -> dict[str, bytes]:
     }
 
 
+# Of 6 tokens, as the model has.
+TINY_TOKENIZER_JSON: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [
+        {"id": 4, "content": "<s>", "special": True, "normalized": False,
+         "single_word": False, "lstrip": False, "rstrip": False},
+    ],
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": " ?[a-z]+"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]},
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [4], "tokens": ["<s>"]}},
+    },
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "Ġ": 2, "ab": 3}, "merges": [["a", "b"]]},
+}  # fmt: skip
+
+
+def tiny_sentencepiece_model(*pieces: tuple[str, float, int]) -> bytes:
+    """A tokenizer.model of 6 tokens and `pieces`."""
+    some = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    some += [("a", -1.0, 1), ("b", -2.0, 1), ("\u2581", -3.0, 1), *pieces]
+    return build_model(some, byte_fallback=False, space_prefix=True, squeeze_spaces=False)
+
+
 _FILE = re.compile(rb"=== ([a-z_.]{1,40})\n", re.DOTALL)
 
 
@@ -266,6 +297,10 @@ def seeds() -> Iterator[tuple[str, str, bytes]]:
     yield "gguf", "split", encode(File([("split.count", scalar(U32, 2)), ("split.no", scalar(U32, 0))]))
     yield "safetensors", "two", safetensors_bytes({"a": [2, 3], "b": [1]}, __metadata__={"format": "pt"})
     yield "directory", "llama", pack_directory(tiny_directory())
+    tokenizer_json = json.dumps(TINY_TOKENIZER_JSON).encode()
+    yield "directory", "tokenizer-json", pack_directory(tiny_directory() | {"tokenizer.json": tokenizer_json})
+    model = tiny_sentencepiece_model()
+    yield "directory", "tokenizer-model", pack_directory(tiny_directory() | {"tokenizer.model": model})
     index = {"weight_map": {"a": "x.safetensors"}}
     sharded = {"model.safetensors.index.json": json.dumps(index).encode()}
     sharded["x.safetensors"] = safetensors_bytes({"a": [2]})

@@ -30,6 +30,7 @@ from helpers_hostile import (
     seeds,
     tiny_directory,
     tiny_gguf,
+    tiny_sentencepiece_model,
     try_out,
 )
 from hypothesis import given, settings
@@ -43,6 +44,7 @@ from tinyllm.imatrix import read_imatrix
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.modelfiles import read_model
 from tinyllm.tokenizer import load_tokenizer, tokenizer_from_gguf
+from tinyllm.tokenizer.spm import _message
 
 SEEDS = {f"{target}-{name}": (target, raw) for target, name, raw in seeds()}
 WORKING = SEEDS.keys() - {"gguf-experts", "gguf-split", "directory-sharded"}
@@ -401,7 +403,7 @@ def test_a_text_at_which_a_rule_gives_up(tmp_path: Path) -> None:
     rule = step("Split", pattern={"Regex": "((a|b| )+)+$c"}, behavior="Isolated", invert=False)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": rule}))
     tokenizer = load_tokenizer(tmp_path)
-    with pytest.raises(FormatError, match="no tokens for this text"):
+    with pytest.raises(FormatError, match=r"cannot encode this text: .*retry"):
         tokenizer.encode("a b " * 100)
     assert tokenizer.encode("a")  # and it goes on
 
@@ -439,3 +441,89 @@ def test_random_files(kind: str, tmp_path: Path, reads: ReadCount) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
     assert outcomes[""] > 0
     assert outcomes["refused"] > 0
+
+
+# Tokenizers of directories
+
+
+def special(name: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": name, "type_id": 0}}
+
+
+def many(parts: int, ids: int) -> dict[str, Any]:
+    tokens = {"id": "<s>", "ids": [0] * ids, "tokens": ["!"] * ids}
+    return TEMPLATE | {"single": [special("<s>")] * parts + [TEXT], "special_tokens": {"<s>": tokens}}
+
+
+BERT = step("BertProcessing", cls=["<s>", 258], sep=["</s>", 259])
+POST_PROCESSORS: dict[str, tuple[dict[str, Any], str]] = {
+    "many ids of one part": (many(1, 1001), "more than 1000 ids"),
+    "many parts": (many(1001, 1), "more than 1000 ids"),
+    "many parts of many ids": (many(3000, 3000), "more than 1000 ids"),  # the package took 1.5 GB
+    "many in a sequence": (step("Sequence", processors=[BYTES, many(1001, 1)]), "more than 1000 ids"),
+    "a wild id": (many(1, 1) | {"special_tokens": {"<s>": {"id": "<s>", "ids": [999], "tokens": ["x"]}}},
+                  "the id 999, outside the vocabulary of 261"),
+    "a wild id of BERT": (BERT | {"cls": ["<s>", 4294967295]}, "the id 4294967295, outside"),
+    "a wild id of RoBERTa": (step("RobertaProcessing", cls=["<s>", 258], sep=["</s>", 261],
+                                  trim_offsets=True, add_prefix_space=True), "the id 261, outside"),
+    "a token without ids": (many(1, 1) | {"special_tokens": {}}, "adds '<s>' and does not say its ids"),
+    "no text": (TEMPLATE | {"single": []}, "one text into its template"),
+    "two of BERT": (step("Sequence", processors=[BERT, BERT]), "one text into its template"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", POST_PROCESSORS)
+def test_post_processors(case: str, tmp_path: Path) -> None:
+    """What they add is a file's choice, and no user sees it before the model does."""
+    processor, message = POST_PROCESSORS[case]
+    tiny_tokenizer_json(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": processor}))
+    with pytest.raises(FormatError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def table_of_characters(text: bytes) -> bytes:
+    """A compiled normalizer, for appending to a model, that makes `text` of "a": a trie of three nodes."""
+    nodes = [0] * 256
+    nodes[0] = 128 << 10
+    nodes[128 ^ ord("a")] = 64 << 10 | 1 << 8 | ord("a")
+    nodes[128 ^ ord("a") ^ 64] = 1 << 31
+    table = struct.pack("<I256I", 1024, *nodes) + text + b"\0"
+    return _message(3, _message(2, table))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (tiny_sentencepiece_model(("<0xAA>", 0.0, 6)).replace(b"<0xAA>", b"<0xA\xff>"), "not a Sentence"),
+        (tiny_sentencepiece_model(("xx", 0.0, 1)).replace(b"xx", b"x\xff"), "a piece is no text"),
+        (tiny_sentencepiece_model() + table_of_characters(b"\xff"), "a piece is no text"),
+    ],
+    ids=["a message of the package", "a piece", "a table of characters"],
+)
+def test_sentencepiece_models_of_no_text(model: bytes, message: str, tmp_path: Path) -> None:
+    """The package's strings are bytes, those that it quotes in its messages, too."""
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    with pytest.raises(FormatError, match=message):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(tiny_sentencepiece_model() + table_of_characters(b"b"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == tokenizer.encode("b")  # such tables are read
+
+
+def test_many_tokens_that_are_always_parsed() -> None:
+    """A regular expression of these took half a minute."""
+    n = 20_000
+    tokens = ["<unk>", "<s>", "</s>", "a", *("a" * 200 + str(i) for i in range(n))]
+    start = time.process_time()
+    tokenizer = tokenizer_from_gguf(
+        {
+            TOKENIZER + "model": "llama",
+            TOKENIZER + "tokens": tokens,
+            TOKENIZER + "token_type": [2, 3, 3, 1, *[4] * n],
+            TOKENIZER + "scores": [0.0] * len(tokens),
+        }
+    )
+    assert tokenizer.encode("a" * 1000 + "777", bos=False)[-1] == tokens.index("a" * 200 + "777")
+    assert time.process_time() - start < 3

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from tinyllm.errors import ArgumentError, FormatError, NotFoundError, Unsupporte
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 from tinyllm.tokenizer.pretokenizers import PRE_TOKENIZERS
+from tinyllm.tokenizer.spm import _any_of
 
 VOCABULARIES = ["deepseek-llm", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
 STORIES = "models/stories260K/stories260K.gguf"
@@ -462,6 +464,33 @@ def test_broken_metadata_is_a_clear_error(case: str, capfd: pytest.CaptureFixtur
     assert capfd.readouterr() == ("", "")
 
 
+def test_long_texts_are_cut_in_messages() -> None:
+    """A file's own text, a megabyte of it, where a message quotes it."""
+    long = "x" * 1_000_000
+    tokens = BPE()["tokenizer.ggml.tokens"]
+    for metadata in (
+        changed(BPE(), "pre", long),
+        changed(BPE(), "add_bos_token", [long]),
+        changed(BPE(), "tokens", [*tokens[:-2], long, long]),
+        changed(BPE(), "merges", [long]),
+    ):
+        with pytest.raises((FormatError, UnsupportedError)) as caught:
+            tokenizer_from_gguf(metadata)
+        assert len(str(caught.value)) < 1000
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.lists(st.text("ab^]-\\[", max_size=5), max_size=6), st.text("ab^]-\\[c", max_size=20))
+def test_the_leftmost_and_longest_token_is_found(tokens: list[str], text: str) -> None:
+    find, at, found = _any_of(tokens), 0, []
+    while pair := find(text, at):
+        found.append(pair)
+        at = pair[0] + len(pair[1])
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    matches = re.finditer("|".join(map(re.escape, longest_first)), text) if longest_first else ()
+    assert found == [(match.start(), match[0]) for match in matches]
+
+
 def test_bad_arguments() -> None:
     tokenizer = tokenizer_from_gguf(tiny_bpe())
     for bad in (-1, 262, 1 << 40):
@@ -519,6 +548,37 @@ def test_a_tokenizer_json(tmp_path: Path) -> None:
     assert tokenizer.special_tokens == {"<s>": 258, "</s>": 259}
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (258, 259, frozenset({259}))
     assert tokenizer.id_of("Ġab") == 257
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        processors.BertProcessing(("</s>", 259), ("<s>", 258)),
+        processors.RobertaProcessing(("</s>", 259), ("<s>", 258)),
+        processors.ByteLevel(),
+        processors.TemplateProcessing(
+            single="<s> <s> $A </s> <two>",
+            special_tokens=[
+                ("<s>", 258),
+                ("</s>", 259),
+                {"id": "<two>", "ids": [0, 1], "tokens": ["!", '"']},
+            ],
+        ),
+        processors.Sequence(
+            [
+                processors.ByteLevel(),
+                processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 259)]),
+            ]
+        ),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_every_post_processor(processor: processors.PostProcessor, tmp_path: Path) -> None:
+    backend = tiny_tokenizer_json(tmp_path)
+    backend.post_processor = processor
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for text in ("ab ab", ""):
+        assert load_tokenizer(tmp_path).encode(text) == backend.encode(text).ids
 
 
 def test_what_the_config_files_add(tmp_path: Path) -> None:
@@ -660,7 +720,7 @@ def test_a_vocabulary_that_cannot_spell_a_text(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("a") == [0]
-    with pytest.raises(FormatError, match="no tokens for this text"):
+    with pytest.raises(FormatError, match=r"cannot encode this text: .*UNK"):
         tokenizer.encode("b")
 
 

@@ -10,14 +10,27 @@ from __future__ import annotations
 
 import codecs
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from tinyllm.errors import ArgumentError
+from tinyllm.errors import ArgumentError, FormatError
 
 Encoder = Callable[[str, bool], list[int]]
 Speller = Callable[[str], bytes]
 
 SPACE = "▁"  # how SentencePiece spells a space inside a token
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """What a package raises inside becomes a FormatError that begins with `what`: bare Exceptions, messages
+    that are no UTF-8, and panics of Rust, which are BaseExceptions of a type that is not exported."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise FormatError(f"{what}: {str(error)[:500]}") from error
 
 
 class Tokenizer:

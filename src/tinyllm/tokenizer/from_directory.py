@@ -17,9 +17,9 @@ import tokenizers
 from tokenizers import AddedToken
 
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
-from tinyllm.loaders import parse_json, read_json_if_any, read_small, user_path
-from tinyllm.tokenizer.bpe import BPEEncoder, refused
-from tinyllm.tokenizer.core import SPACE, Tokenizer, spell_byte_level, spell_sentencepiece
+from tinyllm.loaders import parse_json, read_json_if_any, read_small, show, user_path
+from tinyllm.tokenizer.bpe import BPEEncoder
+from tinyllm.tokenizer.core import SPACE, Tokenizer, refused, spell_byte_level, spell_sentencepiece
 from tinyllm.tokenizer.spm import SentencePieceEncoder, load_processor, normalizer
 
 _OTHER_KINDS = ("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.tiktoken", "spiece.model")
@@ -28,6 +28,7 @@ _PARTS = ("normalizers", "pretokenizers", "processors", "decoders")
 # Characters that a step may make of one; the longest decomposition that Unicode has is 18 long.
 _GROWTH = {"ByteLevel": 2, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3}
 _MAX_GROWTH = 1000
+_MAX_AROUND = 1000  # ids that a post-processor may put around a text; models have one or two
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -78,7 +79,7 @@ class _Settings:
             content = _content(token)
             if not (key.isdecimal() and len(key) < 10 and content and isinstance(token, dict)):
                 raise FormatError(
-                    f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no token at {key!r}"
+                    f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no token at {show(key)}"
                 )
             flags = {
                 name: bool(token.get(name, False))
@@ -126,8 +127,9 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
         backend.no_truncation()
         backend.no_padding()
     _check_steps(backend, file)
+    before, after = _around(backend, file)
     with refused(f"{file}: the tokenizers package fails with it"):
-        before, after = _template(backend)
+        backend.encode("a", add_special_tokens=False)
         for _, token in sorted(settings.added.items()):
             if backend.token_to_id(token.content) is None:
                 (backend.add_special_tokens if token.special else backend.add_tokens)([token])
@@ -135,6 +137,10 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
 
     vocabulary = backend.get_vocab(with_added_tokens=True)
     size = settings.n_ids(max(vocabulary.values(), default=-1), folder)
+    if outside := [i for i in (*before, *after) if i >= size]:
+        raise FormatError(
+            f"{file}: its post-processor adds the id {outside[0]}, outside the vocabulary of {size} tokens"
+        )
     tokens = [""] * size
     for text, i in vocabulary.items():
         tokens[i] = text
@@ -171,8 +177,7 @@ def _check_tables(data: bytes, file: Path) -> None:
 
 
 def _check_steps(backend: tokenizers.Tokenizer, file: Path) -> None:
-    """Refuses what would take memory without bound, at which the package ends the whole process, and what it
-    does not check itself."""
+    """Refuses what would take memory without bound, at which the package ends the whole process."""
     growth = 1.0  # characters of a text, at most, for one of the user's
     for step in (*_steps(backend.normalizer), *_steps(backend.pre_tokenizer)):
         if step["type"] == "Replace":
@@ -184,21 +189,39 @@ def _check_steps(backend: tokenizers.Tokenizer, file: Path) -> None:
             growth *= _GROWTH.get(step["type"], 1)
         if growth > _MAX_GROWTH:
             raise FormatError(f"{file}: its steps before merging can make {growth:.3g} characters of one")
-    templates = [step for step in _steps(backend.post_processor) if step["type"] == "TemplateProcessing"]
-    texts = [part["Sequence"]["id"] for step in templates for part in step["single"] if "Sequence" in part]
-    if len(templates) > 1 or texts not in ([], ["A"]):
+
+
+def _around(backend: tokenizers.Tokenizer, file: Path) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts before and after a text, as it says them: the package would take
+    any number of them, and end the process where they do not fit into memory."""
+    steps = [step for step in _steps(backend.post_processor) if step["type"] != "ByteLevel"]  # offsets only
+    if not steps:
+        return [], []
+    step = steps[0]
+    texts: list[str] = []
+    sides: list[list[int]] = [[]]
+    if step["type"] == "TemplateProcessing":
+        for part in step["single"]:
+            if "Sequence" in part:
+                texts.append(part["Sequence"]["id"])
+                sides.append([])
+            else:
+                name = part["SpecialToken"]["id"]
+                if name not in step["special_tokens"]:
+                    raise FormatError(
+                        f"{file}: its post-processor adds {show(name)} and does not say its ids"
+                    )
+                sides[-1] += step["special_tokens"][name]["ids"]
+            if len(sides[-1]) > _MAX_AROUND:
+                raise FormatError(f"{file}: its post-processor puts more than {_MAX_AROUND} ids at one side")
+    elif step["type"] in ("BertProcessing", "RobertaProcessing"):
+        texts, sides = ["A"], [[step["cls"][1]], [step["sep"][1]]]
+    else:
+        raise UnsupportedError(f"{file}: tinyllm does not know its post-processor {show(step['type'])}")
+    if len(steps) > 1 or texts != ["A"]:
         raise FormatError(f"{file}: its post-processor does not put one text into its template")
-
-
-def _template(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts before and after a text."""
-    text = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a").ids
-    for start in range(len(whole) - len(text) + 1):
-        end = start + len(text)
-        if whole[start:end] == text:
-            return whole[:start], whole[end:]
-    return [], []
+    before, after = sides
+    return before, after
 
 
 def _read_decoder(backend: tokenizers.Tokenizer, file: Path) -> tuple[Callable[[str], bytes], bool]:
@@ -248,10 +271,9 @@ def _from_sentencepiece(folder: Path, settings: _Settings) -> Tokenizer:
 
     n_pieces = processor.get_piece_size()
     size = settings.n_ids(max([n_pieces - 1, *settings.added]), folder)
-    try:
+    with refused(f"{file}: a piece is no text"):
         tokens = [processor.id_to_piece(i) for i in range(n_pieces)] + [""] * (size - n_pieces)
-    except UnicodeDecodeError:
-        raise FormatError(f"{file}: a piece is not UTF-8") from None
+        leading_space = "".join(processor.encode("a", out_type=str)).startswith(SPACE)
     special = {tokens[i]: i for i in range(n_pieces) if processor.is_control(i) or processor.is_unknown(i)}
     always: dict[str, int] = {}
     rstrip = set()
@@ -275,7 +297,7 @@ def _from_sentencepiece(folder: Path, settings: _Settings) -> Tokenizer:
         bos_id=bos_id,
         eos_id=eos_id,
         eos_ids=[i for i in settings.ends if i < size],
-        leading_space="".join(processor.encode("a", out_type=str)).startswith(SPACE),
+        leading_space=leading_space,
     )
 
 

@@ -17,8 +17,16 @@ from tokenizers import AddedToken, models
 
 from tinyllm.errors import FormatError, UnsupportedError
 from tinyllm.loaders import show
-from tinyllm.tokenizer.bpe import BPEEncoder, refused
-from tinyllm.tokenizer.core import Encoder, Speller, Tokenizer, byte_of, spell_byte_level, spell_sentencepiece
+from tinyllm.tokenizer.bpe import BPEEncoder
+from tinyllm.tokenizer.core import (
+    Encoder,
+    Speller,
+    Tokenizer,
+    byte_of,
+    refused,
+    spell_byte_level,
+    spell_sentencepiece,
+)
 from tinyllm.tokenizer.pretokenizers import PRE_TOKENIZERS
 from tinyllm.tokenizer.spm import (
     BYTE,
@@ -105,7 +113,7 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
     ids = {text: i for i, text in enumerate(tokens)}
     if len(ids) != len(tokens):
         i, text = next((i, text) for i, text in enumerate(tokens) if ids[text] != i)
-        raise FormatError(f"{_KEY}tokens: {text!r} stands there twice, as {i} and {ids[text]}")
+        raise FormatError(f"{_KEY}tokens: {show(text)} stands there twice, as {i} and {ids[text]}")
 
     bos_id, eos_id, eot_id, eom_id, unk_id = (
         _token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")
@@ -190,13 +198,15 @@ def _bpe(metadata: dict[str, Any]) -> Tokenizer:
     rule = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if rule is None:
         raise UnsupportedError(
-            f"the pre-tokenizer {name!r} ({_KEY}pre) is not one of: {', '.join(PRE_TOKENIZERS)}"
+            f"the pre-tokenizer {show(str(name))} ({_KEY}pre) is not one of: {', '.join(PRE_TOKENIZERS)}"
         )
     vocabulary = _read_vocabulary(metadata)
     merges = [merge.partition(" ")[::2] for merge in _strings(metadata, "merges")]
     for i, (left, right) in enumerate(merges):
         if not left or not right:
-            raise FormatError(f"{_KEY}merges: entry {i}, {left!r}, is not two tokens with a space between")
+            raise FormatError(
+                f"{_KEY}merges: entry {i}, {show(left or right)}, is not two tokens with a space between"
+            )
     with refused(f"{_KEY}merges do not fit {_KEY}tokens"):
         bpe = tokenizers.Tokenizer(
             models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=rule.ignore_merges)
@@ -288,5 +298,5 @@ def _token_id(metadata: dict[str, Any], name: str, n_tokens: int) -> int | None:
 def _flag(metadata: dict[str, Any], name: str, default: bool) -> bool:
     value = metadata.get(_KEY + name, default)
     if not isinstance(value, bool | np.bool_):
-        raise FormatError(f"{_KEY}{name} must be true or false, not {value!r}")
+        raise FormatError(f"{_KEY}{name} must be true or false, not {type(value).__name__}")
     return bool(value)
