@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,7 +231,8 @@ def record(name: str, bits: float, rate: float, kl: float | None) -> dict[str, A
     return {
         "model": name,
         "is_reference": kl is None,
-        "bits_per_weight": bits,
+        "size_bytes": bits * 1e9,
+        "n_params": 8_000_000_000,
         "decode": {"median_ts": rate},
         "quality": {"divergence": divergence},
     }
@@ -245,11 +247,60 @@ def test_plot_is_a_png(cli: Cli, tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_that_cannot_be_written_loses_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table stands already, the error names the file, and what was there is as it was; nor does a table
+    that nobody takes lose the plot."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "a.png"
+    path.write_bytes(b"before")
+    options = (MASTER, "--types", "q8_0", "--text", "-", "-c", "32", "--plot", path, *FAST)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+        result = cli(*options)
+    assert result.code == 1
+    assert result.out.startswith("| model")
+    assert f"{path}: no room: " in result.err
+    assert path.read_bytes() == b"before"
+
+    def full(records: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(cli_compare.WRITERS, "md", full)
+    assert cli(*options).code == 1
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_names_its_reference_and_shows_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 bits of a small model are less than 4 of a large one."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    large, small = record("8b-q8_0.gguf", 8.5, 9, None), record("1b-q8_0.gguf", 8.5, 60, 0.3)
+    small |= {"n_params": 1_000_000_000, "size_bytes": 1_062_500_000}
+    same = record("8b-q4_0.gguf", 4.5, 16, 0.02)
+    for records, size in (
+        ([large, same, small], "size, GB"),
+        ([large, same], "size, GB (8 bits a weight: 8 GB)"),
+    ):
+        plot.draw(records, str(tmp_path / "a.png"))
+        left = figures[-1].axes[0]
+        assert left.get_ylabel().startswith("KL divergence from 8b-q8_0.gguf, nats a token")
+        assert left.get_xlabel() == size
+        xs = [point for line in left.lines for point in line.get_xdata()]
+        assert xs[: len(records) - 1] == [r["size_bytes"] / 1e9 for r in records[1:]]
+
+
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
         ("a.nosuch", 2, "a plot is a file of type .png, or "),
-        ("no/a.png", 1, "no/a.png: there is no folder no"),
+        ("no/a.png", 1, "no/a.png: cannot be written: No such file or directory"),
     ],
 )
 def test_plot_is_refused_before_anything_is_measured(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tinyllm import errors
-from tinyllm.outfiles import replacing
+from tinyllm.outfiles import replacing, target_of
 
 
 @pytest.fixture(params=["unnamed", "named"])
@@ -68,6 +68,12 @@ def test_only_a_regular_file_is_replaced(make: Callable[[Path], None], message: 
     if before:
         after = os.lstat(path)
         assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_a_folder_of_others_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(errors.WriteError, match="x: cannot be written: Permission denied"):
+        target_of(tmp_path / "x")
 
 
 @pytest.mark.parametrize("there", [True, False])

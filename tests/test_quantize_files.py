@@ -380,7 +380,21 @@ def test_quantizing_with_an_imatrix(path: Path, tmp_path: Path, capsys: pytest.C
         with tinyllm.load(out) as llm:
             error.append(float((weights * (llm.model.unpack("w_gate", 0) - exact) ** 2).sum()))
     assert error[1] < 0.95 * error[0]
-    assert "the imatrix says nothing of 22 tensors: token_embd.weight" in capsys.readouterr().err
+    assert "the imatrix says nothing of 21 tensors: blk.0.attn_k.weight" in capsys.readouterr().err
+
+
+def test_what_an_imatrix_does_not_know(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named; an embedding, which none can know where the output is another matrix, is not."""
+    matrices = [t for t in read_gguf(path).tensors.values() if len(t.shape) == 2]
+    known = {t.name: np.ones((1, t.shape[-1]), np.float32) for t in matrices if t.name != "token_embd.weight"}
+    for without in ([], ["blk.2.ffn_up.weight"]):
+        sums = {name: values for name, values in known.items() if name not in without}
+        write_imatrix(tmp_path / "i.gguf", Imatrix(sums, {name: np.ones(1, np.float32) for name in sums}))
+        assert main([str(path), str(tmp_path / "o.gguf"), "q4_0", "--imatrix", str(tmp_path / "i.gguf")]) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if "nothing" in line]
+        assert said == [f"the imatrix says nothing of 1 tensor: {name}" for name in without]
 
 
 def test_our_own_imatrix_from_end_to_end(tmp_path: Path) -> None:

@@ -24,12 +24,15 @@ def target_of(path: str | os.PathLike[str]) -> Path:
     """Where a file that is written to `path` comes to lie: ~ expanded and symbolic links followed, so that a
     link stays one and what it points to is replaced.
 
-    Raises WriteError where no regular file is or can be: a directory, a device, a pipe, no such folder.
+    Raises WriteError where no regular file is or can be: a directory, a device, a pipe, a folder that is not
+    there or not ours to write to.
     """
     try:
         target = Path(os.path.realpath(Path(path).expanduser()))
         mode = target.stat().st_mode if os.path.lexists(target) else stat.S_IFREG
-        target.parent.stat()
+        os.stat(f"{target.parent}/")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError, RuntimeError) as error:
         raise WriteError(f"{path}: cannot be written: {getattr(error, 'strerror', error)}") from None
     if stat.S_ISDIR(mode):

@@ -31,7 +31,8 @@ PIECE_NUMBERS = 1 << 22  # of a tensor, that are read, rounded and written at a 
 @dataclass(frozen=True)
 class Quantized:
     """What `quantize` wrote: the file's size, its weights and their bits each, and how many tensors of which
-    format. without_importance: matrices that the imatrix did not know."""
+    format. without_importance: matrices that the imatrix did not know; not the embedding, which no imatrix
+    knows unless it is the output as well."""
 
     path: Path
     n_bytes: int
@@ -90,6 +91,8 @@ def quantize(
         counts[FORMATS[format].name] = counts.get(FORMATS[format].name, 0) + 1
     n_weights = sum(int(np.prod(source.shape)) for source in sources.values())
     bits = 8 * sum(tensor.n_bytes for tensor in tensors) / n_weights
+    if "output.weight" in sources:
+        unknown = [name for name in unknown if name != "token_embd.weight"]
     return Quantized(Path(out).expanduser(), n_bytes, n_weights, bits, counts, tuple(unknown))
 
 

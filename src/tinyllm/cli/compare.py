@@ -89,9 +89,12 @@ def run(argv: list[str]) -> int:
             progress=progress,
         )
     records = [row.record() for row in rows]
-    if args.plot is not None:
-        plot.draw(records, args.plot)
-    WRITERS[args.output](records)
+    try:
+        WRITERS[args.output](records)
+        sys.stdout.flush()
+    finally:  # that one of them cannot be written does not lose the other
+        if args.plot is not None:
+            plot.draw(records, args.plot)
     return EXIT_OK
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinyllm.errors import ArgumentError, NotFoundError, UnsupportedError
+from tinyllm.errors import ArgumentError, UnsupportedError
+from tinyllm.outfiles import replacing, target_of
 
 FLOAT, QUANTIZED, GRID = "#7f7f7f", "#1f5f99", "#dddddd"
 # where a label may begin (right of a point) or end (left of it), in points from the point
@@ -20,7 +22,7 @@ PLACES = [
 
 def require(path: str) -> None:
     """Raises before anything is measured: UnsupportedError without matplotlib, ArgumentError for a file type
-    that it cannot write, NotFoundError for a folder that is not there.
+    that it cannot write, WriteError for a place where no file can be.
     """
     try:
         import matplotlib
@@ -31,18 +33,20 @@ def require(path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib.backend_bases import FigureCanvasBase
 
-    where, types = Path(path), FigureCanvasBase.get_supported_filetypes()
-    if where.suffix[1:].lower() not in types:
+    types = FigureCanvasBase.get_supported_filetypes()
+    if _type(path) not in types:
         raise ArgumentError(f"{path}: a plot is a file of type .png, or .{', .'.join(sorted(types))}")
-    if not where.parent.is_dir():
-        raise NotFoundError(f"{path}: there is no folder {where.parent}")
+    target_of(path)
+
+
+def _type(path: str) -> str:
+    return Path(path).suffix[1:].lower()
 
 
 def draw(records: list[dict[str, Any]], path: str) -> None:
     """Writes a PNG (or what the name ends in) from records of `compare.Row`: KL divergence from the
-    reference over bits a weight, and over decoding speed; the reference is a line.
-
-    Raises what `require` does, and OSError.
+    reference over size, and over decoding speed; the reference is a line. The file appears when it is
+    complete. Raises what `require` does.
     """
     require(path)
     from matplotlib import pyplot
@@ -51,13 +55,26 @@ def draw(records: list[dict[str, Any]], path: str) -> None:
     reference = next(record for record in records if record["is_reference"])
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 5), sharey=True, layout="constrained")
-        _panel(left, points, reference, "bits a weight", lambda r: r["bits_per_weight"])
+        unit, size = _size_axis(records)
+        _panel(left, points, reference, size, lambda r: r["size_bytes"] / unit)
         _panel(right, points, reference, "decoding, tokens a second", lambda r: r["decode"]["median_ts"])
-        left.set_ylabel("KL divergence from the float model, nats a token\n(lower is better)")
+        left.set_ylabel(f"KL divergence from {reference['model']}, nats a token\n(lower is better)")
         left.set_title("smaller is to the left", loc="left", fontsize=9, color=FLOAT)
         right.set_title("faster is to the right", loc="left", fontsize=9, color=FLOAT)
-        figure.savefig(path, dpi=110)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=110, format=_type(path))
         pyplot.close(figure)
+    with replacing(path, drawn.tell()) as file:
+        file.write(drawn.getvalue())
+
+
+def _size_axis(records: list[dict[str, Any]]) -> tuple[float, str]:
+    """How many bytes its unit has, and its name; where the models have equally many weights, sizes are bits a
+    weight, and the name says how many."""
+    unit, name = (1e9, "GB") if max(record["size_bytes"] for record in records) >= 1e9 else (1e6, "MB")
+    n_params = {record["n_params"] for record in records}
+    at_8_bits = f" (8 bits a weight: {n_params.pop() / unit:.3g} {name})" if len(n_params) == 1 else ""
+    return unit, f"size, {name}{at_8_bits}"
 
 
 def _panel(axes: Any, points: list[dict[str, Any]], reference: dict[str, Any], name: str, x: Any) -> None:
