@@ -44,7 +44,7 @@ PYTHON_TESTS = (
     ),
     *("families", "windows", "golden", "sampling", "quantize", "safetensors", "gguf", "stories"),
 )
-THREADED_TESTS = ("threads_python", "llm", "kvcache", "misuse", "numbers")
+THREADED_TESTS = ("threads_python", "llm", "kvcache", "misuse")
 # A sanitizer's own memory leaves no room under RLIMIT_AS, and its shutdown is another one.
 NOT_UNDER_ASAN = "not address_space and not interpreter_ends"
 NOT_UNDER_TSAN = f"{NOT_UNDER_ASAN} and not fork"  # it knows no new threads after fork()
