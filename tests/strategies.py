@@ -3,6 +3,7 @@ them: a field that lies, a piece that is cut, doubled or overwritten. Used by te
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from typing import Any
@@ -12,6 +13,7 @@ from helpers_hostile import (
     FORMATS,
     I32,
     STRING,
+    TINY_TOKENIZER_JSON,
     U32,
     U64,
     T,
@@ -22,6 +24,7 @@ from helpers_hostile import (
     scalar,
     tiny_directory,
     tiny_gguf,
+    tiny_sentencepiece_model,
 )
 from hypothesis import strategies as st
 
@@ -127,10 +130,60 @@ def safetensors_files(draw: st.DrawFn) -> bytes:
     return length.to_bytes(8, "little") + changed + raw[8 + n :]
 
 
+STEPS: list[dict[str, Any]] = [
+    {"type": "Replace", "pattern": {"String": ""}, "content": "ab"},
+    {"type": "Prepend", "prepend": "\u2581"},
+    {"type": "NFKD"},
+    {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True},
+    {"type": "BertProcessing", "cls": ["<s>", 4], "sep": ["<s>", 7]},
+    {"type": "WordLevel", "vocab": {"a": 5}, "unk_token": "b"},
+    {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], ["b", 0.0]], "byte_fallback": True},
+]
+
+
+def others_like(value: Any) -> st.SearchStrategy[Any]:
+    """What a reader takes for a value of the same kind."""
+    if isinstance(value, dict) and "type" in value:
+        return st.sampled_from([*STEPS, None])
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int):
+        return large
+    if isinstance(value, str):
+        return st.one_of(texts, st.sampled_from(["a", "A", "B", "(a|ab)+c", "Removed"]))
+    if isinstance(value, list):
+        return st.sampled_from([[], value * 2, value[::-1]])
+    return leaves
+
+
+@st.composite
+def tokenizer_jsons(draw: st.DrawFn) -> bytes:
+    """A tokenizer.json, which says other things in up to three places."""
+    whole = copy.deepcopy(TINY_TOKENIZER_JSON)
+    for _ in range(draw(st.integers(0, 3))):
+        place: Any = whole
+        while True:
+            key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            if not isinstance(place[key], dict | list) or not place[key] or not draw(st.integers(0, 3)):
+                break
+            place = place[key]
+        place[key] = copy.deepcopy(draw(others_like(place[key]) if draw(st.integers(0, 7)) else leaves))
+    return json.dumps(whole).encode()
+
+
+pieces = st.tuples(texts, st.floats(width=32), st.integers(0, 8))
+tokenizers = st.one_of(
+    st.just({}),
+    tokenizer_jsons().map(lambda raw: {"tokenizer.json": raw}),
+    st.lists(pieces, max_size=3).map(lambda some: {"tokenizer.model": tiny_sentencepiece_model(*some)}),
+)
+
+
 @st.composite
 def directories(draw: st.DrawFn) -> bytes:
-    """The packed files of a whole model, whose config.json and others say up to three other things."""
-    files = tiny_directory()
+    """The packed files of a whole model, whose config.json, tokenizer and others say up to three other
+    things."""
+    files = tiny_directory() | draw(tokenizers)
     config = json.loads(files["config.json"])
     if draw(st.booleans()):
         config["model_type"] = draw(st.sampled_from(FAMILIES))

@@ -18,6 +18,7 @@ from helpers_hostile import (
     ARRAY,
     CORPUS,
     STRING,
+    TARGETS,
     TINY_CONFIG,
     U32,
     File,
@@ -58,7 +59,9 @@ def test_seeds(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}"
+    "path",
+    sorted(path for name in TARGETS for path in (CORPUS / name).iterdir()),
+    ids=lambda path: f"{path.parent.name}-{path.name}",
 )
 def test_corpus(path: Path, tmp_path: Path) -> None:
     """Files that a fuzzer made of them, one for each behaviour it found."""

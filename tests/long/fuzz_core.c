@@ -334,16 +334,19 @@ static void sample(input *in) {
     s.bias_tokens = bias_tokens;
     s.bias = bias;
     void *scratch = exactly(tl_sample_scratch(n));
+    const double row = below(in, 8) ? 1 + (double)below(in, 1000) : (double)any_float(in);
+    const double *total = below(in, 4) ? NULL : &row; // with it, logits that are not in order are a lie
     tl_sampled sampled;
     tl_message message = {""};
-    if (ok(tl_sample(&sampled, logits, n, &s, history, n_history, 7, 9, scratch, &message), &message))
-        must(sampled.token >= 0 && sampled.token < n && sampled.logprob <= 0, "a token of the vocabulary");
+    if (ok(tl_sample(&sampled, logits, n, &s, history, n_history, 7, 9, total, scratch, &message), &message))
+        must(sampled.token >= 0 && sampled.token < n && (total || sampled.logprob <= 0), "a token of the vocabulary");
     const int k = size_like(in, 1);
     int32_t *top = exactly(k > 0 && k <= n ? (size_t)k * 4 : 0);
     float *logprobs = exactly(k > 0 && k <= n ? (size_t)k * 4 : 0);
-    if (ok(tl_top_logprobs(top, logprobs, k, logits, n, scratch, &message), &message))
+    if (ok(tl_top_logprobs(top, logprobs, k, logits, n, total, scratch, &message), &message))
         for (int i = 0; i < k; i++)
-            must(top[i] >= 0 && top[i] < n && logprobs[i] <= (i ? logprobs[i - 1] : 0), "tokens in descending order");
+            must(top[i] >= 0 && top[i] < n && (total || logprobs[i] <= (i ? logprobs[i - 1] : 0)),
+                 "tokens in descending order");
     if (n) tl_logprob(logits, n, (int32_t)below(in, (unsigned)n));
     free(logits);
     free(history);

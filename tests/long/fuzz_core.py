@@ -2,12 +2,15 @@
 UndefinedBehaviorSanitizer, runs it, and prints one JSON object with what it saw.
 
     python tests/long/fuzz_core.py [--seconds 60] [--corpus DIRECTORY] [--json PATH]
+    python tests/long/fuzz_core.py --keep               # writes tests/corpus/core anew from what was found
 
-What crashes is kept in build/fuzz/crashes; give such a file to build/fuzz/fuzz_core to see it again."""
+It begins with the files of tests/corpus/core, and ends with 1 where something crashes. What crashes is kept
+in build/fuzz/crashes; give such a file to build/fuzz/fuzz_core to see it again."""
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import os
 import re
@@ -16,12 +19,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fuzz_loaders import begin, keep
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "fuzz"
+KEPT = ROOT / "tests" / "corpus" / "core"
 FLAGS = ["-g1", "-O1", "-std=c11", "-DTL_SCALAR_ONLY", "-ffp-contract=off", "-fno-math-errno"]
 ALL = ["-fsanitize=fuzzer-no-link,address,undefined", "-fno-sanitize-recover=all"]
 # The kernels of every format in one file: with coverage and checks of every addition clang takes an hour.
-KERNELS = ["-fsanitize=address", "-fno-unroll-loops", "-fno-vectorize"]
+KERNELS = ["-O0", "-fsanitize=address"]
 
 
 def build() -> Path:
@@ -29,11 +35,17 @@ def build() -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"
     isa = [csrc / "isa" / "select.c", csrc / "isa" / "scalar.c"]
-    objects = []
-    for source in [*sorted(csrc.glob("*.c")), *isa, Path(__file__).with_suffix(".c")]:
-        objects.append(BUILD / f"{source.stem}.o")
+
+    def compiled(source: Path) -> Path:
+        to = BUILD / f"{source.stem}.o"
         checks = KERNELS if source.stem == "scalar" else ALL
-        subprocess.run(["clang", *FLAGS, *checks, "-c", source, "-o", objects[-1]], check=True)
+        subprocess.run(["clang", *FLAGS, *checks, "-c", source, "-o", to], check=True)
+        return to
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # the kernels take as long as all others
+        objects = list(
+            pool.map(compiled, [*isa, *sorted(csrc.glob("*.c")), Path(__file__).with_suffix(".c")])
+        )
     fuzzer = BUILD / "fuzz_core"
     link = ["clang", "-fsanitize=fuzzer,address,undefined", *objects, "-lm", "-lpthread", "-o", fuzzer]
     subprocess.run(link, check=True)
@@ -41,7 +53,7 @@ def build() -> Path:
 
 
 def run(fuzzer: Path, seconds: int, corpus: Path) -> dict[str, Any]:
-    corpus.mkdir(parents=True, exist_ok=True)
+    begin(corpus, KEPT)
     crashes = BUILD / "crashes"
     crashes.mkdir(exist_ok=True)
     before = set(crashes.iterdir())
@@ -67,15 +79,21 @@ def run(fuzzer: Path, seconds: int, corpus: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="fuzz the C core")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", type=Path, default=BUILD / "corpus-core")
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--json", type=Path, help="where to write the figures; else standard output")
     args = parser.parse_args()
-    text = json.dumps(run(build(), args.seconds, args.corpus))
+    if args.keep:
+        keep(args.corpus, KEPT)
+        return 0
+    result = run(build(), args.seconds, args.corpus)
+    text = json.dumps(result)
     args.json.write_text(text + "\n") if args.json else print(text)
+    return int(result["crashes"] > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """Coverage-guided fuzzing of everything that reads a model's files, by atheris: a file works or is refused
-with a tinyllm.Error, whatever is in it. Prints one JSON object with what it saw.
+with a tinyllm.Error, whatever is in it. Prints one JSON object with what it saw; ends with 1 where something
+crashes.
 
     python tests/long/fuzz_loaders.py [--seconds 60] [--target gguf] [--corpus DIRECTORY] [--json PATH]
     python tests/long/fuzz_loaders.py --keep            # writes tests/corpus anew from what was found
@@ -26,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 BUILD = ROOT / "build" / "fuzz"
+KEPT = ROOT / "tests" / "corpus"
 NAMES = ("gguf", "safetensors", "directory", "imatrix", "template")
 MEMORY_MB = 2048
 MAX_SECONDS = 20  # of processor time for one input: the machine may be busy, or stop us for a while
@@ -57,18 +59,15 @@ def run(target: str, seconds: int, corpus: Path) -> dict[str, Any]:
     import helpers_hostile
 
     crashes = BUILD / f"crashes-{target}"
-    for folder in (corpus / target, crashes):
-        folder.mkdir(parents=True, exist_ok=True)
+    crashes.mkdir(parents=True, exist_ok=True)
+    begin(corpus / target, KEPT / target)
     for name, seed, raw in helpers_hostile.seeds():
         if name == target:
             (corpus / target / seed).write_bytes(raw)
     before = set(crashes.iterdir())
     options = [f"-max_total_time={seconds}", "-max_len=8192", "-timeout=3600", "-report_slow_units=3600"]
     options += [f"-rss_limit_mb={MEMORY_MB}", f"-artifact_prefix={crashes}/", "-print_final_stats=1"]
-    folders = [str(corpus / target)]
-    if (helpers_hostile.CORPUS / target).is_dir():
-        folders.append(str(helpers_hostile.CORPUS / target))
-    command = [sys.executable, __file__, "--child", target, *options, *folders]
+    command = [sys.executable, __file__, "--child", target, *options, str(corpus / target)]
     log = BUILD / f"{target}.log"
     with log.open("wb") as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT)
@@ -89,22 +88,25 @@ def run(target: str, seconds: int, corpus: Path) -> dict[str, Any]:
     }
 
 
-def keep(corpus: Path) -> None:
-    """Into tests/corpus: some files of each target, evenly chosen by size. Each was kept by the fuzzer for
-    something that no smaller one reached."""
-    import helpers_hostile
-
-    for target in NAMES:
-        files = sorted((corpus / target).iterdir(), key=lambda path: (path.stat().st_size, path.name))
-        files = [path for path in files if path.stat().st_size <= MOST_BYTES]
-        to = helpers_hostile.CORPUS / target
-        shutil.rmtree(to, ignore_errors=True)
-        to.mkdir(parents=True)
-        for path in files[:: max(1, -(-len(files) // MOST_KEPT))]:
-            shutil.copyfile(path, to / path.name[:12])
+def begin(corpus: Path, kept: Path) -> None:
+    """A corpus holds what was kept, so that what is kept of it next holds that, too."""
+    corpus.mkdir(parents=True, exist_ok=True)
+    if kept.is_dir():
+        shutil.copytree(kept, corpus, dirs_exist_ok=True)
 
 
-def main() -> None:
+def keep(corpus: Path, to: Path) -> None:
+    """Some files of a target's corpus for tests/corpus, evenly chosen by size. Each was kept by the fuzzer
+    for something that no smaller one reached."""
+    files = sorted(corpus.iterdir(), key=lambda path: (path.stat().st_size, path.name))
+    files = [path for path in files if path.stat().st_size <= MOST_BYTES]
+    shutil.rmtree(to, ignore_errors=True)
+    to.mkdir(parents=True)
+    for path in files[:: max(1, -(-len(files) // MOST_KEPT))]:
+        shutil.copyfile(path, to / path.name[:12])
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description="fuzz what reads a model's files")
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
     parser.add_argument("--target", choices=NAMES, help="this one alone")
@@ -113,18 +115,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures; else standard output")
     args = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
-    if args.keep:
-        keep(args.corpus)
-        return
     targets = [args.target] if args.target else NAMES
+    if args.keep:
+        for target in targets:
+            keep(args.corpus / target, KEPT / target)
+        return 0
     parts = [run(target, args.seconds, args.corpus) for target in targets]
     sums = {key: sum(part[key] for part in parts) for key in ("inputs", "seconds", "corpus", "crashes")}
     text = json.dumps({"name": "loaders (atheris)", **sums, "parts": parts})
     args.json.write_text(text + "\n") if args.json else print(text)
+    return int(sums["crashes"] > 0)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         fuzz(sys.argv[2], sys.argv[3:])
     else:
-        main()
+        sys.exit(main())
