@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllm.errors import FormatError, TemplateError
-from tinyllm.loaders import read_json_if_any, read_small
+from tinyllm.errors import ArgumentError, FormatError, MemoryLimitError, TemplateError
+from tinyllm.loaders import read_json_if_any, read_small, show
 
 if TYPE_CHECKING:
     from tinyllm.sandbox import Sandbox
@@ -76,7 +76,8 @@ class ChatTemplate:
 
         The text holds the special tokens in full, begin of text included: tokenize it with `special=True,
         bos=False`. Raises TemplateError (the template's own refusal, a broken or a hostile template, with the
-        line) and TypeError (something other than plain data).
+        line where there is one), ArgumentError (a text with a lone surrogate), MemoryLimitError and TypeError
+        (something other than plain data).
         """
         variables = {
             **self.variables,
@@ -104,7 +105,9 @@ class ChatTemplate:
     def _run(self, source: str, variables: dict[str, Any]) -> str:
         with self._reported():
             environment, template = self._compile(source)
-            return environment.render(template, variables)
+            text = environment.render(template, variables)
+            _check_unicode(text)
+            return text
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
@@ -120,13 +123,13 @@ class ChatTemplate:
         except sandbox.RefusedError as e:
             raise self._error(f"does not take these messages: {e}", e) from None
         except jinja2.TemplateSyntaxError as e:
-            raise TemplateError(f"the {self.name} is not valid, line {e.lineno}: {e.message}") from None
+            raise TemplateError(f"the {self.name} is not valid, line {e.lineno}: {_cut(e.message)}") from None
         except RecursionError as e:
             raise self._error("was stopped: it is nested too deeply", e) from None
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as e:
             raise self._error(f"failed: {e}", e) from None
-        except SyntaxError as e:  # of the Python that Jinja makes of it, whose lines say nothing
-            raise self._error(f"is not valid: {e.msg}", e) from None
+        except MemoryError as e:
+            raise MemoryLimitError(f"no memory left while rendering the {self.name}") from e
         except Exception as e:  # a template can reach any corner of Jinja
             raise self._error(f"failed ({type(e).__name__}): {e}", e) from None
 
@@ -150,7 +153,7 @@ class ChatTemplate:
                 lines.append(trace.tb_lineno)
             trace = trace.tb_next
         where = f" (line {lines[-1]})" if lines else ""
-        return TemplateError(f"the {self.name} {what}{where}")
+        return TemplateError(f"the {self.name} {_cut(what)}{where}")
 
 
 def require(template: ChatTemplate | None, model: str) -> ChatTemplate:
@@ -166,13 +169,15 @@ def require(template: ChatTemplate | None, model: str) -> ChatTemplate:
 
 def template_from_gguf(metadata: Mapping[str, Any]) -> ChatTemplate | None:
     """The template in a GGUF's metadata (`tokenizer.chat_template`, `tokenizer.chat_template.NAME`), or
-    None."""
+    None. Raises FormatError for one that is no text."""
     key = "tokenizer.chat_template"
-    sources = {
-        name.removeprefix(key + "."): value for name, value in metadata.items() if name.startswith(key + ".")
-    }
-    if key in metadata:
-        sources["default"] = metadata[key]
+    stored = {name: value for name, value in metadata.items() if name == key or name.startswith(key + ".")}
+    for name, value in stored.items():
+        if not isinstance(value, str):
+            raise FormatError(f"{show(name)} is a {type(value).__name__}, expected a text")
+    sources = {name.removeprefix(key + "."): value for name, value in stored.items()}
+    if key in sources:
+        sources["default"] = sources.pop(key)
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     special = {}
     for name in ("bos", "eos", "unknown", "padding", "seperator"):  # "seperator" is how the format spells it
@@ -260,6 +265,18 @@ def _read_text(path: Path) -> str:
         raise FormatError(f"{path}: cannot be read as text: {e}") from None
 
 
+def _check_unicode(text: str) -> None:
+    """Raises UnicodeEncodeError for half a surrogate pair, which no tokenizer takes."""
+    if not text.isascii():
+        text.encode()
+
+
+def _cut(message: str | None, limit: int = 400) -> str:
+    """A template chooses what stands in its errors."""
+    message = message or ""
+    return message if len(message) <= limit else message[:limit] + "..."
+
+
 def _messages(messages: Sequence[Message]) -> Any:
     if isinstance(messages, (str, Mapping)):
         raise TypeError("messages is a list of dicts such as {'role': 'user', 'content': 'Hello'}")
@@ -274,6 +291,10 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
+        try:
+            _check_unicode(value)
+        except UnicodeEncodeError as e:
+            raise ArgumentError(f"{where} is no valid text: {e}") from None
         return str.__str__(value)
     if depth < _MAX_NESTING and isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}

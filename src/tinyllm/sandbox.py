@@ -9,10 +9,12 @@ filters and globals are the ones that chat templates use, and no template can lo
 
 Bounds: everything a template makes is charged to a `Budget`. Jinja lets an environment see calls, arithmetic,
 filters and printed values; what it does not show (loops, list displays, `~`, slices, comparisons, literal
-text) is made visible by rewriting the syntax tree before it is compiled. Three rules then bound time and
-memory: the total work has a limit, so has each value's expanded size, shared parts counted as often as they
-occur, so that printing or comparing a value can never explode, and where one operation can take the product
-of two sizes, in work or in memory, that is charged before it begins.
+text) is made visible by rewriting the syntax tree before it is compiled. Four rules then bound time and
+memory: the total work has a limit; so has the length that each value would have as text, shared parts counted
+as often as they occur (`Budget.size`, which all checks use and which refuses values of a kind it does not
+know), so that printing, comparing or encoding a value can never explode; where one operation can take the
+product of two sizes, in work or in memory, that is charged before it begins; and a template has a bounded
+length and a bounded number of nodes, so that compiling it is bounded, too.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from contextvars import ContextVar
 from datetime import datetime
 from functools import wraps
+from string import Formatter
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from jinja2 import TemplateRuntimeError, TemplateSyntaxError, nodes, pass_context
 from jinja2.ext import Extension, LoopControlExtension
-from jinja2.filters import FILTERS
+from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, TemplateReference, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,9 +41,10 @@ from jinja2.tests import TESTS
 from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_SOURCE = 1 << 18  # characters of a template; the longest in common use has 17 thousand
+MAX_SOURCE = 1 << 16  # characters of a template; the longest in common use has 17 thousand
+MAX_NODES = 8192  # of its syntax tree; the largest in common use has 1250
 MAX_SECONDS = 5.0  # of this thread's processor time
-MAX_DEPTH = 100  # calls inside calls
+MAX_DEPTH = 100  # calls inside calls, values inside values
 MAX_PAD = 1000  # a width, an indent, a precision
 MAX_BITS = 4096  # of an integer
 STEP = 32  # the charge for one loop turn or one operation, beside the size of what it makes
@@ -55,17 +60,28 @@ class RefusedError(TemplateRuntimeError):
     """The template itself refused the messages, through `raise_exception`."""
 
 
-class Budget:
-    """What one rendering may still do: `work` units in total, and no value whose expanded size exceeds
-    `max_value`."""
+_VIEWS = (KeysView, ValuesView, ItemsView)
+_PARTS = (list, tuple, dict, *_VIEWS)
+# What prints as a word or two, however much hangs on it: an iterator, a function, a type...
+_SHORT = (
+    *(type(None), float, complex, range, Iterator, type, FunctionType, BuiltinFunctionType, MethodType),
+    *(Namespace, LoopContext, Cycler, Joiner, Undefined, BlockReference, TemplateReference),
+)
 
-    def __init__(self, input_size: int) -> None:
-        self.max_value = 1_000_000 + 8 * input_size
-        self.work = 10_000_000 + 64 * input_size
+
+class Budget:
+    """What one rendering may still do: `work` units in total, and no value that is longer as text than
+    `max_value`. Both grow with the size of the caller's own data, `variables`."""
+
+    def __init__(self, variables: dict[str, Any]) -> None:
+        self._known: dict[int, tuple[object, int, int]] = {}  # by id; holding the object keeps the id its own
+        self.max_value: float = math.inf
+        size = sum(map(self.size, variables.values()))
+        self.max_value = 1_000_000 + 8 * size
+        self.work = 10_000_000 + 64 * size
         self.deadline = time.thread_time() + MAX_SECONDS
         self.depth = 0
         self._next_look = self.work  # at the clock
-        self._sizes: dict[int, tuple[object, int]] = {}  # by id; holding the object keeps the id its own
 
     def charge(self, n: int) -> None:
         self.work -= n + STEP
@@ -78,49 +94,56 @@ class Budget:
 
     def read(self, *values: Any) -> None:
         """Charges for looking through values, which is quicker than making them."""
-        self.charge(sum(len(v) for v in values if isinstance(v, (str, list, tuple, dict))) // 16)
+        self.charge(sum(len(v) for v in values if isinstance(v, (str, *_PARTS))) // 16)
 
     def made(self, value: Any) -> Any:
         """Charges a new value, checks its size, and gives it back."""
-        self.charge(len(value) if isinstance(value, (str, list, tuple, dict)) else 0)
+        self.charge(len(value) if isinstance(value, (str, *_PARTS)) else 0)
         self.size(value)
         return value
 
     def size(self, value: Any) -> int:
-        """Characters and elements of a value, a part that occurs twice counted twice."""
+        """Characters of a value as text, a part that occurs twice counted twice; of texts inside a list,
+        before they are escaped."""
+        return self._measure(value)[0]
+
+    def _measure(self, value: Any) -> tuple[int, int]:
+        """(size, levels of values inside values)."""
         if isinstance(value, str):
-            total = 1 + len(value)
+            total, depth = 1 + len(value), 0
         elif isinstance(value, int):
             if value.bit_length() > MAX_BITS:
                 raise LimitError("it makes a number that is too large")
-            return 1
-        elif isinstance(value, (list, tuple, dict)):
-            known = self._sizes.get(id(value))
+            return 1 + value.bit_length() // 3, 0
+        elif isinstance(value, _PARTS):
+            known = self._known.get(id(value))
             if known is not None:
-                return known[1]
+                return known[1:]
             parts: Iterable[Any] = value
             if isinstance(value, dict):
                 parts = (part for item in value.items() for part in item)
-            total = 1 + sum(map(self.size, parts))
-            self._sizes[id(value)] = (value, total)
+            elif isinstance(value, ItemsView):  # its pairs would be new ones each time
+                parts = (part for item in value for part in item)
+            total, depth = 1, 0
+            for n, inner in map(self._measure, parts):
+                total += n
+                depth = max(depth, 1 + inner)
+            if depth > MAX_DEPTH:
+                raise LimitError(f"its values nest deeper than {MAX_DEPTH}")
+            self._known[id(value)] = value, total, depth
+        elif isinstance(value, Macro):  # which its attributes are no longer than
+            return self._measure((value.name, *value.arguments))
+        elif isinstance(value, _SHORT):
+            return 1, 0
         else:
-            return 1
+            raise LimitError(f"it makes a {type(value).__name__}, which no chat template needs")
         self.fits(total)
-        return total
+        return total, depth
 
     def fits(self, n: int) -> None:
         """Called before a value of `n` characters or elements is made by one operation."""
         if n > self.max_value:
             raise LimitError("it makes a text or list that is too large")
-
-
-def _tree_size(value: Any) -> int:
-    """`Budget.size` of the caller's own data, which is a tree and needs no limit."""
-    if isinstance(value, dict):
-        return 1 + sum(_tree_size(key) + _tree_size(item) for key, item in value.items())
-    if isinstance(value, list):
-        return 1 + sum(map(_tree_size, value))
-    return 1 + len(value) if isinstance(value, str) else 1
 
 
 _current: ContextVar[Budget] = ContextVar("budget")
@@ -144,13 +167,36 @@ def _pad(n: Any) -> None:
         raise LimitError(f"it pads by {n}, and {MAX_PAD} is the most")
 
 
-def _check_format(text: str, sign: str, values: Any) -> None:
-    """Format strings may not ask for huge widths, nor take the width from an argument; and as each `sign` may
-    print the same value once more, they are charged for all that this can give."""
-    if re.search(r"\d{4}|\*|\{[^{}]*\{", text):
+def _check_format(text: str, values: Any) -> None:
+    """What `text.format(...)` may print: for each field its width and precision, and all `values` once more.
+    A width from an argument has no bound, and attributes lead to what `values` is not sized with."""
+    total = len(text)
+    for _, field, spec, _ in Formatter().parse(text):
+        if field is not None:
+            if re.search(r"[.\[]", field):
+                raise LimitError("it formats an attribute or element of a value, rather than a value")
+            total += _widths(re.findall(r"\d+|\{", spec or "")) + _current.get().size(values)
+    _current.get().fits(total)
+
+
+_PERCENT = re.compile(r"%(\([^()]*\)|\()?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?[hlL]?.?", re.DOTALL)
+
+
+def _check_percent(text: str, values: Any) -> None:
+    """The same of `text % values`."""
+    total = len(text)
+    for name, *widths in _PERCENT.findall(text):
+        if name == "(":
+            raise LimitError("it formats with a name that has brackets")
+        total += _widths(filter(None, widths)) + _current.get().size(values)
+    _current.get().fits(total)
+
+
+def _widths(texts: Iterable[str]) -> int:
+    widths = [int(n) if n.isdecimal() and len(n) < 9 else MAX_PAD + 1 for n in texts]
+    if max(widths, default=0) > MAX_PAD:
         raise LimitError("it formats with a width that is too large")
-    budget = _current.get()
-    budget.fits(len(text) + text.count(sign) * budget.size(values))
+    return sum(widths)
 
 
 def _check_search(text: str, part: Any) -> None:
@@ -177,11 +223,19 @@ def _str_method(name: str, text: str, args: tuple[Any, ...], named: dict[str, An
     return args
 
 
-def _filter_join(inner: Guarded, context: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
+def _filter_join(inner: Guarded, context: Any, value: Any, d: Any = "", attribute: Any = None) -> Any:
+    if attribute is not None:
+        value = map(make_attrgetter(context.environment, attribute), value)
     parts = list(value)
     budget = _current.get()
-    budget.fits(len(str(d)) * len(parts) + budget.size(parts))
-    return inner(context, parts, d, attribute)
+    budget.fits(budget.size(d) * len(parts) + budget.size(parts))
+    return inner(context, parts, d)
+
+
+def _concat(parts: tuple[Any, ...]) -> str:
+    """`a ~ b ~ c`, of which Jinja shows nothing."""
+    _made(parts)
+    return str(_made("".join(map(str, parts))))
 
 
 def _filter_replace(inner: Guarded, context: Any, s: Any, old: Any, new: Any, count: Any = None) -> Any:
@@ -229,7 +283,7 @@ def _tojson(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
     if indent is None and separators is None:
-        return encoder.encode(value)  # the quick way; at most six times the value's size
+        return encoder.encode(value)  # the quick way; at most six times the value's size, which was checked
     n, chunks = 0, []
     for chunk in encoder.iterencode(value):
         n += len(chunk)
@@ -334,7 +388,9 @@ _REACHABLE = (
     *(Namespace, LoopContext, Macro, Cycler, Joiner, Undefined, BlockReference, TemplateReference),
 )
 
-_MADE, _COMPARED, _TURNS = "(made)", "(compared)", "(turns)"  # names of filters that no template can write
+# Names of filters for `_Rewrite` alone.
+_MADE, _CONCAT, _COMPARED, _TURNS = "(made)", "(concat)", "(compared)", "(turns)"
+_INTERNAL = {_MADE: _made, _CONCAT: _concat, _COMPARED: _compared, _TURNS: _turns}
 
 
 class _Rewrite(NodeTransformer):
@@ -353,7 +409,11 @@ class _Rewrite(NodeTransformer):
     def visit_value(self, node: Any) -> nodes.Expr:
         return self._made(self.generic_visit(node))
 
-    visit_Concat = visit_List = visit_Dict = visit_value
+    visit_List = visit_Dict = visit_value
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+        self.generic_visit(node)
+        return self._filter(nodes.Tuple(node.nodes, "load", lineno=node.lineno), _CONCAT)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
         self.generic_visit(node)
@@ -429,15 +489,16 @@ class _Generation(Extension):
 def _finalize(context: Context, value: Any) -> str:
     """Charges what is printed. Taking the context also keeps Jinja from evaluating constants while it
     compiles."""
-    text = value if isinstance(value, str) else str(value)
-    _made(text)
-    return text
+    if not isinstance(value, str):
+        _current.get().size(value)
+        value = str(value)
+    return str(_made(value))
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
     """The environment; `compile_template` and `render` are all that chat.py needs of it."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
         super().__init__(
@@ -449,7 +510,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self.filters = {name: _charged(FILTERS[name]) for name in _PLAIN_FILTERS.split()}
         self.filters |= {name: _checked(name) for name in _CHECKED_FILTERS}
-        self.filters |= {"tojson": _charged(_tojson), _TURNS: _turns, _MADE: _made, _COMPARED: _compared}
+        self.filters |= {"tojson": _charged(_tojson)} | _INTERNAL
         self.tests = {name: _counted(test) for name, test in TESTS.items()}  # type: ignore[arg-type]
         self.globals = {
             "range": self.globals["range"],
@@ -462,17 +523,41 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
 
     def _tree(self, source: str, filename: str) -> nodes.Template:
+        """Raises TemplateSyntaxError, and LimitError for what lies at no line."""
         if len(source) > MAX_SOURCE:
             raise LimitError(f"it has {len(source)} characters, and {MAX_SOURCE} is the most")
+        parser = Parser(self, source, filename=filename)
         try:
-            return self.parse(source, filename=filename)
+            tree = parser.parse()
+        except RecursionError:
+            raise TemplateSyntaxError("it is nested too deeply", parser.stream.current.lineno) from None
         except ValueError:  # Python's limit of a number's digits
-            raise LimitError("it has a number that is too large") from None
+            raise TemplateSyntaxError("a number is too large", parser.stream.current.lineno) from None
+        n, depth = 0, 0
+        level: list[nodes.Node] = [tree]
+        while level:
+            n, depth = n + len(level), depth + 1
+            if depth > MAX_DEPTH:
+                raise TemplateSyntaxError(f"it is nested deeper than {MAX_DEPTH} levels", level[0].lineno)
+            level = [child for node in level for child in node.iter_child_nodes()]
+        if n > MAX_NODES:
+            raise LimitError(f"it has {n} parts (names, texts, operations...), and {MAX_NODES} is the most")
+        return tree
 
     def compile_template(self, source: str, filename: str) -> Any:
-        """The jinja2.Template of `source`, whose frames in a traceback bear `filename`."""
+        """The jinja2.Template of `source`, whose frames in a traceback bear `filename`.
+
+        Raises TemplateSyntaxError, and LimitError for what lies at no line.
+        """
         tree = _Rewrite().visit(self._tree(source, filename))
-        return self.template_class.from_code(self, self.compile(tree, filename=filename), self.globals)
+        try:
+            python = self.compile(tree, filename=filename, raw=True)
+            code = self._compile(python, filename)
+        except SyntaxError as e:
+            raise TemplateSyntaxError(f"Python says: {e.msg}", _line_of(python, e.lineno or 1)) from None
+        except (RecursionError, MemoryError):  # of the compiler's own stack; the length has a bound
+            raise LimitError("it is nested too deeply, or has too many {% elif %}") from None
+        return self.template_class.from_code(self, code, self.globals)
 
     def free_variables(self, source: str, filename: str) -> set[str]:
         """The names that a template reads and sets nowhere itself, or asks of whether they are defined."""
@@ -485,7 +570,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return ({name.name for name in names} - own) | (asked - self.globals.keys())
 
     def render(self, template: Any, variables: dict[str, Any]) -> str:
-        token = _current.set(Budget(sum(map(_tree_size, variables.values()))))
+        token = _current.set(Budget(variables))
         try:
             return "".join(template.generate(variables))
         finally:
@@ -502,10 +587,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return None
 
         def checked(*args: Any, **kwargs: Any) -> str:
-            _check_format(value.__self__, "{", [*args, kwargs])
+            _check_format(value.__self__, (*args, kwargs))
             return wrapped(*args, **kwargs)
 
         return checked
+
+    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """By a name that a template gives, as `map` does."""
+        if name in _INTERNAL:
+            raise TemplateRuntimeError(f"No filter named {name!r}.")
+        return super().call_filter(name, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = _current.get()
@@ -517,11 +608,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if left.bit_length() * right > MAX_BITS:
                 raise LimitError("it makes a number that is too large")
         elif operator == "%" and isinstance(left, str):
-            _check_format(left, "%", right)
+            _check_percent(left, right)
         return budget.made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _current.get()
+        # A macro or a cycler makes lists of its arguments.
+        budget.fits(sum(map(budget.size, (*args, *kwargs.values()))))
         if isinstance(__obj, LoopContext):  # loop(children), the recursive form
             args = tuple(_turns(arg) for arg in args)
         owner = getattr(__obj, "__self__", None)
@@ -534,3 +627,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return budget.made(super().call(__context, __obj, *args, **kwargs))
         finally:
             budget.depth -= 1
+
+
+def _line_of(python: str, line: int) -> int:
+    """The template's line of a line of the Python that Jinja made of it, which ends with a table of them."""
+    pairs = re.findall(r"(\d+)=(\d+)", python.rpartition("debug_info = ")[2])
+    return max((int(ours) for ours, theirs in pairs if int(theirs) <= line), default=1)
