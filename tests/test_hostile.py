@@ -42,6 +42,7 @@ import tinyllm
 from tinyllm.chat import template_from_directory
 from tinyllm.errors import Error, FormatError, NotFoundError, ReadError, UnsupportedError
 from tinyllm.imatrix import read_imatrix
+from tinyllm.loaders import TensorInfo
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.modelfiles import read_model
 from tinyllm.tokenizer import load_tokenizer, tokenizer_from_gguf
@@ -135,6 +136,13 @@ PAIRS = {
     "score no number": (TOKENIZER + "scores", array(6, [float("nan")] * 6), "not finite"),
     "id past the end": (TOKENIZER + "eos_token_id", scalar(U32, 6), "eos_token_id is 6, but there are 6"),
     "flag a number": (TOKENIZER + "add_bos_token", scalar(U32, 1), "add_bos_token must be true or false"),
+    "alignment of a long text": (
+        "general.alignment", scalar(STRING, "x" * 100_000),
+        r"power of two up to 65536, not .{,100} \(at byte \d+ of \d+\)$",
+    ),
+    "no part of a set": ("split.count", scalar(U32, 0), r"part 1 of 0 \(split\.no, split\.count\)"),
+    "a part past the end": ("split.no", scalar(U32, 5), r"part 6 of 1 \(split\.no, split\.count\)"),
+    "template a number": ("tokenizer.chat_template", scalar(U32, 3), "template' is a int, expected a text"),
     "the same token twice": (
         TOKENIZER + "tokens", array(STRING, ["<unk>", "a", "</s>", "a", "b", "c"]), "'a' stands there twice",
     ),
@@ -254,6 +262,12 @@ def test_a_stack_of_experts_that_is_none(name: str, shape: list[int], tmp_path: 
     folder = write_directory(tmp_path / "model", config=TINY_CONFIG | sizes, model__safetensors=raw)
     with pytest.raises(FormatError, match=r"(?s)the tensors do not fit.*is missing"):
         read_model(folder)
+
+
+def test_two_matrices_in_turn_have_an_even_number_of_rows(tmp_path: Path) -> None:
+    info = TensorInfo("gate_up", (65, 32), 0, tmp_path / "model.safetensors", 0, 65 * 128)
+    with pytest.raises(FormatError, match=r"model\.safetensors: tensor 'gate_up' has 65 rows, which cannot"):
+        info.every_other(0)
 
 
 def test_a_snapshot_of_links(tmp_path: Path) -> None:

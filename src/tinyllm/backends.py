@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from . import _core, cuda
 from .config import ModelConfig
-from .errors import ArgumentError, NotFoundError, ReadError, UnsupportedError, located, size_text
+from .errors import ArgumentError, UnsupportedError, located, size_text
 from .loaders import FORMATS, TensorInfo
 
 F32 = npt.NDArray[np.float32]
@@ -408,8 +407,8 @@ class Model:
         """Packs one tensor from its file; `format`: an id to quantize a float tensor to. `plus` is added to
         a vector's numbers.
 
-        Raises FormatError when the file ends early, NotFoundError, ReadError, MemoryLimitError,
-        UnsupportedError, ArgumentError.
+        Raises FormatError when the file has changed since its header was read, NotFoundError, ReadError,
+        MemoryLimitError, UnsupportedError, ArgumentError.
         """
         if name == "output_norm":
             self._output_norm = info.read_f32().ravel() + np.float32(plus)
@@ -419,9 +418,10 @@ class Model:
             self._core.upload_vector(name, -1 if layer is None else layer, values)
             return
         scales = info.scales
-        with located(info.path), ExitStack() as files:
-            file = files.enter_context(_opened(info.path))
-            scales_file = files.enter_context(_opened(scales.path)) if scales else None
+        with ExitStack() as files:
+            file = files.enter_context(info.open())
+            scales_file = files.enter_context(scales.open()) if scales else None
+            files.enter_context(located(info.path))
             self._core.upload(
                 name,
                 -1 if layer is None else layer,
@@ -588,16 +588,6 @@ class Model:
             "a loaded model cannot be pickled or copied: load it in the process that uses it, or fork after "
             "loading"
         )
-
-
-def _opened(path: Path) -> FileIO:
-    """An object from the start: an interrupt between open() and its first use leaves nothing open."""
-    try:
-        return FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such file any more") from None
-    except OSError as error:
-        raise ReadError(f"{path}: cannot be opened: {error}") from None
 
 
 def _array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:

@@ -20,7 +20,7 @@ from .chat import template_from_directory
 from .config import GenerationDefaults, ModelConfig, config_from_gguf, config_to_gguf
 from .errors import FormatError, UnsupportedError
 from .families import family, gguf_architecture
-from .loaders import F32, FileReader, TensorInfo, find_model, read_json
+from .loaders import F32, TensorInfo, find_model, read_json
 from .loaders.gguf import read_gguf
 from .loaders.names import TABLE, fused_in_gguf, row_orders
 from .modelfiles import ModelFiles, read_model
@@ -133,7 +133,7 @@ def _rows(info: TensorInfo, first: int, last: int) -> Rows:
 def _bytes_of_rows(info: TensorInfo, first: int, last: int) -> Rows:
     n_rows = math.prod(info.shape[:-1]) if len(info.shape) > 1 else info.shape[0]
     row_bytes, stride = info.n_bytes // n_rows, info.row_stride
-    with FileReader(info.path) as file:
+    with info.open() as file:
         data = file.read_at(
             info.offset + first * stride * row_bytes, ((last - first - 1) * stride + 1) * row_bytes
         )

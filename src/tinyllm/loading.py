@@ -12,12 +12,11 @@ import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable
-from pathlib import Path
 
 from . import backends
 from .backends import PAGE, CacheType
 from .config import ModelConfig
-from .errors import ArgumentError, FormatError, MemoryLimitError, UnsupportedError, out_of_memory, size_text
+from .errors import ArgumentError, MemoryLimitError, UnsupportedError, out_of_memory, size_text
 from .llm import LLM, cache_pages
 from .loaders import BF16, F16, F32
 from .loaders.names import Weights, in_gguf
@@ -69,7 +68,6 @@ def load(
         )
     files = path if isinstance(path, ModelFiles) else read_model(path)
     name = str(files.path)
-    before = _identities(files.weights)
     formats = kept_formats(files.weights, weights, name)
     weight_bytes = sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
     wanted = min(files.config.default_context, USEFUL_CONTEXT) if context is None else context
@@ -93,9 +91,6 @@ def load(
             done += info.n_bytes
             if progress is not None:
                 progress(done, total)
-        for file, identity in _identities(files.weights).items():
-            if identity != before[file]:
-                raise FormatError(f"{file}: the file changed while it was read; load it again")
         if files.config.tied:
             model.tie()
         model.check()
@@ -124,20 +119,6 @@ def load(
     except BaseException:
         model.close()
         raise
-
-
-def _identities(weights: Weights) -> dict[Path, tuple[int, ...]]:
-    """Of each file: what changes when it is replaced, cut or written to. Empty for one that is gone."""
-    parts = [part for info in weights.values() for part in (info, info.scales) if part is not None]
-    found: dict[Path, tuple[int, ...]] = {}
-    for path in {part.path for part in parts}:
-        try:
-            status = os.stat(path)
-        except OSError:
-            found[path] = ()
-        else:
-            found[path] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return found
 
 
 def _refusal(model: backends.Model, cache_type: CacheType) -> str:

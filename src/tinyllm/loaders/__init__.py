@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn
@@ -27,6 +28,8 @@ MAX_JSON_BYTES = (
     100_000_000  # the safetensors library's own limit of a header; ample for any config or tokenizer
 )
 MAX_JSON_DEPTH = 64
+
+Identity = tuple[int, int, int, int]  # of a file: device, inode, size, time of the last change in ns
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class TensorInfo:
     `shape` is in numpy's order, so a matrix is (rows, k) and its rows are contiguous; `format` is a key of
     `FORMATS`. Where `row_stride` is not 1, only every so-many-th row (or number, of a vector) from `offset`
     on belongs to it. MXFP4 in two parts, as safetensors hold it, has its bytes of scale in `scales`.
+    `identity` is the file's when its header was read; None takes any.
     """
 
     name: str
@@ -78,6 +82,11 @@ class TensorInfo:
     n_bytes: int
     row_stride: int = 1
     scales: TensorInfo | None = None
+    identity: Identity | None = None
+
+    def open(self) -> FileReader:
+        """The file; raises FormatError where it is no longer the one whose header was read."""
+        return FileReader(self.path, self.identity)
 
     def parts(self) -> list[TensorInfo]:
         """What a tensor of several dimensions is made of along the first: a stack's matrices."""
@@ -97,7 +106,13 @@ class TensorInfo:
         ]
 
     def every_other(self, first: int) -> TensorInfo:
-        """The rows (or numbers) first, first + 2, ... where first is 0 or 1."""
+        """The rows (or numbers) first, first + 2, ... where first is 0 or 1. Raises FormatError for an odd
+        number of them."""
+        if self.shape[0] % 2:
+            raise FormatError(
+                f"{self.path}: tensor {show(self.name)} has {self.shape[0]} rows, which cannot be those "
+                "of two matrices in turn"
+            )
         return replace(
             self,
             shape=(self.shape[0] // 2, *self.shape[1:]),
@@ -121,7 +136,7 @@ def read_tensor_f32(info: TensorInfo) -> npt.NDArray[np.float32]:
         )
     row_bytes = info.n_bytes // (info.shape or (1,))[0]
     n_bytes = info.n_bytes + (info.row_stride - 1) * (info.n_bytes - row_bytes)
-    with FileReader(info.path) as file:
+    with info.open() as file:
         raw = file.read_at(info.offset, n_bytes)
     if info.format == F32:
         values = np.frombuffer(raw, "<f4").astype(np.float32)
@@ -135,23 +150,33 @@ def read_tensor_f32(info: TensorInfo) -> npt.NDArray[np.float32]:
 class FileReader:
     """A regular file opened for bounded reads; a context manager.
 
-    Raises NotFoundError or ReadError on opening, FormatError for a range outside the file or a short read.
+    Raises NotFoundError or ReadError on opening; FormatError for a range outside the file or a short read,
+    where the file has not the `identity` it is expected to have, and on leaving where it has changed since.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], identity: Identity | None = None) -> None:
         self.path = Path(path)
         try:
-            # Without O_NONBLOCK, opening a named pipe would wait for its writer.
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            # An object from the start: an interrupt before its first use leaves nothing open. Without
+            # O_NONBLOCK, opening a named pipe would wait for its writer.
+            self._file = FileIO(self.path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(f"{self.path}: no such file") from None
+        except IsADirectoryError:
+            raise ReadError(f"{self.path}: not a regular file") from None
         except (OSError, ValueError) as error:
             raise ReadError(f"{self.path}: cannot be opened: {error}") from None
-        status = os.fstat(self._fd)
+        status = os.fstat(self.fileno())
         if not stat.S_ISREG(status.st_mode):
-            os.close(self._fd)
+            self._file.close()
             raise ReadError(f"{self.path}: not a regular file")
         self.size = status.st_size
+        self.identity = identity or _identity(status)
+        try:
+            self._check_identity()
+        except FormatError:
+            self._file.close()
+            raise
 
     def __enter__(self) -> FileReader:
         return self
@@ -159,7 +184,16 @@ class FileReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._fd)
+        with self._file:
+            if error is None:
+                self._check_identity()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def _check_identity(self) -> None:
+        if _identity(os.fstat(self.fileno())) != self.identity:
+            raise FormatError(f"{self.path}: the file changed while it was read; try again")
 
     def read_at(self, offset: int, n_bytes: int) -> bytes:
         """Exactly `n_bytes` bytes at `offset`."""
@@ -171,7 +205,7 @@ class FileReader:
         parts = []
         while n_bytes:
             try:
-                part = os.pread(self._fd, min(n_bytes, CHUNK_BYTES), offset)
+                part = os.pread(self.fileno(), min(n_bytes, CHUNK_BYTES), offset)
             except OSError as error:
                 raise ReadError(f"{self.path}: reading at offset {offset} failed: {error}") from None
             if not part:
@@ -182,6 +216,11 @@ class FileReader:
             offset += len(part)
             n_bytes -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _identity(status: os.stat_result) -> Identity:
+    """What changes when a file is replaced, cut or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:

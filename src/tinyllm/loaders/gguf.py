@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,6 +72,9 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     metadata, types, tensors = _read_part(path)
     files: tuple[Path, ...] = (path,)
     count = _split_field(metadata, path, "split.count", 1)
+    number = _split_field(metadata, path, "split.no", 0)
+    if count < 1 or number >= count:
+        raise FormatError(f"{path}: says that it is part {number + 1} of {count} (split.no, split.count)")
     if count > 1:
         files = _add_parts(path, metadata, tensors, count)
     _check_tokenizer(metadata, path)
@@ -209,7 +213,8 @@ def _read_metadata(header: _Header, n_pairs: int) -> tuple[dict[str, Any], dict[
         if key == "general.alignment":
             if kind != _U32_TYPE or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
                 header.fail(
-                    f"general.alignment must be a uint32 power of two up to {MAX_ALIGNMENT}, not {value!r}"
+                    f"general.alignment must be a uint32 power of two up to {MAX_ALIGNMENT}, not "
+                    f"{reprlib.repr(value)}"
                 )
             alignment = value
     return metadata, types, alignment
@@ -260,7 +265,9 @@ def _read_tensors(header: _Header, n_tensors: int, alignment: int) -> dict[str, 
             header.fail(
                 f"{what} starts at offset {offset}, which is no multiple of the alignment {alignment}"
             )
-        found[name] = TensorInfo(name, dims[::-1], type_number, file.path, offset, n_bytes)
+        found[name] = TensorInfo(
+            name, dims[::-1], type_number, file.path, offset, n_bytes, identity=file.identity
+        )
     data = -(-header.position // alignment) * alignment
     tensors = {t.name: replace(t, offset=data + t.offset) for t in found.values()}
     _check_ranges(file, list(tensors.values()))
@@ -304,7 +311,7 @@ def _check_ranges(file: FileReader, tensors: list[TensorInfo]) -> None:
 def _split_field(metadata: dict[str, Any], path: Path, key: str, default: int | None) -> int:
     value = metadata.get(key, default)
     if type(value) is not int or not 0 <= value < 1 << 31:
-        raise FormatError(f"{path}: {key} must be a whole number, not {show(str(value))}")
+        raise FormatError(f"{path}: {key} must be a whole number, not {reprlib.repr(value)}")
     return value
 
 
@@ -386,7 +393,7 @@ def _check_tokenizer(metadata: dict[str, Any], path: Path) -> None:
     for key in [k for k in metadata if k.startswith(prefix) and k.endswith("_token_id")]:
         value = metadata[key]
         if type(value) is not int:
-            raise FormatError(f"{path}: {key} must be a token id, not {show(str(value))}")
+            raise FormatError(f"{path}: {key} must be a token id, not {reprlib.repr(value)}")
         if value in (NO_TOKEN, -1):
             del metadata[key]
         elif not 0 <= value < (n_tokens or NO_TOKEN):

@@ -131,14 +131,16 @@ def _read_file(path: Path) -> dict[str, TensorInfo]:
                 f"header at most {MAX_JSON_BYTES}); not a safetensors file, or a truncated download"
             )
         header = parse_json(file.read_at(8, n_header), f"{path}: header")
-        size = file.size
+        size, identity = file.size, file.identity
     if not isinstance(header, dict):
         raise FormatError(f"{path}: the header is not a JSON object")
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise FormatError(f"{path}: __metadata__ must map strings to strings")
     data = 8 + n_header
-    tensors = {name: _tensor(path, name, entry, data) for name, entry in header.items()}
+    tensors = {
+        name: replace(_tensor(path, name, entry, data), identity=identity) for name, entry in header.items()
+    }
     end, before = data, "the header"
     for t in sorted(tensors.values(), key=lambda t: t.offset):
         if t.offset != end:
