@@ -38,7 +38,7 @@ class LlamaCpp:
         import llama_cpp
 
         self._lib: Any = llama_cpp
-        self._lib.llama_log_set(_quiet(self._lib), None)
+        self._lib.llama_log_set(quiet(self._lib), None)
         self._lib.llama_backend_init()
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = 0
@@ -82,7 +82,7 @@ class LlamaCpp:
 _KEPT: list[Any] = []  # the callback must outlive every call of the library
 
 
-def _quiet(lib: Any) -> Any:
+def quiet(lib: Any) -> Any:
     if not _KEPT:
         _KEPT.append(lib.llama_log_callback(lambda level, text, data: None))
     return _KEPT[0]

@@ -5,7 +5,9 @@
 A run is what `pytest benchmarks --results FILE` kept: quartiles of every benchmark's time. A benchmark counts
 as slower (or faster) when its median moved by more than 5 % times how far the middle half of its rounds is
 spread in both runs (upper over lower quartile): what a noisy minute says is not held against a change.
-Exits with 1 where something is slower. Imports nothing of tinyllm's; conftest.py uses it for `--against`.
+Exits with 1 where something is slower or no longer there, with 6 where the runs are of two machines (or
+instruction sets, or numbers of threads) and their times say nothing; 2 is for a file that is no run. Imports
+nothing of tinyllm's; conftest.py uses it for `--against`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LIMIT = 1.05
+WORSE, NOT_COMPARABLE = 1, 6  # exit codes; those between are pytest's
 
 
 class Change(NamedTuple):
@@ -48,12 +51,33 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     return sorted(found, key=lambda change: -change.ratio)
 
 
+def missing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Benchmarks of the old run that the new one lacks."""
+    return [name for name in old["benchmarks"] if name not in new["benchmarks"]]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Why times of the two runs say nothing of each other, if so."""
+    keys = ("machine", "isa", "threads")
+    return [f"{key} was {old[key]}, is {new[key]}" for key in keys if old[key] != new[key]]
+
+
+def exit_code(old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
+    """0 where all that was measured is still there and not slower."""
+    if differences(old, new):
+        return NOT_COMPARABLE
+    return WORSE if missing(old, new) or any(change.is_slower for change in changes(old, new)) else 0
+
+
 def report(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The lines to print: what is slower, what is faster, and how all of it moved."""
-    found = changes(old, new)
+    """The lines to print: what is gone, slower and faster, and how all of it moved."""
+    found, gone = changes(old, new), missing(old, new)
+    lines = [f"not comparable: {what}" for what in differences(old, new)]
+    if gone:
+        lines.append(f"missing: {len(gone)} of {len(old['benchmarks'])}")
+        lines += [f"  {name}" for name in gone]
     if not found:
-        return ["the two runs have no benchmark in common"]
-    lines = []
+        return [*lines, "the two runs have no benchmark in common"]
     for title, chosen in (
         ("slower", [c for c in found if c.is_slower]),
         ("faster", [c for c in found if c.is_faster]),
@@ -64,9 +88,6 @@ def report(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"all: time x {statistics.median(ratios):.2f} (median), {min(ratios):.2f} to {max(ratios):.2f}"
     )
-    for key in ("machine", "isa", "threads"):
-        if old[key] != new[key]:
-            lines.append(f"not comparable: {key} was {old[key]}, is {new[key]}")
     return lines
 
 
@@ -89,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"regressions.py: {error}", file=sys.stderr)
         return 2
     print("\n".join(report(old, new)))
-    return 1 if any(change.is_slower for change in changes(old, new)) else 0
+    return exit_code(old, new)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,16 @@ def test_quantize_42m(format: str, synthetic_model: Callable[..., Path], measure
     measure(lambda: tinyllm.load(path, weights=format).close(), n=n, unit="M/s", rounds=3)
 
 
+@pytest.mark.parametrize("type", ["q8_0", "q4_0", "q4_k_m", "iq4_xs"])
+def test_quantize_42m_to_a_file(
+    type: str, synthetic_model: Callable[..., Path], tmp_path: Path, measure: Measure
+) -> None:
+    """The same from file to file, in a mix, the disk's part included; millions of weights a second."""
+    path = synthetic_model(MIDDLE, "f16")
+    n = sum(math.prod(t.shape) for t in synthetic.tensors(MIDDLE, synthetic.TYPES["f16"])) / 1e6
+    measure(lambda: tinyllm.quantize(path, tmp_path / "out.gguf", type), n=n, unit="M/s", rounds=3)
+
+
 def test_start_to_first_token(measure: Measure) -> None:
     """The whole process: Python, imports, loading, a prompt, one token."""
     command = [sys.executable, "-m", "tinyllm.cli.run", "stories", "Once upon a time", "-n", "1"]

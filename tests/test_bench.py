@@ -649,22 +649,25 @@ def test_slower_means_beyond_the_noise_of_both_runs() -> None:
     assert [name for name, change in found.items() if change.is_slower] == ["quiet"]
     assert [name for name, change in found.items() if change.is_faster] == ["better"]
     lines = "\n".join(regressions.report(old, new | {"threads": 4}))
+    assert "missing: 1 of 4\n  gone\n" in lines
     assert "slower: 1 of 3\n  quiet " in lines
     assert "faster: 1 of 3\n  better " in lines
     assert "all: time x 1.06 (median), 0.50 to 1.30" in lines
     assert "not comparable: threads was 2, is 4" in lines
-    assert regressions.report(old, suite(other=(1, 1, 1))) == ["the two runs have no benchmark in common"]
+    assert regressions.report(old, suite(other=(1, 1, 1)))[-1] == "the two runs have no benchmark in common"
 
 
 def test_regressions_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, seconds in (("old", 1.0), ("same", 1.04), ("slow", 1.06)):
         (tmp_path / name).write_text(json.dumps(suite(a=(seconds, seconds, seconds))))
     (tmp_path / "other").write_text("[]")
+    (tmp_path / "fewer").write_text(json.dumps(suite()))
+    (tmp_path / "elsewhere").write_text(json.dumps(suite(a=(9.0, 9.0, 9.0)) | {"isa": "avx2"}))
     codes = [
         regressions.main([str(tmp_path / "old"), str(tmp_path / name)])
-        for name in ("same", "slow", "other", "none")
+        for name in ("same", "slow", "other", "none", "fewer", "elsewhere")
     ]
-    assert codes == [0, 1, 2, 2]
+    assert codes == [0, 1, 2, 2, 1, 6]
     assert "is not what `pytest benchmarks --results FILE` keeps" in capsys.readouterr().err
 
 

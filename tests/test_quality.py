@@ -24,6 +24,7 @@ from helpers_models import random_weights
 
 import tinyllm
 from tinyllm import quality
+from tinyllm.cli import common
 from tinyllm.cli.perplexity import main
 from tinyllm.errors import ArgumentError, ContextError
 
@@ -368,6 +369,14 @@ def test_weights_quantizes_the_model_and_not_the_reference(cli: Cli, text_file: 
     assert found["divergence"]["kl"]["value"] > 1e-3
     same = json.loads(cli(MASTER, text_file, *options).out)
     assert same["divergence"]["kl"]["value"] == 0
+
+
+def test_a_text_without_end_is_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "MOST_TEXT_BYTES", 3_000_000)
+    for argv, stdin in (("stories", "/dev/zero"), b""), (("stories", "-"), b"a" * 5_000_000):
+        result = cli(*argv, stdin=stdin)
+        assert (result.code, result.out) == (2, "")
+        assert "does not end within 3 MB; give a part of it" in result.err
 
 
 @pytest.mark.parametrize(

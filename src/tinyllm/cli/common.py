@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
@@ -256,13 +256,20 @@ def load_model(path: str, args: argparse.Namespace, **settings: Any) -> LLM:
         return tinyllm.load(path, **options, progress=progress)
 
 
+MOST_TEXT_BYTES = 1_000_000_000  # far above what anybody measures on; a device may never end
+
+
 def read_text(path: str) -> str:
     """A UTF-8 file's text, without a byte order mark; - reads standard input."""
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+    name, data = "standard input" if path == "-" else path, bytearray()
+    with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).expanduser().open("rb") as file:
+        while part := file.read(1 << 20):
+            data += part
+            if len(data) > MOST_TEXT_BYTES:
+                raise UsageError(f"{name} does not end within {size(MOST_TEXT_BYTES)}; give a part of it")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        name = "standard input" if path == "-" else path
         raise UsageError(f"{name} is not UTF-8 text: byte {e.start} is 0x{data[e.start]:02x}") from None
 
 
