@@ -240,6 +240,11 @@ def names(llm: tinyllm.LLM) -> dict[str, Callable[[], Any]]:
             lambda: llm(None),  # type: ignore[call-overload]
             lambda: llm(5),  # type: ignore[call-overload]
             lambda: llm(b"bytes"),
+            lambda: llm([True]),
+            lambda: llm([1, False]),
+            lambda: tinyllm.load("stories", device=0),  # type: ignore[arg-type]
+            lambda: tinyllm.load("stories", weights=4),  # type: ignore[arg-type]
+            lambda: tinyllm.load("stories", cache_type=["f16"]),  # type: ignore[arg-type]
             lambda: llm({"a": 1}),  # type: ignore[call-overload]
             lambda: llm({1, 2}),  # type: ignore[call-overload]
             lambda: llm([1.5, 2.5]),  # type: ignore[list-item]
@@ -268,6 +273,16 @@ def names(llm: tinyllm.LLM) -> dict[str, Callable[[], Any]]:
         errors.TemplateError: [lambda: llm.chat([{"role": "user", "content": "x"}])],
     }
     return {f"{e.__name__} {i}": (e, call) for e, calls in with_error.items() for i, call in enumerate(calls)}  # type: ignore[misc]
+
+
+def test_messages_of_wrong_types(llm: tinyllm.LLM) -> None:
+    for wrong in (None, 5, iter([1])):
+        with pytest.raises(TypeError, match="a prompt is a str or a sequence of token ids, not "):
+            llm(wrong)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="cache_type is a str, not list"):
+        tinyllm.load("stories", cache_type=["f16"])  # type: ignore[arg-type]
+    with pytest.raises(errors.NotFoundError, match="the path is empty"):
+        tinyllm.load("")
 
 
 def raised_by(call: Callable[[], object]) -> Exception | None:

@@ -77,6 +77,8 @@ def choose_device(device: str, needed_bytes: int = 0) -> Device:
     is that GPU, else the one with the most. Raises UnsupportedError, which says what is missing, for one that
     is not there; ArgumentError for another name.
     """
+    if not isinstance(device, str):
+        raise TypeError(f"device is a str such as 'cpu' or 'cuda:0', not {type(device).__name__}")
     if device == "cpu":
         return CPU
     number = device[5:] if device.startswith("cuda:") else None

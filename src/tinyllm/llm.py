@@ -392,6 +392,8 @@ class LLM:
             ids = self._text_ids(prompt, bos=bos, special=special)
         else:
             _refuse_lookalikes(prompt)
+            if bool in set(map(type, prompt)):  # which Python takes for 0 and 1
+                raise TypeError("a token id is an int, not bool")
             ids = [operator.index(i) for i in prompt]
         if not ids:
             raise ArgumentError("the prompt is empty: it has no token")
@@ -689,8 +691,9 @@ def _is_prompt(prompt: Prompt | SequenceOf[Prompt]) -> TypeGuard[Prompt]:
 
 
 def _refuse_lookalikes(prompt: object) -> None:
-    """What Python would take for a sequence of ids."""
-    if isinstance(prompt, (bytes, bytearray, memoryview, Mapping, Set)):
+    """What Python would take for a sequence of ids, and what is no sequence."""
+    lookalike = isinstance(prompt, (bytes, bytearray, memoryview, Mapping, Set))
+    if lookalike or not hasattr(prompt, "__len__"):
         raise TypeError(f"a prompt is a str or a sequence of token ids, not {type(prompt).__name__}")
 
 

@@ -62,6 +62,8 @@ def load(
     started = time.perf_counter()
     if context is not None and operator.index(context) < 1:
         raise ArgumentError(f"context is {context}, expected 1 or more")
+    if not isinstance(cache_type, str):
+        raise TypeError(f"cache_type is a str, not {type(cache_type).__name__}")
     if cache_type not in backends.CACHE_TYPES:
         raise ArgumentError(
             f"cache_type is {cache_type!r}, expected one of {', '.join(backends.CACHE_TYPES)}"

@@ -133,6 +133,8 @@ ALIASES = {"q5_k": "q5_k_m", "q4_k": "q4_k_m", "q3_k": "q3_k_m"}
 def key_of(type: str) -> str:
     """The key in MIXES of what somebody calls a quantization ("Q4_K" is "q4_k_m"). Raises ArgumentError with
     the names that there are."""
+    if not isinstance(type, str):
+        raise TypeError(f"a quantization is named by a str such as 'q4_k_m', not {type!r}")
     key = ALIASES.get(type.lower(), type.lower())
     if key not in MIXES:
         raise ArgumentError(f"{type!r} is no quantization; there are {', '.join(MIXES)}")

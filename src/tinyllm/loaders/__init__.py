@@ -224,7 +224,10 @@ def _identity(status: os.stat_result) -> Identity:
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """`path` as a user gives one, with its ~ expanded. Raises NotFoundError where nobody has that name."""
+    """`path` as a user gives one, with its ~ expanded. Raises NotFoundError where nobody has that name, and
+    for an empty one."""
+    if path == "":  # which Python takes for the current directory
+        raise NotFoundError("the path is empty: name a file or a directory")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
