@@ -7,6 +7,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -309,6 +310,24 @@ def test_what_the_interface_refuses(llm: tinyllm.LLM) -> None:
         assert pages_in_use(llm) == 0, name
     assert llm(PROMPT, seed=1, max_tokens=4).tokens == right
     assert llm([], max_tokens=1) == []  # a batch of nothing
+
+
+def test_a_model_of_nan_is_a_broken_file(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG, seed=5)
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    weights[name] = np.full_like(weights[name], np.nan)
+    with tinyllm.load(write_hf_directory(tmp_path / "model", CONFIG, weights), threads=2) as broken:
+        session = broken.session()
+        session.append(PROMPT)
+        calls: list[Callable[[], object]] = [
+            session.sample,
+            lambda: broken(PROMPT, max_tokens=1),
+            lambda: broken(PROMPT, max_tokens=1, temperature=0),
+        ]
+        for call in calls:
+            with pytest.raises(errors.FormatError, match="the model computes logits that are NaN"):
+                call()
+        session.close()
 
 
 class Oops(Exception):

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ArgumentError, MemoryLimitError, ModelClosedError
+from .errors import ArgumentError, FormatError, MemoryLimitError, ModelClosedError
 from .kvcache import KVCache, Sequence
 from .reasoning import Kind, Part, Plain, Splitter
 from .sampling import Candidates, Logits, Sampled, StopStrings
@@ -182,7 +182,7 @@ class Generation:
         if self.prompt_done is None:
             self.prompt_done = time.perf_counter()
         tokens = self.sequence.tokens
-        sampled = self.sampler(logits, tokens, len(tokens))
+        sampled = choose(self.sampler, logits, tokens)
         if sampled.token in self.eos_ids:
             return self.finish("stop", sampled.token)
         tokens.append(sampled.token)
@@ -514,6 +514,23 @@ class Engine:
         if n_candidates := self._n_candidates(parts):
             return self.model.candidates(*given, n=n_candidates, **options)
         return self.model.forward(*given, **options)
+
+
+def choose(
+    sampler: Callable[[Logits, list[int], int], Sampled], logits: Logits, tokens: list[int]
+) -> Sampled:
+    """The token after `tokens`. Raises ArgumentError, and FormatError where nothing is wrong with the
+    arguments: the model itself computes logits that are no numbers."""
+    try:
+        return sampler(logits, tokens, len(tokens))
+    except ArgumentError:
+        computed = logits.totals if isinstance(logits, Candidates) else logits
+        if (computed != computed).any() or (computed == np.inf).any():
+            raise FormatError(
+                "the model computes logits that are NaN or infinite: its weights hold such numbers or are "
+                "damaged; get or convert its files again"
+            ) from None
+        raise
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

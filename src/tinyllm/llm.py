@@ -23,7 +23,7 @@ from . import backends
 from .backends import CacheType
 from .chat import ChatTemplate, require
 from .config import GenerationDefaults, ModelConfig
-from .engine import CALL_S, CHUNK, Engine, FinishReason, Generation, Job, Piece
+from .engine import CALL_S, CHUNK, Engine, FinishReason, Generation, Job, Piece, choose
 from .errors import ArgumentError, ContextError, MemoryLimitError, out_of_memory, size_text
 from .kvcache import PAGE, KVCache, Sequence, pages_held, root_key
 from .reasoning import Plain, Splitter, splitter, visible_ids
@@ -591,7 +591,7 @@ class Session:
         tokens = self._sequence.tokens
         self._llm._fit(tokens, room=1)
         sampler = Sampler(self._params(params, sampling), self._llm.config.vocab_size)
-        token = sampler(self._certain(), tokens, len(tokens)).token
+        token = choose(sampler, self._certain(), tokens).token
         tokens.append(token)
         return token
 
