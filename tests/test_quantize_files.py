@@ -380,7 +380,7 @@ def test_quantizing_with_an_imatrix(path: Path, tmp_path: Path, capsys: pytest.C
         with tinyllm.load(out) as llm:
             error.append(float((weights * (llm.model.unpack("w_gate", 0) - exact) ** 2).sum()))
     assert error[1] < 0.95 * error[0]
-    assert "the imatrix says nothing of 21 tensors: blk.0.attn_k.weight" in capsys.readouterr().err
+    assert "the imatrix says nothing of 21 tensors: blk.0.attn_q.weight" in capsys.readouterr().err
 
 
 def test_what_an_imatrix_does_not_know(

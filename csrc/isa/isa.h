@@ -29,6 +29,11 @@ static inline uint8_t *tl_panel(const tl_matrix *w, int panel, size_t *side) {
     return (uint8_t *)w->data + (size_t)lead * n_blocks * bytes + (size_t)(panel - lead) * bytes;
 }
 
+// For bytes that will soon be read: fetches them into L2.
+static inline __attribute__((always_inline)) void ask(const uint8_t *p, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 // out[t * stride + row] = (add ? out : 0) + (in @ w.T)[t, row] (+ bias).
 typedef struct tl_product {
     const tl_matrix *w;
