@@ -651,7 +651,7 @@ def test_choosing_from_candidates_is_choosing_from_all(
 
 
 def test_no_number_among_candidates_is_said(chooser: tinyllm.LLM) -> None:
-    with pytest.raises(tinyllm.ArgumentError, match="NaN"):
+    with pytest.raises(tinyllm.FormatError, match="NaN"):
         chooser([7], max_tokens=1, temperature=0)
 
 
