@@ -683,7 +683,7 @@ mixture = one_layer(max_position_embeddings=384, **MIXTURE)
 varied = {**llama, **VARIED, "vocab_size": 310}
 for config, format, cache, calls in (
     (llama, "Q4_0", "f16", PIECES),
-    (llama, "F16", "q8_0", PIECES),
+    (llama, "F16", "q8_0", PIECES[1::2]),
     (mixture, "Q4_0", "f16", [[(0, 1)], [(1, 1), (0, 36)]]),
     (varied, "F32", "f16", PIECES[1::2]),
 ):
@@ -698,7 +698,8 @@ for config, format, cache, calls in (
             sequences = np.repeat(np.arange(len(pieces)), [n for _, n in pieces])
             call = (positions, positions, sequences, tables)
             llm.model.forward(*call, rows=[len(positions) - 1], cache=pool)
-            llm.model.candidates(*call, rows=[len(positions) - 1], n=5, cache=pool)
+        if config is llama and cache == "f16":
+            llm.model.candidates(*call, rows=[0, len(positions) - 1], n=5, cache=pool)
         pool.close()
 print("ran")
 """
@@ -718,7 +719,7 @@ def test_races(tmp_path: Path) -> None:
     ).stdout.strip()
     if not os.path.isabs(sanitizer):
         pytest.skip("g++ has no ThreadSanitizer")
-    options = ("-O1", "-g", "-fsanitize=thread", "-Wno-tsan")
+    options = ("-O1", "-g1", "-fsanitize=thread", "-Wno-tsan")
     env = os.environ | {
         "TINYLLM_CUDA_LIBRARY": str(compiled(tmp_path, compiler, *options)),
         "LD_PRELOAD": os.path.realpath(sanitizer),

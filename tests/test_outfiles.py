@@ -136,7 +136,8 @@ def test_what_fails_leaves_nothing(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_what_ends_the_process_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     script = (
-        "import sys, time; from tinyllm.outfiles import replacing\n"
+        "import signal, sys, time; from tinyllm.outfiles import replacing\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # which nohup has its children ignore
         "with replacing(sys.argv[1], 100) as file:\n"
         "    file.write(b'x' * 50); file.flush(); print(flush=True); time.sleep(60)"
     )
