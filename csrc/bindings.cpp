@@ -460,30 +460,25 @@ py::tuple top_logprobs(const Floats &logits, int k, const std::optional<double> 
     return py::make_tuple(tokens, logprobs);
 }
 
-double read_bandwidth(size_t n_bytes, int threads, int repetitions) {
+template <class F, class... A> double measured(F f, A... arguments) { // a rate that the core measures
     Call call;
-    double gb_s = 0;
+    double rate = 0;
     tl_message message;
     tl_status status;
     {
         Released released(call);
-        status = tl_read_bandwidth(&gb_s, n_bytes, threads, repetitions, &message);
+        status = f(&rate, arguments..., &message);
     }
     if (status != TL_OK) raise(status, message);
-    return gb_s;
+    return rate;
+}
+
+double read_bandwidth(size_t n_bytes, int threads, int repetitions) {
+    return measured(tl_read_bandwidth, n_bytes, threads, repetitions);
 }
 
 double multiply_rate(bool floats, int threads, int repetitions) {
-    Call call;
-    double gmac_s = 0;
-    tl_message message;
-    tl_status status;
-    {
-        Released released(call);
-        status = tl_multiply_rate(&gmac_s, floats, threads, repetitions, &message);
-    }
-    if (status != TL_OK) raise(status, message);
-    return gmac_s;
+    return measured(tl_multiply_rate, floats, threads, repetitions);
 }
 
 float logprob(const Floats &logits, int32_t token) {
