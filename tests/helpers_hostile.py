@@ -7,11 +7,13 @@ and long/fuzz_loaders.py.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import re
 import struct
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -21,7 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from conftest import ReadCount
+from helpers_gguf import write_gguf
+from helpers_models import Spec, golden_specs, random_weights, write_hf_directory
 
+import tinyllm
+from tinyllm import backends
 from tinyllm.chat import ChatTemplate, template_from_directory
 from tinyllm.config import config_from_gguf
 from tinyllm.errors import Error
@@ -29,7 +35,6 @@ from tinyllm.imatrix import read_imatrix
 from tinyllm.loaders import FORMATS, find_model
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.loaders.safetensors import read_safetensors
-from tinyllm.modelfiles import read_model
 from tinyllm.tokenizer.spm import build_model
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -52,6 +57,7 @@ def bounded(reads: ReadCount, n_bytes: int) -> Iterator[None]:
 
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
 CODES = {U8: "<B", U32: "<I", I32: "<i", F32: "<f", BOOL: "<B", U64: "<Q"}
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def text(value: str | bytes) -> bytes:
@@ -117,6 +123,41 @@ def encode(file: File) -> bytes:
     return out + (bytes(min(end, 1 << 16)) if file.data is None else file.data)
 
 
+def decode(raw: bytes) -> File:
+    """What `encode` made, of a file that is right."""
+    at = 0
+
+    def take(n: int) -> bytes:
+        nonlocal at
+        at += n
+        return raw[at - n : at]
+
+    def number(code: str) -> int:
+        n: int = struct.unpack(code, take(struct.calcsize(code)))[0]
+        return n
+
+    def value(kind: int) -> None:
+        if kind == ARRAY:
+            kind, n = number("<I"), number("<Q")
+            for _ in range(n):
+                value(kind)
+        else:
+            take(number("<Q") if kind == STRING else WIDTHS[kind])
+
+    file = File(magic=take(4), version=number("<I"))
+    n_tensors, n_pairs = number("<Q"), number("<Q")
+    for _ in range(n_pairs):
+        key, start = take(number("<Q")), at
+        value(number("<I"))
+        file.pairs.append((key.decode(), raw[start:at]))
+    for _ in range(n_tensors):
+        name, n_dims = take(number("<Q")), number("<I")
+        dims = tuple(number("<Q") for _ in range(n_dims))
+        file.tensors.append(T(name.decode(), dims, number("<I"), number("<Q")))
+    file.data = raw[-(-at // file.alignment) * file.alignment :]
+    return file
+
+
 def tiny_gguf(family: str = "llama", **changes: bytes) -> File:
     """A model of one layer that is whole, of some 3 kB; `changes`: of the family's keys, with __ for dots."""
     sizes = {"embedding_length": 4, "block_count": 1, "context_length": 8, "feed_forward_length": 4}
@@ -170,6 +211,45 @@ def tiny_directory() -> dict[str, bytes]:
         "tokenizer_config.json": b'{"chat_template": "{{ messages[0].content }}", "eos_token": "</s>"}',
         "model.safetensors": safetensors_bytes(shapes),
     }
+
+
+def miniature(config: dict[str, Any]) -> dict[str, Any]:
+    """A golden model's config, with two layers and as few numbers as every family can have."""
+    small = {"hidden_size": 16, "intermediate_size": 4, "moe_intermediate_size": 4, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 6}
+    small |= {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    small |= {"sliding_window_pattern": 2}
+    small = {key: n for key, n in small.items() if key in config or key == "num_key_value_heads"}
+    lists = {key: config[key][:2] for key in ("layer_types", "no_rope_layers") if key in config}
+    rope = {
+        key: settings | {of: [1.0, 1.5, 2.0] for of in ("long_factor", "short_factor") if of in settings}
+        for key in ("rope_scaling", "rope_parameters")
+        if (settings := config.get(key))
+    }
+    return config | small | lists | rope
+
+
+@functools.cache
+def miniatures() -> dict[str, tuple[bytes | None, dict[str, bytes] | None]]:
+    """A GGUF file and a directory's files of each golden model, where it can be one, without tokenizers."""
+
+    def files(spec: Spec, folder: Path) -> tuple[bytes | None, dict[str, bytes] | None]:
+        gguf, hf, config = folder / "gguf", folder / "hf", miniature(spec.config)
+        weights = random_weights(config, spec.seed)
+        if spec.in_gguf:
+            write_gguf(gguf, config, weights, format="F16")
+        if spec.in_float_hf:
+            write_hf_directory(hf, config, weights, dtype="F16")
+        return (
+            gguf.read_bytes() if spec.in_gguf else None,
+            {path.name: path.read_bytes() for path in hf.iterdir()} if spec.in_float_hf else None,
+        )
+
+    made = {}
+    for spec in golden_specs() + golden_specs("families"):
+        with tempfile.TemporaryDirectory() as folder:
+            made[spec.name] = files(spec, Path(folder))
+    return made
 
 
 # Of 6 tokens, as the model has.
@@ -249,11 +329,13 @@ def _directory(data: bytes, folder: Path) -> None:
 
 
 def _use(path: Path) -> None:
-    model = read_model(path)
-    if model.tokenizer is not None:
-        model.tokenizer.decode(model.tokenizer.encode("a b"))
-    if model.template is not None:
-        model.template.render([{"role": "user", "content": "a"}])
+    """Loads a model and answers."""
+    with tinyllm.load(path, threads=1) as llm:
+        options: dict[str, Any] = {"max_tokens": 2, "seed": 1}
+        answer = llm("a b" if llm.tokenizer else [0, 1], **options)
+        assert all(0 <= token < llm.config.vocab_size for token in answer.tokens)
+        if llm.tokenizer and llm.chat_template:
+            llm.chat([{"role": "user", "content": "a"}], **options)
 
 
 def _imatrix(data: bytes, folder: Path) -> None:
@@ -277,15 +359,17 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
 
 
 def try_out(target: str, data: bytes, folder: Path) -> str:
-    """ "" where the file works, else the refusal. Anything but a tinyllm.Error goes through."""
+    """ "" where the file works, else the refusal. Anything but a tinyllm.Error goes through, and so does
+    memory of the core that is left."""
+    refusal, allocations = "", backends.live_allocations()
     try:
         TARGETS[target](data, folder)
     except Error as error:
-        text = str(error)
-        text.encode()  # fit to be printed
-        assert text
-        return text
-    return ""
+        refusal = str(error)
+        refusal.encode()  # fit to be printed
+        assert refusal
+    assert backends.live_allocations() == allocations
+    return refusal
 
 
 def seeds() -> Iterator[tuple[str, str, bytes]]:

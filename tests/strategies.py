@@ -18,7 +18,9 @@ from helpers_hostile import (
     U64,
     T,
     array,
+    decode,
     encode,
+    miniatures,
     pack_directory,
     safetensors_bytes,
     scalar,
@@ -43,27 +45,34 @@ values = st.one_of(
     st.builds(lambda v: array(STRING, v), st.lists(texts, max_size=7)),
     st.builds(lambda kind, count: struct.pack("<IIQ", 9, kind, count), st.integers(0, 13), large),
 )
-KEYS = [
+KEYS = [  # FAMILY: the file's own
     "general.alignment", "general.architecture", "split.count", "split.no", "split.tensors.count",
     "tokenizer.ggml.pre", "tokenizer.ggml.merges", "tokenizer.ggml.bos_token_id",
     "tokenizer.ggml.add_bos_token",
-    "llama.attention.head_count_kv", "llama.attention.key_length", "llama.rope.dimension_count",
-    "llama.rope.freq_base", "llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.expert_count",
-    "llama.expert_used_count", "llama.attention.sliding_window", "llama.vocab_size", "general.sampling.temp",
+    "FAMILY.attention.head_count_kv", "FAMILY.attention.key_length", "FAMILY.rope.dimension_count",
+    "FAMILY.rope.freq_base", "FAMILY.rope.scaling.type", "FAMILY.rope.scaling.factor", "FAMILY.expert_count",
+    "FAMILY.expert_used_count", "FAMILY.attention.sliding_window", "FAMILY.vocab_size",
+    "FAMILY.rope.scaling.original_context_length", "FAMILY.rope.scaling.attn_factor", "FAMILY.logit_scale",
+    "FAMILY.attention.scale", "FAMILY.embedding_scale", "FAMILY.residual_scale", "FAMILY.context_length",
+    "FAMILY.attn_logit_softcapping", "FAMILY.final_logit_softcapping", "general.sampling.temp",
 ]  # fmt: skip
 
 
 @st.composite
 def gguf_files(draw: st.DrawFn) -> bytes:
     """A whole model, of whose fields up to three lie."""
-    file = tiny_gguf()
+    name = draw(st.sampled_from(["", "", *sorted(name for name, (raw, _) in miniatures().items() if raw)]))
+    file = decode(miniatures()[name][0] or b"") if name else tiny_gguf()
+    family = next(raw[12:] for key, raw in file.pairs if key == "general.architecture").decode()
     for _ in range(draw(st.integers(0, 3))):
         what = draw(st.sampled_from(["old key", "new key", "tensor", "tensor again", "no tensor", "file"]))
         if what == "old key":
             at = draw(st.integers(0, len(file.pairs) - 1))
             file.pairs[at] = (file.pairs[at][0], draw(values))
         elif what == "new key":
-            file.pairs.append((draw(st.one_of(st.sampled_from(KEYS), texts)), draw(values)))
+            key = draw(st.one_of(st.sampled_from(KEYS), texts)).replace("FAMILY", family)
+            file.pairs = [pair for pair in file.pairs if pair[0] != key or draw(st.booleans())]
+            file.pairs.append((key, draw(values)))
         elif what == "tensor":
             tensor = draw(st.sampled_from(file.tensors))
             lie: dict[str, st.SearchStrategy[Any]] = {
@@ -183,9 +192,10 @@ tokenizers = st.one_of(
 def directories(draw: st.DrawFn) -> bytes:
     """The packed files of a whole model, whose config.json, tokenizer and others say up to three other
     things."""
-    files = tiny_directory() | draw(tokenizers)
+    name = draw(st.sampled_from(["", *sorted(name for name, (_, files) in miniatures().items() if files)]))
+    files = (miniatures()[name][1] or {} if name else tiny_directory()) | draw(tokenizers)
     config = json.loads(files["config.json"])
-    if draw(st.booleans()):
+    if draw(st.integers(0, 3)) == 0:
         config["model_type"] = draw(st.sampled_from(FAMILIES))
     for _ in range(draw(st.integers(0, 3))):
         config[draw(st.sampled_from(CONFIG_KEYS))] = draw(leaves)

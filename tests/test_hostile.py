@@ -25,7 +25,10 @@ from helpers_hostile import (
     T,
     array,
     bounded,
+    decode,
     encode,
+    miniatures,
+    pack_directory,
     safetensors_bytes,
     scalar,
     seeds,
@@ -57,6 +60,16 @@ def test_seeds(name: str, tmp_path: Path) -> None:
     """What fuzzers begin with works, or is wrong where it should be."""
     target, raw = SEEDS[name]
     assert (try_out(target, raw, tmp_path) == "") == (name in WORKING)
+
+
+def test_miniatures(tmp_path: Path) -> None:
+    """The models whose fields lie below work as long as they do not."""
+    for name, (gguf, directory) in miniatures().items():
+        if gguf is not None:
+            assert encode(decode(gguf)) == gguf
+            assert try_out("gguf", gguf, tmp_path) == "", name
+        if directory is not None:
+            assert try_out("directory", pack_directory(directory), tmp_path) == "", name
 
 
 @pytest.mark.parametrize(

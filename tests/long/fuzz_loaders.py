@@ -1,18 +1,20 @@
 """Coverage-guided fuzzing of everything that reads a model's files, by atheris: a file works or is refused
-with a tinyllm.Error, whatever is in it. Prints one JSON object with what it saw; ends with 1 where something
-crashes.
+with a tinyllm.Error, whatever is in it, and leaves nothing allocated. What loads must answer. Of some kinds
+there are two targets: gguf changes a file's bytes, gguf-fields what its fields say (strategies.py). Prints
+one JSON object with what it saw; ends with 1 where something crashes.
 
     python tests/long/fuzz_loaders.py [--seconds 60] [--target gguf] [--corpus DIRECTORY] [--json PATH]
     python tests/long/fuzz_loaders.py --keep            # writes tests/corpus anew from what was found
 
-It needs `pip install atheris`. What crashes is kept in build/fuzz/crashes-TARGET; put such a file into
-tests/corpus/TARGET, and the ordinary tests replay it."""
+It needs `pip install atheris`. What crashes is kept in build/fuzz/crashes-TARGET as raw-HASH; put such a
+file into tests/corpus/KIND, and the ordinary tests replay it."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import hashlib
 import json
+import random
 import re
 import resource
 import shutil
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 BUILD = ROOT / "build" / "fuzz"
 KEPT = ROOT / "tests" / "corpus"
-NAMES = ("gguf", "safetensors", "directory", "imatrix", "template")
+NAMES = ("gguf", "gguf-fields", "safetensors", "directory", "directory-fields", "imatrix", "template")
 MEMORY_MB = 2048
 MAX_SECONDS = 20  # of processor time for one input: the machine may be busy, or stop us for a while
 MOST_KEPT, MOST_BYTES = 60, 8192  # a target's files in tests/corpus, and their size
@@ -38,19 +40,31 @@ def fuzz(target: str, options: list[str]) -> None:
     """The process that fuzzes; atheris ends it."""
     import atheris
 
+    folder = Path(tempfile.mkdtemp())
     with atheris.instrument_imports(include=["tinyllm", "jinja2"]):
         import helpers_hostile
 
-        importlib.import_module("tinyllm.sandbox")  # else with the first template, without instruments
+        for name, _, raw in helpers_hostile.seeds():  # with which all is imported that is imported late
+            helpers_hostile.try_out(name, raw, folder)
+    import strategies
+    from hypothesis import given, settings
+
     warnings.simplefilter("error")
-    folder = Path(tempfile.mkdtemp())
     resource.setrlimit(resource.RLIMIT_AS, (4 * MEMORY_MB << 20,) * 2)
+    kind, _, fields = target.partition("-")
 
     def one(data: bytes) -> None:
         start = time.process_time()
-        helpers_hostile.try_out(target, data, folder)
-        assert time.process_time() - start < MAX_SECONDS
+        try:
+            helpers_hostile.try_out(kind, data, folder)
+            assert time.process_time() - start < MAX_SECONDS
+        except BaseException:
+            (BUILD / f"crashes-{target}" / f"raw-{hashlib.sha1(data).hexdigest()[:12]}").write_bytes(data)
+            raise
 
+    if fields:  # the fuzzer's bytes are the choices that a strategy makes
+        files = {"gguf": strategies.gguf_files(), "directory": strategies.directories()}[kind]
+        one = settings(database=None)(given(files)(one)).hypothesis.fuzz_one_input
     atheris.Setup([sys.argv[0], *options], one)
     atheris.Fuzz()
 
@@ -64,6 +78,9 @@ def run(target: str, seconds: int, corpus: Path) -> dict[str, Any]:
     for name, seed, raw in helpers_hostile.seeds():
         if name == target:
             (corpus / target / seed).write_bytes(raw)
+    if "-" in target:  # any bytes are choices, if there are enough of them
+        for i in range(50):
+            (corpus / target / f"random-{i}").write_bytes(random.Random(i).randbytes(400))
     before = set(crashes.iterdir())
     options = [f"-max_total_time={seconds}", "-max_len=8192", "-timeout=3600", "-report_slow_units=3600"]
     options += [f"-rss_limit_mb={MEMORY_MB}", f"-artifact_prefix={crashes}/", "-print_final_stats=1"]
@@ -118,7 +135,8 @@ def main() -> int:
     targets = [args.target] if args.target else NAMES
     if args.keep:
         for target in targets:
-            keep(args.corpus / target, KEPT / target)
+            if "-" not in target:  # those choices mean other files with another version of Hypothesis
+                keep(args.corpus / target, KEPT / target)
         return 0
     parts = [run(target, args.seconds, args.corpus) for target in targets]
     sums = {key: sum(part[key] for part in parts) for key in ("inputs", "seconds", "corpus", "crashes")}

@@ -205,7 +205,7 @@ STAGES: dict[str, Stage] = {
         ),
     ),
     "fuzz_core": Stage("files", 2, script("fuzz_core")),
-    "fuzz_loaders": Stage("files", 4, script("fuzz_loaders", parts=5)),
+    "fuzz_loaders": Stage("files", 4, script("fuzz_loaders", parts=7)),
 }
 ABOUT = """\
 What was done to tinyllm to make it crash, hang, leak or answer wrongly, and what came of it. Made by
