@@ -55,6 +55,20 @@ def bounded(reads: ReadCount, n_bytes: int) -> Iterator[None]:
     assert time.process_time() - start < 2
 
 
+@contextmanager
+def peak_below(most_mb: int) -> Iterator[None]:
+    """What happens inside needs no more memory than that at any moment, whoever asks for it."""
+
+    def now(what: str) -> int:
+        status = Path("/proc/self/status").read_text("ascii", "replace")
+        return int(re.findall(rf"^{what}:\s*(\d+) kB", status, re.MULTILINE)[0]) // 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = now("VmRSS")
+    yield
+    assert now("VmHWM") - before < most_mb
+
+
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
 CODES = {U8: "<B", U32: "<I", I32: "<i", F32: "<f", BOOL: "<B", U64: "<Q"}
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

@@ -133,7 +133,7 @@ def safetensors_files(draw: st.DrawFn) -> bytes:
         if isinstance(header.get(name), dict) and draw(st.booleans()):
             header[name][draw(st.sampled_from(fields))] = draw(st.one_of(leaves, st.lists(large, max_size=3)))
         else:
-            header[name] = draw(leaves)
+            header[name] = copy.deepcopy(draw(leaves))  # else the next step may change what all draw from
     changed = json.dumps(header).encode()
     length = draw(st.sampled_from([len(changed), len(changed), len(changed), draw(large)]))
     return length.to_bytes(8, "little") + changed + raw[8 + n :]

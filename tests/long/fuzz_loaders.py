@@ -32,6 +32,7 @@ BUILD = ROOT / "build" / "fuzz"
 KEPT = ROOT / "tests" / "corpus"
 NAMES = ("gguf", "gguf-fields", "safetensors", "directory", "directory-fields", "imatrix", "template")
 MEMORY_MB = 2048
+MAX_MB = 100  # for one input
 MAX_SECONDS = 20  # of processor time for one input: the machine may be busy, or stop us for a while
 MOST_KEPT, MOST_BYTES = 60, 8192  # a target's files in tests/corpus, and their size
 
@@ -56,7 +57,8 @@ def fuzz(target: str, options: list[str]) -> None:
     def one(data: bytes) -> None:
         start = time.process_time()
         try:
-            helpers_hostile.try_out(kind, data, folder)
+            with helpers_hostile.peak_below(MAX_MB):
+                helpers_hostile.try_out(kind, data, folder)
             assert time.process_time() - start < MAX_SECONDS
         except BaseException:
             (BUILD / f"crashes-{target}" / f"raw-{hashlib.sha1(data).hexdigest()[:12]}").write_bytes(data)
