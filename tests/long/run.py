@@ -46,7 +46,8 @@ PYTHON_TESTS = (
     *("hostile", "engine", "calibration", "quality", "quantize_files", "embed"),
 )
 THREADED_TESTS = ("threads_python", "llm", "kvcache", "misuse")
-# A sanitizer's own memory leaves no room under RLIMIT_AS and grows by what is freed; its shutdown is another one.
+# A sanitizer's own memory leaves no room under RLIMIT_AS and grows by what is freed; its shutdown is
+# another one.
 NOT_UNDER_ASAN = "not address_space and not interpreter_ends and not leave_nothing"
 NOT_UNDER_TSAN = f"{NOT_UNDER_ASAN} and not fork"  # it knows no new threads after fork()
 
