@@ -27,43 +27,45 @@ using Ints = py::array_t<int32_t, py::array::c_style>;
 namespace {
 
 // A thread of Python's that waits for the GIL while the interpreter ends is torn down where it stands, and amid C++ that
-// terminates the process. So from exit on none but the thread that exits comes back from C or begins a call: the others
-// sleep until the process is gone.
+// terminates the process. So at exit calls are stopped and waited for, and in all threads but the one that exits they end
+// with SystemExit, as new ones do: it ends a thread without a word, and lets go of the locks that it holds, which what
+// else runs at exit may want.
 struct Door {
-    std::atomic<int> inside{0}; // threads that run Python, or wait to, with C++ beneath
-    std::atomic<bool> shut{false};
+    std::atomic<int> calls{0};
+    std::atomic<bool> shut{false}, sealed{false};
     std::thread::id keeper;
 
-    void enter() {
-        inside++;
-        if (!shut || std::this_thread::get_id() == keeper) return;
-        inside--;
-        if (PyGILState_Check()) PyEval_SaveThread();
-        for (;;) pause();
+    bool keeps_out() const { return shut && std::this_thread::get_id() != keeper; }
+    [[noreturn]] static void send_away() {
+        PyErr_SetNone(PyExc_SystemExit);
+        throw py::error_already_set();
     }
-    void leave() { inside--; }
-    void close() { // at exit, with the GIL: returns when nobody is inside, or after 2 s
+    void close() { // at exit, with the GIL: returns when there is no call, or after 2 s
         keeper = std::this_thread::get_id();
         shut = true;
         py::gil_scoped_release released;
-        for (int ms = 0; inside > 0 && ms < 2000; ms++) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        for (int ms = 0; calls > 0 && ms < 2000; ms++) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        sealed = true; // who comes back later than that sleeps until the process is gone
     }
 } door;
 
 struct Call { // of a function that lets go of the GIL, or may run Python's code
-    Call() { door.enter(); }
+    Call() {
+        if (door.keeps_out()) Door::send_away();
+        door.calls++; // with the GIL, as door.shut is set
+    }
     Call(const Call &) = delete;
-    ~Call() { door.leave(); }
+    ~Call() { door.calls--; }
 };
 
 class Released { // the GIL, while C runs
     PyThreadState *state = PyEval_SaveThread();
 
   public:
-    explicit Released(const Call &) { door.leave(); }
+    explicit Released(const Call &) {}
     Released(const Released &) = delete;
     ~Released() {
-        door.enter();
+        while (door.sealed && door.keeps_out()) pause();
         PyEval_RestoreThread(state);
     }
 };
@@ -74,6 +76,7 @@ class Released { // the GIL, while C runs
 }
 
 [[noreturn]] void raise(tl_status status, const tl_message &message) {
+    if (status == TL_CANCELLED && door.keeps_out()) Door::send_away();
     raise(status == TL_CANCELLED     ? "CancelledError"
           : status == TL_MEMORY      ? "MemoryLimitError"
           : status == TL_IO          ? "FormatError"
@@ -100,19 +103,20 @@ const tl_format *format_of(int id) {
 }
 
 // What the core asks before each layer, passed on to Python at most every 20 ms: the caller's should_stop
-// and, on the main thread, Python's signals. An exception ends the call and is raised again after it.
+// and, on the main thread, Python's signals. An exception ends the call and is raised again after it. While the
+// interpreter ends nobody is asked.
 struct Watch {
     py::object should_stop;
     bool main_thread, raised = false;
     std::chrono::steady_clock::time_point last{};
 
     static int ask(void *data) {
+        if (door.keeps_out()) return 1;
         auto *self = static_cast<Watch *>(data);
         auto now = std::chrono::steady_clock::now();
         if ((self->should_stop.is_none() && !self->main_thread) || now - self->last < std::chrono::milliseconds(20))
             return 0;
         self->last = now;
-        door.enter();
         PyGILState_STATE gil = PyGILState_Ensure();
         int stop = self->main_thread && PyErr_CheckSignals() != 0 ? -1 : 0;
         if (!stop && !self->should_stop.is_none()) {
@@ -121,7 +125,6 @@ struct Watch {
             Py_XDECREF(answer);
         }
         PyGILState_Release(gil);
-        door.leave();
         self->raised = stop < 0;
         return stop != 0;
     }
@@ -494,7 +497,7 @@ PYBIND11_MODULE(_core, m) {
     m.attr("abi") = tl_seam_abi();
     m.attr("cuda_build") = TINYLLM_CUDA_BUILD;
     py::module_::import("atexit").attr("register")(py::cpp_function([] { door.close(); }));
-    pthread_atfork(nullptr, nullptr, [] { door.inside = 0; }); // of threads that the child does not have
+    pthread_atfork(nullptr, nullptr, [] { door.calls = 0; }); // of threads that the child does not have
     py::register_local_exception_translator([](std::exception_ptr thrown) {
         try {
             std::rethrow_exception(thrown);

@@ -52,6 +52,41 @@ def test_the_interpreter_ends_amid_generation(seconds: float, switch: float) -> 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+AT_EXIT = """
+import atexit, contextlib, sys, threading, time, tinyllm
+stop = threading.Event()
+def at_exit():  # known before the core is, which the first model opens: runs after what the core does
+    stop.set()
+    if sys.argv[1] == "use":
+        assert len(llm("Tom", max_tokens=3).tokens) == 3
+    elif sys.argv[1] == "in a thread":
+        other = threading.Thread(target=lambda: llm("Tom", max_tokens=3))
+        other.start()
+        other.join()
+    elif sys.argv[1] == "join":
+        thread.join()
+    else:
+        llm.close()
+atexit.register(at_exit)
+llm = tinyllm.load("stories", threads=2)
+def work():
+    with contextlib.suppress(tinyllm.errors.ModelClosedError):
+        while not stop.is_set():
+            llm("Once upon a time", max_tokens=50)
+thread = threading.Thread(target=work, daemon=True)
+thread.start()
+time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("what", ["use", "in a thread", "join", "close"])
+def test_what_runs_at_exit_may_use_the_model(what: str) -> None:
+    """While another thread is amid a call, whose locks it must not take along."""
+    command = [sys.executable, "-c", AT_EXIT, what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_interrupts_at_random_moments() -> None:
     """SIGINT while loading, generating, streaming and forking; the model is usable after each."""
     run_script("signals", "--interrupts", 60, "--seed", 1)

@@ -28,8 +28,9 @@ _WHITE_SPACE = re.compile(r"\s*")
 
 class _Door:
     """A thread that comes back from SentencePiece while the interpreter ends would be torn down amid its
-    C++, which terminates the process. So from exit on only the thread that exits enters; those inside are
-    waited for, 2 s at most. (bindings.cpp has the same for the core.)"""
+    C++, which terminates the process. So those inside are waited for at exit, 2 s at most, and from then on
+    only the thread that exits enters: the others end, by SystemExit. (bindings.cpp has the same for the
+    core.)"""
 
     def __init__(self) -> None:
         self._inside: set[int] = set()  # threads
@@ -42,7 +43,7 @@ class _Door:
         self._inside.add(me)
         if self._keeper not in (None, me):
             self._inside.discard(me)
-            threading.Event().wait()  # until the process is gone
+            raise SystemExit
 
     def __exit__(self, *_: object) -> None:
         self._inside.discard(threading.get_ident())
