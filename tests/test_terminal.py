@@ -6,10 +6,15 @@ it without one.
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import importlib.util
+import io
+import itertools
+import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -19,11 +24,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers_hostile import STRING, array, encode, scalar, tiny_directory, tiny_gguf
 
 import tinyllm
 from tinyllm import LLM, SamplingParams
-from tinyllm.cli.common import BOLD, DIM, shown
+from tinyllm.cli.common import BACKGROUNDS, BOLD, CYAN, DIM, progress_bar, progress_line, shown
 from tinyllm.cli.interactive import Chat, Talk, Text, interact
+from tinyllm.errors import FormatError, TemplateError, UnsupportedError
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 # Takes the terminal over first, so that Ctrl-C is a signal, and listens to it even where the tests run in the
@@ -278,14 +285,7 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(terminal: Open, tmp_path: 
 # --- the same, without a terminal -----------------------------------------------------------------------
 
 
-def converse(
-    llm: LLM,
-    talk: Talk,
-    lines: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> tuple[str, str]:
-    """A conversation of typed lines, then Ctrl-D; what it wrote to stdout and stderr."""
+def type_lines(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     typed = iter(lines)
 
     def read(prompt: str) -> str:
@@ -294,6 +294,17 @@ def converse(
         raise EOFError
 
     monkeypatch.setattr("builtins.input", read)
+
+
+def converse(
+    llm: LLM,
+    talk: Talk,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[str, str]:
+    """A conversation of typed lines, then Ctrl-D; what it wrote to stdout and stderr."""
+    type_lines(lines, monkeypatch)
     assert interact(llm, talk) == 0
     out, err = capsys.readouterr()
     return out, err
@@ -385,12 +396,142 @@ def test_an_error_does_not_end_the_conversation(
     assert err.count("tok/s") == 2
 
 
-class _Terminal:
+# --- what comes from files ------------------------------------------------------------------------------
+
+
+class Tty(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+STYLES = re.compile("|".join(map(re.escape, (BOLD, DIM, CYAN, END, *BACKGROUNDS))))
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7f"
+
+
 def test_control_characters_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     text = "a\x1b[2Jb\tc\nd\x07\x9b\r"
-    assert shown(text, _Terminal()) == "a<1b>[2Jb\tc\nd<07><9b><0d>"  # type: ignore[arg-type]
+    assert shown(text, Tty()) == "a<1b>[2Jb\tc\nd<07><9b><0d>"
     assert shown(text, sys.stdout) == text
+
+
+def test_styles_are_all_that_gets_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = f"{BOLD}a{END}\x1b[8mb\x1b[1"
+    assert shown(text, Tty()) == f"{BOLD}a{END}<1b>[8mb<1b>[1"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown(f"{BOLD}a{END}", Tty()) == "<1b>[1ma<1b>[0m"
+
+
+def test_progress_bars_show_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Tty())
+    clock = itertools.count(0, 10)  # a bar is drawn after a second
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress_bar(f"[/nothing] {EVIL}") as progress, progress_line() as line:
+        progress(1, 2)
+        assert line is not None
+        line(f"[/nothing] {EVIL}", 1, 2)
+    assert not re.search(r"\x1b\]0|\x07|\x9b|\[2J", sys.stderr.getvalue().replace("<1b>[2J", ""))
+    assert sys.stderr.getvalue().count("[/nothing] <1b>]0;owned<07>") >= 2
+
+
+def test_the_commands_print_in_one_place() -> None:
+    """Whatever a command writes goes through `put`, which escapes it."""
+    folder = Path(tinyllm.__file__).parent / "cli"
+    found = []
+    for file in sorted(folder.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                to_stream = any(re.fullmatch(r"sys\.std(out|err)", ast.unparse(arg)) for arg in node.args)
+                is_ours = name in ("styled", "shown", "_has_styles", "_use_utf8")
+                if name in ("print", "sys.stdout.write", "sys.stderr.write") or (to_stream and not is_ours):
+                    found.append(f"{file.name}: {name}")
+    assert found == ["common.py: print"]
+
+
+def evil_gguf(path: Path, **changes: bytes) -> Path:
+    """A model whose tokens drive terminals; changes: of its keys, with __ for dots."""
+    file = tiny_gguf()
+    tokens = ["<unk>", EVIL, "</s>\n\nfake", "a", "b\x9b31m", "\u2581"]
+    changes = {"tokenizer__ggml__tokens": array(STRING, tokens), **changes}
+    new = {key.replace("__", "."): value for key, value in changes.items()}
+    file.pairs = list((dict(file.pairs) | new).items())
+    path.write_bytes(encode(file))
+    return path
+
+
+def run_on_a_terminal(monkeypatch: pytest.MonkeyPatch, command: str, *argv: str | Path) -> tuple[int, str]:
+    """The exit code of a command, and all that it wrote."""
+    out = Tty()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", out)
+        code = importlib.import_module(f"tinyllm.cli.{command}").main(list(map(str, argv)))
+    text = out.getvalue()
+    assert not CONTROL.search(STYLES.sub("", text)), text
+    return code, text
+
+
+TEMPLATES = {
+    "refuses": ("{{ raise_exception(" + repr(EVIL) + ") }}", "does not take these messages"),
+    "is wrong": ("{{ messages." + EVIL + " }}", "is not valid"),
+    "fails": ("{{ bos[" + repr(EVIL) + "] }}", "failed"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_templates_words_on_a_terminal(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, message = TEMPLATES[case]
+    path = evil_gguf(tmp_path / "m.gguf", tokenizer__chat_template=scalar(STRING, source))
+    code, text = run_on_a_terminal(monkeypatch, "run", path, "a")
+    assert code == 1
+    assert message in text
+    assert run_on_a_terminal(monkeypatch, "inspect", path)[0] == 0
+    with tinyllm.load(path) as llm, pytest.raises(TemplateError) as caught:
+        llm.chat([{"role": "user", "content": "a"}])
+    assert not CONTROL.search(str(caught.value))  # whoever prints it
+    out = Tty()
+    monkeypatch.setattr(sys, "stderr", out)
+    with tinyllm.load(path) as llm:
+        type_lines(["a"], monkeypatch)
+        assert interact(llm, Chat(llm, PARAMS, None)) == 0
+    assert message in out.getvalue()
+    assert not CONTROL.search(STYLES.sub("", out.getvalue()))
+
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "the text": ("run", "ab", "-n", "20", "--no-chat", "--temp", "5"),
+    "logprobs": ("run", "ab", "-n", "9", "--no-chat", "--temp", "5", "--logprobs", "5"),
+    "json": ("run", "ab", "-n", "9", "--no-chat", "--temp", "5", "--json"),
+    "facts": ("inspect",),
+    "facts as json": ("inspect", "-o", "json"),
+    "tokens": ("inspect", "--tokens", EVIL, "--chat"),
+    "tokens as json": ("inspect", "--tokens", EVIL, "--chat", "-o", "json"),
+    "next": ("inspect", "--next", "a"),
+    "next as json": ("inspect", "--next", "a", "-o", "json"),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_a_models_tokens_on_a_terminal(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command, *options = COMMANDS[case]
+    path = evil_gguf(tmp_path / "m.gguf")
+    code, text = run_on_a_terminal(monkeypatch, command, path, *options)
+    assert code == 0
+    if case == "tokens as json":
+        assert json.loads(text)[-1]["text"] == EVIL
+
+
+@pytest.mark.parametrize("name", [f"{EVIL}.tiktoken", f"additional_chat_templates/{EVIL}.jinja"])
+def test_names_of_files_on_a_terminal(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file, raw in tiny_directory().items():
+        (tmp_path / file).write_bytes(raw)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises((FormatError, UnsupportedError)) as caught:
+        tinyllm.load(tmp_path)
+    assert "owned" in str(caught.value)
+    assert not CONTROL.search(str(caught.value))
+    assert run_on_a_terminal(monkeypatch, "run", tmp_path, "a")[0] == 1

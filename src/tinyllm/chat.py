@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllm.errors import ArgumentError, FormatError, MemoryLimitError, TemplateError
-from tinyllm.loaders import read_json_if_any, read_small, show
+from tinyllm.loaders import read_json_if_any, read_small, show, show_words
 
 if TYPE_CHECKING:
     from tinyllm.sandbox import Sandbox
@@ -221,6 +221,8 @@ def template_from_directory(path: str | Path) -> ChatTemplate | None:
         sources["default"] = _read_text(alone)
         name = "chat template in chat_template.jinja"
     for extra in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        if not extra.stem.isprintable():
+            raise FormatError(f"{extra.parent}: a template is named {show(extra.name)}; rename or delete it")
         sources[extra.stem] = _read_text(extra)
     return _template(sources, special, name)
 
@@ -271,10 +273,9 @@ def _check_unicode(text: str) -> None:
         text.encode()
 
 
-def _cut(message: str | None, limit: int = 400) -> str:
+def _cut(message: str | None) -> str:
     """A template chooses what stands in its errors."""
-    message = message or ""
-    return message if len(message) <= limit else message[:limit] + "..."
+    return show_words(message or "", 400)
 
 
 def _messages(messages: Sequence[Message]) -> Any:

@@ -7,8 +7,6 @@ common.py, and benchmark.py, which measures, once the options make sense.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +17,13 @@ from tinyllm.cli.common import (
     EXIT_OK,
     Parser,
     add_model_argument,
+    json_text,
     machine,
     percent,
     positive,
     progress_line,
+    put,
+    put_csv,
     run_command,
     seconds,
     size,
@@ -168,7 +169,7 @@ def _names(text: str) -> list[str]:
 
 def _write_md(records: list[dict[str, Any]]) -> None:
     rows = [_cells(record) for record in records]
-    print(table(list(rows[0]), [list(row.values()) for row in rows], TEXT_COLUMNS))
+    put(table(list(rows[0]), [list(row.values()) for row in rows], TEXT_COLUMNS))
 
 
 TEXT_COLUMNS = ("model", "cache", "test", "file", "machine")
@@ -198,14 +199,11 @@ def _cells(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _write_csv(records: list[dict[str, Any]]) -> None:
-    fields = [name for name in records[0] if name not in NOT_IN_CSV]
-    writer = csv.DictWriter(sys.stdout, fields, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    put_csv(records, [name for name in records[0] if name not in NOT_IN_CSV])
 
 
 def _write_json(records: list[dict[str, Any]]) -> None:
-    print(json.dumps(records, indent=2, ensure_ascii=False))
+    put(json_text(records, indent=2))
 
 
 WRITERS: dict[str, Callable[[list[dict[str, Any]]], None]] = {

@@ -8,12 +8,14 @@ run.py.
 from __future__ import annotations
 
 import argparse
+import csv
 import io
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
@@ -111,7 +113,7 @@ def _report(prog: str, error: Exception) -> int:
 
 
 def _say(prog: str, message: str) -> None:
-    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    put(f"{prog}: {' '.join(message.split())}", to=sys.stderr)
 
 
 # Options
@@ -297,9 +299,9 @@ def progress_bar(what: str) -> Iterator[Progress]:
             from rich.progress import Progress
 
             bar = Progress(console=Console(stderr=True), transient=True)
-            task = bar.add_task(what, total=total)
+            task = bar.add_task("", total=total)
             bar.start()
-        bar.update(task, description=what, completed=done, total=total)
+        bar.update(task, description=_plain(what), completed=done, total=total)
 
     try:
         yield update
@@ -326,9 +328,16 @@ def progress_line() -> Iterator[Callable[[str, int, int], None] | None]:
             nonlocal drawn
             due = time.monotonic() - drawn > 0.1
             drawn = time.monotonic() if due else drawn
-            bar.update(task, description=what, completed=done, total=total, refresh=due)
+            bar.update(task, description=_plain(what), completed=done, total=total, refresh=due)
 
         yield update
+
+
+def _plain(text: str) -> str:
+    """`text` for a progress bar, to which brackets are styles."""
+    from rich.markup import escape
+
+    return escape(shown(text, sys.stderr))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[str] = ()) -> str:
@@ -344,26 +353,63 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
-BOLD, DIM = "\x1b[1m", "\x1b[2m"
+BOLD, DIM, CYAN = "\x1b[1m", "\x1b[2m", "\x1b[36m"
+# For pieces of a text in turns, dark enough for white letters.
+BACKGROUNDS = tuple(f"\x1b[97;48;5;{color}m" for color in (24, 65, 96, 94, 60))
+_END = "\x1b[0m"
+_STYLES = "|".join(map(re.escape, (BOLD, DIM, CYAN, *BACKGROUNDS, _END)))
+_CONTROL = re.compile(rf"(?P<style>{_STYLES})|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _has_styles(stream: TextIO) -> bool:
+    """https://no-color.org"""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:
-    """`text` in a style where `stream` is a terminal that has styles (https://no-color.org)."""
-    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain or not text else f"{style}{text}\x1b[0m"
+    """`text` in one of the styles above where `stream` is a terminal that has styles."""
+    return f"{style}{text}{_END}" if text and _has_styles(stream) else text
 
 
 def shown(text: str, stream: TextIO) -> str:
-    """A model's text for `stream`: on a terminal, control characters (which could drive it) become
-    visible."""
+    """`text` for `stream`: on a terminal, control characters (which could drive it) become visible, but for
+    the styles above: a file that holds one makes a text bold, and that is all."""
     if not stream.isatty():
         return text
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: f"<{ord(m[0]):02x}>", text)
+    keeps_styles = _has_styles(stream)
+    return _CONTROL.sub(lambda m: m[0] if m["style"] and keeps_styles else _visible(m[0]), text)
+
+
+def _visible(text: str) -> str:
+    return "".join(c if c.isprintable() else f"<{ord(c):02x}>" for c in text)
+
+
+def put(text: str = "", *, to: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
+    """Prints to stdout, or `to`, as `shown`. Everything that the commands write goes through here: texts of
+    models, and names and messages that come from their files."""
+    stream = to or sys.stdout
+    print(shown(text, stream), file=stream, end=end, flush=flush)
+
+
+def put_csv(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
+    """The `fields` of rows, with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    put(text.getvalue(), end="")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON in UTF-8, with every control character escaped: JSON itself asks for those below 0x20 alone, and
+    others drive terminals, too."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return re.sub(r"[\x7f-\x9f]", lambda m: f"\\u{ord(m[0]):04x}", text)
 
 
 def note(text: str) -> None:
     """A line about the work, on stderr, faint."""
-    print(styled(text, DIM, sys.stderr), file=sys.stderr, flush=True)
+    put(styled(text, DIM, sys.stderr), to=sys.stderr, flush=True)
 
 
 def counted(n: int, thing: str, width: int = 0) -> str:

@@ -6,8 +6,6 @@ the options make sense tinyllm.compare, which measures, and plot.py, which draws
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,10 +16,13 @@ from tinyllm.cli.common import (
     Parser,
     UsageError,
     add_model_argument,
+    json_text,
     machine,
     percent,
     positive,
     progress_line,
+    put,
+    put_csv,
     read_text,
     seconds,
     size,
@@ -164,24 +165,21 @@ def cells(record: dict[str, Any]) -> dict[str, str]:
 
 def _write_md(records: list[dict[str, Any]]) -> None:
     rows = [cells(record) for record in records]
-    print(table(list(rows[0]), [list(row.values()) for row in rows], LEFT))
+    put(table(list(rows[0]), [list(row.values()) for row in rows], LEFT))
     prefill, decode = records[0]["prefill"], records[0]["decode"]
     reads = [r["decode"]["read_gb_s"] for r in records]
-    print(
+    put(
         f"\n{machine(decode)}, {decode['type_k']} cache, tinyllm {decode['version']}; {prefill['test']}, "
         f"{decode['test']}, medians of {len(decode['samples_ns'])}; read bandwidth {min(reads):.0f}-"
         f"{max(reads):.0f} GB/s."
     )
     if records[0]["quality"] is not None:
-        print(f"Quality on {records[0]['quality']['n_tokens']} tokens.")
+        put(f"Quality on {records[0]['quality']['n_tokens']} tokens.")
 
 
 def _write_csv(records: list[dict[str, Any]]) -> None:
     rows = [dict(_flat(record)) for record in records]
-    fields = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(sys.stdout, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    put_csv(rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
 OF_SPEED = (
@@ -209,7 +207,7 @@ def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _write_json(records: list[dict[str, Any]]) -> None:
-    print(json.dumps(records, indent=2, ensure_ascii=False))
+    put(json_text(records, indent=2))
 
 
 WRITERS: dict[str, Callable[[list[dict[str, Any]]], None]] = {

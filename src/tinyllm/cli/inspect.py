@@ -7,7 +7,6 @@ reads the headers, and next_token.py, which draws, once the options make sense.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import textwrap
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllm.cli.common import (
+    BACKGROUNDS,
     BOLD,
     DIM,
     EXIT_CODES,
@@ -25,10 +25,11 @@ from tinyllm.cli.common import (
     add_model_argument,
     add_model_options,
     counted,
+    json_text,
     load_model,
     positive,
+    put,
     run_command,
-    shown,
     size,
     styled,
     table,
@@ -57,8 +58,6 @@ EPILOG = f"""examples:
 
 {EXIT_CODES}"""
 
-# Backgrounds that the pieces of a text take in turns, dark enough for white letters.
-_BACKGROUNDS = tuple(f"\x1b[97;48;5;{color}m" for color in (24, 65, 96, 94, 60))
 _VISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥"})
 
 
@@ -80,10 +79,10 @@ def _run(argv: list[str]) -> int:
 
     found = inspect_model(args.model, context=args.context, cache_type=args.cache_type, weights=args.weights)
     if args.output == "json":
-        print(json.dumps(found.record(), ensure_ascii=False, indent=1))
+        put(json_text(found.record(), indent=1))
     else:
         for line in _lines(found, all_tensors=args.tensors):
-            print(line)
+            put(line)
     return EXIT_OK
 
 
@@ -136,19 +135,18 @@ def _temperatures(text: str) -> list[float]:
 
 
 def _lines(found: Inspection, all_tensors: bool) -> Iterator[str]:
-    yield styled(shown(found.path, sys.stdout), BOLD, sys.stdout)
+    yield styled(found.path, BOLD, sys.stdout)
     before = ""
     for name, text in _facts(found):
         label = styled(f"{'' if name == before else name:<15}", DIM, sys.stdout)
-        yield from _wrapped(label, 15, shown(text, sys.stdout))
+        yield from _wrapped(label, 15, text)
         before = name
     yield ""
-    rows = _tensor_table(found.tensors) if all_tensors else _group_table(found.tensors)
-    yield shown(rows, sys.stdout)
+    yield _tensor_table(found.tensors) if all_tensors else _group_table(found.tensors)
     if found.warnings:
         yield ""
     for warning in found.warnings:
-        yield from _wrapped(styled("warning: ", BOLD, sys.stdout), 9, shown(warning, sys.stdout))
+        yield from _wrapped(styled("warning: ", BOLD, sys.stdout), 9, warning)
 
 
 def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -220,7 +218,7 @@ def _template_lines(facts: dict[str, Any] | None) -> Iterator[str]:
     if facts["variables"]:
         yield f"takes --template-arg {', '.join(facts['variables'])}"
     if facts["example"] is not None:
-        yield json.dumps(facts["example"], ensure_ascii=False)
+        yield json_text(facts["example"])
 
 
 def _memory_lines(memory: Memory) -> Iterator[str]:
@@ -277,12 +275,12 @@ def _print_tokens(args: argparse.Namespace) -> int:
         tokens = [
             {"id": i, "text": data.decode("utf-8", "replace"), "bytes": data.hex()} for i, data in pieces
         ]
-        print(json.dumps(tokens, ensure_ascii=False))
+        put(json_text(tokens))
         return EXIT_OK
     for line in _cells(pieces, files.tokenizer):
-        print(line)
+        put(line)
     n, characters = len(ids), len(text)
-    print(
+    put(
         f"{counted(n, 'token')} for {counted(characters, 'character')}"
         + (f", {characters / n:.1f} a token" if n else "")
     )
@@ -303,7 +301,7 @@ def _cells(pieces: list[tuple[int, bytes]], tokenizer: Tokenizer) -> Iterator[st
         if used and used + columns + 1 > width:
             yield from ("│".join(top), "│".join(bottom), "")
             top, bottom, used = [], [], 0
-        style = DIM if i in tokenizer.special_ids else _BACKGROUNDS[n % len(_BACKGROUNDS)]
+        style = DIM if i in tokenizer.special_ids else BACKGROUNDS[n % len(BACKGROUNDS)]
         top.append(styled(text + " " * (columns - cell_len(text)), style, sys.stdout))
         bottom.append(styled(f"{i:<{columns}}", DIM, sys.stdout))
         used += columns + 1
@@ -330,10 +328,10 @@ def _print_next(args: argparse.Namespace) -> int:
             found = next_token.look(session.logits, args.temperatures, given.resolve(llm.defaults))
         names = [visible(llm.tokenizer.token_bytes(i)) if llm.tokenizer else str(i) for i in found.ids]
     if args.output == "json":
-        print(json.dumps(next_token.record(found, names, args.rows), ensure_ascii=False))
+        put(json_text(next_token.record(found, names, args.rows)))
     else:
         for line in next_token.lines(found, names, args.rows):
-            print(line)
+            put(line)
     if args.plot is not None:
         title = f"{Path(args.model).name}: what comes after “{args.next}”"
         next_token.plot(found, names, args.rows, title, args.plot)

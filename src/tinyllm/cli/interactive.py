@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tinyllm.cli.common import BOLD, EXIT_OK, counted, note, rate, shown, styled
+from tinyllm.cli.common import BOLD, EXIT_OK, counted, note, put, rate, styled
 from tinyllm.cli.run import finish, print_stream
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Text:
 
     def start(self, line: str) -> Stream | None:
         if line:
-            print(styled(shown(line, sys.stdout), BOLD, sys.stdout), end="", flush=True)
+            put(styled(line, BOLD, sys.stdout), end="", flush=True)
             return self._llm.stream(line, self._params)
         return self._llm.stream(self._texts[-1], self._params) if self._texts else None
 
@@ -128,10 +128,10 @@ def interact(llm: LLM, talk: Talk, *, shows_reasoning: bool = True) -> int:
         try:
             line = _read_line()
         except EOFError:
-            print(flush=True)
+            put(flush=True)
             return EXIT_OK
         except KeyboardInterrupt:
-            print(flush=True)
+            put(flush=True)
             note("Ctrl-C stops an answer; Ctrl-D leaves")
             continue
         command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", line.rstrip(), re.DOTALL)

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from tinyllm.cli.common import BOLD, DIM, UsageError, shown, styled
+from tinyllm.cli.common import BOLD, CYAN, DIM, UsageError, styled
 
 if TYPE_CHECKING:
     from tinyllm.sampling import SamplingParams
 
 F64 = npt.NDArray[np.float64]
 _EIGHTHS = " ▏▎▍▌▋▊▉"
-_KEPT, _MOST_NAME = "\x1b[36m", 16
+_MOST_NAME = 16
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ def lines(found: NextToken, names: list[str], n_rows: int) -> Iterator[str]:
     yield styled(" " * name_width + head.rstrip(), DIM, sys.stdout)
     for rank in range(n_rows):
         is_kept = droppers[rank] is None
-        name = set_cell_size(shown(names[rank], sys.stdout), name_width)
+        name = set_cell_size(names[rank], name_width)
         row = styled(name, BOLD, sys.stdout) if is_kept else styled(name, DIM, sys.stdout)
         for p in found.probabilities[:, rank]:
-            bar = styled(_bar(p / most, bar_width), _KEPT if is_kept else DIM, sys.stdout)
+            bar = styled(_bar(p / most, bar_width), CYAN if is_kept else DIM, sys.stdout)
             row += f"  {bar} {percent(p):>7}"
         yield row + "  " + styled(verdicts[rank], "" if is_kept else DIM, sys.stdout)
     if len(found.ids) > n_rows:

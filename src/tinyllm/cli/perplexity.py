@@ -7,7 +7,6 @@ the options make sense.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -21,10 +20,12 @@ from tinyllm.cli.common import (
     UsageError,
     add_model_argument,
     add_model_options,
+    json_text,
     load_model,
     out_file,
     positive,
     progress_bar,
+    put,
     read_text,
     run_command,
     table,
@@ -153,11 +154,11 @@ def _write_md(args: argparse.Namespace, models: list[LLM], on: Windows, found: l
             ["root mean square change", _text(percent[1], 3) + " %", ""],
             ["same likeliest token", _text(percent[2], 3) + " %", ""],
         ]
-    print(table(header, rows))
+    put(table(header, rows))
     scored = (
         f"{on.n_tokens} tokens scored, the last {n_ctx - on.first} of each of {n_windows} windows of {n_ctx}"
     )
-    print(f"\n{scored}.")
+    put(f"\n{scored}.")
 
 
 def _text(x: Estimate, digits: int) -> str:
@@ -187,7 +188,7 @@ def _write_json(args: argparse.Namespace, models: list[LLM], on: Windows, found:
         "cache_type": models[0].cache_type,
         "version": backends.version,
     }
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+    put(json_text(result, indent=2))
 
 
 WRITERS = {"md": _write_md, "json": _write_json}

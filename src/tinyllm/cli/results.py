@@ -17,9 +17,11 @@ from tinyllm.cli.common import (
     EXIT_ERROR,
     EXIT_OK,
     counted,
+    json_text,
     load_model,
     note,
     peak_memory_bytes,
+    put,
     rate,
     sampling_fields,
     seconds,
@@ -53,7 +55,7 @@ def as_json(llm: LLM, prompt: str, completion: Completion, args: argparse.Namesp
     if args.logprobs is not None:
         result["logprobs"] = completion.logprobs
         result["top_logprobs"] = completion.top_logprobs
-    return json.dumps(result, ensure_ascii=False)
+    return json_text(result)
 
 
 def run_batch(args: argparse.Namespace, prompts: list[str], params: SamplingParams) -> int:
@@ -66,7 +68,7 @@ def run_batch(args: argparse.Namespace, prompts: list[str], params: SamplingPara
         completions = llm([as_prompt(llm, prompt, args) for prompt in prompts], params, reasoning=chats)
         elapsed = time.perf_counter() - start
         for prompt, completion in zip(prompts, completions, strict=True):
-            print(as_json(llm, prompt, completion, args))
+            put(as_json(llm, prompt, completion, args))
         n = sum(completion.timings.generated_tokens for completion in completions)
         work = f"{counted(len(prompts), 'prompt')}, {counted(n, 'token')} in {seconds(elapsed)}"
         note(f"{work}: {rate(n, elapsed):.1f} tok/s in all")
@@ -85,7 +87,7 @@ def replay(args: argparse.Namespace) -> int:
             completion = llm(result["prompt_ids"], **result["parameters"])
             verdict = _compare(llm, result["tokens"], completion.tokens)
             n_same += verdict.startswith("same")
-            print(f"result {number}: {verdict}" if len(results) > 1 else verdict)
+            put(f"result {number}: {verdict}" if len(results) > 1 else verdict)
     return EXIT_OK if n_same == len(results) else EXIT_ERROR
 
 

@@ -29,12 +29,12 @@ from tinyllm.cli.common import (
     note,
     peak_memory_bytes,
     positive,
+    put,
     rate,
     read_text,
     run_command,
     sampling_fields,
     seconds,
-    shown,
     size,
     styled,
 )
@@ -208,11 +208,11 @@ def _print_info(all_of_it: bool) -> int:
     info = tinyllm.info()
     if not all_of_it:
         cuda = "CUDA" if info["cuda"] else f"no CUDA: {info['cuda_reason']}"
-        print(f"tinyllm {info['version']} ({info['isa']}, {info['threads']} threads; {cuda})")
+        put(f"tinyllm {info['version']} ({info['isa']}, {info['threads']} threads; {cuda})")
         return EXIT_OK
     for key, value in info.items():
         text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        print(f"{key:<18}{text}")
+        put(f"{key:<18}{text}")
     return EXIT_OK
 
 
@@ -308,13 +308,13 @@ def _run_once(llm: LLM, text: str, params: SamplingParams, args: argparse.Namesp
         from tinyllm.cli.results import as_json
 
         completion = llm(prompt, params, reasoning=chats)
-        print(as_json(llm, text, completion, args))
+        put(as_json(llm, text, completion, args))
     elif args.logprobs is not None:
         completion = llm(prompt, params)
         _print_logprobs(llm, completion)
     else:
         if not chats and sys.stdout.isatty():
-            print(styled(shown(text, sys.stdout), BOLD, sys.stdout), end="", flush=True)
+            put(styled(text, BOLD, sys.stdout), end="", flush=True)
         stream = llm.stream(prompt, params, reasoning=chats)
         completion = print_stream(stream, shows_reasoning=args.reasoning)
     _print_figures(llm, completion)
@@ -333,15 +333,14 @@ def print_stream(stream: Stream, *, shows_reasoning: bool = True) -> Completion:
                 if piece.kind != kind:
                     kind = _print_change(piece.kind, ends_line, shows_reasoning)
                 if kind == "text":
-                    print(shown(piece.text, sys.stdout), end="", flush=True)
+                    put(piece.text, end="", flush=True)
                 elif shows_reasoning:
-                    text = styled(shown(piece.text, sys.stderr), DIM, sys.stderr)
-                    print(text, end="", file=sys.stderr, flush=True)
+                    put(styled(piece.text, DIM, sys.stderr), to=sys.stderr, end="", flush=True)
                 ends_line = piece.text.endswith("\n") or (kind == "reasoning" and not shows_reasoning)
         except KeyboardInterrupt:
             ends_line = False
     if not ends_line:
-        print(file=sys.stdout if kind == "text" else sys.stderr, flush=True)
+        put(to=sys.stdout if kind == "text" else sys.stderr, flush=True)
     return stream.completion
 
 
@@ -350,9 +349,9 @@ def _print_change(to: Kind, ends_line: bool, shows_reasoning: bool) -> Kind:
     if to == "reasoning" and not shows_reasoning:
         note("thinking ...")
     elif to == "text" and shows_reasoning:
-        print("\n", file=sys.stderr, flush=True)
+        put("\n", to=sys.stderr, flush=True)
     elif not ends_line:
-        print(file=sys.stderr, flush=True)
+        put(to=sys.stderr, flush=True)
     return to
 
 
@@ -365,7 +364,7 @@ def _print_logprobs(llm: LLM, completion: Completion) -> None:
     tops = completion.top_logprobs or [[] for _ in completion.tokens]
     for token, logprob, top in zip(completion.tokens, completion.logprobs or [], tops, strict=True):
         others = "  ".join(f"{name(t)} {math.exp(p):.1%}" for t, p in top)
-        print(f"{name(token):<20} {logprob:9.4f} {math.exp(logprob):7.2%}   {others}".rstrip())
+        put(f"{name(token):<20} {logprob:9.4f} {math.exp(logprob):7.2%}   {others}".rstrip())
 
 
 def _print_figures(llm: LLM, completion: Completion) -> None:

@@ -250,6 +250,12 @@ def show(text: str, limit: int = 100) -> str:
     return repr(text if len(text) <= limit else text[:limit] + "...")
 
 
+def show_words(text: str, limit: int = 500) -> str:
+    """As `show`, of words that stand in a message without quotes: those of a template or of a package."""
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def show_some(items: Sequence[str], limit: int = 8) -> str:
     """The first `limit` of `items` for a message, and how many were left out."""
     more = len(items) - limit

@@ -3,7 +3,8 @@
 It is the same class for every kind of vocabulary. What differs comes in as two functions: an encoder (text to
 ids, without BOS and EOS) and a speller (a token as the vocabulary spells it to the bytes it stands for).
 Decoding is then the same few lines for all: join the bytes, drop the space that SentencePiece put in front,
-read them as UTF-8. Imports errors only. Where the functions come from: from_gguf.py and from_directory.py.
+read them as UTF-8. Imports errors, and of loaders how messages show texts. Where the functions come from:
+from_gguf.py and from_directory.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 
 from tinyllm.errors import ArgumentError, FormatError
+from tinyllm.loaders import show_words
 
 Encoder = Callable[[str, bool], list[int]]
 Speller = Callable[[str], bytes]
@@ -30,7 +32,7 @@ def refused(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise FormatError(f"{what}: {str(error)[:500]}") from error
+        raise FormatError(f"{what}: {show_words(str(error))}") from error
 
 
 class Tokenizer:

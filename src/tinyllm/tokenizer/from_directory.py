@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
-from tinyllm.loaders import parse_json, read_json_if_any, read_small, show, user_path
+from tinyllm.loaders import parse_json, read_json_if_any, read_small, show, show_some, user_path
 from tinyllm.tokenizer.bpe import BPEEncoder
 from tinyllm.tokenizer.core import SPACE, Tokenizer, refused, spell_byte_level, spell_sentencepiece
 from tinyllm.tokenizer.spm import SentencePieceEncoder, load_processor, normalizer
@@ -45,10 +45,10 @@ def tokenizer_from_directory(path: str | os.PathLike[str]) -> Tokenizer | None:
         return _from_json(folder, _Settings.read(folder))
     if os.path.exists(folder / "tokenizer.model"):
         return _from_sentencepiece(folder, _Settings.read(folder))
-    others = sorted(file.name for pattern in _OTHER_KINDS for file in folder.glob(pattern))
+    others = sorted(show(file.name) for pattern in _OTHER_KINDS for file in folder.glob(pattern))
     if others:
         raise UnsupportedError(
-            f"{folder}: tinyllm reads tokenizer.json and tokenizer.model, here is only {', '.join(others)}; "
+            f"{folder}: tinyllm reads tokenizer.json and tokenizer.model, here is only {show_some(others)}; "
             "transformers writes the former: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return None
