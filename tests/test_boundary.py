@@ -134,7 +134,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cuda": {"errors"},
     "backends": {"_core", "config", "cuda", "errors", "loaders"},
     "kvcache": {"errors"},
-    "sampling": {"backends", "errors"},
+    "sampling": {"backends", "config", "errors"},
     "tokenizer": {"errors", "loaders"},
     "sandbox": {"errors"},
     "chat": {"errors", "loaders", "sandbox"},

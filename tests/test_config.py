@@ -25,6 +25,7 @@ from tinyllm.config import (
 from tinyllm.errors import Error, FormatError, UnsupportedError, located
 from tinyllm.loaders import read_json
 from tinyllm.loaders.gguf import read_gguf
+from tinyllm.sampling import SamplingParams
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -304,6 +305,17 @@ def test_yarn_attention_factor_from_gguf() -> None:
         from_gguf(**yarn, rope__scaling__yarn_ext_factor=0.5)
     with pytest.raises(UnsupportedError, match="yarn_log_multiplier"):
         from_gguf(**yarn, rope__scaling__yarn_log_multiplier=0.1)
+
+
+def test_yarn_of_a_negative_multiplier_from_gguf() -> None:
+    """One whose factor on cos and sin is 0 as well."""
+    changes: dict[str, Any] = {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}
+    for multiplier in (-1.0, -10 / math.log(2.0)):
+        changes["rope.scaling.yarn_log_multiplier"] = multiplier
+        gguf = {**GGUF, **{f"llama.{key}": value for key, value in changes.items()}}
+        gguf = {key.replace("llama.", "mistral3."): value for key, value in gguf.items()}
+        with pytest.raises(FormatError, match=r"mscale_all_dim -\d.* must not be negative"):
+            config_from_gguf(gguf | {"general.architecture": "mistral3"}, TENSORS)
 
 
 def test_linear_from_gguf() -> None:
@@ -601,11 +613,36 @@ def test_generation_from_gguf() -> None:
         ({"top_p": 1.5}, r"top_p is 1\.5, outside 0 to 1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"repetition_penalty": math.nan}, "must be a number"),
+        ({"temperature": 1001.0}, "temperature is 1001, outside 0 to 1000"),
+        ({"top_k": 2**31}, "top_k is 2.*outside 0 to 2"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0, outside 0\.001 to 1000"),
     ],
 )
 def test_generation_refused(table: dict[str, Any], message: str) -> None:
     with pytest.raises(FormatError, match=message):
         generation_from_json({}, table, 10)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_taken"),
+    [
+        ("temp", 1e299, False),
+        ("temp", 1000.0, True),
+        ("top_k", 2**31, False),
+        ("top_k", 2**31 - 1, True),
+        ("penalty_repeat", 0.0, False),
+        ("penalty_repeat", 1000.0, True),
+        ("min_p", 1.5, False),
+    ],
+)
+def test_defaults_of_gguf_are_what_sampling_takes(key: str, value: float, is_taken: bool) -> None:
+    metadata = {f"general.sampling.{key}": value}
+    if not is_taken:
+        with pytest.raises(FormatError, match=rf"general\.sampling\.{key} is .*, outside"):
+            generation_from_gguf(metadata, 10)
+        return
+    defaults = {name: value for name, value in vars(generation_from_gguf(metadata, 10)).items() if value}
+    assert value in vars(SamplingParams().resolve(defaults)).values()
 
 
 def test_json_file_to_config(tmp_path: Path) -> None:

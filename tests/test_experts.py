@@ -363,7 +363,7 @@ def test_gpt_oss_configs(changes: dict[str, Any], error: Any, message: str) -> N
 
 def test_stacks_of_floats_are_refused(tmp_path: Path) -> None:
     weights = random_weights(OSS.config, OSS.seed)
-    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj is F32: .* only those in MXFP4"):
+    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj' is F32: .* only those in MXFP4"):
         read_model(write_hf_directory(tmp_path, OSS.config, weights))
 
 

@@ -20,6 +20,7 @@ from helpers_hostile import (
     TARGETS,
     TINY_CONFIG,
     U32,
+    U64,
     File,
     T,
     array,
@@ -113,7 +114,7 @@ LLAMA = {
             "expert_count": scalar(U32, 4096), "expert_used_count": scalar(U32, 1),
             "block_count": scalar(U32, 1024),
         },
-        "and more",
+        "1024 layers of 4096 experts are 4194304; a model has up to 32768",
     ),
     "more experts used": (
         {"expert_count": scalar(U32, 2), "expert_used_count": scalar(U32, 3)}, "3 experts used of 2",
@@ -239,17 +240,22 @@ def test_config_json(case: str, tmp_path: Path, reads: ReadCount) -> None:
         read_model(folder)
 
 
-def test_experts_by_the_million_in_a_directory(tmp_path: Path, reads: ReadCount) -> None:
-    sizes = {
-        "model_type": "qwen3_moe",
-        "num_hidden_layers": 1024,
-        "num_experts": 4096,
-        "num_experts_per_tok": 1,
-    }
-    folder = write_directory(tmp_path / "model", config=TINY_CONFIG | sizes | {"moe_intermediate_size": 4})
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    with bounded(reads, size), pytest.raises(FormatError, match="and more"):
-        read_model(folder)
+def test_experts_by_the_thousand_in_a_directory(tmp_path: Path, reads: ReadCount) -> None:
+    for n_layers, message in (
+        (128, "and more"),
+        (129, "129 layers of 256 experts are 33024"),
+    ):
+        sizes = {
+            "model_type": "qwen3_moe",
+            "num_hidden_layers": n_layers,
+            "num_experts": 256,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 4,
+        }
+        folder = write_directory(tmp_path / "model", config=TINY_CONFIG | sizes)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        with bounded(reads, size), pytest.raises(FormatError, match=message):
+            read_model(folder)
 
 
 def test_a_weight_that_is_there_twice(tmp_path: Path) -> None:
@@ -556,3 +562,25 @@ def test_many_tokens_that_are_always_parsed() -> None:
     )
     assert tokenizer.encode("a" * 1000 + "777", bos=False)[-1] == tokens.index("a" * 200 + "777")
     assert time.process_time() - start < 3
+
+
+# What a model's numbers and names do
+
+
+def test_a_name_that_steers_the_terminal(tmp_path: Path) -> None:
+    sizes = {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1}
+    raw = safetensors_bytes({"\x1b[2J.mlp.experts.down_proj": [2, 4, 4]})
+    config = TINY_CONFIG | sizes | {"num_key_value_heads": 2}
+    folder = write_directory(tmp_path / "model", config=config, model__safetensors=raw)
+    with pytest.raises(UnsupportedError, match=r"'\\x1b\[2J\.mlp") as refused:
+        read_model(folder)
+    assert str(refused.value).isprintable()
+
+
+def test_sampling_defaults_are_refused_while_loading(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    file = tiny_gguf()
+    file.pairs.append(("general.sampling.top_k", scalar(U64, 1 << 31)))
+    path.write_bytes(encode(file))
+    with pytest.raises(FormatError, match=r"model\.gguf: .*general\.sampling\.top_k is .*outside 0 to"):
+        tinyllm.load(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -457,3 +459,16 @@ def test_a_fork_outlives_its_parent(llm: tinyllm.LLM) -> None:
     assert child.generate(max_tokens=4).tokens == right
     child.close()
     assert pages_in_use(llm) == 0
+
+
+def test_the_library_leaves_stderr_alone() -> None:
+    """Its warnings are for those who listen to them; the commands, for one, show them."""
+    code = """if True:
+        import tinyllm
+        tinyllm.load("stories", context=100_000, threads=1).close()
+        import tinyllm.cli
+        tinyllm.load("stories", context=200_000, threads=1).close()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "context 200000 is more than the 512 the model was trained for\n"

@@ -10,6 +10,7 @@ connection.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -78,6 +79,8 @@ _HOMES = {
     "load_tokenizer": "tokenizer",
     "quantize": "quantization",
 }
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # else Python prints what nobody listens to
 
 
 def __getattr__(name: str) -> Any:

@@ -32,8 +32,18 @@ _BOUNDS = {
     "rope_dim": (2, 1 << 12),
 }
 
+MAX_EXPERTS = 4096  # of a layer
+MAX_EXPERTS_IN_ALL = 1 << 15  # however small, each takes time and memory of its own
 
-MAX_EXPERTS = 4096
+# What sampling takes of the settings that a model may advise: lowest, highest, what a special value means.
+ADVISED_RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (0, 1000, "0 is greedy"),
+    "top_k": (0, 2**31 - 1, "0 turns it off"),
+    "top_p": (0, 1, "1 turns it off"),
+    "min_p": (0, 1, "0 turns it off"),
+    "typical_p": (0, 1, "1 turns it off"),
+    "repetition_penalty": (0.001, 1000, "1 turns it off"),
+}
 
 
 def _brief(value: Any) -> str:
@@ -144,6 +154,11 @@ class ModelConfig:
             raise FormatError(
                 f"{self.n_experts_used} experts used of {self.n_experts}; a model has up to {MAX_EXPERTS} "
                 "and uses 1 or more of them"
+            )
+        if self.n_layers * self.n_experts > MAX_EXPERTS_IN_ALL:
+            raise FormatError(
+                f"{self.n_layers} layers of {self.n_experts} experts are {self.n_layers * self.n_experts}; a "
+                f"model has up to {MAX_EXPERTS_IN_ALL} in all"
             )
 
     @property
@@ -478,10 +493,8 @@ def _gguf_rope(
     if extrapolation >= 0 and extrapolation != 1:
         raise UnsupportedError(f"YaRN with yarn_ext_factor {extrapolation:g} is not supported, only 1")
     factors = _yarn(factor, rope_dim, theta, original, beta_fast, beta_slow, row.yarn_truncate)
-    m_all = 0.0
-    if _LOG_MULTIPLIER in row.gguf_defaults:
-        m_all = fields.number(_LOG_MULTIPLIER)
-    usual = _mscale(factor, 1.0) / _mscale(factor, m_all)
+    m_all = fields.number(_LOG_MULTIPLIER) if _LOG_MULTIPLIER in row.gguf_defaults else 0.0
+    usual = _yarn_scale(factor, 1.0, m_all)
     return factors, (attention_factor or usual) * multiplier, original
 
 
@@ -702,10 +715,7 @@ def _json_rope(config: _Fields, row: Family, head_dim: int, context: int) -> _Ro
     factor = fields.number("factor", context / max(original, 1))
     beta_fast, beta_slow = fields.number("beta_fast", 0.0) or 32.0, fields.number("beta_slow", 0.0) or 1.0
     factors = _yarn(factor, rope_dim, theta, original, beta_fast, beta_slow, fields.flag("truncate", True))
-    m, m_all = fields.number("mscale", 0.0), fields.number("mscale_all_dim", 0.0)
-    if m < 0 or m_all < 0:
-        raise FormatError(f"YaRN's mscale {m:g} and mscale_all_dim {m_all:g} must not be negative")
-    scale = _mscale(factor, m) / _mscale(factor, m_all) if m and m_all else _mscale(factor, 1.0)
+    scale = _yarn_scale(factor, fields.number("mscale", 0.0), fields.number("mscale_all_dim", 0.0))
     return replace(
         rope, factors=factors, scale=fields.number("attention_factor", scale), original_context=original
     )
@@ -807,9 +817,16 @@ def _yarn(
     return _float32(1 / (scaled / factor + (1 - scaled)))
 
 
-def _mscale(factor: float, m: float) -> float:
-    """YaRN's factor on queries and keys (arXiv 2309.00071, equation 22)."""
-    return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+def _yarn_scale(factor: float, m: float, m_all: float) -> float:
+    """YaRN's factor on cos and sin: by arXiv 2309.00071, equation 22, or where both `mscale` and
+    `mscale_all_dim` are given, the ratio of what they make of it."""
+    if m < 0 or m_all < 0:
+        raise FormatError(f"YaRN's mscale {m:g} and mscale_all_dim {m_all:g} must not be negative")
+
+    def scale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+
+    return scale(m) / scale(m_all) if m and m_all else scale(1.0)
 
 
 @dataclass(frozen=True)
@@ -829,15 +846,14 @@ def generation_from_gguf(metadata: Mapping[str, Any], vocab_size: int) -> Genera
     """From the tokenizer's eos, eot and eom ids and the `general.sampling.*` keys."""
     ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     fields = _Fields(metadata, "general.sampling.")
-    temperature = _setting(fields, "temp", -math.inf, math.inf)
-    top_k = _setting(fields, "top_k", -(2**31), 2**31)
+    top_k = _setting(fields, "top_k", negative_is_0=True)  # off
     return GenerationDefaults(
         eos_ids=_eos_ids(ids, vocab_size),
-        temperature=None if temperature is None else max(temperature, 0.0),  # a negative one means greedy
-        top_k=None if top_k is None else max(int(top_k), 0),  # a negative one means off
-        top_p=_setting(fields, "top_p", 0, 1),
-        min_p=_setting(fields, "min_p", 0, 1),
-        repetition_penalty=_setting(fields, "penalty_repeat", 0, 1e6),
+        temperature=_setting(fields, "temp", "temperature", negative_is_0=True),  # greedy
+        top_k=None if top_k is None else int(top_k),
+        top_p=_setting(fields, "top_p"),
+        min_p=_setting(fields, "min_p"),
+        repetition_penalty=_setting(fields, "penalty_repeat", "repetition_penalty"),
     )
 
 
@@ -851,22 +867,27 @@ def generation_from_json(
         value = source.get("eos_token_id")
         ids.extend(value if isinstance(value, list) else [value])
     fields = _Fields(table)
-    top_k = _setting(fields, "top_k", 0, 2**31)
+    top_k = _setting(fields, "top_k")
     return GenerationDefaults(
         eos_ids=_eos_ids(ids, vocab_size),
-        temperature=0.0 if table.get("do_sample") is False else _setting(fields, "temperature", 0, 1e6),
+        temperature=0.0 if table.get("do_sample") is False else _setting(fields, "temperature"),
         top_k=None if top_k is None else int(top_k),
-        top_p=_setting(fields, "top_p", 0, 1),
-        min_p=_setting(fields, "min_p", 0, 1),
-        typical_p=_setting(fields, "typical_p", 0, 1),
-        repetition_penalty=_setting(fields, "repetition_penalty", 0, 1e6),
+        top_p=_setting(fields, "top_p"),
+        min_p=_setting(fields, "min_p"),
+        typical_p=_setting(fields, "typical_p"),
+        repetition_penalty=_setting(fields, "repetition_penalty"),
     )
 
 
-def _setting(fields: _Fields, key: str, least: float, most: float) -> float | None:
+def _setting(
+    fields: _Fields, key: str, name: str | None = None, *, negative_is_0: bool = False
+) -> float | None:
+    """The file's `key`, as SamplingParams takes it in the field `name` (None: of the same name); None where
+    it is absent."""
     if fields.get(key) is None:
         return None
-    value = fields.number(key)
+    value = max(fields.number(key), 0.0) if negative_is_0 else fields.number(key)
+    least, most, _ = ADVISED_RANGES[name or key]
     if not least <= value <= most:
         raise FormatError(
             f"the sampling default {fields.prefix}{key} is {value:g}, outside {least:g} to {most:g}"

@@ -53,8 +53,8 @@ class Imatrix:
         sums, counts = self.sums[name].astype(np.float64), self.counts[name].astype(np.float64)
         if sums.shape != (n_matrices, k):
             raise FormatError(
-                f"{self.path or 'imatrix'}: {name} is {sums.shape}, but the model's is {(n_matrices, k)}: it "
-                "was made from another model"
+                f"{self.path or 'imatrix'}: {show(name)} is {sums.shape}, but the model's is "
+                f"{(n_matrices, k)}: it was made from another model"
             )
         with np.errstate(divide="ignore", invalid="ignore"):
             mean = sums / counts[:, None]

@@ -19,7 +19,7 @@ from . import backends
 from .contents import Source, contents_of
 from .errors import ArgumentError, FormatError, NotFoundError
 from .imatrix import Imatrix, read_imatrix
-from .loaders import BF16, F16, F32, FORMATS
+from .loaders import BF16, F16, F32, FORMATS, show
 from .loaders.gguf_writer import OutTensor, write_gguf
 from .mixes import MIXES, key_of, tensor_formats
 from .modelfiles import BUNDLED
@@ -110,7 +110,7 @@ def _refuse_quantized(where: Path, sources: Mapping[str, Source], formats: Mappi
     for name, source in sources.items():
         if source.format not in (F32, F16, BF16, formats[name]):
             raise ArgumentError(
-                f"{where} is quantized already ({name} is {FORMATS[source.format].name}), and errors "
+                f"{where} is quantized already ({show(name)} is {FORMATS[source.format].name}), and errors "
                 "would add up; start from the float model, or pass allow_requantize=True (--allow-requantize)"
             )
 

@@ -1,7 +1,8 @@
 """How the next token is chosen: parameters and their defaults, one sampler a sequence, seeds, stop strings.
 
 The arithmetic is csrc/sample.c, reached through `backends`; docs/sampling.md describes every step to users.
-Imports errors and backends only. Read engine.py next: it calls a `Sampler` for each row of logits.
+Imports config (ranges of what files may advise), errors and backends only. Read engine.py next: it calls a
+`Sampler` for each row of logits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import backends
+from .config import ADVISED_RANGES
 from .errors import ArgumentError
 
 Candidates = backends.Candidates
@@ -28,16 +30,12 @@ Change the logits in place and return None, or return a new array [vocab_size]."
 _LARGEST_INT = 2**31 - 1
 # Field: lowest, highest, what a special value means.
 _FLOATS = {
-    "temperature": (0, 1000, "0 is greedy"),
-    "top_p": (0, 1, "1 turns it off"),
-    "min_p": (0, 1, "0 turns it off"),
-    "typical_p": (0, 1, "1 turns it off"),
-    "repetition_penalty": (0.001, 1000, "1 turns it off"),
+    **{name: bounds for name, bounds in ADVISED_RANGES.items() if name != "top_k"},
     "presence_penalty": (-1000, 1000, "0 turns it off"),
     "frequency_penalty": (-1000, 1000, "0 turns it off"),
 }
-_INTS = {
-    "top_k": (0, _LARGEST_INT, "0 turns it off"),
+_INTS: dict[str, tuple[float, float, str]] = {
+    "top_k": ADVISED_RANGES["top_k"],
     "penalty_window": (-1, _LARGEST_INT, "-1 is the whole text"),
     "seed": (0, 2**64 - 1, "None draws one"),
     "max_tokens": (1, _LARGEST_INT, "None is until the end of text or context"),
@@ -141,7 +139,7 @@ def _number(name: str, value: object, low: float, high: float, hint: str) -> flo
     return float(value)
 
 
-def _integer(name: str, value: object, low: int, high: int, hint: str) -> int:
+def _integer(name: str, value: object, low: float, high: float, hint: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if not low <= value <= high:

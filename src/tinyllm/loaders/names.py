@@ -441,8 +441,8 @@ def _split_stacks(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dic
         kind = "bias" if bias else "weight"
         if not bias and stack.format != MXFP4:
             raise UnsupportedError(
-                f"{name} is {FORMATS[stack.format].name}: of safetensors with stacked experts only those in "
-                "MXFP4 are supported; convert the model to GGUF"
+                f"{show(name)} is {FORMATS[stack.format].name}: of safetensors with stacked experts only "
+                "those in MXFP4 are supported; convert the model to GGUF"
             )
         for i, expert in enumerate(stack.parts()):
             if part == "down":
