@@ -215,7 +215,7 @@ What was done to tinyllm to make it crash, hang, leak or answer wrongly, and wha
 the core's memory or an open file that is left when all that used it is closed. LeakSanitizer looks for them
 in the C tests alone, as Python keeps much until its end; under Python the core counts its own blocks
 (`backends.live_allocations`), which must be none after each load, refusal and close. Crashes are ends of the
-process and reports of sanitizers.""".splitlines()
+process, hangs, reports of sanitizers and whatever else a check did not expect: it ends there.""".splitlines()
 KINDS = {
     "misuse": "Wrong use and interrupts",
     "pressure": "Pressure",
@@ -299,7 +299,10 @@ def main() -> int:
     for name in names:
         stage, start = STAGES[name], time.monotonic()
         print(f"{name}: ", end="", flush=True)
-        result = stage.run(given.minutes * 60 * stage.share / shares)
+        try:
+            result = stage.run(given.minutes * 60 * stage.share / shares)
+        except subprocess.TimeoutExpired as error:
+            result = {"name": name, "crashes": 1, "failed": f"it hung for {error.timeout:.0f} s"}
         took_s = round(time.monotonic() - start, 1)
         date = datetime.date.today().isoformat()
         results = kept_results()  # afresh: another run may have added to it
