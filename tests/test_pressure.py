@@ -92,6 +92,10 @@ def test_interrupts_at_random_moments() -> None:
     run_script("signals", "--interrupts", 60, "--seed", 1)
 
 
+def test_interrupts_anywhere() -> None:
+    run_script("anywhere", "--seconds", 3)
+
+
 def test_address_space_runs_out() -> None:
     """Loading, growing the cache and calling under RLIMIT_AS, which leaves a little more each time."""
     run_script("memory", "--step-kb", 2048)

@@ -167,6 +167,7 @@ def python_tests(
 
 STAGES: dict[str, Stage] = {
     "interrupts": Stage("misuse", 2, script("interrupts")),
+    "anywhere": Stage("misuse", 2, script("anywhere")),
     "signals": Stage("pressure", 2, script("signals")),
     "threads": Stage("pressure", 1, script("threads")),
     "requests": Stage("pressure", 0, script("requests", parts=0)),
