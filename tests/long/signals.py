@@ -137,7 +137,10 @@ def main() -> None:
                 usual[work] = time.monotonic() - start
             for i in range(given.interrupts):
                 work = rng.choice(WORKS)
+                start = time.monotonic()
                 is_hit = interrupt(llm, work, rng.random() * usual[work])
+                if not is_hit:  # a busy machine becomes faster and slower
+                    usual[work] = time.monotonic() - start
                 ended[f"{work.__name__}: {'interrupted' if is_hit else 'too late'}"] += 1
                 is_last = time.monotonic() > end or i == given.interrupts - 1
                 if i % 10 == 9 or is_last:
