@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,9 @@ from helpers_models import golden_spec, random_ids, random_weights, write_hf_dir
 
 import tinyllm
 from tinyllm import errors
+from tinyllm.chat import ChatTemplate
+from tinyllm.modelfiles import BUNDLED
+from tinyllm.tokenizer import tokenizer_from_gguf
 
 CONFIG = golden_spec("llama3").config
 
@@ -261,3 +266,121 @@ def test_a_session_in_many_threads_is_refused_not_broken(model: tinyllm.LLM) -> 
     np.testing.assert_array_equal(session.logits, rows[-1])
     session.close()
     assert pages_in_use(model) == 0
+
+
+# ---- tokenizers and templates: what they share, and whom they lend the thread to
+
+
+def bpe() -> tinyllm.Tokenizer:
+    """Of bytes alone, as a GGUF describes one."""
+    letters = [chr(i) for i in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144))]
+    entries = {"model": "gpt2", "pre": "gpt-2", "tokens": letters, "merges": []}
+    return tokenizer_from_gguf({f"tokenizer.ggml.{key}": value for key, value in entries.items()})
+
+
+LONG = "Tom saw a cat. " * 1500
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+def many_turns() -> Callable[[], object]:
+    """A template that takes some milliseconds."""
+    turns = "{% for i in range(1000) %}{% for m in messages %}{{ m.content|trim }}{% endfor %}{% endfor %}"
+    return lambda: ChatTemplate(turns).render(MESSAGES)
+
+
+def encoding(tokenizer: tinyllm.Tokenizer) -> Callable[[], object]:
+    return lambda: tokenizer.encode(LONG)
+
+
+WORK: dict[str, Callable[[], Callable[[], object]]] = {
+    "BPE": lambda: encoding(bpe()),
+    "SentencePiece": lambda: encoding(tinyllm.load_tokenizer(BUNDLED["stories"])),
+    "template": many_turns,
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_a_fork_while_another_thread_encodes(name: str) -> None:
+    work, done = WORK[name](), threading.Event()
+
+    def other() -> None:
+        while not done.is_set():
+            work()
+
+    thread = threading.Thread(target=other, daemon=True)
+    thread.start()
+    try:
+        for _ in range(5):
+            time.sleep(0.01)
+            assert in_child(work) == 0
+    finally:
+        done.set()
+        thread.join(timeout=60)
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_a_handler_may_encode_amid_encoding(name: str) -> None:
+    def child() -> None:
+        work, n_calls = WORK[name](), 0
+        right = work()
+
+        def handler(*_: object) -> None:
+            nonlocal n_calls
+            n_calls += 1
+            assert work() == right
+
+        signal.signal(signal.SIGUSR1, handler)
+        timer = threading.Thread(target=lambda: [os.kill(os.getpid(), signal.SIGUSR1) for _ in pauses(5)])
+        timer.start()
+        while timer.is_alive():
+            assert work() == right
+        assert n_calls
+
+    assert in_child(child) == 0
+
+
+def pauses(n: int) -> Iterator[None]:
+    for _ in range(n):
+        time.sleep(0.01)
+        yield
+
+
+@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("error", [TimeoutError, RuntimeError])
+def test_what_a_handler_raises_stays_what_it_is(name: str, error: type[Exception]) -> None:
+    """It is no fault of the model's files that the program's own time is up."""
+    work = WORK[name]()
+    work()
+
+    def handler(*_: object) -> None:
+        raise error("of the handler")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for i in range(4):
+            with pytest.raises(error, match=r"^of the handler$") as raised:  # noqa: PT012
+                signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0013 * i)
+                forever(work)
+            assert type(raised.value) is error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+NO_IMPORTS = """
+import sys, tinyllm
+from tinyllm.chat import ChatTemplate
+llm = tinyllm.load("stories", threads=2)
+known = set(sys.modules)
+llm.chat([{"role": "user", "content": "x"}], chat_template="{{ messages[0].content }}", max_tokens=2)
+with llm.session() as session:
+    session.append("Tom")
+    session.generate(max_tokens=2)
+assert not set(sys.modules) - known, set(sys.modules) - known
+"""
+
+
+def test_calls_import_nothing() -> None:
+    """A process that is forked while another thread imports a module waits for ever for that module."""
+    done = subprocess.run([sys.executable, "-c", NO_IMPORTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

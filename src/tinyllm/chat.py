@@ -1,24 +1,29 @@
 """Chat templates: from a conversation to the exact prompt that a model was trained on.
 
 A model brings its own Jinja template: in a GGUF's metadata or beside the weights of a directory. This module
-finds it and renders it; sandbox.py keeps it harmless. Imports errors.py, and sandbox.py only on the first
-rendering.
+finds it and renders it; sandbox.py keeps it harmless. Imports errors, the loaders and sandbox.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tinyllm.errors import ArgumentError, FormatError, MemoryLimitError, TemplateError
+import jinja2
+
+from tinyllm import sandbox
+from tinyllm.errors import (
+    ArgumentError,
+    Error,
+    FormatError,
+    MemoryLimitError,
+    TemplateError,
+    comes_from,
+)
 from tinyllm.loaders import read_json_if_any, read_small, show, show_words
-
-if TYPE_CHECKING:
-    from tinyllm.sandbox import Sandbox
 
 Message = Mapping[str, Any]
 
@@ -55,8 +60,7 @@ class ChatTemplate:
         self.name = name
         self.tool_source = tool_source
         self.variables = dict(variables or {})
-        self._compiled: dict[str, tuple[Sandbox, Any]] = {}
-        self._lock = threading.Lock()
+        self._compiled: dict[str, tuple[sandbox.Sandbox, Any]] = {}
 
     def render(
         self,
@@ -96,8 +100,6 @@ class ChatTemplate:
 
         Raises TemplateError for a template that is not valid.
         """
-        from tinyllm import sandbox
-
         with self._reported():
             names = sandbox.Sandbox().free_variables(self.source, self._filename)
         return sorted(names - {*self.variables, *_GIVEN})
@@ -111,36 +113,38 @@ class ChatTemplate:
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """What goes wrong inside becomes a TemplateError."""
-        import jinja2
-
-        from tinyllm import sandbox
-
+        """What goes wrong inside becomes a TemplateError; what a signal handler raises meanwhile does not."""
         try:
             yield
-        except sandbox.LimitError as e:
-            raise self._error(f"was stopped: {e}", e) from None
-        except sandbox.RefusedError as e:
-            raise self._error(f"does not take these messages: {e}", e) from None
-        except jinja2.TemplateSyntaxError as e:
-            raise TemplateError(f"the {self.name} is not valid, line {e.lineno}: {_cut(e.message)}") from None
-        except RecursionError as e:
-            raise self._error("was stopped: it is nested too deeply", e) from None
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as e:
-            raise self._error(f"failed: {e}", e) from None
-        except MemoryError as e:
-            raise MemoryLimitError(f"no memory left while rendering the {self.name}") from e
-        except Exception as e:  # a template can reach any corner of Jinja
-            raise self._error(f"failed ({type(e).__name__}): {e}", e) from None
+        except Exception as e:
+            if not comes_from(e, "jinja2", "markupsafe", self._filename):
+                raise
+            raise self._as_ours(e) from None
 
-    def _compile(self, source: str) -> tuple[Sandbox, Any]:
-        from tinyllm.sandbox import Sandbox
+    def _as_ours(self, e: Exception) -> Error:
+        match e:
+            case sandbox.LimitError():
+                return self._error(f"was stopped: {e}", e)
+            case sandbox.RefusedError():
+                return self._error(f"does not take these messages: {e}", e)
+            case jinja2.TemplateSyntaxError():
+                return TemplateError(f"the {self.name} is not valid, line {e.lineno}: {_cut(e.message)}")
+            case RecursionError():
+                return self._error("was stopped: it is nested too deeply", e)
+            case jinja2.TemplateError() | ArithmeticError() | LookupError() | TypeError() | ValueError():
+                return self._error(f"failed: {e}", e)
+            case MemoryError():
+                return MemoryLimitError(f"no memory left while rendering the {self.name}")
+            case _:  # a template can reach any corner of Jinja
+                return self._error(f"failed ({type(e).__name__}): {e}", e)
 
-        with self._lock:
-            if source not in self._compiled:
-                environment = Sandbox()
-                self._compiled[source] = environment, environment.compile_template(source, self._filename)
-            return self._compiled[source]
+    def _compile(self, source: str) -> tuple[sandbox.Sandbox, Any]:
+        """Without a lock, which a forked process or a signal handler would find held: two threads may compile
+        the same at once."""
+        if source not in self._compiled:
+            environment = sandbox.Sandbox()
+            self._compiled[source] = environment, environment.compile_template(source, self._filename)
+        return self._compiled[source]
 
     @property
     def _filename(self) -> str:

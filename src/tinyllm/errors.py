@@ -7,6 +7,7 @@ the same cause, the class inherits it too. Wrong Python types stay `TypeError`. 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -78,6 +79,22 @@ def out_of_memory(doing: str) -> Iterator[None]:
         if isinstance(error, Error):
             raise
         raise MemoryLimitError(f"no memory left while {doing}") from error
+
+
+def comes_from(error: BaseException, *origins: str) -> bool:
+    """Whether `error` was raised where nothing ran but tinyllm, the standard library and `origins`: names of
+    packages, or of files of code.
+
+    A signal handler runs between any two steps of theirs, and what it raises is the program's own: it has a
+    frame of the handler in its traceback."""
+    trace = error.__traceback__
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        known = module in ("tinyllm", *origins) or module in sys.stdlib_module_names
+        if not known and trace.tb_frame.f_code.co_filename not in origins:
+            return False
+        trace = trace.tb_next
+    return True
 
 
 def size_text(n_bytes: int) -> str:

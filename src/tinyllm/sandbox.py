@@ -1,8 +1,7 @@
 """A Jinja environment for templates that came with a downloaded file: nothing to reach, and bounds on what
 they may do.
 
-Imports jinja2 alone, and is imported by chat.py only when a template is first rendered (jinja2 takes a while
-to import).
+Imports jinja2 alone.
 
 Nothing to reach: values are plain data (chat.py copies them), attributes are those of a short list of types,
 filters and globals are the ones that chat templates use, and no template can load another.

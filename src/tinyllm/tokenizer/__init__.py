@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from tinyllm.errors import FormatError, NotFoundError
+from tinyllm.errors import NotFoundError, located, out_of_memory
 from tinyllm.loaders import user_path
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.tokenizer.core import Tokenizer, TokenStream
@@ -24,16 +24,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a GGUF file (also one that holds only a vocabulary) or of a Hugging Face directory.
 
     Raises NotFoundError when `path` does not exist or is a directory without a tokenizer, FormatError when a
-    file is broken or of another kind, UnsupportedError for a kind of tokenizer that tinyllm does not know.
+    file is broken or of another kind, UnsupportedError for a kind of tokenizer that tinyllm does not know,
+    MemoryLimitError.
     """
     path = user_path(path)
-    if os.path.isdir(path):
-        tokenizer = tokenizer_from_directory(path)
-        if tokenizer is None:
-            raise NotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in this directory")
-        return tokenizer
-    metadata = read_gguf(path).metadata
-    try:
-        return tokenizer_from_gguf(metadata)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
+    with out_of_memory(f"loading the tokenizer of {path}"):
+        if os.path.isdir(path):
+            tokenizer = tokenizer_from_directory(path)
+            if tokenizer is None:
+                raise NotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in this directory")
+            return tokenizer
+        metadata = read_gguf(path).metadata
+        with located(path):
+            return tokenizer_from_gguf(metadata)

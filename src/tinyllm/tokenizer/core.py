@@ -10,11 +10,12 @@ from_gguf.py and from_directory.py.
 from __future__ import annotations
 
 import codecs
+import mmap
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from tinyllm.errors import ArgumentError, FormatError
+from tinyllm.errors import ArgumentError, Error, FormatError, MemoryLimitError, comes_from, size_text
 from tinyllm.loaders import show_words
 
 Encoder = Callable[[str, bool], list[int]]
@@ -25,14 +26,31 @@ SPACE = "▁"  # how SentencePiece spells a space inside a token
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """What a package raises inside becomes a FormatError that begins with `what`: bare Exceptions, messages
-    that are no UTF-8, and panics of Rust, which are BaseExceptions of a type that is not exported."""
+    """What a package raises inside becomes a FormatError that begins with `what`, or a MemoryLimitError: bare
+    Exceptions, messages that are no UTF-8, and panics of Rust, which are BaseExceptions of a type that is not
+    exported. What a signal handler raises meanwhile stays what it is."""
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        known = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if isinstance(error, Error) or not known or not comes_from(error, "tokenizers", "sentencepiece"):
             raise
+        if isinstance(error, MemoryError):
+            raise MemoryLimitError(f"{what}: no memory left") from error
         raise FormatError(f"{what}: {show_words(str(error))}") from error
+
+
+def need_memory(n_bytes: int, doing: str) -> None:
+    """Raises MemoryLimitError unless the process can get n_bytes more just now.
+
+    The tokenizers package ends the process when an allocation fails, so it is asked beforehand: address space
+    is taken and, never touched, given back (4 us)."""
+    try:
+        mmap.mmap(-1, max(n_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except (OSError, OverflowError) as error:
+        raise MemoryLimitError(
+            f"no memory left while {doing}, which may take {size_text(n_bytes)}"
+        ) from error
 
 
 class Tokenizer:

@@ -18,8 +18,15 @@ from tokenizers import AddedToken
 
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
 from tinyllm.loaders import parse_json, read_json_if_any, read_small, show, show_some, user_path
-from tinyllm.tokenizer.bpe import BPEEncoder
-from tinyllm.tokenizer.core import SPACE, Tokenizer, refused, spell_byte_level, spell_sentencepiece
+from tinyllm.tokenizer.bpe import PER_JSON, BPEEncoder
+from tinyllm.tokenizer.core import (
+    SPACE,
+    Tokenizer,
+    need_memory,
+    refused,
+    spell_byte_level,
+    spell_sentencepiece,
+)
 from tinyllm.tokenizer.spm import SentencePieceEncoder, load_processor, normalizer
 
 _OTHER_KINDS = ("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.tiktoken", "spiece.model")
@@ -122,6 +129,7 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
     file = folder / "tokenizer.json"
     data = read_small(file)
     _check_tables(data, file)
+    need_memory(PER_JSON * len(data), f"reading {file}")
     with refused(f"{file}: not a tokenizer that the tokenizers package reads"):
         backend = tokenizers.Tokenizer.from_buffer(data)
         backend.no_truncation()

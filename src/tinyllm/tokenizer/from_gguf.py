@@ -17,7 +17,7 @@ from tokenizers import AddedToken, models
 
 from tinyllm.errors import FormatError, UnsupportedError
 from tinyllm.loaders import show
-from tinyllm.tokenizer.bpe import BPEEncoder
+from tinyllm.tokenizer.bpe import BPEEncoder, need_for_vocabulary
 from tinyllm.tokenizer.core import (
     Encoder,
     Speller,
@@ -207,13 +207,14 @@ def _bpe(metadata: dict[str, Any]) -> Tokenizer:
             raise FormatError(
                 f"{_KEY}merges: entry {i}, {show(left or right)}, is not two tokens with a space between"
             )
+    always = vocabulary.of_type(USER_DEFINED)
+    special = vocabulary.of_type(CONTROL, UNKNOWN)
+    need_for_vocabulary(vocabulary.tokens, merges, [*always, *special])
     with refused(f"{_KEY}merges do not fit {_KEY}tokens"):
         bpe = tokenizers.Tokenizer(
             models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=rule.ignore_merges)
         )
     bpe.pre_tokenizer = rule.build()
-    always = vocabulary.of_type(USER_DEFINED)
-    special = vocabulary.of_type(CONTROL, UNKNOWN)
     bpe.add_tokens([AddedToken(text, normalized=False) for text in always])
     bpe.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
     return _tokenizer(metadata, vocabulary, BPEEncoder(bpe), spell_byte_level, add_bos=rule.add_bos)
