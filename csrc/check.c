@@ -109,6 +109,8 @@ static tl_status check_token(const tl_model *model, const tl_cache *cache, const
 
 tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_batch *b, tl_message *message) {
     const tl_config *c = &model->config;
+    if (!model->is_complete)
+        return tl_fail(message, TL_ARGUMENT, "not all weights are known to be there: check the model first");
     if (c->n_experts && !model->backend->moe)
         return tl_fail(message, TL_UNSUPPORTED, "mixtures of experts do not run on %s", model->backend->name);
     if (cache->n_layers != c->page_layers || cache->n_kv_heads != c->n_kv_heads || cache->head_dim != c->head_dim)

@@ -197,6 +197,7 @@ struct tl_model {
     int n_tables;        // of pages that a sequence has
     size_t weight_bytes; // packed bytes uploaded
     tl_run *scratch;     // the backend's, reused from call to call
+    int is_complete;     // no weight is missing: tl_model_check said so
 };
 
 tl_status tl_config_check(const tl_config *config, tl_message *message);
@@ -211,8 +212,8 @@ tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl
                           const tl_format *format, int threads, tl_message *message);
 // The output matrix is the embedding, from now on, where it has none of its own: one copy serves both.
 void tl_model_tie(tl_model *model);
-// Says which weight is missing, if one is. Call it once before the first forward.
-tl_status tl_model_check(const tl_model *model, tl_message *message);
+// Says which weight is missing, if one is. Until it finds none, tl_forward refuses the model.
+tl_status tl_model_check(tl_model *model, tl_message *message);
 // The bytes of weights one token reads: every packed matrix once, of the experts as many as it uses; the embedding's
 // row not counted.
 size_t tl_model_token_bytes(const tl_model *model);

@@ -225,7 +225,7 @@ void tl_model_tie(tl_model *model) {
     if (!model->output.data) model->output = model->embedding;
 }
 
-tl_status tl_model_check(const tl_model *model, tl_message *message) {
+tl_status tl_model_check(tl_model *model, tl_message *message) {
     for (const slot *s = slots; s < slots + N_SLOTS; s++)
         for (int l = 0; is_required(&model->config, s) && l < n_layers_with(model, s); l++)
             for (int i = 0; i < n_in_layer(model, s); i++) {
@@ -235,6 +235,7 @@ tl_status tl_model_check(const tl_model *model, tl_message *message) {
                     return tl_fail(message, TL_ARGUMENT, "weight %s%d of layer %d is missing", s->name, i, l);
                 if (!there) return tl_fail(message, TL_ARGUMENT, "weight %s of layer %d is missing", s->name, l);
             }
+    model->is_complete = 1;
     return TL_OK;
 }
 

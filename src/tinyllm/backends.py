@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from . import _core, cuda
 from .config import ModelConfig
-from .errors import ArgumentError, UnsupportedError, located, size_text
-from .loaders import FORMATS, TensorInfo
+from .errors import ArgumentError, UnsupportedError, integer, located, size_text
+from .loaders import FORMATS, TensorInfo, show
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -156,6 +156,7 @@ def default_threads() -> int:
 
 
 MAX_THREADS = 256
+MOST_INT = (1 << 31) - 1  # of the core's
 
 
 def free_memory() -> int:
@@ -349,15 +350,19 @@ class PagePool:
 
     def grow(self, n_pages: int) -> None:
         """At least n_pages exist from now on. Raises MemoryLimitError, ArgumentError past max_pages."""
-        self._core.grow(n_pages)
+        self._core.grow(integer("n_pages", n_pages, 0, self.max_pages))
 
     def clear_page(self, page: int) -> None:
         """Zeroes a page; do it when it is handed out."""
-        self._core.clear_page(page)
+        self._core.clear_page(self._checked("page", page))
 
     def copy_page(self, to: int, source: int, n_tokens: int) -> None:
         """Copies a page's first n_tokens tokens, rounded up to a multiple of 16."""
-        self._core.copy_page(to, source, n_tokens)
+        to, source = self._checked("to", to), self._checked("source", source)
+        self._core.copy_page(to, source, integer("n_tokens", n_tokens, 0, PAGE))
+
+    def _checked(self, name: str, page: int) -> int:
+        return integer(name, page, 0, self.n_pages - 1, "a page that exists")
 
     def close(self) -> None:
         """Frees the pages, once no call uses them any more."""
@@ -371,9 +376,7 @@ class Model:
         self.config, self.cache_groups = config, cache_groups(config)
         self._device = choose_device(device)
         self.device = self._device.name
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise ArgumentError(f"threads is {threads}, not in 1..{MAX_THREADS}")
-        self.threads = threads or default_threads()
+        self.threads = default_threads() if threads is None else integer("threads", threads, 1, MAX_THREADS)
         self._output_norm = np.ones(config.dim, np.float32)
         self._core = _core.Model(_core_config(config), self._device.table)
 
@@ -442,12 +445,12 @@ class Model:
         self._core.tie()
 
     def check(self) -> None:
-        """Raises ArgumentError naming the first missing weight."""
+        """Raises ArgumentError naming the first missing weight. Until it found none, `forward` raises it."""
         self._core.check()
 
     def unpack(self, name: str, layer: int | None = None) -> F32:
         """A matrix as float32 [rows, k], exactly the numbers its format means."""
-        return self._core.unpack(name, -1 if layer is None else layer)
+        return self._core.unpack(*_weight(name, layer))
 
     def observe(self, name: str, layer: int | None = None) -> npt.NDArray[np.float64]:
         """What a matrix [rows, k] meets from now on: float64 [k + 1] that every call adds to.
@@ -460,14 +463,14 @@ class Model:
             raise UnsupportedError(
                 f"inputs are observed on the CPU only, not on {self.device}; use device='cpu'"
             )
-        return self._core.observe(name, -1 if layer is None else layer)
+        return self._core.observe(*_weight(name, layer))
 
     def cache(self, type: CacheType = "f16", max_pages: int | None = None) -> PagePool:
         """A page pool for this model; max_pages None: all pages of one sequence of the whole context."""
         if type not in CACHE_TYPES:
             raise ArgumentError(f"cache type is {type!r}; it is one of {', '.join(CACHE_TYPES)}")
         context_pages = -(-self.config.context // PAGE) * len(self.cache_groups)
-        pages = context_pages if max_pages is None else max_pages
+        pages = context_pages if max_pages is None else integer("max_pages", max_pages, 1, MOST_INT)
         return PagePool(self._core.cache(CACHE_TYPES[type], pages))
 
     def forward(
@@ -489,10 +492,11 @@ class Model:
         sequence's tokens stand together in order, sequences ascend. page_tables: int [n_sequences,
         len(cache_groups), max_pages], page ids of `cache`, or [n_sequences, max_pages] where there is one
         group; what is wholly behind a group's window is not read, but must be a page. layers: (first, last),
-        default all. should_stop: asked before each layer (at most every 20 ms), True cancels. Returns float32
-        logits [len(rows), vocab_size] of the tokens that `rows` lists (None: all), or, where the last layer
-        is not the model's last or `logits` is False, activations [n, dim]. Raises ArgumentError for what does
-        not fit, CancelledError.
+        default all. should_stop: asked before each layer (at most every 20 ms), True cancels; what it does to
+        the arrays of the call reaches the next one, which takes copies. Returns float32 logits [len(rows),
+        vocab_size] of the tokens that `rows` lists (None: all), or, where the last layer is not the model's
+        last or `logits` is False, activations [n, dim]. Raises ArgumentError for what does not fit, and where
+        `check` has not found all weights; CancelledError.
         """
         found: F32 = self._forward(
             tokens_or_x, positions, sequences, page_tables, rows, layers, logits, 0, cache, should_stop
@@ -513,8 +517,7 @@ class Model:
     ) -> Candidates:
         """As `forward` through all layers, but of each of at most 64 rows only the n largest logits, so that
         a vocabulary need not leave the device. n: 1 to most_candidates."""
-        if not 1 <= n <= self.most_candidates:
-            raise ArgumentError(f"{n} candidates asked for, {self.device} gives 1 to {self.most_candidates}")
+        n = integer("n", n, 1, self.most_candidates, f"candidates that {self.device} finds")
         found = self._forward(
             tokens, positions, sequences, page_tables, rows, None, None, n, cache, should_stop
         )
@@ -550,7 +553,7 @@ class Model:
                 f"activations are {list(given.shape)}, expected [{len(position)}, {self.config.dim}]"
             )
         tokens = None if is_x else _integers("tokens", given, 1)
-        x = np.ascontiguousarray(given, np.float32) if is_x else None
+        x = np.ascontiguousarray(given, np.float32) if is_x else None  # any numbers will do: it stays theirs
         chosen = np.arange(len(position), dtype=np.int32) if rows is None else _integers("rows", rows, 1)
         between = _integers("layers", (0, self.config.n_layers) if layers is None else layers, 1).tolist()
         if len(between) != 2:
@@ -592,6 +595,15 @@ class Model:
         )
 
 
+def _weight(name: str, layer: int | None) -> tuple[str, int]:
+    """A weight as the core names it."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a weight must be a str, not {type(name).__name__}")
+    if not (name.isascii() and name.isprintable()):
+        raise ArgumentError(f"no weight has the name {show(name)}")
+    return name, -1 if layer is None else integer("layer", layer, 0, MOST_INT)
+
+
 def _array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
     try:
         return np.asarray(values)
@@ -609,4 +621,5 @@ def _integers(name: str, values: npt.ArrayLike, n_dimensions: int | None = None)
         raise ArgumentError(f"{name} has {array.ndim} dimensions, expected {n_dimensions}")
     if array.dtype != np.int32 and array.size and not -(1 << 31) <= array.min() <= array.max() < 1 << 31:
         raise ArgumentError(f"{name} has a value past 32 bits")
-    return np.ascontiguousarray(array, np.int32)
+    # A copy, so that what was checked stays so: other threads and should_stop can write to the caller's.
+    return np.array(array, np.int32, order="C")

@@ -6,6 +6,7 @@ the same cause, the class inherits it too. Wrong Python types stay `TypeError`. 
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,29 @@ def comes_from(error: BaseException, *origins: str) -> bool:
             return False
         trace = trace.tb_next
     return True
+
+
+def number_text(value: object) -> str:
+    """A number as messages write it: one with more digits than anybody reads, or Python prints, by its
+    size."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)
+
+
+def integer(name: str, value: object, low: float, high: float, hint: str = "") -> int:
+    """An argument that must be a whole number in low..high.
+
+    Raises TypeError, and ArgumentError with the range and the hint.
+    """
+    try:
+        number = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
+    if not low <= number <= high:
+        hint = f" ({hint})" if hint else ""
+        raise ArgumentError(f"{name} is {number_text(number)}, expected {low} to {high}{hint}")
+    return number
 
 
 def size_text(n_bytes: int) -> str:

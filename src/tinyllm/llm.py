@@ -24,7 +24,15 @@ from .backends import CacheType
 from .chat import ChatTemplate, require
 from .config import GenerationDefaults, ModelConfig
 from .engine import CALL_S, CHUNK, Engine, FinishReason, Generation, Job, Piece, choose
-from .errors import ArgumentError, ContextError, MemoryLimitError, out_of_memory, size_text
+from .errors import (
+    ArgumentError,
+    ContextError,
+    MemoryLimitError,
+    integer,
+    number_text,
+    out_of_memory,
+    size_text,
+)
 from .kvcache import PAGE, KVCache, Sequence, pages_held, root_key
 from .reasoning import Plain, Splitter, splitter, visible_ids
 from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
@@ -207,8 +215,8 @@ class LLM:
 
             llm("Once upon a time", max_tokens=50, temperature=0).text
         """
-        if n is not None and operator.index(n) < 1:
-            raise ArgumentError(f"n is {n}, expected 1 or more")
+        if n is not None:
+            n = integer("n", n, 1, backends.MOST_INT)
         prompts = [prompt] if _is_prompt(prompt) else list(cast("SequenceOf[Prompt]", prompt))
         given = _merge(params, sampling)
         requests: list[list[_Request]] = []
@@ -400,7 +408,7 @@ class LLM:
         for i in ids:
             if not 0 <= i < self.config.vocab_size:
                 raise ArgumentError(
-                    f"token id {i} is not in the vocabulary, 0 to {self.config.vocab_size - 1}"
+                    f"token id {number_text(i)} is not in the vocabulary, 0 to {self.config.vocab_size - 1}"
                 )
         return ids
 

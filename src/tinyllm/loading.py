@@ -7,7 +7,6 @@ Imports `llm`, `modelfiles`, `backends`, `loaders`, `mixes`, `config` and `error
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import time
 from bisect import bisect_right
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from . import backends
 from .backends import PAGE, CacheType
 from .config import ModelConfig
-from .errors import ArgumentError, MemoryLimitError, UnsupportedError, out_of_memory, size_text
+from .errors import ArgumentError, MemoryLimitError, UnsupportedError, integer, out_of_memory, size_text
 from .llm import LLM, cache_pages
 from .loaders import BF16, F16, F32
 from .loaders.names import Weights, in_gguf
@@ -60,8 +59,8 @@ def load(
         with tinyllm.load("model.gguf") as llm: print(llm("Once upon a time"))
     """
     started = time.perf_counter()
-    if context is not None and operator.index(context) < 1:
-        raise ArgumentError(f"context is {context}, expected 1 or more")
+    if context is not None:
+        context = integer("context", context, 1, backends.MOST_INT)
     if not isinstance(cache_type, str):
         raise TypeError(f"cache_type is a str, not {type(cache_type).__name__}")
     if cache_type not in backends.CACHE_TYPES:

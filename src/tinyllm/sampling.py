@@ -8,7 +8,6 @@ Imports config (ranges of what files may advise), errors and backends only. Read
 from __future__ import annotations
 
 import hashlib
-import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from . import backends
 from .config import ADVISED_RANGES
-from .errors import ArgumentError
+from .errors import ArgumentError, integer, number_text
 
 Candidates = backends.Candidates
 Logits = npt.NDArray[np.float32] | Candidates
@@ -99,7 +98,7 @@ class SamplingParams:
                 keep(name, _number(name, getattr(self, name), *bounds))
         for name, bounds in _INTS.items():
             if getattr(self, name) is not None:
-                keep(name, _integer(name, getattr(self, name), *bounds))
+                keep(name, integer(name, getattr(self, name), *bounds))
         if self.top_logprobs is None:
             raise TypeError("top_logprobs must be an int, not None")
         if not isinstance(self.logprobs, bool):
@@ -135,16 +134,8 @@ def _number(name: str, value: object, low: float, high: float, hint: str) -> flo
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
     if not low <= value <= high:
-        raise ArgumentError(f"{name} is {value}, expected {low:g} to {high:g} ({hint})")
+        raise ArgumentError(f"{name} is {number_text(value)}, expected {low:g} to {high:g} ({hint})")
     return float(value)
-
-
-def _integer(name: str, value: object, low: float, high: float, hint: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if not low <= value <= high:
-        raise ArgumentError(f"{name} is {value}, expected {low} to {high} ({hint})")
-    return operator.index(value)
 
 
 def _checked_bias(bias: object) -> dict[int, float]:
@@ -152,7 +143,7 @@ def _checked_bias(bias: object) -> dict[int, float]:
         raise TypeError(f"logit_bias must map token ids to numbers, not be a {type(bias).__name__}")
     highest = _LARGEST_INT - 1
     return {
-        _integer("a token id in logit_bias", token, 0, highest, "ids below the vocabulary's size"): _number(
+        integer("a token id in logit_bias", token, 0, highest, "ids below the vocabulary's size"): _number(
             f"logit_bias of token {token}", value, -np.inf, 1000, "-inf forbids the token"
         )
         for token, value in bias.items()
