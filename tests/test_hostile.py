@@ -19,6 +19,7 @@ from helpers_hostile import (
     STRING,
     TARGETS,
     TINY_CONFIG,
+    TINY_TOKENIZER_JSON,
     U32,
     U64,
     File,
@@ -369,6 +370,10 @@ def step(type: str, **settings: Any) -> dict[str, Any]:
     return {"type": type, **settings}
 
 
+def splitter(regex: str) -> dict[str, Any]:
+    return step("Split", pattern={"Regex": regex}, behavior="Isolated", invert=False)
+
+
 AB = {"a": 0, "b": 1, "ab": 2}
 BYTES = step("ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 TENFOLD = step("Replace", pattern={"String": "a"}, content="a" * 10)
@@ -405,7 +410,46 @@ TOKENIZER_JSON: dict[str, tuple[dict[str, Any], str]] = {
     "pieces of nothing": ({"pre_tokenizer": step("FixedLength", length=0)}, "chunk size must be non-zero"),
     "a prefix longer than a merge": (
         {"model": step("BPE", continuing_subword_prefix="éé", vocab=AB, merges=["a b"])},
-        "not a tokenizer",
+        "merges 'b', which does not begin with 'éé'",
+    ),
+    "a long prefix": (
+        {"model": step("BPE", continuing_subword_prefix="é" * 65, vocab=AB, merges=[])}, "65 char",
+    ),
+    "a long suffix": (
+        {"model": step("BPE", end_of_word_suffix="x" * 10**6, vocab=AB, merges=[])}, "has 1000000 ch",
+    ),
+    "words of any length": (
+        {"model": step("WordPiece", unk_token="a", continuing_subword_prefix="##",
+                       max_input_chars_per_word=10**9, vocab=AB)},
+        "its model is WordPiece; tinyllm reads BPE, Unigram, WordLevel",
+    ),
+    "words of any length, without a type": (
+        {"model": {"unk_token": "a", "continuing_subword_prefix": "##", "max_input_chars_per_word": 10**9,
+                   "vocab": AB}},
+        "its model is WordPiece",
+    ),
+    "a table without a type": ({"normalizer": {"precompiled_charsmap": "AAAA/////////w=="}}, "a compi"),
+    "a pattern of nothing": (
+        {"normalizer": step("Replace", pattern={"Regex": "x*"}, content="z")}, "matches where nothing stands",
+    ),
+    "no text to replace": (
+        {"normalizer": step("Replace", pattern={"String": ""}, content="z")}, "matches where nothing stands",
+    ),
+    "a pattern that takes for ever": (
+        {"normalizer": step("Replace", pattern={"Regex": "((a|b| )+)+$c"}, content="z")}, "without bound",
+    ),
+    "a splitter that takes for ever": (
+        {"pre_tokenizer": splitter("(?:.|.){20}(?!)")},
+        "a time without bound",
+    ),
+    "many patterns": (
+        {"pre_tokenizer": step("Sequence", pretokenizers=[
+            splitter(".*x")] * 99)},
+        "expressions together can take",
+    ),
+    "a long text to look for": (
+        {"pre_tokenizer": step("Split", pattern={"String": "a" * 5000}, behavior="Isolated", invert=False)},
+        "5000 characters, and 4096 is the most",
     ),
     "a wild id": ({"model": step("BPE", vocab={"a": 4294967295}, merges=[])}, "vocabulary of 4294967296 ids"),
 }  # fmt: skip
@@ -432,18 +476,6 @@ def test_a_compiled_table_spelled_otherwise(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_a_text_at_which_a_rule_gives_up(tmp_path: Path) -> None:
-    """A regular expression that goes back without end is stopped by the package, with a panic."""
-    tiny_tokenizer_json(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    rule = step("Split", pattern={"Regex": "((a|b| )+)+$c"}, behavior="Isolated", invert=False)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": rule}))
-    tokenizer = load_tokenizer(tmp_path)
-    with pytest.raises(FormatError, match=r"cannot encode this text: .*retry"):
-        tokenizer.encode("a b " * 100)
-    assert tokenizer.encode("a")  # and it goes on
-
-
 def test_metadata_that_a_caller_made() -> None:
     for key, value in (
         ("model", np.array([1, 2])),
@@ -452,6 +484,74 @@ def test_metadata_that_a_caller_made() -> None:
     ):
         with pytest.raises((FormatError, UnsupportedError), match=key):
             tokenizer_from_gguf(tiny_sentencepiece() | {TOKENIZER + key: value})
+
+
+def test_tokens_beside_the_vocabulary(tmp_path: Path) -> None:
+    """One after another these took 11 seconds, and four times as long for twice as many."""
+    n = 8000
+    texts = [f"<x{i}>" for i in range(n)]
+    for name, tokens in (
+        ("added_tokens", {text: 261 + i for i, text in enumerate(texts)}),
+        ("tokenizer_config", {"added_tokens_decoder": {str(261 + i): {"content": t, "special": bool(i % 2)}
+                                                       for i, t in enumerate(texts)}}),
+    ):  # fmt: skip
+        tiny_tokenizer_json(tmp_path)
+        (tmp_path / f"{name}.json").write_text(json.dumps(tokens))
+        start = time.process_time()
+        tokenizer = load_tokenizer(tmp_path)
+        assert time.process_time() - start < 1
+        (tmp_path / f"{name}.json").unlink()
+        assert tokenizer.encode(texts[-1] + texts[0], bos=False, special=True) == [260 + n, 261]
+        assert tokenizer.vocab_size == 261 + n
+        assert (261 + 1 in tokenizer.special_ids) == (name == "tokenizer_config")
+
+
+def test_scores_that_are_no_numbers(tmp_path: Path) -> None:
+    for score in (float("nan"), float("inf"), float("-inf")):
+        (tmp_path / "tokenizer.model").write_bytes(tiny_sentencepiece_model(("ab", score, 1)))
+        with pytest.raises(FormatError, match="the score of its piece 'ab' is no number"):
+            load_tokenizer(tmp_path)
+
+
+def test_what_goes_around_a_text_is_of_the_model(tmp_path: Path) -> None:
+    """Such a model loaded, and then refused every prompt."""
+    tokenizer = json.loads(json.dumps(TINY_TOKENIZER_JSON))
+    tokenizer["model"]["vocab"]["z"] = 50
+    write_directory(tmp_path, tokenizer=tokenizer)
+    with tinyllm.load(tmp_path) as llm:
+        assert llm("a", max_tokens=1).tokens  # padding of the tokenizer alone does no harm
+    tokenizer["post_processor"]["special_tokens"]["<s>"]["ids"] = [50]
+    write_directory(tmp_path, tokenizer=tokenizer)
+    with pytest.raises(FormatError, match=r"puts the token 50 around texts, and the model has 6 tokens"):
+        tinyllm.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+        *("generation_config.json", "chat_template.jinja", "chat_template.json", "added_tokens.json"),
+        *("special_tokens_map.json", "model.safetensors", "model.safetensors.index.json"),
+    ],
+)
+def test_links_that_lead_nowhere(name: str, tmp_path: Path) -> None:
+    """Of a download that ended early; without the file it would be another model."""
+    write_directory(tmp_path, tokenizer_config=None, model__safetensors=None)
+    if name != "model.safetensors.index.json":
+        (tmp_path / "model.safetensors").write_bytes(tiny_directory()["model.safetensors"])
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("../../blobs/0123")
+    if name == "added_tokens.json":  # which is read for a vocabulary alone
+        tiny_tokenizer_json(tmp_path)
+    with pytest.raises(FormatError, match=rf"{name}: a link to '../../blobs/0123', which is not there"):
+        tinyllm.load(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    if name == "generation_config.json":
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to("blobs/0123")
+        (tmp_path / "blobs" / "0123").write_text('{"eos_token_id": [3]}')
+        with tinyllm.load(tmp_path) as llm:
+            assert 3 in llm.eos_ids
 
 
 # Whole models that lie in a few places, and damage

@@ -6,7 +6,6 @@ finds it and renders it; sandbox.py keeps it harmless. Imports errors, the loade
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from tinyllm.errors import (
     TemplateError,
     comes_from,
 )
-from tinyllm.loaders import read_json_if_any, read_small, show, show_words
+from tinyllm.loaders import is_there, read_json_if_any, read_small, show, show_words
 
 Message = Mapping[str, Any]
 
@@ -221,7 +220,7 @@ def template_from_directory(path: str | Path) -> ChatTemplate | None:
     sources = _named(stored, folder / "tokenizer_config.json")
     name = "chat template in tokenizer_config.json"
     alone = folder / "chat_template.jinja"
-    if os.path.exists(alone):
+    if is_there(alone):
         sources["default"] = _read_text(alone)
         name = "chat template in chat_template.jinja"
     for extra in sorted(folder.glob("additional_chat_templates/*.jinja")):

@@ -21,7 +21,7 @@ from .config import (
     generation_from_json,
 )
 from .errors import FormatError, NotFoundError, UnsupportedError
-from .loaders import find_model, read_json, user_path
+from .loaders import find_model, read_json, read_json_if_any, user_path
 from .loaders.gguf import read_gguf
 from .loaders.names import Weights, map_tensors
 from .loaders.safetensors import read_safetensors
@@ -56,7 +56,10 @@ def read_model(path: str | os.PathLike[str]) -> ModelFiles:
         where = BUNDLED[str(path)]
     kind = find_model(where)
     try:
-        return _read_gguf(where) if kind == "gguf" else _read_directory(where)
+        files = _read_gguf(where) if kind == "gguf" else _read_directory(where)
+        if files.tokenizer:
+            files.tokenizer.check_fits(files.config.vocab_size)
+        return files
     except (FormatError, UnsupportedError) as error:
         if str(where) in str(error):
             raise
@@ -82,12 +85,12 @@ def _read_directory(path: Path) -> ModelFiles:
     folder = path if path.is_dir() else path.parent
     json = read_json(folder / "config.json")
     config = config_from_json(json)
-    generation = folder / "generation_config.json"
+    generation = read_json_if_any(folder / "generation_config.json")
     return ModelFiles(
         path,
         config,
         map_tensors(read_safetensors(path).tensors, config, "hf"),
         tokenizer_from_directory(folder),
         template_from_directory(folder),
-        generation_from_json(json, read_json(generation) if generation.exists() else None, config.vocab_size),
+        generation_from_json(json, generation, config.vocab_size),
     )

@@ -28,6 +28,7 @@ MAX_JSON_BYTES = (
     100_000_000  # the safetensors library's own limit of a header; ample for any config or tokenizer
 )
 MAX_JSON_DEPTH = 64
+_NESTING = {dict, list}
 
 Identity = tuple[int, int, int, int]  # of a file: device, inode, size, time of the last change in ns
 
@@ -291,18 +292,17 @@ def parse_json(raw: bytes, where: str) -> Any:
         fail("nested too deeply")
     except ValueError as error:
         fail(f"not valid JSON: {error}")
-    level, depth = [value], 0
-    while level:
+    level: list[Any] = [[value]]
+    depth = 0
+    while level := [
+        v
+        for item in level
+        for v in (item.values() if isinstance(item, dict) else item)
+        if type(v) in _NESTING
+    ]:
         depth += 1
         if depth > MAX_JSON_DEPTH:
             fail(f"nested deeper than {MAX_JSON_DEPTH} levels")
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner.extend(v for v in item.values() if isinstance(v, (dict, list)))
-            elif isinstance(item, list):
-                inner.extend(v for v in item if isinstance(v, (dict, list)))
-        level = inner
     return value
 
 
@@ -316,7 +316,18 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_json_if_any(path: str | os.PathLike[str]) -> dict[str, Any]:
     """As `read_json`, and {} where there is no such file."""
-    return read_json(path) if os.path.exists(path) else {}
+    return read_json(path) if is_there(path) else {}
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file of a model that may do without. Raises FormatError for a link to nothing: the
+    model has the file, and is another one without it."""
+    if not os.path.exists(path) and os.path.islink(path):
+        raise FormatError(
+            f"{path}: a link to {show(os.readlink(path))}, which is not there; did the download end early? "
+            "Download the model again"
+        )
+    return os.path.exists(path)
 
 
 def list_directory(path: Path) -> list[str]:
@@ -352,7 +363,7 @@ def find_model(path: str | os.PathLike[str]) -> ModelKind:
 
 
 def _find_in_directory(path: Path) -> ModelKind:
-    if os.path.exists(path / "config.json"):
+    if is_there(path / "config.json"):
         return "directory"
     found = list_directory(path)
     ggufs = [show(name) for name in found if name.endswith(".gguf")]

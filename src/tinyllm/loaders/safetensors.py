@@ -22,6 +22,7 @@ from . import (
     MXFP4,
     FileReader,
     TensorInfo,
+    is_there,
     list_directory,
     parse_json,
     read_json,
@@ -53,9 +54,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     path = Path(path)
     if not os.path.isdir(path):
         return SafetensorsFile(_join_mxfp4(_read_file(path)), (path,))
-    if os.path.exists(path / SINGLE):
+    if is_there(path / SINGLE):
         return SafetensorsFile(_join_mxfp4(_read_file(path / SINGLE)), (path / SINGLE,))
-    if os.path.exists(path / INDEX):
+    if is_there(path / INDEX):
         return _read_shards(path / INDEX)
     pickles = [show(name) for name in list_directory(path) if name.endswith((".bin", ".pth", ".pt"))]
     hint = f"; {show_some(pickles)} must be converted to safetensors first" if pickles else ""

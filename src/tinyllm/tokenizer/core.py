@@ -155,6 +155,15 @@ class Tokenizer:
         begins = after is None or self._index(after) in self.special_ids
         return TokenStream(self, special, drop_space=self._leading_space and begins)
 
+    def check_fits(self, n_ids: int) -> None:
+        """Raises FormatError where a model with `n_ids` ids has none for what goes around every text."""
+        around = [i for i in (*self._prefix, *self._suffix, self.bos_id) if i is not None and i >= n_ids]
+        if around:
+            raise FormatError(
+                f"its tokenizer puts the token {around[0]} around texts, and the model has {n_ids} tokens: "
+                "are the two of the same model?"
+            )
+
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """`token_text` of each id."""
         return [self.token_text(i) for i in ids]

@@ -1,14 +1,16 @@
 """A tokenizer from a Hugging Face directory, as people have it: tokenizer.json, else tokenizer.model, with
 what tokenizer_config.json, special_tokens_map.json, added_tokens.json and the model's own config files add.
 
-Imports errors and the siblings core, bpe, spm.
+Imports errors and the siblings core, bpe, spm, patterns.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
-from tinyllm.loaders import parse_json, read_json_if_any, read_small, show, show_some, user_path
+from tinyllm.errors import FormatError, NotFoundError, UnsupportedError, located
+from tinyllm.loaders import is_there, parse_json, read_json_if_any, read_small, show, show_some, user_path
 from tinyllm.tokenizer.bpe import PER_JSON, BPEEncoder
 from tinyllm.tokenizer.core import (
     SPACE,
@@ -27,6 +29,7 @@ from tinyllm.tokenizer.core import (
     spell_byte_level,
     spell_sentencepiece,
 )
+from tinyllm.tokenizer.patterns import MAX_STEPS, Cost, cost_of
 from tinyllm.tokenizer.spm import SentencePieceEncoder, load_processor, normalizer
 
 _OTHER_KINDS = ("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.tiktoken", "spiece.model")
@@ -35,6 +38,9 @@ _PARTS = ("normalizers", "pretokenizers", "processors", "decoders")
 # Characters that a step may make of one; the longest decomposition that Unicode has is 18 long.
 _GROWTH = {"ByteLevel": 2, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3}
 _MAX_GROWTH = 1000
+_COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_MODELS = ("BPE", "Unigram", "WordLevel")
+_MAX_AFFIX = 64  # characters of what stands before or after parts of words; models have up to 5
 _MAX_AROUND = 1000  # ids that a post-processor may put around a text; models have one or two
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -48,9 +54,9 @@ def tokenizer_from_directory(path: str | os.PathLike[str]) -> Tokenizer | None:
     folder = user_path(path)
     if not os.path.isdir(folder):
         raise NotFoundError(f"{folder}: no such directory")
-    if os.path.exists(folder / "tokenizer.json"):
+    if is_there(folder / "tokenizer.json"):
         return _from_json(folder, _Settings.read(folder))
-    if os.path.exists(folder / "tokenizer.model"):
+    if is_there(folder / "tokenizer.model"):
         return _from_sentencepiece(folder, _Settings.read(folder))
     others = sorted(show(file.name) for pattern in _OTHER_KINDS for file in folder.glob(pattern))
     if others:
@@ -128,8 +134,8 @@ class _Settings:
 def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
     file = folder / "tokenizer.json"
     data = read_small(file)
-    _check_tables(data, file)
     need_memory(PER_JSON * len(data), f"reading {file}")
+    _check_file(data, file)
     with refused(f"{file}: not a tokenizer that the tokenizers package reads"):
         backend = tokenizers.Tokenizer.from_buffer(data)
         backend.no_truncation()
@@ -138,9 +144,8 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
     before, after = _around(backend, file)
     with refused(f"{file}: the tokenizers package fails with it"):
         backend.encode("a", add_special_tokens=False)
-        for _, token in sorted(settings.added.items()):
-            if backend.token_to_id(token.content) is None:
-                (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        added_here = (token for _, token in sorted(settings.added.items()))
+        backend.add_tokens([token for token in added_here if backend.token_to_id(token.content) is None])
     speller, leading_space = _read_decoder(backend, file)
 
     vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -171,21 +176,69 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
     )
 
 
-def _check_tables(data: bytes, file: Path) -> None:
-    """Refuses compiled tables of characters before the package reads them: it takes their numbers for
-    granted, and can end the process."""
-    if b"Precompiled" not in data and b"\\u00" not in data:  # which could spell it; not worth reading twice
-        return
+def _check_file(data: bytes, file: Path) -> None:
+    """Refuses what the package would take at its word, and then hang, end the process or print a panic."""
     value = parse_json(data, str(file))
-    if isinstance(value, dict) and "Precompiled" in json.dumps(value.get("normalizer")):
-        raise UnsupportedError(
-            f"{file}: its normalizer is a compiled table, which the tokenizers package does not check; where "
-            "the model has a tokenizer.model, put that in the directory in place of the tokenizer.json"
-        )
+    if not isinstance(value, dict):
+        return
+    steps = 0.0
+    for step in _objects([value.get(name) for name in _COMPONENTS]):  # a pattern is one, too
+        if step.get("type") == "Precompiled" or "precompiled_charsmap" in step:
+            raise UnsupportedError(
+                f"{file}: its normalizer is a compiled table, which the tokenizers package does not check; "
+                "where the model has a tokenizer.model, put that in the directory in place of the "
+                "tokenizer.json"
+            )
+        with located(file):
+            cost = _cost(step)
+            steps += cost.steps
+            if steps > MAX_STEPS:
+                raise UnsupportedError("its regular expressions together can take a time without bound")
+            pattern = step.get("pattern")
+            if step.get("type") == "Replace" and isinstance(pattern, dict) and not _cost(pattern).least:
+                raise UnsupportedError("its normalizer replaces a pattern that matches where nothing stands")
+    model = value.get("model")
+    if isinstance(model, dict):
+        _check_affixes(model, file)
+
+
+def _cost(pattern: dict[str, Any]) -> Cost:
+    """Of what a step looks for, as the file says it."""
+    regex, text = pattern.get("Regex"), pattern.get("String")
+    return cost_of(regex if isinstance(regex, str) else re.escape(text) if isinstance(text, str) else "")
+
+
+def _check_affixes(model: dict[str, Any], file: Path) -> None:
+    for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if isinstance(affix := model.get(name), str) and len(affix) > _MAX_AFFIX:
+            raise UnsupportedError(f"{file}: its {name} has {len(affix)} characters, {_MAX_AFFIX} at most")
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    for merge in merges:
+        _, right = merge.partition(" ")[::2] if isinstance(merge, str) else (*merge, "", "")[:2]
+        if isinstance(right, str) and not right.startswith(prefix):
+            raise FormatError(f"{file}: merges {show(right)}, which does not begin with {show(prefix)}")
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object inside `value`."""
+    todo = [value]
+    while todo:
+        inner = todo.pop()
+        if isinstance(inner, dict):
+            yield inner
+            todo += inner.values()
+        elif isinstance(inner, list):
+            todo += inner
 
 
 def _check_steps(backend: tokenizers.Tokenizer, file: Path) -> None:
-    """Refuses what would take memory without bound, at which the package ends the whole process."""
+    """Refuses models that take a time without bound (WordPiece: the square of a word), and what would take
+    memory without bound, at which the package ends the whole process."""
+    kind = type(backend.model).__name__
+    if kind not in _MODELS:
+        raise UnsupportedError(f"{file}: its model is {kind}; tinyllm reads {', '.join(_MODELS)}")
     growth = 1.0  # characters of a text, at most, for one of the user's
     for step in (*_steps(backend.normalizer), *_steps(backend.pre_tokenizer)):
         if step["type"] == "Replace":
@@ -282,6 +335,9 @@ def _from_sentencepiece(folder: Path, settings: _Settings) -> Tokenizer:
     with refused(f"{file}: a piece is no text"):
         tokens = [processor.id_to_piece(i) for i in range(n_pieces)] + [""] * (size - n_pieces)
         leading_space = "".join(processor.encode("a", out_type=str)).startswith(SPACE)
+    for i in range(n_pieces):
+        if not math.isfinite(processor.get_score(i)):
+            raise FormatError(f"{file}: the score of its piece {show(tokens[i])} is no number")
     special = {tokens[i]: i for i in range(n_pieces) if processor.is_control(i) or processor.is_unknown(i)}
     always: dict[str, int] = {}
     rstrip = set()

@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from tinyllm.errors import FormatError, UnsupportedError
+from tinyllm.loaders import is_there
 from tinyllm.tokenizer.core import Tokenizer, byte_of
 from tinyllm.tokenizer.from_directory import tokenizer_from_directory
 from tinyllm.tokenizer.from_gguf import tokenizer_from_gguf
@@ -45,7 +46,7 @@ def tokenizer_to_gguf(folder: Path) -> dict[str, Any]:
     tokenizer = tokenizer_from_directory(folder)
     if tokenizer is None:
         return {}
-    if (folder / "tokenizer.model").exists():
+    if is_there(folder / "tokenizer.model"):
         entries = _sentencepiece(folder, tokenizer)
     else:
         entries = _from_json(folder, tokenizer)
