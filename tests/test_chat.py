@@ -263,7 +263,14 @@ def test_only_plain_data_reaches_a_template() -> None:
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(TypeError, match="nested"):
-        ChatTemplate(CHATML).render(HELLO, tools=loop)
+        ChatTemplate(CHATML).render(HELLO, tools=[{"of": loop}])
+    for wrong in (5, "abc", {"a": 1}, ["abc"], [5]):
+        for name in ("tools", "documents"):
+            with pytest.raises(TypeError, match=f"{name} must be a list of dicts or None"):
+                ChatTemplate(CHATML).render(HELLO, **{name: wrong})  # type: ignore[arg-type]
+    for source in (b"x", 5, None):
+        with pytest.raises(TypeError, match="a chat template must be a str, not"):
+            ChatTemplate(source)  # type: ignore[arg-type]
 
 
 # --- templates that mean harm -------------------------------------------------------------------------------

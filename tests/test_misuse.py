@@ -17,8 +17,10 @@ import pytest
 from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
 
 import tinyllm
-from tinyllm import backends, errors
+from tinyllm import backends, errors, quality
+from tinyllm.imatrix import Imatrix
 from tinyllm.llm import Session
+from tinyllm.modelfiles import BUNDLED
 
 CONFIG = golden_spec("llama3").config
 VOCAB, DIM = CONFIG["vocab_size"], CONFIG["hidden_size"]
@@ -504,6 +506,9 @@ def test_models_cannot_be_pickled_or_copied(llm: tinyllm.LLM) -> None:
                 continue  # another name for the same model, which is fine
             with pytest.raises(TypeError, match="cannot be pickled or copied: load it in the process"):
                 way(thing)
+    tokenizer = tinyllm.load_tokenizer(BUNDLED["stories"])
+    with pytest.raises(TypeError, match="a tokenizer cannot be pickled or copied: load it in the process"):
+        pickle.dumps(tokenizer)
     for thing in (llm.stream(PROMPT), llm._cache.pool):
         with pytest.raises(TypeError, match="pickle"):
             pickle.dumps(thing)
@@ -553,3 +558,76 @@ def test_the_library_leaves_stderr_alone() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "context 200000 is more than the 512 the model was trained for\n"
+
+
+# ---- quantizing and measuring
+
+
+def test_what_quantize_refuses(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_hf_directory(tmp_path_factory.mktemp("model"), CONFIG, random_weights(CONFIG, seed=5))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    name, ones = "blk.0.attn_q.weight", np.ones((1, DIM), np.float32)
+    good = {"model": path, "out": tmp_path / "out.gguf", "type": "q4_k_m", "threads": 2}
+
+    def imatrix(sums: Any, counts: Any) -> Imatrix:
+        return Imatrix({name: sums}, {} if counts is None else {name: counts})
+
+    wrong: list[tuple[type[Exception], str, dict[str, Any] | Callable[[], Any]]] = [
+        (errors.NotFoundError, "no file has a path of 1000000 characters", {"model": "a" * 10**6}),
+        (errors.NotFoundError, "no such file", {"model": "a" * 300}),
+        (errors.NotFoundError, "home directory", {"model": "~nobodyx/a"}),
+        (errors.NotFoundError, "the path is empty", {"model": ""}),
+        (errors.WriteError, "the path is empty", {"out": ""}),
+        (errors.WriteError, "File name too long", {"out": tmp_path / ("a" * 300)}),
+        (errors.WriteError, "File name too long", {"out": "a/" * 10**5}),
+        (TYPE, "threads must be an int, not float", {"threads": 1.5}),
+        (TYPE, "threads must be an int, not str", {"threads": "2"}),
+        (ARGUMENT, "threads is 2147483648, expected 1 to", {"threads": 2**31}),
+        (ARGUMENT, "threads is -1, expected 1 to", {"threads": -1}),
+        (ARGUMENT, "threads is 0, expected 1 to", {"threads": 0}),
+        (TYPE, "imatrix must be a file's path or an Imatrix, not int", {"imatrix": 5}),
+        (TYPE, "imatrix must be a file's path or an Imatrix, not dict", {"imatrix": {}}),
+        (errors.NotFoundError, "no file has a path", {"imatrix": "a" * 10**6}),
+        (ARGUMENT, "has sums and no counts", lambda: imatrix(ones, None)),
+        (ARGUMENT, "negative or not finite", lambda: imatrix(ones * np.nan, np.ones(1))),
+        (ARGUMENT, "negative or not finite", lambda: imatrix(-ones, np.ones(1))),
+        (ARGUMENT, "negative or not finite", lambda: imatrix(ones, -np.ones(1))),
+        (ARGUMENT, r"have the shape \(1, 96\), counts \(2,\)", lambda: imatrix(ones, np.ones(2))),
+        (TYPE, "must be arrays of numbers", lambda: imatrix([[1] * DIM], [1])),
+        (ARGUMENT, "no entries", lambda: Imatrix({}, {})),
+    ]
+    for error, message, case in wrong:
+        with pytest.raises(error, match=message) as raised:
+            _ = case() if callable(case) else tinyllm.quantize(**{**good, **case})
+        assert len(str(raised.value)) < 5000, case
+    assert not list(tmp_path.iterdir())
+    assert not list(Path().iterdir())
+    tinyllm.quantize(**good, imatrix=imatrix(ones, np.ones(1, np.float32)))
+
+
+def test_what_measuring_refuses(llm: tinyllm.LLM) -> None:
+    ids = np.ones((2, 8), np.int32)
+    on = quality.windows([1] * 64, 8)
+    wrong: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (TYPE, "ids must be integers", lambda: quality.windows("abc", 2)),  # type: ignore[arg-type]
+        (TYPE, "ids must be integers", lambda: quality.windows([1.7] * 10, 4)),  # type: ignore[list-item]
+        (ARGUMENT, "past 32 bits", lambda: quality.windows([2**40] * 10, 4)),
+        (ARGUMENT, "2 dimensions, expected 1", lambda: quality.windows(ids, 4)),
+        (TYPE, "n_ctx must be an int", lambda: quality.windows([1] * 10, 4.5)),  # type: ignore[arg-type]
+        (ARGUMENT, "n_ctx is 2, expected 3 to", lambda: quality.windows([1] * 10, 2)),
+        (ARGUMENT, "n_ctx is an integer of", lambda: quality.windows([1] * 10, 10**5000)),
+        (TYPE, "stride must be", lambda: quality.windows([1] * 10, 4, stride="1")),  # type: ignore[arg-type]
+        (ARGUMENT, "most is 0", lambda: quality.windows([1] * 10, 4, most=0)),
+        (ARGUMENT, "bos_id is -1", lambda: quality.windows([1] * 10, 4, bos_id=-1)),
+        (ARGUMENT, "there is no model", lambda: quality.measure([], on)),
+        (ARGUMENT, "call is 0", lambda: quality.measure([llm], on, call=0)),
+        (ARGUMENT, "have no token", lambda: quality.Windows(ids[:0], 3)),
+        (ARGUMENT, "first is 8, expected 1 to 7", lambda: quality.Windows(ids, 8)),
+        (ARGUMENT, "first is -1, expected 1 to 7", lambda: quality.Windows(ids, -1)),
+        (ARGUMENT, "1 dimensions, expected 2", lambda: quality.Windows(ids[0], 3)),
+    ]
+    for error, message, call in wrong:
+        with pytest.raises(error, match=message):
+            call()

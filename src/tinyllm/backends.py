@@ -543,7 +543,7 @@ class Model:
     ) -> Any:
         if not isinstance(cache, PagePool):
             raise TypeError(f"cache must be what `Model.cache` returns, not {type(cache).__name__}")
-        position = _integers("positions", positions, 1)
+        position = integers("positions", positions, 1)
         given = _array("tokens_or_x", tokens_or_x)
         is_x = given.ndim == 2
         if is_x and given.dtype.kind not in "fiu":
@@ -552,10 +552,10 @@ class Model:
             raise ArgumentError(
                 f"activations are {list(given.shape)}, expected [{len(position)}, {self.config.dim}]"
             )
-        tokens = None if is_x else _integers("tokens", given, 1)
+        tokens = None if is_x else integers("tokens", given, 1)
         x = np.ascontiguousarray(given, np.float32) if is_x else None  # any numbers will do: it stays theirs
-        chosen = np.arange(len(position), dtype=np.int32) if rows is None else _integers("rows", rows, 1)
-        between = _integers("layers", (0, self.config.n_layers) if layers is None else layers, 1).tolist()
+        chosen = np.arange(len(position), dtype=np.int32) if rows is None else integers("rows", rows, 1)
+        between = integers("layers", (0, self.config.n_layers) if layers is None else layers, 1).tolist()
         if len(between) != 2:
             raise ArgumentError(f"layers is {between}, expected (first, last)")
         return self._core.forward(
@@ -563,8 +563,8 @@ class Model:
             tokens,
             x,
             position,
-            _integers("sequences", sequences, 1),
-            _integers("page_tables", page_tables),
+            integers("sequences", sequences, 1),
+            integers("page_tables", page_tables),
             chosen,
             between[0],
             between[1],
@@ -611,7 +611,9 @@ def _array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
         raise ArgumentError(f"{name} is no array: {error}") from None
 
 
-def _integers(name: str, values: npt.ArrayLike, n_dimensions: int | None = None) -> I32:
+def integers(name: str, values: npt.ArrayLike, n_dimensions: int | None = None) -> I32:
+    """int32, a copy of its own. Raises TypeError for what are no whole numbers, ArgumentError for those past
+    32 bits and another number of dimensions."""
     array = _array(name, values)
     if array.size and array.dtype.kind not in "iu":
         big = array.dtype == object and all(isinstance(value, int) for value in array.flat)  # past 64 bits

@@ -53,6 +53,8 @@ class ChatTemplate:
         tool_source: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(source, str):
+            raise TypeError(f"a chat template must be a str, not {type(source).__name__}")
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
@@ -88,8 +90,8 @@ class ChatTemplate:
             "eos_token": self.eos_token,
             **{key: _plain(value, key) for key, value in kwargs.items()},
             "messages": _messages(messages),
-            "tools": _plain(tools, "tools"),
-            "documents": _plain(documents, "documents"),
+            "tools": _dicts(tools, "tools"),
+            "documents": _dicts(documents, "documents"),
             "add_generation_prompt": bool(add_generation_prompt),
         }
         return self._run(self.tool_source if tools and self.tool_source else self.source, variables)
@@ -288,6 +290,13 @@ def _messages(messages: Sequence[Message]) -> Any:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TypeError(f"messages[{i}] is no dict with a text under 'role': {str(message)[:80]!r}")
     return _plain(list(messages), "messages")
+
+
+def _dicts(value: Any, where: str) -> Any:
+    is_list = isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
+    if value is not None and not is_list:
+        raise TypeError(f"{where} must be a list of dicts or None, not {str(value)[:80]!r}")
+    return _plain(value, where)
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .errors import FormatError
+from .errors import ArgumentError, FormatError
 from .loaders import F32, FileReader, show, user_path
 from .loaders.gguf import read_gguf
 from .loaders.gguf_writer import OutTensor, write_gguf
@@ -33,7 +33,8 @@ _MOST = 1 << 24  # entries, columns, bytes of a name in a .dat file: far above a
 class Imatrix:
     """sums: of squared inputs, float32 [matrices, k] by GGUF tensor name (one matrix, or one an expert).
     counts: how many inputs were added up, float32 [matrices]. datasets: the texts' names. chunks of
-    chunk_size tokens.
+    chunk_size tokens. Raises FormatError for the numbers of a file (`path`), ArgumentError for others: those
+    that are negative or not finite, and of other shapes.
     """
 
     sums: Mapping[str, Array]
@@ -42,6 +43,25 @@ class Imatrix:
     chunks: int = 0
     chunk_size: int = 0
     path: Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        refused, where = (FormatError, f"{self.path}: ") if self.path else (ArgumentError, "imatrix: ")
+        if not self.sums:
+            raise refused(f"{where}no entries")
+        for name, sums in self.sums.items():
+            counts = self.counts.get(name)
+            if counts is None:
+                raise refused(f"{where}{show(name)} has sums and no counts")
+            for values in (sums, counts):
+                if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+                    raise TypeError(f"{where}sums and counts of {show(name)} must be arrays of numbers")
+                if not (values >= 0).all() or not np.isfinite(values).all():
+                    raise refused(f"{where}{show(name)} has a number that is negative or not finite")
+            if sums.ndim != 2 or counts.shape != sums.shape[:1] or not sums.size:
+                raise refused(
+                    f"{where}sums of {show(name)} have the shape {sums.shape}, counts {counts.shape}; "
+                    "expected numbers of [matrices, k] and [matrices]"
+                )
 
     def importance(self, name: str, n_matrices: int, k: int) -> Array | None:
         """float32 [n_matrices, k]: the mean squared input, scaled to a mean of 1 in each matrix; 1 where an
@@ -104,9 +124,6 @@ def _read_gguf(path: Path) -> Imatrix:
         values, n = tensor.read_f32(), other.read_f32().ravel()
         sums[base] = values.reshape(-1, values.shape[-1])
         counts[base] = n
-        if len(n) != len(sums[base]):
-            raise FormatError(f"{path}: {show(name)} has {len(sums[base])} rows and {len(n)} counts")
-    _check(path, sums, counts)
     datasets = file.metadata.get("imatrix.datasets", [])
     numbers = [file.metadata.get(f"imatrix.chunk_{what}", 0) for what in ("count", "size")]
     chunks, size = (n if type(n) is int else 0 for n in numbers)
@@ -143,21 +160,9 @@ def _read_dat(path: Path, file: FileReader) -> Imatrix:
         n = whole(f"the size of {show(name)}")
         sums[name] = np.frombuffer(take(4 * n, show(name)), "<f4").reshape(1, n)
         counts[name] = np.array([max(calls, 1)], np.float32)
-    _check(path, sums, counts)
     chunks, datasets = 0, ()
     if at < file.size:
         chunks = whole("the number of chunks", (1 << 31) - 1)
         text = take(whole("the length of the text's name"), "the text's name").decode("utf-8", "replace")
         return Imatrix(sums, counts, (text,), chunks, 0, path)
     return Imatrix(sums, counts, datasets, chunks, 0, path)
-
-
-def _check(path: Path, sums: Mapping[str, Array], counts: Mapping[str, Array]) -> None:
-    if not sums:
-        raise FormatError(f"{path}: an imatrix without entries")
-    for name in sums:
-        if not sums[name].size:
-            raise FormatError(f"{path}: {show(name)} has no numbers")
-        for values in (sums[name], counts[name]):
-            if not (values >= 0).all() or not np.isfinite(values).all():
-                raise FormatError(f"{path}: {show(name)} has a number that is negative or not finite")

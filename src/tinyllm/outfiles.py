@@ -25,16 +25,21 @@ def target_of(path: str | os.PathLike[str]) -> Path:
     link stays one and what it points to is replaced.
 
     Raises WriteError where no regular file is or can be: a directory, a device, a pipe, a folder that is not
-    there or not ours to write to.
+    there or not ours to write to, a name that is empty or too long.
     """
+    if not os.fspath(path):  # which Python takes for the current directory
+        raise WriteError("the path is empty: name a file")
     try:
         target = Path(os.path.realpath(Path(path).expanduser()))
-        mode = target.stat().st_mode if os.path.lexists(target) else stat.S_IFREG
+        try:
+            mode = target.stat().st_mode
+        except FileNotFoundError:
+            mode = stat.S_IFREG
         os.stat(f"{target.parent}/")
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError, RuntimeError) as error:
-        raise WriteError(f"{path}: cannot be written: {getattr(error, 'strerror', error)}") from None
+        raise WriteError(f"{path!s:.4096}: cannot be written: {getattr(error, 'strerror', error)}") from None
     if stat.S_ISDIR(mode):
         raise WriteError(f"{path}: is a directory; name a file")
     if not stat.S_ISREG(mode):

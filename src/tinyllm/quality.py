@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .backends import F32, I32, PAGE
-from .errors import ArgumentError, ContextError
+from .backends import F32, I32, MOST_INT, PAGE, integers
+from .errors import ArgumentError, ContextError, integer
 from .llm import LLM
 from .tokenizer import Tokenizer
 
@@ -35,10 +35,18 @@ IN_CACHE = 1 << 17  # logits worked on at once: a few copies of them in float64 
 class Windows:
     """A text's tokens in windows. ids: int32 [n_windows, n_ctx]; each window's tokens from `first` on are
     scored, every one given those before it in the window.
+
+    Raises ArgumentError and TypeError for ids of another shape or kind and where there is none to score.
     """
 
     ids: I32
     first: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", integers("ids", self.ids, 2))
+        if not self.ids.size:
+            raise ArgumentError(f"windows of the shape {self.ids.shape} have no token")
+        integer("first", self.first, 1, self.ids.shape[1] - 1, "of a window, the first token that is scored")
 
     @property
     def n_tokens(self) -> int:
@@ -63,15 +71,16 @@ def windows(
     ours of that length.) bos_id: replaces every window's first token; None: nothing does. most: windows at
     most, the first ones. A rest at the end that fills no window is left out.
 
-    Raises ArgumentError for sizes that make no sense, and where there is not one whole window.
+    Raises ArgumentError for sizes that make no sense, and where there is not one whole window; TypeError for
+    what are no whole numbers.
     """
-    tokens = np.asarray(ids, np.int32)
-    if n_ctx < 2:
-        raise ArgumentError(f"a window of {n_ctx} tokens has nothing to score; it takes 2 or more")
-    if stride is not None and not 1 <= stride < n_ctx:
-        raise ArgumentError(f"the stride is {stride}, not in 1..{n_ctx - 1}, less than a window")
-    if most is not None and most < 1:
-        raise ArgumentError(f"{most} windows at most leave nothing to measure")
+    tokens = integers("ids", ids, 1)
+    least = 3 if stride is None else 2
+    integer("n_ctx", n_ctx, least, MOST_INT, "tokens of a window, of which some are scored")
+    if stride is not None:
+        integer("stride", stride, 1, n_ctx - 1, "less than a window")
+    if most is not None:
+        integer("most", most, 1, math.inf, "windows")
     if len(tokens) < n_ctx:
         raise ArgumentError(
             f"the text has {len(tokens)} tokens, a window takes {n_ctx}; give more text or a smaller window"
@@ -79,7 +88,7 @@ def windows(
     starts = np.arange(0, len(tokens) - n_ctx + 1, stride or n_ctx)[:most]
     cut = tokens[starts[:, None] + np.arange(n_ctx)]
     if bos_id is not None:
-        cut[:, 0] = bos_id
+        cut[:, 0] = integer("bos_id", bos_id, 0, MOST_INT)
     return Windows(cut, n_ctx // 2 + 1 if stride is None else n_ctx - stride)
 
 
@@ -153,9 +162,12 @@ def measure(
     All run in step over the same ids, on their own caches; of a model's logits a slice is held, never more
     than a window's. call: tokens of a call of a model; it decides speed and memory, not the result.
 
-    Raises ArgumentError where ids are not in a vocabulary or the vocabularies differ in size
-    (`require_same_vocabulary` says more), ContextError, MemoryLimitError, ModelClosedError.
+    Raises ArgumentError where there is no model, ids are not in a vocabulary or the vocabularies differ in
+    size (`require_same_vocabulary` says more), ContextError, MemoryLimitError, ModelClosedError.
     """
+    if not models:
+        raise ArgumentError("there is no model to measure")
+    integer("call", call, 1, MOST_INT)
     n_windows, n_ctx = on.ids.shape
     for model in models:
         n_vocab, expected = model.config.vocab_size, models[0].config.vocab_size

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from . import backends
 from .contents import Source, contents_of
-from .errors import ArgumentError, FormatError, NotFoundError
+from .errors import ArgumentError, FormatError, NotFoundError, integer
 from .imatrix import Imatrix, read_imatrix
-from .loaders import BF16, F16, F32, FORMATS, show
+from .loaders import BF16, F16, F32, FORMATS, show, user_path
 from .loaders.gguf_writer import OutTensor, write_gguf
 from .mixes import MIXES, key_of, tensor_formats
 from .modelfiles import BUNDLED
@@ -67,7 +67,11 @@ def quantize(
     mix = MIXES[key_of(type)]
     target = target_of(out)
     where = _where(model)
+    n_threads = backends.default_threads() if threads is None else threads
+    integer("threads", n_threads, 1, backends.MAX_THREADS)
     known = read_imatrix(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix
+    if not isinstance(known, Imatrix | None):
+        raise TypeError(f"imatrix must be a file's path or an Imatrix, not {imatrix.__class__.__name__}")
     contents = contents_of(where)
     sources = contents.tensors
     if target.exists() and any(target.samefile(path) for path in contents.paths):
@@ -81,7 +85,6 @@ def quantize(
     types = contents.types | {"general.file_type": 4, "general.quantization_version": 4}
     unknown: list[str] = []
     tensors: list[OutTensor] = []
-    n_threads = threads or backends.default_threads()
     for name, source in sources.items():
         importance = _importance(known, name, source.shape, formats[name], unknown)
         tensors.append(_out_tensor(name, source, formats[name], importance, n_threads))
@@ -97,8 +100,8 @@ def quantize(
 
 
 def _where(model: str | os.PathLike[str]) -> Path:
-    path = Path(model).expanduser()
-    if path.exists():
+    path = user_path(model)
+    if os.path.exists(path):
         return path
     if str(model) in BUNDLED:
         return BUNDLED[str(model)]

@@ -29,6 +29,7 @@ MAX_JSON_BYTES = (
 )
 MAX_JSON_DEPTH = 64
 _NESTING = {dict, list}
+MAX_PATH = 4096  # Linux's limit, the highest of the systems that tinyllm runs on
 
 Identity = tuple[int, int, int, int]  # of a file: device, inode, size, time of the last change in ns
 
@@ -226,9 +227,11 @@ def _identity(status: os.stat_result) -> Identity:
 
 def user_path(path: str | os.PathLike[str]) -> Path:
     """`path` as a user gives one, with its ~ expanded. Raises NotFoundError where nobody has that name, and
-    for an empty one."""
+    for an empty one or one that no system takes."""
     if path == "":  # which Python takes for the current directory
         raise NotFoundError("the path is empty: name a file or a directory")
+    if len(name := os.fspath(path)) > MAX_PATH:
+        raise NotFoundError(f"no file has a path of {len(name)} characters: {name[:100]!r}...")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

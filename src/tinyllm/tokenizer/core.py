@@ -14,6 +14,7 @@ import mmap
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tinyllm.errors import ArgumentError, Error, FormatError, MemoryLimitError, comes_from, size_text
 from tinyllm.loaders import show_words
@@ -183,6 +184,9 @@ class Tokenizer:
     def id_of(self, text: str) -> int | None:
         """The id of the token that the vocabulary spells `text` ("<|eot_id|>", "▁the", "Ġthe"), or None."""
         return self._ids.get(text)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a tokenizer cannot be pickled or copied: load it in the process that uses it")
 
     def _visible(self, token: int, special: bool | Collection[int]) -> bytes:
         data = self.token_bytes(token)
