@@ -156,9 +156,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"backends", "chat", "config", "engine", "errors", "loaders", "loading", "modelfiles"},
         *{"reasoning", "tokenizer"},
     },
-    "benchmark": {"backends", "errors", "loaders", "loading", "modelfiles"},
+    "benchmark": {"backends", "engine", "errors", "loaders", "loading", "modelfiles"},
     "calibration": {"imatrix", "llm", "loaders"},
-    "quality": {"backends", "errors", "llm", "tokenizer"},
+    "quality": {"backends", "engine", "errors", "llm", "tokenizer"},
     "compare": {"backends", "benchmark", "errors", "llm", "loading", "mixes", "quality"},
     "tinyllm": {"backends", "engine", "errors", "llm", "loading", "quantization", "sampling", "tokenizer"},
 }

@@ -17,7 +17,7 @@ import pytest
 from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
 
 import tinyllm
-from tinyllm import backends, errors, quality
+from tinyllm import backends, benchmark, errors, quality
 from tinyllm.imatrix import Imatrix
 from tinyllm.llm import Session
 from tinyllm.modelfiles import BUNDLED
@@ -397,20 +397,30 @@ def test_what_the_interface_refuses(llm: tinyllm.LLM) -> None:
     assert llm([], max_tokens=1) == []  # a batch of nothing
 
 
-def test_a_model_of_nan_is_a_broken_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [np.nan, np.inf, 3e38])
+def test_a_model_of_nan_is_a_broken_file(number: float, tmp_path: Path) -> None:
     weights = random_weights(CONFIG, seed=5)
     name = next(name for name in weights if name.endswith("down_proj.weight"))
-    weights[name] = np.full_like(weights[name], np.nan)
-    with tinyllm.load(write_hf_directory(tmp_path / "model", CONFIG, weights), threads=2) as broken:
+    weights[name] = np.full_like(weights[name], number)
+    path = write_hf_directory(tmp_path / "model", CONFIG, weights)
+    with tinyllm.load(path, threads=2) as broken:
         session = broken.session()
         session.append(PROMPT)
+        text = quality.Windows(np.array([PROMPT], np.int32), 3)
         calls: list[Callable[[], object]] = [
             session.sample,
+            lambda: session.logits,
             lambda: broken(PROMPT, max_tokens=1),
             lambda: broken(PROMPT, max_tokens=1, temperature=0),
+            lambda: broken.logits(PROMPT),
+            lambda: broken.score(PROMPT),
+            lambda: broken.embed(PROMPT),
+            lambda: quality.measure([broken], text),
+            lambda: benchmark.measure([str(path)], benchmark.cases(n_prompt=[2], n_gen=[])),
+            lambda: benchmark.measure([str(path)], benchmark.cases(n_prompt=[], n_gen=[2])),
         ]
         for call in calls:
-            with pytest.raises(errors.FormatError, match="the model computes logits that are NaN"):
+            with pytest.raises(errors.FormatError, match="the model computes numbers that are NaN"):
                 call()
         session.close()
 

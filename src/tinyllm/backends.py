@@ -415,10 +415,15 @@ class Model:
         Raises FormatError when the file has changed since its header was read, NotFoundError, ReadError,
         MemoryLimitError, UnsupportedError, ArgumentError.
         """
-        if name == "output_norm":
-            self._output_norm = info.read_f32().ravel() + np.float32(plus)
-        if plus or (info.row_stride != 1 and len(info.shape) == 1):
-            values = info.read_f32().ravel() + np.float32(plus)
+        by_us = plus != 0 or (info.row_stride != 1 and len(info.shape) == 1)
+        if by_us or name == "output_norm":
+            values = info.read_f32().ravel()
+            if plus:
+                with np.errstate(invalid="ignore"):  # a NaN stays one
+                    values = values + np.float32(plus)
+            if name == "output_norm":
+                self._output_norm = values
+        if by_us:
             values = values if row_order is None else values[row_order]
             self._core.upload_vector(name, -1 if layer is None else layer, values)
             return
@@ -495,8 +500,9 @@ class Model:
         default all. should_stop: asked before each layer (at most every 20 ms), True cancels; what it does to
         the arrays of the call reaches the next one, which takes copies. Returns float32 logits [len(rows),
         vocab_size] of the tokens that `rows` lists (None: all), or, where the last layer is not the model's
-        last or `logits` is False, activations [n, dim]. Raises ArgumentError for what does not fit, and where
-        `check` has not found all weights; CancelledError.
+        last or `logits` is False, activations [n, dim]: the numbers as they are computed, NaN and infinity
+        where the weights make them so. Raises ArgumentError for what does not fit, and where `check` has not
+        found all weights; CancelledError.
         """
         found: F32 = self._forward(
             tokens_or_x, positions, sequences, page_tables, rows, layers, logits, 0, cache, should_stop
@@ -576,13 +582,15 @@ class Model:
 
     def output_norm(self, x: F32) -> npt.NDArray[np.float64]:
         """What the output matrix reads of activations x [n, dim] after the last layer: float64 [n, dim], by
-        the model's RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450).
+        the model's RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450). What is not finite makes what
+        is not finite.
         """
-        y = x.astype(np.float64)
-        if self.config.norm_kind == "layer":
-            y -= y.mean(axis=1, keepdims=True)
-        y /= np.sqrt((y * y).mean(axis=1, keepdims=True) + self.config.norm_eps)
-        return y * self._output_norm
+        with np.errstate(invalid="ignore"):
+            y = x.astype(np.float64)
+            if self.config.norm_kind == "layer":
+                y -= y.mean(axis=1, keepdims=True)
+            y /= np.sqrt((y * y).mean(axis=1, keepdims=True) + self.config.norm_eps)
+            return y * self._output_norm
 
     def close(self) -> None:
         """Frees the weights, once no call uses them any more."""

@@ -1,7 +1,7 @@
 """Measures models: prefill and decoding as llama-bench counts them, beside what the memory could deliver.
 
 Calls `Model.forward` directly: no sampling, no tokenizer; logits of the last token only in prefill, of
-every token in decoding. Imports backends, loading, modelfiles, loaders and errors; prints nothing.
+every token in decoding. Imports backends, engine, loading, modelfiles, loaders and errors; prints nothing.
 docs/roofline.md says how to read the figures; cli/bench.py prints them.
 """
 
@@ -25,12 +25,12 @@ import numpy as np
 
 from . import backends
 from .backends import I32, PAGE, CacheType, PagePool
+from .engine import CHUNK, require_finite
 from .errors import ArgumentError, MemoryLimitError
 from .loaders import BF16, F16, F32, FORMATS, FileReader, TensorInfo
 from .loading import kept_formats, load
 from .modelfiles import ModelFiles, read_model
 
-CHUNK = 512  # tokens of a prefill call, as in llama-bench and in engine.py
 READ_BYTES = 1 << 30  # that a sample of the read bandwidth reads at least
 HASHED_WHOLE = 64 << 20  # files up to this size are hashed whole
 HASHED_PIECES = 64  # of 1 MB each, evenly spread, of larger ones
@@ -218,7 +218,8 @@ class Subject:
         """model: loaded in load_s, with a context that holds the cases. others_bytes: memory that this
         process holds for other models.
 
-        Raises MemoryLimitError when the caches do not fit.
+        Raises MemoryLimitError when the caches do not fit, FormatError where a broken model computes what is
+        not finite.
         """
         self.facts, self._model, self.load_s = facts, model, load_s
         self._pools: dict[str, PagePool] = {}
@@ -295,24 +296,26 @@ class Subject:
         return case.n_tokens * (facts.layer_macs + facts.output_macs)
 
     def run(self, case: Case) -> int:
-        """Runs a case once; nanoseconds."""
+        """Runs a case once; nanoseconds. Raises FormatError where the last logits are not finite."""
         self._use(case)
         start = time.perf_counter_ns()
         if case.n_prompt:
-            self._prefill(case.cache_type, case.n_depth, case.n_prompt)
+            logits = self._prefill(case.cache_type, case.n_depth, case.n_prompt)
         else:
-            self._decode(case)
-        return time.perf_counter_ns() - start
+            logits = self._decode(case)
+        elapsed = time.perf_counter_ns() - start
+        require_finite(logits)
+        return elapsed
 
     def _use(self, case: Case) -> None:
         backends.select_isa(case.isa)
         self._model.threads = case.threads
 
-    def _prefill(self, cache_type: str, first: int, n: int) -> None:
-        end = first + n
+    def _prefill(self, cache_type: str, first: int, n: int) -> backends.F32:
+        end, logits = first + n, np.empty((0, 0), np.float32)
         for start in range(first, end, CHUNK):
             positions = np.arange(start, min(start + CHUNK, end), dtype=np.int32)
-            self._model.forward(
+            logits = self._model.forward(
                 self._ids[positions],
                 positions,
                 np.zeros_like(positions),
@@ -320,15 +323,17 @@ class Subject:
                 rows=[len(positions) - 1] if positions[-1] == end - 1 else [],
                 cache=self._pools[cache_type],
             )
+        return logits
 
-    def _decode(self, case: Case) -> None:
+    def _decode(self, case: Case) -> backends.F32:
         sequences = np.arange(case.n_sequences, dtype=np.int32)
         table = self._tables[case.cache_type][: case.n_sequences]
         for position in range(case.n_depth, case.n_positions):
             positions = np.full_like(sequences, position)
-            self._model.forward(
+            logits = self._model.forward(
                 self._ids[positions], positions, sequences, table, cache=self._pools[case.cache_type]
             )
+        return logits
 
     def result(
         self,

@@ -524,13 +524,18 @@ def choose(
     try:
         return sampler(logits, tokens, len(tokens))
     except ArgumentError:
-        computed = logits.totals if isinstance(logits, Candidates) else logits
-        if (computed != computed).any() or (computed == np.inf).any():
-            raise FormatError(
-                "the model computes logits that are NaN or infinite: its weights hold such numbers or are "
-                "damaged; get or convert its files again"
-            ) from None
+        require_finite(logits.totals if isinstance(logits, Candidates) else logits)
         raise
+
+
+def require_finite(computed: npt.NDArray[np.floating[Any]]) -> None:
+    """Raises FormatError where what a model computed is NaN or infinite. For answers as a whole: in the loop
+    of tokens `choose` looks only once the sampler has refused."""
+    if not np.isfinite(computed).all():
+        raise FormatError(
+            "the model computes numbers that are NaN or infinite: its weights hold such numbers or are "
+            "damaged; get or convert its files again"
+        ) from None
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

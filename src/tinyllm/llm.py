@@ -23,7 +23,7 @@ from . import backends
 from .backends import CacheType
 from .chat import ChatTemplate, require
 from .config import GenerationDefaults, ModelConfig
-from .engine import CALL_S, CHUNK, Engine, FinishReason, Generation, Job, Piece, choose
+from .engine import CALL_S, CHUNK, Engine, FinishReason, Generation, Job, Piece, choose, require_finite
 from .errors import (
     ArgumentError,
     ContextError,
@@ -318,7 +318,7 @@ class LLM:
 
     def score(self, prompt: Prompt, *, special: bool = False) -> Score:
         """How likely a text (or ids) is, token by token. Raises ContextError when it is longer than the
-        context.
+        context, FormatError where a broken model computes what is not finite.
 
         llm.score("The cat sat on the mat.").perplexity
         """
@@ -333,7 +333,8 @@ class LLM:
         """The logits after each of n tokens (ids, or a text): float32 [n, vocab_size].
 
         Raises ContextError when there are more tokens than the context holds, MemoryLimitError when the
-        result does not fit into the free memory.
+        result does not fit into the free memory, FormatError where a broken model computes what is not
+        finite (`model.forward` gives it as it is).
         """
         ids = self._fit(self._ids(prompt, special))
         n_bytes, free = 4 * len(ids) * self.config.vocab_size, backends.free_memory()
@@ -358,15 +359,18 @@ class LLM:
         A text's vector is the mean over its tokens (BOS included) of what the output matrix reads, the last
         layer's activations after the final norm. normalize: to length 1, so that a product of two is their
         cosine. Texts share calls; the bits are those of each text alone. Raises ArgumentError, ContextError,
-        and MemoryLimitError with the numbers, before anything is computed; ModelClosedError.
+        and MemoryLimitError with the numbers, before anything is computed; ModelClosedError; FormatError for
+        a broken model, which computes what is not finite.
 
             a, b = llm.embed(["A cat sat.", "A dog ran."], normalize=True); a @ b
         """
         texts = [prompts] if _is_prompt(prompts) else list(cast("SequenceOf[Prompt]", prompts))
         out = np.empty((len(texts), self.config.dim), np.float32)
         ids = [self._fit(self._ids(text, special)) for text in texts]
-        for i, mean in enumerate(self._means(ids)):
-            out[i] = mean
+        with np.errstate(over="ignore", invalid="ignore"):  # said in our words
+            for i, mean in enumerate(self._means(ids)):
+                out[i] = mean
+        require_finite(out)
         if normalize:
             length = np.sqrt((out.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
             out = (out / np.maximum(length, 1e-30)).astype(np.float32)
@@ -541,7 +545,9 @@ class LLM:
             return
         sequence = self._engine.sequence(ids)
         try:
-            yield from self._engine.evaluate(Job(sequence, first_row=0))
+            for rows in self._engine.evaluate(Job(sequence, first_row=0)):
+                require_finite(rows)
+                yield rows
         finally:
             sequence.close()
 
@@ -577,9 +583,11 @@ class Session:
     @property
     def logits(self) -> Logits:
         """The logits after the last token: float32 [vocab_size]. Raises ArgumentError while there is no
-        token.
+        token, FormatError where a broken model computes what is not finite.
         """
-        return np.array(self._certain())
+        logits = np.array(self._certain())
+        require_finite(logits)
+        return logits
 
     def append(self, prompt: Prompt, *, special: bool = False) -> None:
         """Adds a text or ids and computes them. A text that comes first gets what the tokenizer puts in

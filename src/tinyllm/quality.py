@@ -1,8 +1,8 @@
 """How good a model is on a text, and how far it is from another: perplexity, KL divergence, agreement.
 
 A text is cut into windows as llama-perplexity cuts it. Several models run in step, a batch of windows at a
-time, and every slice of their logits is compared and dropped. Imports llm, backends and errors; prints
-nothing. docs/quantization.md is made with it, cli/perplexity.py prints it.
+time, and every slice of their logits is compared and dropped. Imports llm, engine, backends and errors;
+prints nothing. docs/quantization.md is made with it, cli/perplexity.py prints it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends import F32, I32, MOST_INT, PAGE, integers
+from .engine import require_finite
 from .errors import ArgumentError, ContextError, integer
 from .llm import LLM
 from .tokenizer import Tokenizer
@@ -163,7 +164,8 @@ def measure(
     than a window's. call: tokens of a call of a model; it decides speed and memory, not the result.
 
     Raises ArgumentError where there is no model, ids are not in a vocabulary or the vocabularies differ in
-    size (`require_same_vocabulary` says more), ContextError, MemoryLimitError, ModelClosedError.
+    size (`require_same_vocabulary` says more), ContextError, MemoryLimitError, ModelClosedError;
+    FormatError where a broken model computes what is not finite.
     """
     if not models:
         raise ArgumentError("there is no model to measure")
@@ -247,7 +249,9 @@ class _Run:
             targets = group[:, scored.start + 1 : end + 1].ravel()
             for row in range(0, len(x), self._n_rows):
                 part = x[row : row + self._n_rows]
-                yield targets[row : row + self._n_rows], self._forward(part, 1, 0, len(part), logits=True)
+                logits = self._forward(part, 1, 0, len(part), logits=True)
+                require_finite(logits)
+                yield targets[row : row + self._n_rows], logits
 
     def _forward(
         self, given: npt.NDArray[Any], n_windows: int, start: int, end: int, *, logits: bool = False,
