@@ -368,10 +368,10 @@ def test_models_take_turns_and_every_other_turn_runs_backwards(
 
 
 def test_cache_that_does_not_fit_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = benchmark.cases(n_prompt=[], n_gen=[1], n_depth=[1000], n_sequences=[8])
-    # One sequence fits: 16 pages of 64 positions of 1024 bytes; eight do not.
-    monkeypatch.setattr(backends, "free_memory", lambda: 5_000_000)
-    words = "8 x 1024 positions takes 8388608 bytes, 5000000 are free"
+    of = benchmark.cases(n_prompt=[], n_gen=[1], n_depth=[1000], n_sequences=[16])
+    # One sequence fits: 16 pages of 64 positions of 1024 bytes; sixteen do not.
+    monkeypatch.setattr(backends, "free_memory", lambda: 9_000_000)
+    words = "16 x 1024 positions takes 16777216 bytes, 9000000 are free"
     with pytest.raises(MemoryLimitError, match=words), benchmark.loaded(str(tiny), of):
         pass
 

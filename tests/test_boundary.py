@@ -153,10 +153,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"backends", "contents", "errors", "imatrix", "loaders", "mixes", "modelfiles", "outfiles"},
     },
     "inspection": {
-        *{"backends", "chat", "config", "engine", "errors", "loaders", "loading", "modelfiles"},
+        *{"backends", "chat", "config", "errors", "llm", "loaders", "loading", "modelfiles"},
         *{"reasoning", "tokenizer"},
     },
-    "benchmark": {"backends", "engine", "errors", "loaders", "loading", "modelfiles"},
+    "benchmark": {"backends", "engine", "errors", "llm", "loaders", "loading", "modelfiles"},
     "calibration": {"imatrix", "llm", "loaders"},
     "quality": {"backends", "engine", "errors", "llm", "tokenizer"},
     "compare": {"backends", "benchmark", "errors", "llm", "loading", "mixes", "quality"},

@@ -44,12 +44,14 @@ from strategies import damaged, directories, gguf_files, safetensors_files
 from test_tokenizer import tiny_sentencepiece, tiny_tokenizer_json
 
 import tinyllm
+from tinyllm import benchmark
 from tinyllm.chat import template_from_directory
 from tinyllm.errors import Error, FormatError, NotFoundError, ReadError, UnsupportedError
 from tinyllm.imatrix import read_imatrix
 from tinyllm.loaders import TensorInfo
 from tinyllm.loaders.gguf import read_gguf
 from tinyllm.modelfiles import read_model
+from tinyllm.quality import measure, windows
 from tinyllm.tokenizer import load_tokenizer, tokenizer_from_gguf
 from tinyllm.tokenizer.spm import _message
 
@@ -684,3 +686,33 @@ def test_sampling_defaults_are_refused_while_loading(tmp_path: Path) -> None:
     path.write_bytes(encode(file))
     with pytest.raises(FormatError, match=r"model\.gguf: .*general\.sampling\.top_k is .*outside 0 to"):
         tinyllm.load(path)
+
+
+def test_memory_of_a_call_is_in_proportion(tmp_path: Path) -> None:
+    """4 MB of weights whose queries are a million numbers a token."""
+    n = 16384
+    sizes = {
+        "embedding_length": 1,
+        "feed_forward_length": 1,
+        "context_length": 4096,
+        "attention.head_count": n,
+    }
+    sizes |= {"attention.head_count_kv": 1, "attention.key_length": 64, "attention.value_length": 64}
+    keys = {f"llama.{key}": scalar(U32, value) for key, value in sizes.items()}
+    file, path = tiny_gguf(), tmp_path / "model.gguf"
+    file.pairs = list((dict(file.pairs) | keys).items())
+    shapes = {"token_embd": (1, 6), "attn_q": (1, 64 * n), "attn_k": (1, 64), "attn_v": (1, 64)}
+    shapes |= {"attn_output": (64 * n, 1)}
+    for tensor in file.tensors:
+        stem = str(tensor.name).removesuffix(".weight").removeprefix("blk.0.")
+        tensor.dims, tensor.type = shapes.get(stem, (1,) * len(tensor.dims)), 0 if "norm" in stem else 1
+    file.data = bytes(sum(-(-tensor.n_bytes() // 32) * 32 for tensor in file.tensors))
+    path.write_bytes(encode(file))
+    assert path.stat().st_size < 5e6
+    prompt = [3] * 30
+    with peak_below(300), tinyllm.load(path, threads=1) as llm:
+        assert llm(prompt, max_tokens=1, temperature=0).tokens == [0]
+        assert llm.embed(prompt).shape == (1,)
+        measure([llm], windows(prompt, 30))
+        cases = benchmark.cases(n_prompt=[30], n_gen=[], threads=[1])
+        benchmark.measure([str(path)], cases, repetitions=1, read_bytes=1 << 20)

@@ -17,6 +17,7 @@ from helpers_models import golden_model, golden_spec, random_ids, random_weights
 
 import tinyllm
 from tinyllm import backends, errors, loading
+from tinyllm.llm import call_bytes
 from tinyllm.sampling import SamplingParams, stream_seed
 
 TEMPLATE = (
@@ -484,7 +485,7 @@ def test_page_size_is_known_before_loading(path: Path, monkeypatch: pytest.Monke
         with tinyllm.load(path, cache_type=cache_type, context=64) as loaded:
             page_bytes = loaded._cache.pool.page_bytes
         weight_bytes = 1 << 20
-        limit = weight_bytes + 3 * page_bytes
+        limit = weight_bytes + 3 * page_bytes + call_bytes(loaded.config, 3 * 64)
         monkeypatch.setattr(backends, "free_memory", lambda limit=limit: limit)
         assert loading._fit_memory(loaded.config, cache_type, weight_bytes, 3 * 64, "")[0] == 3 * 64
         with pytest.raises(errors.MemoryLimitError):
@@ -509,6 +510,7 @@ def test_the_context_is_lowered_to_what_fits(
     with tinyllm.load(path) as loaded:
         assert loaded.context == 512
         needed = loaded.model.weight_bytes + 2 * loaded._cache.pool.page_bytes + 50_000
+        needed += call_bytes(loaded.config, 512)
     monkeypatch.setattr(backends, "free_memory", lambda: int(needed / 0.8))
     with tinyllm.load(path) as loaded:
         assert loaded.context % 64 == 0

@@ -109,7 +109,7 @@ def test_the_plan_counts_the_windows(path: Path, monkeypatch: pytest.MonkeyPatch
     with tinyllm.load(path, device="cpu", threads=1) as llm:
         assert plan.cache == cache_pages(llm.config) * llm._cache.pool.page_bytes
         page_bytes = llm._cache.pool.page_bytes
-        needed = plan.weights + plan.cache
+        needed = plan.total
     monkeypatch.setattr(backends, "cache_groups", one_group)
     assert plan.cache < 0.9 * inspect_model(path).memory.cache
     monkeypatch.undo()

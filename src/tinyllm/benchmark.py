@@ -1,8 +1,8 @@
 """Measures models: prefill and decoding as llama-bench counts them, beside what the memory could deliver.
 
 Calls `Model.forward` directly: no sampling, no tokenizer; logits of the last token only in prefill, of
-every token in decoding. Imports backends, engine, loading, modelfiles, loaders and errors; prints nothing.
-docs/roofline.md says how to read the figures; cli/bench.py prints them.
+every token in decoding. Imports backends, engine, llm, loading, modelfiles, loaders and errors; prints
+nothing. docs/roofline.md says how to read the figures; cli/bench.py prints them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from . import backends
 from .backends import I32, PAGE, CacheType, PagePool
 from .engine import CHUNK, require_finite
 from .errors import ArgumentError, MemoryLimitError
+from .llm import call_tokens
 from .loaders import BF16, F16, F32, FORMATS, FileReader, TensorInfo
 from .loading import kept_formats, load
 from .modelfiles import ModelFiles, read_model
@@ -313,8 +314,9 @@ class Subject:
 
     def _prefill(self, cache_type: str, first: int, n: int) -> backends.F32:
         end, logits = first + n, np.empty((0, 0), np.float32)
-        for start in range(first, end, CHUNK):
-            positions = np.arange(start, min(start + CHUNK, end), dtype=np.int32)
+        step = call_tokens(self._model.config, self._model.weight_bytes)
+        for start in range(first, end, step):
+            positions = np.arange(start, min(start + step, end), dtype=np.int32)
             logits = self._model.forward(
                 self._ids[positions],
                 positions,

@@ -1,8 +1,8 @@
 """What a model's files say about it, and what running it would take: read from their headers, no weight
 touched.
 
-Imports `modelfiles`, `loading` (which formats and sizes weights would get), `backends`, `reasoning` and
-`errors`. cli/inspect.py prints it.
+Imports `modelfiles`, `loading` (which formats and sizes weights would get), `llm`, `backends`, `reasoning`
+and `errors`. cli/inspect.py prints it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from . import backends, reasoning
 from .backends import CacheType
 from .chat import ChatTemplate
 from .config import ModelConfig
-from .engine import CHUNK
 from .errors import ArgumentError, TemplateError
+from .llm import call_bytes, call_tokens
 from .loaders import FORMATS
 from .loading import MEMORY_SHARE, cache_bytes, fitting_context, kept_formats
 from .modelfiles import ModelFiles, read_model
@@ -61,7 +61,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that running takes. cache: of one full context. scratch: an estimate, for calls of 512 tokens.
+    """Bytes that running takes. cache: of one full context. scratch: an estimate, for the largest call.
     free: on this machine now. fitting_context: the longest that fits; 0 where the weights alone do not."""
 
     weights: int
@@ -166,7 +166,10 @@ def _shares(tensors: Iterable[Tensor]) -> Iterator[Share]:
 
 def plan_memory(config: ModelConfig, weight_bytes: int, context: int, cache_type: CacheType) -> Memory:
     """The memory that a model of these weights takes with one full context."""
-    scratch, free = scratch_bytes(config, min(CHUNK, context)), backends.free_memory()
+    scratch, free = (
+        call_bytes(config, min(call_tokens(config, weight_bytes), context)),
+        backends.free_memory(),
+    )
     left = int(MEMORY_SHARE * free) - weight_bytes - scratch
     return Memory(
         weights=weight_bytes,
@@ -177,15 +180,6 @@ def plan_memory(config: ModelConfig, weight_bytes: int, context: int, cache_type
         cache_type=cache_type,
         fitting_context=fitting_context(config, cache_type, left),
     )
-
-
-def scratch_bytes(config: ModelConfig, n: int) -> int:
-    """About what a call of n tokens needs beside weights and cache, with one row of logits: float32
-    activations, twice as wide as the residual, the heads and the hidden layer, and a copy in 8 bits."""
-    heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    floats = 2 * config.dim + 3 * heads + 2 * kv + 2 * config.ff_dim + config.rope_dim
-    quantized = max(config.dim, heads, config.ff_dim)
-    return n * (4 * floats + quantized) + 4 * config.vocab_size
 
 
 def _tokenizer_facts(files: ModelFiles) -> dict[str, Any] | None:

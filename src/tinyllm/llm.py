@@ -38,6 +38,7 @@ from .reasoning import Plain, Splitter, splitter, visible_ids
 from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
 from .tokenizer import Tokenizer
 
+SCRATCH_BYTES = 64 << 20  # that a call may take in any case
 EMBED = 32  # texts that share a call, each with pages of its own
 Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
@@ -137,7 +138,7 @@ class LLM:
 
     model: the layer below, with `model.forward`. tokenizer: None for a model that takes and gives ids only.
     chat_template: None for a base model. defaults: the model's own sampling parameters, by name. context: how
-    many tokens a sequence may hold. load_s: seconds of loading.
+    many tokens a sequence may hold. chunk: tokens of a call of the model at most. load_s: seconds of loading.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class LLM:
         self.model, self.tokenizer, self.chat_template, self.config = model, tokenizer, chat_template, config
         self.name, self.cache_type, self.load_s = name, cache_type, load_s
         self.device, self.context = model.device, config.context
+        self.chunk = call_tokens(config, model.weight_bytes)
         defaults = defaults or GenerationDefaults()
         self.eos_ids = frozenset(defaults.eos_ids) | (tokenizer.eos_ids if tokenizer else frozenset())
         self.defaults = asdict(defaults)
@@ -172,7 +174,9 @@ class LLM:
             free_bytes=model.free_memory,
         )
         call_s = math.inf if model.device == "cpu" else CALL_S  # the CPU stops between layers
-        self._engine = Engine(model, self._cache, vocab_size=config.vocab_size, call_s=call_s)
+        self._engine = Engine(
+            model, self._cache, vocab_size=config.vocab_size, chunk=self.chunk, call_s=call_s
+        )
 
     @overload
     def __call__(
@@ -492,12 +496,12 @@ class LLM:
         )
 
     def _means(self, texts: list[list[int]]) -> Iterator[npt.NDArray[np.float64]]:
-        """The mean of each text's normed activations, [dim]. A call takes up to EMBED texts and CHUNK tokens,
-        or one longer text in pieces.
+        """The mean of each text's normed activations, [dim]. A call takes up to EMBED texts and `chunk`
+        tokens, or one longer text in pieces.
         """
         calls: list[list[list[int]]] = []
         for ids in texts:
-            if not calls or len(calls[-1]) == EMBED or sum(map(len, calls[-1])) + len(ids) > CHUNK:
+            if not calls or len(calls[-1]) == EMBED or sum(map(len, calls[-1])) + len(ids) > self.chunk:
                 calls.append([])
             calls[-1].append(ids)
         shapes = [
@@ -519,8 +523,8 @@ class LLM:
             for call, shape in zip(calls, shapes, strict=True):
                 tables = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
                 sums = np.zeros((len(call), self.config.dim))
-                for start in range(0, max(map(len, call)), CHUNK):
-                    parts = [ids[start : start + CHUNK] for ids in call]
+                for start in range(0, max(map(len, call)), self.chunk):
+                    parts = [ids[start : start + self.chunk] for ids in call]
                     sizes = [len(part) for part in parts]
                     x = self.model.forward(
                         np.concatenate(parts),
@@ -689,6 +693,24 @@ class Session:
 def cache_pages(config: ModelConfig) -> int:
     """Pages of the KV cache that a text of the whole context holds at most."""
     return sum(pages_held(config.context, group.window, CHUNK) for group in backends.cache_groups(config))
+
+
+def call_bytes(config: ModelConfig, n: int) -> int:
+    """About what a call of n tokens needs beside weights and cache, with one row of logits: float32
+    activations, twice as wide as the residual, the heads and the hidden layer, what attention adds up head by
+    head, and a copy in 8 bits."""
+    c, rows = config, config.n_experts_used or 1  # of the hidden layer
+    heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    floats = 2 * c.dim + 2 * heads + c.n_heads * (c.head_dim + 32) + 2 * kv + 2 * rows * c.ff_dim + c.rope_dim
+    floats += 4 * c.n_heads // c.n_kv_heads + c.n_experts + c.n_experts_used * c.dim
+    return n * (4 * floats + max(heads, rows * max(c.dim, c.ff_dim))) + 4 * c.vocab_size
+
+
+def call_tokens(config: ModelConfig, weight_bytes: int) -> int:
+    """Tokens of a call at most, which change no result: CHUNK, but where a few weights ask for activations by
+    the gigabyte no more than take what the weights do, or 64 MB."""
+    room = max(weight_bytes, SCRATCH_BYTES)
+    return CHUNK if call_bytes(config, CHUNK) <= room else max(1, room // call_bytes(config, 1))
 
 
 @dataclass(frozen=True)

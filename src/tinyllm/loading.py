@@ -16,7 +16,7 @@ from . import backends
 from .backends import PAGE, CacheType
 from .config import ModelConfig
 from .errors import ArgumentError, MemoryLimitError, UnsupportedError, integer, out_of_memory, size_text
-from .llm import LLM, cache_pages
+from .llm import LLM, cache_pages, call_bytes, call_tokens
 from .loaders import BF16, F16, F32
 from .loaders.names import Weights, in_gguf
 from .mixes import tensor_formats
@@ -73,6 +73,7 @@ def load(
     weight_bytes = sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
     wanted = min(files.config.default_context, USEFUL_CONTEXT) if context is None else context
     needed = weight_bytes + cache_bytes(files.config, cache_type, wanted)
+    needed += call_bytes(files.config, min(call_tokens(files.config, weight_bytes), wanted))
     chosen = backends.choose_device(device, needed)
     asked = context
     context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name, chosen)
@@ -178,15 +179,16 @@ def _fit_memory(
     free = device.free_memory()
     memory = f"the memory of {device.name} ({device.title})" if device.title else "memory"
     usual = config.default_context
+    scratch = call_bytes(config, min(call_tokens(config, weight_bytes), context or usual))
     # A context that was asked for may take all that is free; one that we choose leaves some.
-    budget = (int(MEMORY_SHARE * free) if context is None else free) - weight_bytes
+    budget = (int(MEMORY_SHARE * free) if context is None else free) - weight_bytes - scratch
     fitting = fitting_context(config, cache_type, budget)
     if fitting < (context or 1):
         hint = f"; a context of {fitting} would fit" if fitting > 0 else ""
         raise MemoryLimitError(
             f"{name} does not fit into {memory}: its weights take {size_text(weight_bytes)}, a context of "
             f"{context or usual} takes {size_text(cache_bytes(config, cache_type, context or usual))}, "
-            f"{size_text(free)} are free{hint}"
+            f"a call {size_text(scratch)}, {size_text(free)} are free{hint}"
         )
     if context is None:
         context = min(usual, fitting)

@@ -186,6 +186,7 @@ def measure(
             raise ContextError(f"{model.name}: windows of {n_ctx} tokens do not fit into {model.context}")
     comparison = Comparison(len(models))
     with ExitStack() as stack:
+        call = min(call, *(model.chunk for model in models))
         runs = [_Run(model, n_ctx, call) for model in models]
         for run in runs:
             stack.callback(run.close)
