@@ -10,6 +10,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from tinyllm import _core
+from tinyllm.loaders import FORMATS, are_finite
 
 FLOATS = [Type.F32, Type.F16, Type.BF16]
 # Where a block keeps its f16 numbers (byte offsets).
@@ -82,3 +83,27 @@ def test_unpack_floats(rows: int) -> None:
     assert np.array_equal(bits(brain), patterns.astype(np.uint32) << 16)
     single = np.random.default_rng(0).integers(0, 2**32, (rows, k), np.uint32)
     assert np.array_equal(bits(_core.pack_unpack(single.tobytes(), int(Type.F32), rows, k)), single)
+
+
+@pytest.mark.parametrize("kind", [*HALVES, *FLOATS], ids=lambda kind: kind.name)
+def test_blocks_that_are_not_finite_are_told_by_their_halves(kind: Type) -> None:
+    """In all the numbers that the gguf package reads of them."""
+    rng = np.random.default_rng(kind)
+    if kind in FLOATS:
+        n_bytes = FORMATS[kind].block_bytes
+        blocks = rng.integers(0, 256, (2000, n_bytes), np.uint8)
+        blocks[::4, -2:] = [[0x80, 0x7F]] if kind == Type.BF16 else [[0x00, 0x7C]]
+    else:
+        assert list(FORMATS[kind].scales) == HALVES[kind]
+        blocks = random_blocks(rng, kind, 60, special=False)
+        if kind == Type.MXFP4:
+            blocks[:, 0] //= 2  # all scales are numbers, the largest too large for float32
+        assert are_finite(blocks.ravel(), kind)
+        for i, offset in enumerate(HALVES[kind] * 4):
+            blocks[i, offset : offset + 2] = np.array([rng.choice([0x7C00, 0xFC00, 0x7E01])], "<u2").view(
+                np.uint8
+            )
+    with np.errstate(all="ignore"):
+        known = [bool(np.isfinite(dequantize(block, kind)).all()) for block in blocks]
+    assert [are_finite(block, kind) for block in blocks] == known
+    assert are_finite(blocks.ravel(), kind) == all(known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -448,7 +449,7 @@ def test_a_nan_is_named(tmp_path: Path) -> None:
     weights = random_weights(CONFIG, seed=3)
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
     write_gguf(tmp_path / "nan.gguf", CONFIG, weights)
-    with pytest.raises(errors.FormatError, match=r"blk\.1\.ffn_up\.weight holds a NaN"):
+    with pytest.raises(errors.FormatError, match=r"'blk\.1\.ffn_up\.weight' holds a NaN"):
         tinyllm.quantize(tmp_path / "nan.gguf", tmp_path / "out.gguf", "q4_0")
     assert sorted(os.listdir(tmp_path)) == ["nan.gguf"]
 
@@ -712,3 +713,33 @@ def test_llama_cpp_gives_the_same_perplexity(data_dir: Path, tmp_path: Path) -> 
             )
             score = perplexity_there(llama_cpp, out, ids)
             assert abs(score - np.log(llm.score(ids).perplexity)) < most, type
+
+
+def poisoned(path: Path, tensor: str, raw: bytes) -> Path:
+    """A copy of a GGUF file in which a tensor begins with other bytes."""
+    info, data = read_gguf(path).tensors[tensor], bytearray(path.read_bytes())
+    data[info.offset : info.offset + len(raw)] = raw
+    copy = path.with_name("poisoned.gguf")
+    copy.write_bytes(data)
+    return copy
+
+
+def test_what_is_copied_is_looked_at_as_well(tmp_path: Path) -> None:
+    """A norm, the scale of a block that stays or is rounded anew, and what a format's scales cannot hold."""
+    plain, q8_0 = tmp_path / "plain.gguf", tmp_path / "q8_0.gguf"
+    write_gguf(plain, CONFIG, random_weights(CONFIG, seed=3))
+    tinyllm.quantize(plain, q8_0, "q8_0")
+    cases = [
+        (plain, "output_norm.weight", struct.pack("<f", np.nan), "q8_0"),
+        (plain, "blk.0.ffn_up.weight", struct.pack("<f", np.inf), "f32"),
+        (plain, "blk.0.ffn_up.weight", struct.pack("<f", 1e6), "f16"),
+        (plain, "blk.0.ffn_up.weight", struct.pack("<f", 1e30), "q8_0"),
+        (q8_0, "blk.0.ffn_up.weight", struct.pack("<e", np.nan), "q8_0"),
+        (q8_0, "blk.0.ffn_up.weight", struct.pack("<e", np.inf), "q4_0"),
+        (q8_0, "blk.0.ffn_up.weight", struct.pack("<e", np.nan), "f32"),
+    ]
+    for path, tensor, raw, type in cases:
+        model = poisoned(path, tensor, raw)
+        with pytest.raises(errors.FormatError, match=f"tensor '{re.escape(tensor)}' holds a NaN, an inf"):
+            tinyllm.quantize(model, tmp_path / "out.gguf", type, allow_requantize=True)
+    assert sorted(os.listdir(tmp_path)) == ["plain.gguf", "poisoned.gguf", "q8_0.gguf"]

@@ -19,7 +19,7 @@ from . import backends
 from .contents import Source, contents_of
 from .errors import ArgumentError, FormatError, NotFoundError, integer
 from .imatrix import Imatrix, read_imatrix
-from .loaders import BF16, F16, F32, FORMATS, show, user_path
+from .loaders import BF16, F16, F32, FORMATS, are_finite, show, user_path
 from .loaders.gguf_writer import OutTensor, write_gguf
 from .mixes import MIXES, key_of, tensor_formats
 from .modelfiles import BUNDLED
@@ -61,8 +61,8 @@ def quantize(
     bytes in all). The file appears under its name when it is complete; where
     `out` is a symbolic link, what it points to is replaced.
 
-    Raises ArgumentError, NotFoundError, ReadError, FormatError (a NaN or an infinity among the weights as
-    well), UnsupportedError, WriteError.
+    Raises ArgumentError, NotFoundError, ReadError, FormatError (a NaN, an infinity or a number too large for
+    its format among the weights as well), UnsupportedError, WriteError.
     """
     mix = MIXES[key_of(type)]
     target = target_of(out)
@@ -144,21 +144,15 @@ def _out_tensor(
             for first in range(matrix, matrix + per_matrix, step):
                 last = min(first + step, matrix + per_matrix)
                 data = np.ascontiguousarray(source.read(first, last)).ravel()
-                if source.format == format:
-                    yield data.tobytes()
-                    continue
-                _check_finite(name, source.format, data)
-                yield backends.convert(
-                    data, source.format, format, last - first, k, importance=of_columns, threads=threads
-                ).tobytes()
+                if source.format != format:
+                    data = backends.convert(
+                        data, source.format, format, last - first, k, importance=of_columns, threads=threads
+                    ).ravel()
+                if not are_finite(data, format):
+                    raise FormatError(
+                        f"tensor {show(name)} holds a NaN, an infinity, or a number too large for "
+                        f"{FORMATS[format].name}; such a model cannot be quantized"
+                    )
+                yield data.tobytes()
 
     return OutTensor(name, source.shape, format, pieces)
-
-
-def _check_finite(name: str, format: int, data: npt.NDArray[np.uint8]) -> None:
-    """A NaN would spread over its block, and an infinity make its scale infinite."""
-    exponents = {F32: ("<u4", 0x7F800000), F16: ("<u2", 0x7C00), BF16: ("<u2", 0x7F80)}
-    if format in exponents:
-        dtype, mask = exponents[format]
-        if ((data.view(dtype) & mask) == mask).any():
-            raise FormatError(f"tensor {name} holds a NaN or an infinity; such a model cannot be quantized")

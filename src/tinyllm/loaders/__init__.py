@@ -36,34 +36,48 @@ Identity = tuple[int, int, int, int]  # of a file: device, inode, size, time of 
 
 @dataclass(frozen=True)
 class Format:
-    """One tensor format: `block` consecutive elements of a row take `block_bytes` bytes."""
+    """One tensor format: `block` consecutive elements of a row take `block_bytes` bytes. `scales`: where in
+    them half-precision factors and offsets lie, that make all the others NaN or infinite where they are."""
 
     name: str
     block: int
     block_bytes: int
+    scales: tuple[int, ...] = ()
 
 
 # By GGML type number. The core keeps the same table beside its kernels (loaders may not import the core);
 # tests/test_gguf.py compares the two.
 FORMATS: dict[int, Format] = {
     0: Format("F32", 1, 4),
-    1: Format("F16", 1, 2),
-    2: Format("Q4_0", 32, 18),
-    3: Format("Q4_1", 32, 20),
-    6: Format("Q5_0", 32, 22),
-    7: Format("Q5_1", 32, 24),
-    8: Format("Q8_0", 32, 34),
-    10: Format("Q2_K", 256, 84),
-    11: Format("Q3_K", 256, 110),
-    12: Format("Q4_K", 256, 144),
-    13: Format("Q5_K", 256, 176),
-    14: Format("Q6_K", 256, 210),
-    20: Format("IQ4_NL", 32, 18),
-    23: Format("IQ4_XS", 256, 136),
+    1: Format("F16", 1, 2, (0,)),
+    2: Format("Q4_0", 32, 18, (0,)),
+    3: Format("Q4_1", 32, 20, (0, 2)),
+    6: Format("Q5_0", 32, 22, (0,)),
+    7: Format("Q5_1", 32, 24, (0, 2)),
+    8: Format("Q8_0", 32, 34, (0,)),
+    10: Format("Q2_K", 256, 84, (80, 82)),
+    11: Format("Q3_K", 256, 110, (108,)),
+    12: Format("Q4_K", 256, 144, (0, 2)),
+    13: Format("Q5_K", 256, 176, (0, 2)),
+    14: Format("Q6_K", 256, 210, (208,)),
+    20: Format("IQ4_NL", 32, 18, (0,)),
+    23: Format("IQ4_XS", 256, 136, (0,)),
     30: Format("BF16", 1, 2),
     39: Format("MXFP4", 32, 17),
 }
 F32, F16, BF16, MXFP4 = 0, 1, 30, 39
+
+
+def are_finite(data: npt.NDArray[np.uint8], format: int) -> bool:
+    """Whether whole blocks, uint8 [n], hold neither NaN nor infinity; of MXFP4, all of whose scales are
+    numbers, it is not asked."""
+    if format == F32:
+        return bool(np.isfinite(data.view("<f4")).all())
+    if format == BF16:
+        return not ((data.view("<u2") & 0x7F80) == 0x7F80).any()
+    blocks = data.reshape(-1, FORMATS[format].block_bytes)
+    halves = (np.ascontiguousarray(blocks[:, at : at + 2]).view("<u2") for at in FORMATS[format].scales)
+    return not any(((half & 0x7C00) == 0x7C00).any() for half in halves)
 
 
 @dataclass(frozen=True)
