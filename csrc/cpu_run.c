@@ -14,7 +14,7 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     const size_t n_in = n * widest, n_ff = rows * (ff > dim ? ff : dim), n_q = n_in > n_ff ? n_in : n_ff;
     size_t used = 0;
 #define PLACE(field, type, count)                                                                                      \
-    r->field = (type *)(void *)(base + used);                                                                          \
+    r->field = base ? (type *)(void *)(base + used) : NULL;                                                            \
     used += ((size_t)(count) * sizeof(type) + 63) / 64 * 64
     PLACE(base.x, float, n *dim);
     PLACE(base.q, float, n *width);

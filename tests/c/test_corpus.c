@@ -27,6 +27,7 @@ int main(void) {
     }
     closedir(folder);
     must(n_files > 30, "a corpus");
-    printf("corpus: %d inputs on %d instruction sets\n", n_files, n_isas);
+    must(n_computed > 30, "calls that compute");
+    printf("corpus: %d inputs on %d instruction sets, %d calls computed\n", n_files, n_isas, n_computed);
     return 0;
 }

@@ -9,7 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-// What the fuzzer gave, taken from its start; zeros when it is used up.
+// What the fuzzer gave, taken from its start; zeros when it is used up, which stand for what is usual and right.
 typedef struct input {
     const uint8_t *at, *end;
 } input;
@@ -26,6 +26,9 @@ static unsigned below(input *in, unsigned n) {
     take(in, &x, sizeof x);
     return x % n;
 }
+
+// One time in n.
+static int oddly(input *in, unsigned n) { return below(in, n) == 1; }
 
 static int32_t any_int(input *in) {
     int32_t x;
@@ -69,11 +72,11 @@ static int ok(tl_status status, const tl_message *message) {
 
 static void convert(input *in) {
     const tl_format *from = any_format(in), *to = any_format(in);
-    const size_t k = below(in, 8) ? 256 * (1 + below(in, 3)) : below(in, 600), rows = below(in, 4);
+    const size_t k = oddly(in, 8) ? below(in, 600) : 256 * (1 + below(in, 3)), rows = below(in, 4);
     const size_t in_bytes = rows * (k / (size_t)from->block) * (size_t)from->block_bytes;
     const size_t out_bytes = rows * (k / (size_t)to->block) * (size_t)to->block_bytes;
     float *importance = below(in, 2) ? bytes_of(in, k * sizeof(float)) : NULL;
-    for (size_t i = 0; importance && i < k && below(in, 4); i++)
+    for (size_t i = 0; importance && i < k && !oddly(in, 4); i++)
         importance[i] = importance[i] < 0 || importance[i] != importance[i] ? 1 : importance[i];
     uint8_t *source = bytes_of(in, in_bytes), *blocks = exactly(out_bytes), *again = exactly(out_bytes);
     tl_message message = {""};
@@ -97,7 +100,7 @@ static tl_config small_config(input *in) {
     c.rope_theta = 10000;
     c.rope_dim = 64;
     c.rope_scale = 1;
-    c.n_experts = below(in, 3) ? 0 : 3;
+    c.n_experts = oddly(in, 3) ? 3 : 0;
     c.n_experts_used = c.n_experts ? 2 : 0;
     return c;
 }
@@ -111,27 +114,27 @@ static void upload(input *in) {
     tl_message message = {""};
     tl_model *model = NULL;
     must(ok(tl_model_create(&model, &c, &tl_backend_cpu, &message), &message), "a small model");
-    const tl_format *from = any_format(in), *to = below(in, 2) ? from : any_format(in);
+    const tl_format *from = any_format(in), *to = oddly(in, 2) ? any_format(in) : from;
     const char *name = names[below(in, sizeof names / sizeof names[0])];
-    const int layer = (int)below(in, 4) - 1, rows = below(in, 2) ? 256 : (int)below(in, 300),
-              with_order = !below(in, 3);
+    const int layer = oddly(in, 4) ? any_int(in) : (int)below(in, 2), rows = oddly(in, 2) ? (int)below(in, 300) : 256,
+              with_order = oddly(in, 3);
     const int apart = from->id == 39 && below(in, 2), stride = 1 + (int)below(in, 2);
     int32_t *order = exactly((size_t)rows * sizeof *order);
     for (int i = 0; i < rows; i++)
-        order[i] = below(in, 64) ? (int32_t)below(in, (unsigned)(rows ? rows : 1)) : any_int(in);
+        order[i] = oddly(in, 64) ? any_int(in) : (int32_t)below(in, (unsigned)(rows ? rows : 1));
     // As many bytes as the largest of those weights needs with that stride.
     const size_t row_bytes = 256 / (size_t)from->block * (size_t)from->block_bytes, n_bytes = row_bytes * 512;
     const size_t blocks = 256 / 32 * 512;
     uint8_t *memory = bytes_of(in, apart ? blocks * 16 : n_bytes), *scale_bytes = bytes_of(in, blocks);
     int fd = -1;
-    if (!below(in, 3)) { // a file of any length
+    if (oddly(in, 3)) { // a file of any length
         fd = memfd_create("fuzz", 0);
-        const size_t length = below(in, 4) ? below(in, 65535) : n_bytes;
+        const size_t length = oddly(in, 2) ? below(in, 65535) : n_bytes;
         must(fd >= 0 && write(fd, memory, length < n_bytes && !apart ? length : 1) > 0, "a file in memory");
     }
     const tl_source scales = {.format = from, .fd = -1, .memory = scale_bytes};
     uint64_t offset = 0;
-    if (fd >= 0 && !below(in, 4)) take(in, &offset, sizeof offset);
+    if (fd >= 0 && oddly(in, 4)) take(in, &offset, sizeof offset);
     const tl_source source = {.format = from,
                               .fd = fd,
                               .offset = offset,
@@ -160,9 +163,9 @@ static void upload(input *in) {
 }
 
 static int size_like(input *in, int usual) {
-    switch (below(in, 8)) {
-    case 0: return any_int(in);
-    case 1: return (int)below(in, 70) - 2;
+    switch (below(in, 16)) {
+    case 1: return any_int(in);
+    case 2: return (int)below(in, 70) - 2;
     default: return usual;
     }
 }
@@ -176,10 +179,10 @@ static void configure(input *in) {
     float *numbers[] = {&c.norm_eps,  &c.attention_scale, &c.rope_scale,     &c.attention_cap,
                         &c.logit_cap, &c.embedding_scale, &c.residual_scale, &c.logit_scale};
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
-        if (!below(in, 4)) *numbers[i] = any_float(in);
-    if (!below(in, 4)) take(in, &c.rope_theta, sizeof c.rope_theta);
-    if (!below(in, 4)) take(in, &c.local_rope_theta, sizeof c.local_rope_theta);
-    if (!below(in, 4)) take(in, &c.query_growth, sizeof c.query_growth);
+        if (oddly(in, 16)) *numbers[i] = any_float(in);
+    if (oddly(in, 8)) take(in, &c.rope_theta, sizeof c.rope_theta);
+    if (oddly(in, 8)) take(in, &c.local_rope_theta, sizeof c.local_rope_theta);
+    if (oddly(in, 8)) take(in, &c.query_growth, sizeof c.query_growth);
     c.norm_kind = (tl_norm_kind)size_like(in, 0);
     c.norm_place = (tl_norm_place)size_like(in, 0);
     c.activation = (tl_activation)size_like(in, 0);
@@ -194,14 +197,14 @@ static void configure(input *in) {
     if (below(in, 2)) c.windows = windows;
     if (below(in, 2)) c.ropes = ropes;
     if (below(in, 2)) c.places = places;
-    if (!below(in, 4)) c.rope_factors = factors;
+    if (oddly(in, 4)) c.rope_factors = factors;
     tl_message message = {""};
     tl_model *model = NULL;
     if ((int64_t)c.n_layers * c.n_experts < 1 << 16 &&
         ok(tl_model_create(&model, &c, &tl_backend_cpu, &message), &message)) {
         must(!ok(tl_model_check(model, &message), &message), "an empty model lacks weights");
         tl_cache *cache = NULL;
-        const int type = below(in, 4) ? (int[]){0, 1, 8}[below(in, 3)] : any_int(in), pages = size_like(in, 3);
+        const int type = oddly(in, 4) ? any_int(in) : (int[]){0, 1, 8}[below(in, 3)], pages = size_like(in, 3);
         if ((int64_t)c.n_layers * c.n_kv_heads * c.head_dim < 1 << 12 &&
             ok(tl_cache_create(&cache, model, type, pages, &message), &message)) {
             for (int i = 0; i < 4; i++) {
@@ -235,6 +238,8 @@ static tl_model *runnable(tl_cache **cache) {
         c.n_experts = c.n_experts_used = 0;
         c.n_layers = 2;
         c.vocab_size = 40;
+        c.dim = c.ff_dim = 64; // few numbers, many calls
+        c.head_dim = c.rope_dim = 16;
         static const int32_t windows[2] = {0, 70}, places[2] = {0, 1}; // each layer has pages of its own
         c.windows = windows;
         c.places = places;
@@ -265,38 +270,42 @@ static tl_model *runnable(tl_cache **cache) {
     return model;
 }
 
+static int n_computed; // calls that were not refused
+
 static void run(input *in) {
     tl_cache *cache;
     tl_model *model = runnable(&cache);
-    tl_batch b = {.n = (int)below(in, 40), .n_sequences = 1 + (int)below(in, 3), .max_pages = 1 + (int)below(in, 4)};
+    tl_batch b = {.n = oddly(in, 32) ? 0 : 1 + (int)below(in, 40),
+                  .n_sequences = 1 + (int)below(in, 3),
+                  .max_pages = 1 + (int)below(in, 4)};
     const size_t n = (size_t)b.n, n_tables = (size_t)b.n_sequences * (size_t)model->n_tables * (size_t)b.max_pages;
-    b.n_rows = (int)below(in, 5);
+    b.n_rows = (int)below(in, oddly(in, 32) || b.n > 4 ? 5 : (unsigned)b.n + 1);
     int32_t *tokens = exactly(n * 4), *positions = exactly(n * 4), *sequences = exactly(n * 4);
     int32_t *tables = exactly(n_tables * 4), *rows = exactly((size_t)b.n_rows * 4);
     int position = (int)below(in, 4) * 63, sequence = 0;
     for (size_t i = 0; i < n; i++) {
-        if (!below(in, 16)) position = (int)below(in, 220), sequence++;
+        if (oddly(in, 16)) position = (int)below(in, 64 * (unsigned)b.max_pages), sequence++;
         tokens[i] = size_like(in, (int)below(in, 40));
-        positions[i] = below(in, 64) ? position++ : size_like(in, position);
-        sequences[i] = below(in, 64) ? sequence : size_like(in, sequence);
+        positions[i] = oddly(in, 64) ? size_like(in, position) : position++;
+        sequences[i] = oddly(in, 64) ? size_like(in, sequence) : sequence;
     }
-    for (size_t i = 0; i < n_tables; i++) tables[i] = below(in, 16) ? (int32_t)below(in, 6) : any_int(in);
-    for (int i = 0; i < b.n_rows; i++) rows[i] = below(in, 16) ? (int32_t)below(in, 40) : any_int(in);
-    float *x = bytes_of(in, n * 256 * 4), *logits = exactly((size_t)b.n_rows * 40 * 4), *out = exactly(n * 256 * 4);
+    for (size_t i = 0; i < n_tables; i++) tables[i] = oddly(in, 64) ? any_int(in) : (int32_t)below(in, 6);
+    for (int i = 0; i < b.n_rows; i++) rows[i] = oddly(in, 16) ? any_int(in) : (int32_t)below(in, (unsigned)b.n + 1);
+    float *x = bytes_of(in, n * 64 * 4), *logits = exactly((size_t)b.n_rows * 40 * 4), *out = exactly(n * 64 * 4);
     b.positions = positions;
     b.sequences = sequences;
     b.page_tables = tables;
     b.rows = rows;
-    if (below(in, 4)) b.tokens = tokens;
-    if (!b.tokens || !below(in, 8)) b.x = x;
-    if (below(in, 2)) b.logits = logits;
+    if (!oddly(in, 4)) b.tokens = tokens;
+    if (!b.tokens || oddly(in, 8)) b.x = x;
+    if (!oddly(in, 2)) b.logits = logits;
     if (below(in, 2)) b.activations = out;
     b.first_layer = size_like(in, 0);
     b.last_layer = size_like(in, 2);
     b.threads = size_like(in, 1);
     if (b.threads > 4 && b.threads <= TL_MAX_THREADS) b.threads = 4;
     tl_message message = {""};
-    ok(tl_forward(model, cache, &b, &message), &message);
+    n_computed += ok(tl_forward(model, cache, &b, &message), &message);
     free(tokens);
     free(positions);
     free(sequences);
@@ -310,17 +319,17 @@ static void run(input *in) {
 static void sample(input *in) {
     const int n = (int)below(in, 300), n_history = (int)below(in, 20);
     float *logits = bytes_of(in, (size_t)n * 4);
-    for (int i = 0; i < n && below(in, 8); i++) // else NaN and infinities are nearly everywhere
+    for (int i = 0; i < n && !oddly(in, 8); i++) // else NaN and infinities are nearly everywhere
         if (!(logits[i] > -1e30f && logits[i] < 1e30f)) logits[i] = (float)(i % 7);
     int32_t *history = exactly((size_t)n_history * 4);
-    for (int i = 0; i < n_history; i++) history[i] = below(in, 8) && n ? (int32_t)below(in, (unsigned)n) : any_int(in);
+    for (int i = 0; i < n_history; i++) history[i] = oddly(in, 8) || !n ? any_int(in) : (int32_t)below(in, (unsigned)n);
     tl_sampling s = {.temperature = 1, .top_p = 1, .typical_p = 1, .repetition_penalty = 1};
     float *numbers[] = {
         &s.temperature,      &s.top_p, &s.min_p, &s.typical_p, &s.repetition_penalty, &s.presence_penalty,
         &s.frequency_penalty};
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) switch (below(in, 4)) {
-        case 0: *numbers[i] = any_float(in); break;
-        case 1: *numbers[i] = (float)below(in, 1000) / 1000; break;
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) switch (below(in, 8)) {
+        case 1: *numbers[i] = any_float(in); break;
+        case 2: *numbers[i] = (float)below(in, 1000) / 1000; break;
         default: break;
         }
     s.top_k = size_like(in, (int)below(in, 50));
@@ -328,14 +337,14 @@ static void sample(input *in) {
     int32_t *bias_tokens = exactly((size_t)s.n_bias * 4);
     float *bias = exactly((size_t)s.n_bias * 4);
     for (int i = 0; i < s.n_bias; i++) {
-        bias_tokens[i] = below(in, 8) && n ? (int32_t)below(in, (unsigned)n) : any_int(in);
+        bias_tokens[i] = oddly(in, 8) || !n ? any_int(in) : (int32_t)below(in, (unsigned)n);
         bias[i] = any_float(in);
     }
     s.bias_tokens = bias_tokens;
     s.bias = bias;
     void *scratch = exactly(tl_sample_scratch(n));
-    const double row = below(in, 8) ? 1 + (double)below(in, 1000) : (double)any_float(in);
-    const double *total = below(in, 4) ? NULL : &row; // with it, logits that are not in order are a lie
+    const double row = oddly(in, 8) ? (double)any_float(in) : 1 + (double)below(in, 1000);
+    const double *total = oddly(in, 4) ? &row : NULL; // with it, logits that are not in order are a lie
     tl_sampled sampled;
     tl_message message = {""};
     if (ok(tl_sample(&sampled, logits, n, &s, history, n_history, 7, 9, total, scratch, &message), &message))
