@@ -19,7 +19,9 @@ from helpers_models import golden_spec, random_ids, random_weights, write_hf_dir
 import tinyllm
 from tinyllm import errors
 from tinyllm.chat import ChatTemplate
+from tinyllm.loaders import list_directory, read_small
 from tinyllm.modelfiles import BUNDLED
+from tinyllm.outfiles import replacing
 from tinyllm.tokenizer import tokenizer_from_gguf
 
 CONFIG = golden_spec("llama3").config
@@ -365,6 +367,36 @@ def test_what_a_handler_raises_stays_what_it_is(name: str, error: type[Exception
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("call", ["open", "pread", "listdir", "stat", "fsync"])
+def test_what_a_handler_raises_amid_the_systems_calls(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TimeoutError is an OSError, and still no fault of the file's."""
+    (tmp_path / "there").write_bytes(b"GGUF")
+    works: dict[str, list[Callable[[], object]]] = {
+        "open": [lambda: read_small(tmp_path / "there"), lambda: write_small(tmp_path / "new")],
+        "pread": [lambda: read_small(tmp_path / "there")],
+        "listdir": [lambda: list_directory(tmp_path)],
+        "stat": [lambda: write_small(tmp_path / "new")],
+        "fsync": [lambda: write_small(tmp_path / "new")],
+    }
+    monkeypatch.setattr(os, call, handler_raises)
+    for work in works[call]:
+        with pytest.raises(TimeoutError, match=r"^of the handler$"):
+            work()
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["there"]
+
+
+def handler_raises(*_: object, **__: object) -> None:
+    raise TimeoutError("of the handler")
+
+
+def write_small(path: Path) -> None:
+    with replacing(path, 3) as file:
+        file.write(b"new")
 
 
 NO_IMPORTS = """

@@ -42,18 +42,24 @@ class ModelFiles:
     defaults: GenerationDefaults
 
 
+def model_path(path: str | os.PathLike[str]) -> Path:
+    """What a user's `path` names: an existing path wins over a bundled model. Raises NotFoundError."""
+    where = user_path(path)
+    if os.path.exists(where):
+        return where
+    if str(path) not in BUNDLED:
+        raise NotFoundError(
+            f"{where}: no such file or directory, nor the name of a bundled model ({', '.join(BUNDLED)})"
+        )
+    return BUNDLED[str(path)]
+
+
 def read_model(path: str | os.PathLike[str]) -> ModelFiles:
     """Reads a GGUF file (of a split set the first), a directory, a .safetensors file in its directory, or
     the bundled model by name; an existing path wins over the name. Raises NotFoundError, ReadError,
     FormatError, UnsupportedError.
     """
-    where = user_path(path)
-    if not os.path.exists(where):
-        if str(path) not in BUNDLED:
-            raise NotFoundError(
-                f"{where}: no such file or directory, nor the name of a bundled model ({', '.join(BUNDLED)})"
-            )
-        where = BUNDLED[str(path)]
+    where = model_path(path)
     kind = find_model(where)
     try:
         files = _read_gguf(where) if kind == "gguf" else _read_directory(where)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from .errors import WriteError, size_text
+from .errors import WriteError, comes_from, size_text
 
 
 def target_of(path: str | os.PathLike[str]) -> Path:
@@ -39,6 +39,8 @@ def target_of(path: str | os.PathLike[str]) -> Path:
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError, RuntimeError) as error:
+        if not comes_from(error):
+            raise
         raise WriteError(f"{path!s:.4096}: cannot be written: {getattr(error, 'strerror', error)}") from None
     if stat.S_ISDIR(mode):
         raise WriteError(f"{path}: is a directory; name a file")
@@ -60,6 +62,8 @@ def replacing(path: str | os.PathLike[str], n_bytes: int) -> Iterator[IO[bytes]]
         free = shutil.disk_usage(target.parent).free
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
+        if not comes_from(error):
+            raise
         raise WriteError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         if n_bytes > free:
@@ -91,12 +95,15 @@ def _open(part: str, folder: int) -> tuple[int, str]:
     """A descriptor of a new file in `folder`, and the path by which a file without a name can get one. The
     path is "" where it had to be made with the name `part`."""
     flags = os.O_WRONLY | os.O_CLOEXEC
-    with suppress(AttributeError, OSError):  # not Linux, or a file system that knows no such files
+    try:
         descriptor = os.open(".", flags | os.O_TMPFILE, 0o666, dir_fd=folder)
         unnamed = f"/proc/self/fd/{descriptor}"
         if os.path.exists(unnamed):
             return descriptor, unnamed
         os.close(descriptor)
+    except (AttributeError, OSError) as error:  # not Linux, or a file system that knows no such files
+        if not comes_from(error):
+            raise
     return os.open(part, flags | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder), ""
 
 

@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from . import backends
 from .contents import Source, contents_of
-from .errors import ArgumentError, FormatError, NotFoundError, integer
+from .errors import ArgumentError, FormatError, integer
 from .imatrix import Imatrix, read_imatrix
-from .loaders import BF16, F16, F32, FORMATS, are_finite, show, user_path
+from .loaders import BF16, F16, F32, FORMATS, are_finite, show
 from .loaders.gguf_writer import OutTensor, write_gguf
 from .mixes import MIXES, key_of, tensor_formats
-from .modelfiles import BUNDLED
+from .modelfiles import model_path
 from .outfiles import target_of
 
 PIECE_NUMBERS = 1 << 22  # of a tensor, that are read, rounded and written at a time
@@ -66,7 +66,7 @@ def quantize(
     """
     mix = MIXES[key_of(type)]
     target = target_of(out)
-    where = _where(model)
+    where = model_path(model)
     n_threads = backends.default_threads() if threads is None else threads
     integer("threads", n_threads, 1, backends.MAX_THREADS)
     known = read_imatrix(imatrix) if isinstance(imatrix, (str, os.PathLike)) else imatrix
@@ -97,15 +97,6 @@ def quantize(
     if "output.weight" in sources:
         unknown = [name for name in unknown if name != "token_embd.weight"]
     return Quantized(Path(out).expanduser(), n_bytes, n_weights, bits, counts, tuple(unknown))
-
-
-def _where(model: str | os.PathLike[str]) -> Path:
-    path = user_path(model)
-    if os.path.exists(path):
-        return path
-    if str(model) in BUNDLED:
-        return BUNDLED[str(model)]
-    raise NotFoundError(f"{path}: no such file or directory")
 
 
 def _refuse_quantized(where: Path, sources: Mapping[str, Source], formats: Mapping[str, int]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import FormatError, NotFoundError, ReadError, UnsupportedError
+from ..errors import FormatError, NotFoundError, ReadError, UnsupportedError, comes_from
 
 CHUNK_BYTES = 1 << 20
 MAX_JSON_BYTES = (
@@ -181,6 +181,8 @@ class FileReader:
         except IsADirectoryError:
             raise ReadError(f"{self.path}: not a regular file") from None
         except (OSError, ValueError) as error:
+            if not comes_from(error):
+                raise
             raise ReadError(f"{self.path}: cannot be opened: {error}") from None
         status = os.fstat(self.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -223,6 +225,8 @@ class FileReader:
             try:
                 part = os.pread(self.fileno(), min(n_bytes, CHUNK_BYTES), offset)
             except OSError as error:
+                if not comes_from(error):
+                    raise
                 raise ReadError(f"{self.path}: reading at offset {offset} failed: {error}") from None
             if not part:
                 raise FormatError(
@@ -352,6 +356,8 @@ def list_directory(path: Path) -> list[str]:
     try:
         return sorted(os.listdir(path))
     except OSError as error:
+        if not comes_from(error):
+            raise
         raise ReadError(f"{path}: cannot be listed: {error}") from None
 
 
