@@ -12,8 +12,10 @@ text) is made visible by rewriting the syntax tree before it is compiled. Four r
 memory: the total work has a limit; so has the length that each value would have as text, shared parts counted
 as often as they occur (`Budget.size`, which all checks use and which refuses values of a kind it does not
 know), so that printing, comparing or encoding a value can never explode; where one operation can take the
-product of two sizes, in work or in memory, that is charged before it begins; and a template has a bounded
-length and a bounded number of nodes, so that compiling it is bounded, too.
+product of two sizes, in work or in memory, or makes an object of each character, that is charged before it
+begins; and a template has a bounded length and a bounded number of nodes, so that compiling it is bounded,
+too. A unit of work stands for 8 bytes of memory at most: of the worst that is known everything together takes
+80 MB, and 300 bytes more for each byte of the caller's own data.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from contextvars import ContextVar
 from datetime import datetime
-from functools import wraps
+from functools import partial, wraps
 from string import Formatter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -47,6 +50,8 @@ MAX_DEPTH = 100  # calls inside calls, values inside values
 MAX_PAD = 1000  # a width, an indent, a precision
 MAX_BITS = 4096  # of an integer
 STEP = 32  # the charge for one loop turn or one operation, beside the size of what it makes
+ELEMENT = 16  # and for an element of a list: a text or a number takes up to 90 bytes, a character 4 at most
+MAX_HELD = 500_000  # elements of values that were measured and may be gone
 
 Guarded = Callable[..., Any]
 
@@ -68,14 +73,26 @@ _SHORT = (
 )
 
 
+_Known = dict[int, tuple[object, int, int]]  # by id; holding the object keeps the id its own
+
+
+def _weight(parts: Iterable[Any]) -> int:
+    """The charge for a new list of `parts`. Lists and dicts inside were charged when they were made; texts
+    and numbers may come with the list."""
+    return sum(n if kind in (list, dict) else n * ELEMENT for kind, n in Counter(map(type, parts)).items())
+
+
 class Budget:
     """What one rendering may still do: `work` units in total, and no value that is longer as text than
     `max_value`. Both grow with the size of the caller's own data, `variables`."""
 
     def __init__(self, variables: dict[str, Any]) -> None:
-        self._known: dict[int, tuple[object, int, int]] = {}  # by id; holding the object keeps the id its own
+        self._known: _Known = {}
+        self._own: _Known = {}
+        self._n_held = 0  # elements of what `_known` holds
         self.max_value: float = math.inf
-        size = sum(map(self.size, variables.values()))
+        size = sum(map(self._measure_size, variables.values()))
+        self._own, self._known = self._known, {}  # the caller's data lives as long as this does
         self.max_value = 1_000_000 + 8 * size
         self.work = 10_000_000 + 64 * size
         self.deadline = time.thread_time() + MAX_SECONDS
@@ -97,13 +114,29 @@ class Budget:
 
     def made(self, value: Any) -> Any:
         """Charges a new value, checks its size, and gives it back."""
-        self.charge(len(value) if isinstance(value, (str, *_PARTS)) else 0)
+        if isinstance(value, (list, tuple)):
+            self.charge(_weight(value))
+        elif isinstance(value, dict):
+            self.charge(_weight(value) + _weight(value.values()))
+        else:
+            self.charge(len(value) if isinstance(value, (str, *_PARTS)) else 0)
         self.size(value)
         return value
+
+    def needs(self, n: int) -> None:
+        """Called before `n` elements are made by one operation, which are charged when they are there."""
+        if n * ELEMENT > self.work:
+            raise LimitError("it does more work than a chat template may (it makes long lists)")
 
     def size(self, value: Any) -> int:
         """Characters of a value as text, a part that occurs twice counted twice; of texts inside a list,
         before they are escaped."""
+        if self._n_held > MAX_HELD:  # measuring anew costs less than to keep whatever was ever made
+            self._known.clear()
+            self._n_held = 0
+        return self._measure_size(value)
+
+    def _measure_size(self, value: Any) -> int:
         return self._measure(value)[0]
 
     def _measure(self, value: Any) -> tuple[int, int]:
@@ -115,7 +148,7 @@ class Budget:
                 raise LimitError("it makes a number that is too large")
             return 1 + value.bit_length() // 3, 0
         elif isinstance(value, _PARTS):
-            known = self._known.get(id(value))
+            known = self._own.get(id(value)) or self._known.get(id(value))
             if known is not None:
                 return known[1:]
             parts: Iterable[Any] = value
@@ -130,6 +163,7 @@ class Budget:
             if depth > MAX_DEPTH:
                 raise LimitError(f"its values nest deeper than {MAX_DEPTH}")
             self._known[id(value)] = value, total, depth
+            self._n_held += len(value)
         elif isinstance(value, Macro):  # which its attributes are no longer than
             return self._measure((value.name, *value.arguments))
         elif isinstance(value, _SHORT):
@@ -208,6 +242,9 @@ def _str_method(name: str, text: str, args: tuple[Any, ...], named: dict[str, An
     """Checks a call of a str method that can make much out of little; the arguments to call it with."""
     budget = _current.get()
     budget.read(text, *args, *named.values())
+    if name in ("split", "rsplit", "splitlines"):
+        by = [part for part in (*args, *named.values()) if isinstance(part, str) and part]
+        budget.needs(text.count(by[0]) if by else len(text) // 2)
     if name == "join" and args:
         parts = list(args[0])
         budget.fits(len(text) * len(parts) + budget.size(parts))
@@ -305,27 +342,28 @@ _CHECKED_FILTERS: dict[str, Guarded] = {
 }
 
 
-def _charged(function: Guarded) -> Guarded:
+# What these make of a text is an object a character.
+_ITERATING_NAMES = "groupby join list map max min reject rejectattr select selectattr sort sum unique"
+_ITERATING = frozenset(_ITERATING_NAMES.split())
+
+
+def _charged(function: Guarded, iterates: bool = False) -> Guarded:
     """A filter that is charged for what it reads and makes. `wraps` keeps the mark that tells Jinja which
     first argument to pass."""
+    at = 1 if hasattr(function, "jinja_pass_arg") else 0  # where the value stands
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         _current.get().read(*args, *kwargs.values())
+        if iterates and isinstance(args[at], str):
+            args = (*args[:at], _Turns(args[at]), *args[at + 1 :])
         return _made(function(*args, **kwargs))
 
     return guarded
 
 
 def _checked(name: str) -> Guarded:
-    inner, check = FILTERS[name], _CHECKED_FILTERS[name]
-
-    @wraps(inner)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        _current.get().read(*args, *kwargs.values())
-        return _made(check(inner, *args, **kwargs))
-
-    return guarded
+    return wraps(FILTERS[name])(partial(_CHECKED_FILTERS[name], FILTERS[name]))
 
 
 def _counted(test: Guarded) -> Guarded:
@@ -507,8 +545,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             finalize=_finalize,
             extensions=[LoopControlExtension, _Generation],
         )
-        self.filters = {name: _charged(FILTERS[name]) for name in _PLAIN_FILTERS.split()}
-        self.filters |= {name: _checked(name) for name in _CHECKED_FILTERS}
+        filters = {name: FILTERS[name] for name in _PLAIN_FILTERS.split()}
+        filters |= {name: _checked(name) for name in _CHECKED_FILTERS}
+        self.filters = {name: _charged(filter_, name in _ITERATING) for name, filter_ in filters.items()}
         self.filters |= {"tojson": _charged(_tojson)} | _INTERNAL
         self.tests = {name: _counted(test) for name, test in TESTS.items()}  # type: ignore[arg-type]
         self.globals = {
@@ -613,6 +652,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _current.get()
         # A macro or a cycler makes lists of its arguments.
+        budget.charge(ELEMENT * (len(args) + len(kwargs)))
         budget.fits(sum(map(budget.size, (*args, *kwargs.values()))))
         if isinstance(__obj, LoopContext):  # loop(children), the recursive form
             args = tuple(_turns(arg) for arg in args)
