@@ -586,4 +586,4 @@ def test_one_token_is_no_plural(cli: Cli) -> None:
 def test_a_context_that_no_model_may_have(cli: Cli) -> None:
     result = cli("stories", "x", "-c", "99999999999")
     assert_one_line(result, 2)
-    assert "context is 99999999999, the most is 268435456" in result.err
+    assert "context is 99999999999, expected 1 to 268435456" in result.err

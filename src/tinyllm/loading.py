@@ -60,7 +60,7 @@ def load(
     """
     started = time.perf_counter()
     if context is not None:
-        context = integer("context", context, 1, backends.MOST_INT)
+        context = integer("context", context, 1, MAX_CONTEXT)
     if not isinstance(cache_type, str):
         raise TypeError(f"cache_type is a str, not {type(cache_type).__name__}")
     if cache_type not in backends.CACHE_TYPES:
