@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2.lexer
 import numpy as np
 import pytest
 from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
@@ -318,6 +319,13 @@ def test_a_fork_while_another_thread_encodes(name: str) -> None:
     finally:
         done.set()
         thread.join(timeout=60)
+
+
+def test_a_template_needs_no_lock_of_jinjas() -> None:
+    """As a forked process finds it that another thread of its parent holds."""
+    lock = jinja2.lexer._lexer_cache._wlock  # type: ignore[attr-defined]
+    with lock:
+        assert in_child(many_turns()) == 0
 
 
 @pytest.mark.parametrize("name", WORK)

@@ -53,7 +53,7 @@ def write(
     """Writes what `observe` gathered as llama.cpp's importance matrix.
 
     texts: names of what was read. n_windows, n_ctx: how it was cut. The file appears under its name once it
-    is complete; matrices that met no row are left out. Raises WriteError.
+    is complete; matrices that met no row are left out. Raises WriteError, and ArgumentError where all are.
     """
     known = {name: np.stack(of) for name, of in sorted(seen.items())}
     known = {name: values for name, values in known.items() if values[:, -1].any()}

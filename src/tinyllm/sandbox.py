@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from contextvars import ContextVar
 from datetime import datetime
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from string import Formatter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -36,6 +36,7 @@ from typing import Any
 from jinja2 import TemplateRuntimeError, TemplateSyntaxError, nodes, pass_context
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.filters import FILTERS, make_attrgetter
+from jinja2.lexer import Lexer
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, TemplateReference, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -559,6 +560,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
         }
+
+    @cached_property
+    def lexer(self) -> Lexer:
+        """Its own: Jinja keeps them in a cache with a lock, which a forked process or a signal handler could
+        find held."""
+        return Lexer(self)
 
     def _tree(self, source: str, filename: str) -> nodes.Template:
         """Raises TemplateSyntaxError, and LimitError for what lies at no line."""

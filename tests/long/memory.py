@@ -9,7 +9,9 @@ import json
 import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import tinyllm
@@ -64,7 +66,29 @@ def of_bpe(stack: ExitStack) -> Iterator[Any]:
     yield tokenizer.encode("1\n" * 60000)
 
 
+def of_json(stack: ExitStack) -> Iterator[Any]:
+    folder = stack.enter_context(tokenizer_json())
+    yield "read a tokenizer.json"
+    yield tinyllm.load_tokenizer(folder).encode("1\n")
+
+
+@contextmanager
+def tokenizer_json() -> Iterator[str]:
+    """A directory with such a vocabulary."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.json").write_bytes(JSON)
+        yield folder
+
+
+def as_json(entries: dict[str, Any]) -> bytes:
+    ids = {text: i for i, text in enumerate(entries["tokenizer.ggml.tokens"])}
+    model = {"type": "BPE", "vocab": ids, "merges": entries["tokenizer.ggml.merges"]}
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    return json.dumps({"model": model, "pre_tokenizer": step, "decoder": step}).encode()
+
+
 VOCABULARY = byte_level(40000)
+JSON = as_json(byte_level(1 << 16))
 
 
 def attempt(work: Work, n_bytes: int) -> tuple[str, Any]:
@@ -89,7 +113,7 @@ def main() -> None:
     parser.add_argument("--step-kb", type=int, default=256)
     step = parser.parse_args().step_kb * 1024
     failures: Counter[str] = Counter()
-    for work in (of_a_model, of_sentencepiece, of_bpe):
+    for work in (of_a_model, of_sentencepiece, of_bpe, of_json):
         stage, result = attempt(work, 1 << 34)
         assert stage == "done", (stage, result)
         n_bytes = n_done = 0

@@ -117,7 +117,7 @@ class Tokenizer:
         all. `special=True` turns the text of special tokens ("<|eot_id|>") into their ids; otherwise it is
         plain text. A SentencePiece vocabulary with a space prefix gets it at the start and again after each
         special token. Raises ArgumentError for `bos=True` without a BOS in the vocabulary, and for text with
-        lone surrogates.
+        lone surrogates; MemoryLimitError for one that might not fit into memory.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be str, not {type(text).__name__}")
