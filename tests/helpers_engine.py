@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tinyllm.errors import CancelledError
 from tinyllm.kvcache import PAGE
 
 F32 = npt.NDArray[np.float32]
@@ -53,10 +54,6 @@ class MockPool:
 
     def close(self) -> None:
         self.is_closed = True
-
-
-class Cancelled(Exception):
-    pass
 
 
 def kept(before: int, token: int) -> int:
@@ -121,7 +118,7 @@ class MockModel:
         for _ in range(N_LAYERS):
             self.before_layer()
             if should_stop is not None and should_stop():
-                raise Cancelled
+                raise CancelledError
             self.n_layers_run += 1
         out = []
         for row in range(len(tokens)) if rows is None else rows:

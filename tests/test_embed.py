@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import families_table
 import numpy as np
@@ -71,3 +72,14 @@ def test_errors(stories: tinyllm.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     closed.close()
     with pytest.raises(tinyllm.ModelClosedError):
         closed.embed("Once")
+
+
+def test_no_memory_for_vectors(stories: tinyllm.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where numpy finds none, which says so with an exception of its own."""
+
+    def none_left(x: object) -> NoReturn:
+        raise MemoryError
+
+    monkeypatch.setattr(stories.model, "output_norm", none_left)
+    with pytest.raises(tinyllm.MemoryLimitError, match="no memory left while computing vectors of 2 texts"):
+        stories.embed(["Once", "Tom"])

@@ -4,6 +4,8 @@ every text is the one that a plain loop over the model's formula gives."""
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -11,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_engine import EOS, N_LAYERS, VOCAB, Cancelled, MockModel, MockPool, logits_after
+from helpers_engine import EOS, N_LAYERS, VOCAB, MockModel, MockPool, logits_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyllm.engine import Engine, Generation, Job, Piece, _Call
-from tinyllm.errors import MemoryLimitError, ModelClosedError
+from tinyllm.errors import ContextError, MemoryLimitError, ModelClosedError
 from tinyllm.kvcache import PAGE, KVCache, pages_held
 from tinyllm.sampling import Sampled, StopStrings
 
@@ -40,13 +42,13 @@ def text_of(token: int | None) -> str:
 
 def make_engine(max_pages: int = 64, windows: tuple[int, ...] = (0,), chunk: int = 512) -> Engine:
     cache = KVCache(MockPool(max_pages), max_pages, windows=windows, ahead=chunk)
-    return Engine(MockModel(windows), cache, vocab_size=VOCAB, chunk=chunk)
+    return Engine(MockModel(windows), cache, vocab_size=VOCAB, context=2000, chunk=chunk)
 
 
 def generation(engine: Engine | None, prompt: list[int], seed: int = 0, **options: Any) -> Generation:
     options = {"max_tokens": 20, "context": CONTEXT, "eos_ids": frozenset({EOS}), **options}
     stops = StopStrings(options.pop("stop", ()))
-    sequence = engine.sequence(prompt) if engine else None
+    sequence = engine.sequence(prompt, options.pop("runner", None)) if engine else None
     return Generation(sequence, sampler(seed), stops, text_of, **options)
 
 
@@ -440,36 +442,285 @@ def test_threads_that_cancel_close_and_fail_disturb_nobody() -> None:
     assert pages_in_use(engine) == 0
 
 
-def test_one_thread_is_interrupted_while_another_works_for_it() -> None:
-    """The call in progress ends within a layer, and the other thread's text is whole."""
+class Slowly:
+    """A thread whose text stands still in its second token until `go` is set, and holds its pages."""
+
+    def __init__(self, engine: Engine, prompt: list[int], seed: int = 0, *, is_call: bool = True) -> None:
+        self.stands, self.go = threading.Event(), threading.Event()
+        self._sample, self._prompt = sampler(seed), prompt
+        self._work = lambda: run(engine, [[self._text(engine, is_call)]])
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+        assert self.stands.wait(60)
+
+    def _text(self, engine: Engine, is_call: bool) -> Generation:
+        self.text = generation(engine, self._prompt, runner=threading.get_ident() if is_call else None)
+        self.text.sampler = self._wait
+        return self.text
+
+    def _wait(self, logits: Any, history: list[int], position: int) -> Sampled:
+        if len(self.text.tokens) == 1:
+            self.stands.set()
+            assert self.go.wait(60)
+        return self._sample(logits, history, position)
+
+    def end(self) -> None:
+        self.go.set()
+        self.thread.join(60)
+        assert not self.thread.is_alive(), "deadlock"
+        assert self.text.tokens == expected(self._prompt)
+
+
+def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
+    """A thread at work, and what will come of it."""
+    results: list[object] = []
+
+    def guarded() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    return thread, results
+
+
+def test_a_call_waits_for_the_pages_of_older_calls() -> None:
+    """Although the thread of the older text is busy with something else; a call ends at once where a stream's
+    pages are in its way, which may stay for ever."""
+    for is_call in (True, False):
+        engine = make_engine(max_pages=3)
+        older = Slowly(engine, text(150), is_call=is_call)
+        younger = generation(engine, text(100, seed=1))
+        thread, results = in_thread(lambda engine=engine, younger=younger: run(engine, [[younger]]))  # type: ignore[misc]
+        thread.join(0.1 if is_call else 60)
+        assert thread.is_alive() == is_call
+        older.end()
+        thread.join(60)
+        assert not thread.is_alive(), "deadlock"
+        if is_call:
+            assert younger.tokens == expected(text(100, seed=1))
+        else:
+            assert isinstance(results[0], MemoryLimitError)
+        assert pages_in_use(engine) == 0
+
+
+def test_cancel_ends_a_wait_for_pages() -> None:
+    engine = make_engine(max_pages=3)
+    older, wanted = Slowly(engine, text(150)), threading.Event()
+    younger = generation(engine, text(100, seed=1))
+    thread, _ = in_thread(lambda: run(engine, [[younger]], cancel=wanted.is_set))
+    thread.join(0.05)
+    assert thread.is_alive()
+    wanted.set()
+    thread.join(60)
+    assert (thread.is_alive(), younger.finish_reason) == (False, "cancelled")
+    older.end()
+
+
+def test_a_call_within_a_processor_does_not_wait_for_the_text_around_it() -> None:
+    engine, thread = make_engine(max_pages=3), threading.get_ident()
+    outer, sample, errors = generation(engine, text(150), runner=thread), sampler(0), []
+
+    def nested(logits: Any, history: list[int], position: int) -> Sampled:
+        with pytest.raises(MemoryLimitError) as raised:
+            run(engine, [[generation(engine, text(100, seed=1), runner=thread)]])
+        errors.append(raised.value)
+        return sample(logits, history, position)
+
+    outer.sampler = nested
+    run(engine, [[outer]])
+    assert outer.tokens == expected(text(150))
+    assert len(errors) == 20
+
+
+def test_calls_of_many_threads_in_a_small_pool_all_end_well() -> None:
+    """Batches, siblings and single texts that grow, where two of them fill the pool."""
+    engine = make_engine(max_pages=6)
+
+    def work(i: int) -> None:
+        for j in range(4):
+            groups = []
+            for k in range(1 + i % 3):
+                seed = 100 * i + 10 * j + k
+                first = generation(engine, text(50 + 30 * j, seed % 3), seed, runner=threading.get_ident())
+                groups.append([first, *(generation(None, [], seed + 1000) for _ in range(i % 2))])
+                for g, s in zip(groups[-1], (seed, seed + 1000), strict=False):
+                    plain = sampler(s)
+                    g.sampler = lambda *given, plain=plain: (time.sleep(0.0005), plain(*given))[1]
+            run(engine, groups)
+            for k, group in enumerate(groups):
+                seed = 100 * i + 10 * j + k
+                for g, s in zip(group, (seed, seed + 1000), strict=False):
+                    assert g.tokens == expected(text(50 + 30 * j, seed % 3), s)
+
+    in_threads(6, work)
+    assert pages_in_use(engine) == 0
+
+
+def test_a_forked_process_has_no_use_for_the_pages_of_its_parents_threads() -> None:
+    engine = make_engine(max_pages=3)
+    older = Slowly(engine, text(150))
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        try:
+            works(engine)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    older.end()
+
+
+def test_cancel_is_asked_by_its_own_thread_alone() -> None:
+    """Of several that share calls; and what it raises comes out there."""
+    engine, asked = make_engine(), []
+    model = engine.model
+    assert isinstance(model, MockModel)
+    model.before_layer = lambda: time.sleep(0.0005)
+
+    def work(i: int) -> None:
+        mine, n = threading.get_ident(), iter(range(3 + i))
+
+        def cancel() -> bool:
+            asked.append(i)
+            assert threading.get_ident() == mine
+            if i % 3 == 0 and next(n, None) is None:
+                raise SystemExit(i)
+            return False
+
+        for j in range(3):
+            g = generation(engine, text(60 + i, j), i)
+            if i % 3 == 0:
+                with pytest.raises(SystemExit, match=f"^{i}$"):
+                    run(engine, [[g]], cancel=cancel)
+                continue
+            run(engine, [[g]], cancel=cancel if i % 3 == 1 else None)
+            assert g.tokens == expected(text(60 + i, j), i)
+
+    in_threads(6, work)
+    assert set(asked) == {0, 1, 3, 4}
+    assert pages_in_use(engine) == 0
+
+
+def test_cancel_is_heard_while_another_thread_computes() -> None:
+    """It does not wait for the end of that call, which goes on."""
     engine = make_engine()
     model = engine.model
     assert isinstance(model, MockModel)
-    mine, other = Job(engine.sequence(text(100))), generation(engine, text(100, seed=1))
-    n_at_interrupt: list[int] = []
+    computes, go = threading.Event(), threading.Event()
 
     def before_layer() -> None:
-        # The other thread's first call that works for both: as if a signal had ended the wait of `mine`.
-        if not n_at_interrupt and model.calls[-1] == 200:
-            n_at_interrupt.append(model.n_layers_run)
-            next(call for call in engine._calls if mine in call.jobs).is_abandoned = True
+        computes.set()
+        assert go.wait(60)
 
     model.before_layer = before_layer
-    engine._calls.append(_Call([mine]))
-    run(engine, [[other]])
-    assert n_at_interrupt == [0]
-    assert mine.sequence.n_cached == 0
-    assert other.tokens == expected(text(100, seed=1))
+    other, mine = generation(engine, text(100)), generation(engine, text(100, seed=1))
+    thread, _ = in_thread(lambda: run(engine, [[other]]))
+    assert computes.wait(60)
+    asked = iter(range(3))
+    run(engine, [[mine]], cancel=lambda: next(asked, None) is None)
+    assert (mine.finish_reason, mine.tokens) == ("cancelled", [])
+    go.set()
+    thread.join(60)
+    assert other.tokens == expected(text(100))
+    assert model.calls.count(100) == 1
+    assert pages_in_use(engine) == 0
 
 
-def test_mock_cancels_by_an_exception_of_its_own() -> None:
-    """Which the engine must not let through, whatever its type; the real model has another."""
-    model = MockModel()
-    pool = MockPool(1)
-    pool.grow(1)
-    zero = np.zeros(1, dtype=np.int32)
-    with pytest.raises(Cancelled):
-        model.forward(zero, zero, zero, zero[None, None], cache=pool, should_stop=lambda: True)
+@pytest.mark.parametrize("error", [TimeoutError, SystemExit, KeyboardInterrupt])
+def test_a_handlers_exception_ends_the_call_of_the_main_thread(error: type[BaseException]) -> None:
+    """Whether it waits or computes, for others as well; and no other thread's."""
+    engine = make_engine()
+    model = engine.model
+    assert isinstance(model, MockModel)
+    others: list[list[int]] = []
+    done = threading.Event()
+
+    def handler(*_: object) -> None:
+        raise error
+
+    def cancel() -> bool:
+        time.sleep(0.002)
+        return False
+
+    def work() -> None:
+        while not done.is_set():
+            g = generation(engine, text(100, seed=1))
+            run(engine, [[g]], cancel=cancel)
+            others.append(g.tokens)
+
+    def until_alarm(seconds: float, engine: Engine, cancel: Callable[[], bool] | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        while True:
+            run(engine, [[generation(engine, text(100))]], cancel=cancel)
+
+    model.before_layer = lambda: time.sleep(0.0005)
+    before = signal.signal(signal.SIGALRM, handler)
+    thread, results = in_thread(work)
+    try:
+        for i in range(12):
+            with pytest.raises(error):
+                until_alarm(0.002 + 0.003 * i, engine, cancel if i % 2 else None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        done.set()
+        thread.join(60)
+    assert results == [None]
+    assert all(tokens == expected(text(100, seed=1)) for tokens in others)
+    assert pages_in_use(engine) == 0
+
+
+def waiting(engine: Engine, *jobs: Job) -> list[_Call]:
+    """Calls of other threads, as if they waited for this one."""
+    calls = [_Call([job], thread=0) for job in jobs]
+    engine._calls += calls
+    return calls
+
+
+def test_a_call_that_is_too_large_for_the_memory_fails_in_the_thread_that_asked_for_it() -> None:
+    """A thread that computes for another goes on with its own."""
+    engine = make_engine()
+    model = engine.model
+    assert isinstance(model, MockModel)
+
+    def before_layer() -> None:
+        if model.calls[-1] > 200:
+            raise MemoryLimitError
+
+    model.before_layer = before_layer
+    large = Job(engine.sequence(text(300)))
+    waiting(engine, large)
+    mine = generation(engine, text(100, seed=1))
+    run(engine, [[mine]])
+    assert mine.tokens == expected(text(100, seed=1))
+    assert not large.has_news
+    engine._calls.clear()
+    with pytest.raises(MemoryLimitError):
+        engine.step([large])
+
+
+def test_a_sequence_past_the_context_fails_alone() -> None:
+    """As does one that grows while it waits: what it holds pages for is computed."""
+    engine = make_engine()
+    too_long, grows = Job(engine.sequence(text(2001))), Job(engine.sequence(text(PAGE)))
+    waiting(engine, too_long, grows)
+    reserve = engine.cache.reserve
+
+    def reserve_and_grow(sequence: Any) -> None:
+        reserve(sequence)
+        if sequence is grows.sequence:
+            sequence.tokens += [1] * 2000
+
+    engine.cache.reserve = reserve_and_grow  # type: ignore[method-assign]
+    mine = generation(engine, text(100, seed=1))
+    run(engine, [[mine]])
+    assert mine.tokens == expected(text(100, seed=1))
+    assert isinstance(too_long.error, ContextError)
+    assert grows.sequence.n_cached == PAGE
 
 
 def test_calls_are_kept_short_where_a_device_cannot_stop_within_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,7 +728,7 @@ def test_calls_are_kept_short_where_a_device_cannot_stop_within_one(monkeypatch:
     clock = [0.0]
     monkeypatch.setattr("tinyllm.engine.time.perf_counter", lambda: clock[0])
     engine = make_engine()
-    engine = Engine(engine.model, engine.cache, vocab_size=VOCAB, call_s=0.05)
+    engine = Engine(engine.model, engine.cache, vocab_size=VOCAB, context=2000, call_s=0.05)
     model: Any = engine.model
     seconds_a_token = 0.0002
 

@@ -23,7 +23,7 @@ EVERY = 97  # of the places; tests/long/interrupts.py tries them all
 
 def make_engine(max_pages: int) -> Engine:
     cache = KVCache(MockPool(max_pages), max_pages, max_unused=4)
-    return Engine(MockModel(), cache, vocab_size=VOCAB, chunk=100)
+    return Engine(MockModel(), cache, vocab_size=VOCAB, context=2000, chunk=100)
 
 
 def check_books(cache: KVCache) -> None:
@@ -39,7 +39,6 @@ def check_after(engine: Engine) -> None:
     gc.collect()
     assert not engine.cache.lock._is_owned()  # type: ignore[attr-defined]
     assert engine._calls == []
-    assert not engine._is_running
     with engine.cache.lock:
         engine.cache.collect()
     check_books(engine.cache)
@@ -95,7 +94,7 @@ def of_another_thread(at: int | None) -> int:
     """
     prompt = text(150, seed=3)
     engine = make_engine(9)
-    call = _Call([Job(engine.sequence(prompt), first_row=0)])
+    call = _Call([Job(engine.sequence(prompt), first_row=0)], thread=0)
     engine._calls.append(call)
     places = Interrupts(FILES, at)
     places.run(lambda: run(engine, [[generation(engine, text(PAGE - 2), max_tokens=6)]]))
@@ -105,7 +104,7 @@ def of_another_thread(at: int | None) -> int:
             if call.is_done:
                 break
             with engine.cache.lock:
-                engine._run()
+                engine._run(call)
         else:
             pytest.fail(f"interrupted at {at}: the other thread waits for ever")
         assert job.logits is not None

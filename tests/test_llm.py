@@ -293,6 +293,13 @@ def test_chat_without_a_template(model: tinyllm.LLM) -> None:
         model.chat([{"role": "user", "content": "Hello"}])
 
 
+def test_chat_without_a_prompt(model: tinyllm.LLM) -> None:
+    """A list of no ids is no batch of no prompts."""
+    for stream in (False, True):
+        with pytest.raises(errors.TemplateError, match="renders nothing for these messages"):
+            model.chat([{"role": "user", "content": "Hello"}], chat_template="{# no #}", stream=stream)  # type: ignore[call-overload]
+
+
 # Sessions.
 
 

@@ -455,6 +455,76 @@ def test_what_callbacks_raise_comes_out(llm: tinyllm.LLM) -> None:
     assert pages_in_use(llm) == 0
 
 
+def returns(values: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda logits, tokens: values(logits)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (lambda x: np.array(["1"] * VOCAB), "returned <U1, expected real numbers"),
+        (lambda x: np.array([None] * VOCAB), "returned object"),
+        (lambda x: [10**400] * VOCAB, "returned object"),
+        (lambda x: x.astype(np.complex64), "returned complex64"),
+        (lambda x: x > 0, "returned bool"),
+        (lambda x: np.zeros(VOCAB, "datetime64[s]"), "returned datetime64"),
+        (lambda x: [[1], [1, 2]], "returned no array"),
+        (lambda x: (i for i in x), r"returned shape \[\]"),
+        (lambda x: "abc", r"returned shape \[\]"),
+        (lambda x: x[:, None], "returned shape"),
+        (
+            lambda x: np.full(VOCAB, 1e300),
+            r"after the processors \(<lambda>\): the logit of token 0 is \+inf",
+        ),
+        (lambda x: np.full(VOCAB, -1e300), r"after the processors \(<lambda>\): all \d+ logits are -inf"),
+        (lambda x: x.fill(np.nan), r"after the processors \(<lambda>\): the logit of token 0 is NaN"),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_what_processors_return_is_checked(
+    llm: tinyllm.LLM, values: Callable[[Any], Any], message: str, temperature: float
+) -> None:
+    with pytest.raises(errors.ArgumentError, match=message):
+        llm(PROMPT, max_tokens=1, processors=[returns(values)], temperature=temperature)
+    assert pages_in_use(llm) == 0
+
+
+def test_processors_cannot_harm_the_text_or_the_logits(llm: tinyllm.LLM) -> None:
+    """What they are given is theirs: the size, shape and type of the array, and the list of tokens."""
+
+    def reshape(logits: Any, tokens: Any) -> None:
+        with pytest.raises(ValueError, match="does not own its data"):
+            logits.resize(3, refcheck=False)
+        logits.shape = (2, -1)
+        logits.setflags(write=False)
+
+    def damage(logits: Any, tokens: Any) -> None:
+        assert logits.shape == (VOCAB,)
+        tokens[-1] = 10**6
+        tokens.append("x")
+        del tokens[:5]
+
+    right = llm(PROMPT, seed=1, max_tokens=4).tokens
+    for options in ({}, {"repetition_penalty": 1.0, "presence_penalty": 1e-30, "penalty_window": -1}):
+        given = {**options, "seed": 1, "max_tokens": 4, "processors": [reshape, damage, reshape]}
+        assert llm(PROMPT, **given).tokens == right
+        with llm.session(seed=1) as session:
+            session.append(PROMPT)
+            assert session.generate(**given).tokens == right
+            assert session.tokens == PROMPT + right
+
+
+def test_two_streams_of_a_session_end_with_the_context(llm: tinyllm.LLM) -> None:
+    with llm.session(seed=1) as session:
+        session.append([1] * (llm.context - 1))
+        one, other = session.stream(), session.stream()
+        next(one)
+        assert list(other) == []
+        assert (one.completion.finish_reason, other.completion.finish_reason) == ("length", "length")
+        assert len(session.tokens) == llm.context
+        assert session.logits.shape == (VOCAB,)
+
+
 def test_a_closed_model_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write_hf_directory(tmp_path_factory.mktemp("model"), CONFIG, random_weights(CONFIG, seed=5))
     before = backends.live_allocations()

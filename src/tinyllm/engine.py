@@ -21,8 +21,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ArgumentError, FormatError, MemoryLimitError, ModelClosedError
-from .kvcache import KVCache, Sequence
+from .errors import (
+    ArgumentError,
+    CancelledError,
+    ContextError,
+    FormatError,
+    MemoryLimitError,
+    ModelClosedError,
+)
+from .kvcache import PAGE, KVCache, Sequence
 from .reasoning import Kind, Part, Plain, Splitter
 from .sampling import Candidates, Logits, Sampled, StopStrings
 
@@ -34,6 +41,7 @@ CALL_S = 0.05  # that a call may take on a device that cannot stop within one
 LEAST_CHUNK = 64  # tokens of a call there
 MAX_LOGITS_BYTES = 64 << 20  # of a call
 MOST_CHOSEN = 64  # rows whose candidates a call finds on the device
+ASK_S = 0.02  # after which a thread that waits asks its cancel=, or looks for pages again
 
 log = logging.getLogger(__name__)
 
@@ -73,26 +81,17 @@ class Model(Protocol):
 class Job:
     """A sequence to bring up to date, and what came of it in the last step.
 
-    first_row: the position of the first token whose logits are wanted; None: the sequence's last. cancel:
-    asked before each layer; True ends the job. It runs while the model is locked, so it must not use the
-    model.
+    first_row: the position of the first token whose logits are wanted; None: the sequence's last.
     """
 
     def __init__(
-        self,
-        sequence: Sequence,
-        *,
-        first_row: int | None = None,
-        cancel: Callable[[], bool] | None = None,
-        n_candidates: int | None = None,
+        self, sequence: Sequence, *, first_row: int | None = None, n_candidates: int | None = None
     ) -> None:
         self.sequence, self.n_candidates = sequence, n_candidates
         self.logits: Any = None  # [rows, vocab_size], of the wanted tokens that the last step computed
         self.is_done = False  # all tokens are computed
-        self.is_cancelled = False
         self.error: Exception | None = None  # why it cannot go on
         self._next_row = first_row
-        self._cancel = cancel
         self._advanced = False
 
     @property
@@ -102,7 +101,7 @@ class Job:
 
     @property
     def has_news(self) -> bool:
-        return self._advanced or self.is_cancelled or self.error is not None
+        return self._advanced or self.error is not None
 
     def start(self) -> None:
         """Forgets the last step."""
@@ -113,14 +112,6 @@ class Job:
         if next_row is not None:
             next_row += len(logits)
         self._next_row, self.logits, self.is_done, self._advanced = next_row, logits, is_done, True
-
-    def wants_to_stop(self) -> bool:
-        if self._cancel is not None and not self.is_cancelled and self.error is None:
-            try:
-                self.is_cancelled = bool(self._cancel())
-            except Exception as error:
-                self.error = error
-        return self.is_cancelled or self.error is not None
 
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -182,6 +173,8 @@ class Generation:
         if self.prompt_done is None:
             self.prompt_done = time.perf_counter()
         tokens = self.sequence.tokens
+        if len(tokens) >= self.context:  # a session that another stream took there
+            return self.finish("length")
         sampled = choose(self.sampler, logits, tokens)
         if sampled.token in self.eos_ids:
             return self.finish("stop", sampled.token)
@@ -229,15 +222,23 @@ class Generation:
 
 @dataclass(eq=False)
 class _Call:
-    """One thread's wait for news about its jobs."""
+    """One thread's wait for news about its jobs. cancel: asked by that thread alone, so that what it raises
+    ends nobody else's wait."""
 
     jobs: list[Job]
+    cancel: Callable[[], bool] | None = None
+    is_cancelled: bool = False
     is_abandoned: bool = False
     thread: int = field(default_factory=threading.get_ident)
 
     @property
     def is_done(self) -> bool:
         return any(job.has_news for job in self.jobs)
+
+    def ask(self) -> bool:
+        """Whether `cancel` says that it is to end."""
+        self.is_cancelled = self.is_cancelled or (self.cancel is not None and bool(self.cancel()))
+        return self.is_cancelled
 
 
 @dataclass
@@ -258,73 +259,74 @@ class Engine:
         cache: KVCache,
         *,
         vocab_size: int,
+        context: int,
         chunk: int = CHUNK,
         call_s: float = math.inf,
     ) -> None:
-        """chunk: tokens of a call at most. call_s: seconds that a call should take at most; where given,
-        prompts go in chunks from LEAST_CHUNK up, as large as the last call's speed allows."""
+        """context: tokens of a sequence at most. chunk: tokens of a call at most. call_s: seconds that a call
+        should take at most; where given, prompts go in chunks from LEAST_CHUNK up, as large as the last
+        call's speed allows."""
         assert chunk <= cache.ahead
-        self.model, self.cache = model, cache
+        self.model, self.cache, self._context = model, cache, context
         self._most, self._call_s = chunk, call_s
         chunk = min(chunk, LEAST_CHUNK) if call_s < math.inf else chunk
         self.is_closed = False
         self._chunk = chunk
         self._max_rows = max(1, MAX_LOGITS_BYTES // (4 * vocab_size))
         self._calls: list[_Call] = []
-        self._is_running = False  # with the lock held: in this very thread
         _engines.add(self)
 
-    def sequence(self, tokens: Iterable[int] = ()) -> Sequence:
-        """A new sequence, nothing of it computed yet. The tokens must be ids of the vocabulary."""
-        return self.cache.sequence(tokens)
+    def sequence(self, tokens: Iterable[int] = (), runner: int | None = None) -> Sequence:
+        """A new sequence, nothing of it computed yet. The tokens must be ids of the vocabulary. runner: the
+        thread whose call closes it without waiting for anybody's wish; None for a stream's or a session's.
+        """
+        return self.cache.sequence(tokens, runner)
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens, sharing what is computed. Where there is no page left for
         the copy of the last one, it starts with nothing and is computed again once there is room.
         """
+        self._refuse_nesting()
         with self.cache.lock:
             self._check_open()
-            self._refuse_nesting()
             self.cache.collect()
             try:
                 return self.cache.fork(sequence)
             except MemoryLimitError:
-                return self.cache.sequence(sequence.tokens)
+                return self.cache.sequence(sequence.tokens, sequence.runner)
 
-    def step(self, jobs: list[Job]) -> None:
-        """Calls the model until there is news about one of `jobs`: logits, a cancellation or an error.
+    def step(self, jobs: list[Job], cancel: Callable[[], bool] | None = None) -> bool:
+        """Calls the model until there is news about one of `jobs`, logits or an error; False where `cancel`
+        ended it, which is asked about every ASK_S, by this thread alone.
 
         Decoding sequences go first, then prompts in chunks, the oldest first; a call takes what other
-        threads wait for as well. An exception from the model is raised and leaves every sequence as it was.
-        A sequence of which everything is computed is computed again. Raises ModelClosedError; ArgumentError
-        within a call that the same thread makes, in `cancel` or a signal handler.
+        threads wait for as well. An exception of `cancel`, of a signal handler or from the model is raised
+        and leaves every sequence as it was; the others' threads go on. A sequence of which everything is
+        computed is computed again. Jobs wait for the pages of older texts whose calls will give them back.
+        Raises ModelClosedError; ArgumentError within a call that the same thread makes, in `cancel` or a
+        signal handler.
         """
+        self._refuse_nesting()
         for job in jobs:
             job.start()
-        call = _Call(jobs)
+        call = _Call(jobs, cancel)
         try:
             self._calls.append(call)
-            with self.cache.lock:
-                self._refuse_nesting()
-                try:
-                    self._is_running = True
-                    while jobs and not call.is_done:
-                        self._run()
-                finally:
-                    self._is_running = False
+            while not call.ask() and not call.is_done:
+                if not self._take_turn(call):
+                    time.sleep(ASK_S)
         finally:
-            call.is_abandoned = True  # for a call of the model that another thread still makes for it
+            call.is_abandoned = True  # what another thread's call of the model still computes for it is lost
             if call in self._calls:
                 self._calls.remove(call)
+        return not call.is_cancelled
 
-    def evaluate(self, job: Job) -> Iterator[F32]:
-        """Steps until the job is done. Yields the wanted logits, [rows, vocab_size] at a time, in order."""
-        while not job.is_done:
-            self.step([job])
+    def evaluate(self, job: Job, cancel: Callable[[], bool] | None = None) -> Iterator[F32]:
+        """Steps until the job is done, or `cancel` says True. Yields the wanted logits, [rows, vocab_size] at
+        a time, in order."""
+        while not job.is_done and self.step([job], cancel):
             if job.error is not None:
                 raise job.error
-            if job.is_cancelled:
-                return
             if job.logits is not None and len(job.logits):
                 yield job.logits
 
@@ -343,29 +345,30 @@ class Engine:
             assert generation.sequence is not None
             wanted = [g.n_candidates for g in (generation, *siblings.get(generation, ()))]
             n = None if None in wanted else max(n for n in wanted if n is not None)
-            jobs[generation] = Job(generation.sequence, cancel=cancel, n_candidates=n)
+            jobs[generation] = Job(generation.sequence, n_candidates=n)
 
         try:
             for first in siblings:
                 start(first)
             while jobs:
-                self.step(list(jobs.values()))
+                is_cancelled = not self.step(list(jobs.values()), cancel)
                 for first, job in list(jobs.items()):
                     if job.error is not None:
                         raise job.error
-                    if not job.is_cancelled and not job.is_done:
+                    if not is_cancelled and not job.is_done:
                         continue
                     texts = [first, *siblings.pop(first, ())]
-                    for generation in texts[1:]:
-                        generation.sequence = self.fork(job.sequence)
-                        start(generation)
+                    if not is_cancelled:
+                        for generation in texts[1:]:
+                            generation.sequence = self.fork(job.sequence)
+                            start(generation)
                     for generation in texts:
-                        if job.is_cancelled or job.logits is None:
+                        if is_cancelled:
                             pieces = generation.finish("cancelled")
                         else:
                             pieces = generation.accept(job.logits[-1])
                         if generation.finish_reason is not None:
-                            del jobs[generation]
+                            jobs.pop(generation, None)
                             generation.close()
                         for piece in pieces:
                             yield generation, piece
@@ -386,51 +389,77 @@ class Engine:
         if cache.lock.acquire(blocking=False):
             cache.lock.release()
         else:
-            cache.lock, cache.is_torn, self._is_running = threading.RLock(), True, False
+            cache.lock, cache.is_torn = threading.RLock(), True
         self._calls = [call for call in self._calls if call.thread == this_thread]
+        for sequence in cache.holders():
+            if sequence.runner not in (None, this_thread):
+                sequence.close()
 
     def _check_open(self) -> None:
         if self.is_closed:
             raise ModelClosedError("the model is closed")
 
     def _refuse_nesting(self) -> None:
-        if self._is_running:
+        thread = threading.get_ident()
+        if any(call.thread == thread and not call.is_abandoned for call in list(self._calls)):
             raise ArgumentError(
                 "the model is in the middle of a call that this thread makes: cancel= and signal handlers "
                 "cannot use it, only end the call or close the model"
             )
 
-    def _run(self) -> None:
-        """One call of the model for all who wait. The lock is held."""
+    def _take_turn(self, call: _Call) -> bool:
+        """Waits until no other thread calls the model, then calls it until there is news about `call`. A
+        wait with a `cancel` ends after ASK_S, for that to be asked. False where there is nothing to do but to
+        wait for pages.
+        """
+        try:
+            if self.cache.lock.acquire(timeout=-1 if call.cancel is None else ASK_S):
+                while not call.is_done and not call.is_cancelled:
+                    if not self._run(call):
+                        return call.is_done
+            return True
+        finally:
+            # `with` cannot wait for a time. Only the lock knows whether an interrupt came before or after it
+            # was acquired, and there must be no other call before this one, where the next would come.
+            try:  # noqa: SIM105
+                self.cache.lock.release()
+            except RuntimeError:  # it was not
+                pass
+
+    def _run(self, own: _Call) -> bool:
+        """One call of the model for all who wait, in the thread of `own`; False where all of them wait for
+        pages. The lock is held."""
         self._check_open()
         self.cache.collect()
         calls = [call for call in list(self._calls) if not call.is_done and not call.is_abandoned]
-        jobs = [job for call in calls for job in call.jobs]
-        parts = self._plan(self._admit(jobs))
-        stopped = False
-
-        def stop() -> bool:
-            nonlocal stopped
-            wishes = [part.job.wants_to_stop() for part in parts]
-            stopped = stopped or any(wishes) or any(call.is_abandoned for call in calls)
-            return stopped
-
-        # Asking costs a layer its pause for the interpreter, so only where somebody could answer.
-        asks = len(calls) > 1 or any(part.job._cancel is not None for part in parts)
+        parts = self._plan(self._admit(calls))
         try:
-            started = time.perf_counter()
-            logits = self._forward(parts, stop if asks else None) if parts else None
-            self._keep_short(sum(part.n for part in parts), time.perf_counter() - started)
-        except Exception:
-            if not stopped:
+            return self._compute(parts, own)
+        except MemoryLimitError:
+            alone = [part for part in parts if part.job in own.jobs]
+            if len(alone) == len(parts):
                 raise
-            logits = None
-        if logits is not None:
-            end = 0
-            for part in parts:
-                start, end = end, end + part.n_rows
-                self.cache.commit(part.job.sequence, part.n)
-                part.job.advance(logits[start:end])
+            return self._compute(alone, own)  # which the others' threads will find out in their turn
+
+    def _compute(self, parts: list[_Part], own: _Call) -> bool:
+        """Whether there was anything to do."""
+        if not parts:
+            return False
+        started = time.perf_counter()
+        try:
+            # Asking costs a layer its pause for the interpreter, so only where somebody could answer.
+            logits = self._forward(parts, None if own.cancel is None else own.ask)
+        except CancelledError:
+            if not own.is_cancelled:
+                raise
+            return True
+        self._keep_short(sum(part.n for part in parts), time.perf_counter() - started)
+        end = 0
+        for part in parts:
+            start, end = end, end + part.n_rows
+            self.cache.commit(part.job.sequence, part.n)
+            part.job.advance(logits[start:end])
+        return True
 
     def _keep_short(self, n_tokens: int, seconds: float) -> None:
         """Learns from a call how many tokens the next may have."""
@@ -438,31 +467,45 @@ class Engine:
             fitting = int(n_tokens * self._call_s / max(seconds, 1e-9)) // LEAST_CHUNK * LEAST_CHUNK
             self._chunk = min(self._most, max(LEAST_CHUNK, fitting))
 
-    def _admit(self, jobs: list[Job]) -> list[Job]:
-        """The jobs that have all the pages they need, the oldest first. Raises nothing: a job that can
-        never get them has an error, one that has to wait for older ones is left out.
+    def _admit(self, calls: list[_Call]) -> list[Job]:
+        """The jobs that have all the pages they need, the oldest first. Raises nothing: a job that can never
+        have them has an error, one that has to wait is left out.
         """
         admitted: list[Job] = []
         seen: set[Sequence] = set()
-        for job in sorted(jobs, key=lambda job: job.sequence.order):
-            if job.wants_to_stop():
-                continue
-            if job.sequence in seen:
+        waiting = [(job, call) for call in calls for job in call.jobs]
+        for job, call in sorted(waiting, key=lambda pair: pair[0].sequence.order):
+            sequence = job.sequence
+            if sequence in seen:
                 job.error = ArgumentError("a session is for one thread at a time; fork it for another")
                 continue
-            seen.add(job.sequence)
-            if job.sequence.n_cached > job.next_row:  # logits were computed, and an interrupt lost them
-                self.cache.drop(job.sequence)
+            seen.add(sequence)
+            if len(sequence.tokens) > self._context:
+                n = len(sequence.tokens)
+                job.error = ContextError(f"the session's {n} tokens are past the context of {self._context}")
+                continue
+            if sequence.n_cached > job.next_row:  # logits were computed, and an interrupt lost them
+                self.cache.drop(sequence)
             try:
-                self.cache.adopt(job.sequence, job.next_row)
-                self.cache.reserve(job.sequence)
+                self.cache.adopt(sequence, job.next_row)
+                self.cache.reserve(sequence)
             except MemoryLimitError as error:
-                if admitted:
-                    break
-                job.error = error
+                if not self._will_have_room(job, call):
+                    job.error = error
                 continue
             admitted.append(job)
         return admitted
+
+    def _will_have_room(self, job: Job, call: _Call) -> bool:
+        """Whether older texts hold pages that their calls will give back: not those of streams and sessions,
+        which last for as long as somebody likes. Nor does a call wait that stands in a processor of a text
+        that holds pages. So all others wait for older ones only, the oldest goes on, and nobody waits for
+        ever.
+        """
+        own = {other.sequence for other in call.jobs}
+        older = [s for s in self.cache.holders() if s.order < job.sequence.order]
+        is_nested = any(s.runner == call.thread and s not in own for s in older)
+        return not is_nested and any(s.runner is not None or s in own for s in older)
 
     def _plan(self, jobs: list[Job]) -> list[_Part]:
         """Which tokens the next call computes."""
@@ -470,7 +513,9 @@ class Engine:
         n_tokens, n_rows = self._chunk, self._max_rows
         for job in sorted(jobs, key=lambda job: job.sequence.n_pending > 1):
             sequence = job.sequence
-            n = min(sequence.n_pending, n_tokens)
+            # A thread that wrongly shares a session may add tokens meanwhile, for which there are no pages.
+            room = PAGE * min(map(len, sequence.tables)) - sequence.n_cached
+            n = min(sequence.n_pending, room, n_tokens)
             n_unwanted = max(0, job.next_row - sequence.n_cached)  # leading tokens whose logits nobody needs
             n = min(n, n_unwanted + n_rows)
             if n > 0:

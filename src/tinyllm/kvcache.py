@@ -73,12 +73,13 @@ class Sequence:
     again.
     """
 
-    def __init__(self, cache: KVCache, tokens: Iterable[int]) -> None:
+    def __init__(self, cache: KVCache, tokens: Iterable[int], runner: int | None) -> None:
         # These very lists as long as it lives: the cache keeps them beyond that.
         self.tables: list[list[int]] = [[] for _ in cache.windows]
         self.tokens = list(tokens)
         self.n_cached = 0
         self.order = next(cache._orders)  # age: the lower, the older
+        self.runner = runner  # the thread whose call closes it, or None: somebody does when it suits them
         self._cache = cache
         self._keys: list[bytes] = []
         # A destructor in Python would swallow an interrupt and lose the pages; append of a deque is one step.
@@ -171,9 +172,13 @@ class KVCache:
         self._tables_of: dict[weakref.ref[Sequence], list[list[int]]] = {}
         self._closed: deque[weakref.ref[Sequence]] = deque()
 
-    def sequence(self, tokens: Iterable[int] = ()) -> Sequence:
+    def sequence(self, tokens: Iterable[int] = (), runner: int | None = None) -> Sequence:
         """A new sequence, with no pages yet."""
-        return Sequence(self, tokens)
+        return Sequence(self, tokens, runner)
+
+    def holders(self) -> list[Sequence]:
+        """The sequences that have pages."""
+        return [s for ref in list(self._tables_of) if (s := ref()) is not None and any(s.tables)]
 
     @property
     def n_used(self) -> int:
@@ -232,7 +237,7 @@ class KVCache:
                 pages = self._take(n)
                 break
             except MemoryLimitError:
-                holders = [s for ref in list(self._tables_of) if (s := ref()) is not None and any(s.tables)]
+                holders = self.holders()
                 younger = [s for s in holders if s.order > sequence.order]
                 kept = {page for s in holders if s.order <= sequence.order for page in s.pages}
                 if not younger or n > self.max_pages - len(kept):
@@ -265,7 +270,7 @@ class KVCache:
         """A second sequence with the same tokens: it shares the full pages and gets a copy of the last,
         partial ones. Raises MemoryLimitError when there are no pages for the copies.
         """
-        child = self.sequence(sequence.tokens)
+        child = self.sequence(sequence.tokens, sequence.runner)
         child._keys = list(sequence._keys)
         n_full, n_rest = divmod(sequence.n_cached, PAGE)
         copies = self._take(len(self.windows)) if n_rest else []

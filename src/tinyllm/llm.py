@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Set
 from collections.abc import Sequence as SequenceOf
@@ -28,6 +29,7 @@ from .errors import (
     ArgumentError,
     ContextError,
     MemoryLimitError,
+    TemplateError,
     integer,
     number_text,
     out_of_memory,
@@ -175,7 +177,12 @@ class LLM:
         )
         call_s = math.inf if model.device == "cpu" else CALL_S  # the CPU stops between layers
         self._engine = Engine(
-            model, self._cache, vocab_size=config.vocab_size, chunk=self.chunk, call_s=call_s
+            model,
+            self._cache,
+            vocab_size=config.vocab_size,
+            context=config.context,
+            chunk=self.chunk,
+            call_s=call_s,
         )
 
     @overload
@@ -209,24 +216,27 @@ class LLM:
         prompt: a text, a list of ids, or a list of such prompts. n: how many samples of each, sharing what
         is computed for the prompt; sample i has the seed `stream_seed(seed, i)`. special: whether the text
         of special tokens ("<|eot_id|>") means these tokens. reasoning: whether the prompt is a chat's (of
-        `chat_ids`), so that reasoning is told from the answer. cancel: asked before each layer, True ends
-        the call with what there is; it must not use the model. The rest are fields of SamplingParams, in
-        place of `params` or over it.
+        `chat_ids`), so that reasoning is told from the answer. cancel: asked about every 20 ms by the
+        calling thread, while it waits and before a layer while it computes; True ends the call with what
+        there is; it must not use the model. The rest are fields of SamplingParams, in place of `params` or
+        over it.
 
         Returns a Completion; with `n`, a list of n; for a list of prompts, a list with one of these for
         each, equal to a loop with the same seed. Raises ArgumentError, ContextError (no room for an answer)
-        and MemoryLimitError (the cache is full) before anything is computed; ModelClosedError.
+        and MemoryLimitError before anything is computed; ModelClosedError. Where other calls hold the pages
+        of the cache that it needs, it waits for them; MemoryLimitError says that it would wait for ever: for
+        streams and sessions, or in a processor for the text around it.
 
             llm("Once upon a time", max_tokens=50, temperature=0).text
         """
         if n is not None:
             n = integer("n", n, 1, backends.MOST_INT)
         prompts = [prompt] if _is_prompt(prompt) else list(cast("SequenceOf[Prompt]", prompt))
-        given = _merge(params, sampling)
+        given, thread = _merge(params, sampling), threading.get_ident()
         requests: list[list[_Request]] = []
         for one in prompts:
             ids, resolved = self._prompt(one, special), given.resolve(self.defaults)
-            first = self._request(resolved, ids, self._engine.sequence(ids), reasoning)
+            first = self._request(resolved, ids, self._engine.sequence(ids, thread), reasoning)
             others = (_derive(resolved, i) for i in range(1, n or 1))
             requests.append([first, *(self._request(other, ids, None, reasoning) for other in others)])
         for _ in self._engine.generate([[r.generation for r in group] for group in requests], cancel):
@@ -309,7 +319,10 @@ class LLM:
             bos, eos = (own.bos_token, own.eos_token) if own else ("", "")
             template = ChatTemplate(chat_template, bos_token=bos, eos_token=eos)
         text = template.render(messages, tools=tools, **(template_args or {}))
-        return self._text_ids(text, bos=False, special=True)  # the template writes its own BOS
+        ids = self._text_ids(text, bos=False, special=True)  # the template writes its own BOS
+        if not ids:
+            raise TemplateError("the chat template renders nothing for these messages: there is no prompt")
+        return ids
 
     def session(self, *, seed: int | None = None) -> Session:
         """A text that grows step by step and can be forked. Close it when done, or use it in `with`.
@@ -369,15 +382,16 @@ class LLM:
             a, b = llm.embed(["A cat sat.", "A dog ran."], normalize=True); a @ b
         """
         texts = [prompts] if _is_prompt(prompts) else list(cast("SequenceOf[Prompt]", prompts))
-        out = np.empty((len(texts), self.config.dim), np.float32)
-        ids = [self._fit(self._ids(text, special)) for text in texts]
-        with np.errstate(over="ignore", invalid="ignore"):  # said in our words
-            for i, mean in enumerate(self._means(ids)):
-                out[i] = mean
-        require_finite(out)
-        if normalize:
-            length = np.sqrt((out.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
-            out = (out / np.maximum(length, 1e-30)).astype(np.float32)
+        with out_of_memory(f"computing vectors of {len(texts)} texts"):
+            out = np.empty((len(texts), self.config.dim), np.float32)
+            ids = [self._fit(self._ids(text, special)) for text in texts]
+            with np.errstate(over="ignore", invalid="ignore"):  # said in our words
+                for i, mean in enumerate(self._means(ids)):
+                    out[i] = mean
+            require_finite(out)
+            if normalize:
+                length = np.sqrt((out.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
+                out = (out / np.maximum(length, 1e-30)).astype(np.float32)
         return out[0] if _is_prompt(prompts) else out
 
     def close(self) -> None:
@@ -547,7 +561,7 @@ class LLM:
         """The logits after each token, a chunk at a time."""
         if not ids:
             return
-        sequence = self._engine.sequence(ids)
+        sequence = self._engine.sequence(ids, threading.get_ident())
         try:
             for rows in self._engine.evaluate(Job(sequence, first_row=0)):
                 require_finite(rows)
@@ -677,9 +691,8 @@ class Session:
         if not tokens:
             raise ArgumentError("the session is empty: append something first")
         if self._n_logits != len(tokens):
-            job = Job(self._sequence, cancel=cancel)
-            rows = list(self._llm._engine.evaluate(job))
-            if job.is_cancelled:
+            rows = list(self._llm._engine.evaluate(Job(self._sequence), cancel))
+            if not rows:
                 return None
             self._logits, self._n_logits = np.array(rows[-1][-1]), len(tokens)
         return self._logits

@@ -23,8 +23,9 @@ from .errors import ArgumentError, integer, number_text
 Candidates = backends.Candidates
 Logits = npt.NDArray[np.float32] | Candidates
 Processor = Callable[[npt.NDArray[np.float32], Sequence[int]], npt.NDArray[Any] | None]
-"""`processor(logits, tokens)`: logits float32 [vocab_size], a writable copy; tokens so far, prompt included.
-Change the logits in place and return None, or return a new array [vocab_size]."""
+"""`processor(logits, tokens)`: logits float32 [vocab_size], a writable copy; tokens so far, prompt included,
+a copy as well. Change the logits in place and return None, or return a new array [vocab_size] of real
+numbers. It must not wait for another thread's call of the same model, which may wait for this text's end."""
 
 _LARGEST_INT = 2**31 - 1
 # Field: lowest, highest, what a special value means.
@@ -221,14 +222,20 @@ class Sampler:
             )
         logits = np.ascontiguousarray(logits)
         processed = self._process(logits, history) if self.params.processors else logits
-        token, logprob = backends.sample(
-            processed,
-            **self._settings,
-            bias_tokens=self._bias_tokens,
-            bias=self._bias,
-            history=self._penalized(history),
-            position=position,
-        )
+        try:
+            token, logprob = backends.sample(
+                processed,
+                **self._settings,
+                bias_tokens=self._bias_tokens,
+                bias=self._bias,
+                history=self._penalized(history),
+                position=position,
+            )
+        except ArgumentError as error:
+            if processed is logits:
+                raise
+            names = ", ".join(map(_name, self.params.processors))
+            raise ArgumentError(f"after the processors ({names}): {error}") from None
         if processed is not logits:
             logprob = backends.logprob(logits, token)
         top: list[tuple[int, float]] = []
@@ -263,16 +270,33 @@ class Sampler:
 
     def _process(self, logits: npt.NDArray[np.float32], history: Sequence[int]) -> npt.NDArray[np.float32]:
         processed: npt.NDArray[np.float32] = logits.copy()
+        tokens = list(history)
         for processor in self.params.processors:
-            result = processor(processed, history)
-            if result is None:
-                continue
-            if np.shape(result) != logits.shape:
-                name = getattr(processor, "__name__", type(processor).__name__)
-                shape = list(np.shape(result))
-                raise ArgumentError(f"processor {name} returned shape {shape}, expected [{self.vocab_size}]")
-            processed = np.array(result, dtype=np.float32)
+            result = processor(processed[:], tokens)  # a view, whose size, shape and type are its own
+            if result is not None:
+                processed = self._checked(result, f"processor {_name(processor)}")
         return processed
+
+    def _checked(self, result: object, who: str) -> npt.NDArray[np.float32]:
+        """A copy of what a processor returned."""
+        try:
+            array = np.asarray(result)
+        except (ValueError, OverflowError) as error:  # rows of different lengths
+            raise ArgumentError(f"{who} returned no array: {error}") from None
+        if array.shape != (self.vocab_size,):
+            shape = list(array.shape)
+            raise ArgumentError(
+                f"{who} returned shape {shape}, expected [{self.vocab_size}], a logit a token"
+            )
+        if array.dtype.kind not in "fiu":
+            raise ArgumentError(f"{who} returned {array.dtype}, expected real numbers")
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, which is looked for later
+            copy: npt.NDArray[np.float32] = np.array(array, np.float32)
+        return copy
+
+
+def _name(processor: Processor) -> str:
+    return str(getattr(processor, "__name__", type(processor).__name__))
 
 
 def stream_seed(seed: int, i: int) -> int:
