@@ -414,6 +414,9 @@ TOKENIZER_JSON: dict[str, tuple[dict[str, Any], str]] = {
         {"model": step("BPE", continuing_subword_prefix="éé", vocab=AB, merges=["a b"])},
         "merges 'b', which does not begin with 'éé'",
     ),
+    "other tokens each time": (
+        {"model": step("BPE", dropout=0.5, vocab=AB, merges=[])}, "its dropout makes other tokens each time",
+    ),
     "a long prefix": (
         {"model": step("BPE", continuing_subword_prefix="é" * 65, vocab=AB, merges=[])}, "65 char",
     ),

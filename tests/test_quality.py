@@ -343,6 +343,13 @@ def test_command_prints_a_table(cli: Cli, text_file: Path, stories: tinyllm.LLM)
     assert piped.out == result.out
 
 
+def test_an_error_of_one_token_is_null(cli: Cli, text_file: Path) -> None:
+    """JSON has no word for what a single number's spread is."""
+    result = cli("stories", text_file, "-c", "4", "--chunks", "1", "-o", "json")
+    found = json.loads(result.out, parse_constant=pytest.fail)
+    assert (found["n_tokens"], found["nll"]["error"]) == (1, None)
+
+
 def test_command_compares(cli: Cli, text_file: Path, stories: tinyllm.LLM, master: tinyllm.LLM) -> None:
     options = (text_file, "--against", MASTER, "-c", "64", "--chunks", "3")
     result = cli("stories", *options, "-o", "json")

@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -401,10 +402,18 @@ def put_csv(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON in UTF-8, with every control character escaped: JSON itself asks for those below 0x20 alone, and
-    others drive terminals, too."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    """JSON in UTF-8; null for numbers that are none, for which JSON has no word. Every control character is
+    escaped: JSON itself asks for those below 0x20 alone, and others drive terminals, too."""
+    text = json.dumps(_without_nan(value), ensure_ascii=False, indent=indent, allow_nan=False)
     return re.sub(r"[\x7f-\x9f]", lambda m: f"\\u{ord(m[0]):04x}", text)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def note(text: str) -> None:

@@ -200,6 +200,8 @@ def _check_file(data: bytes, file: Path) -> None:
     model = value.get("model")
     if isinstance(model, dict):
         _check_affixes(model, file)
+        if model.get("dropout"):
+            raise UnsupportedError(f"{file}: its dropout makes other tokens each time; set it to null there")
 
 
 def _cost(pattern: dict[str, Any]) -> Cost:
