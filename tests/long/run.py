@@ -230,6 +230,12 @@ def kept_results() -> dict[str, dict[str, Any]]:
     return results
 
 
+def added(earlier: Mapping[str, float], result: Mapping[str, Any]) -> dict[str, float]:
+    """Inputs and seconds of all runs of a stage."""
+    now = {"inputs": result.get("inputs", 0), "seconds": result["took_s"]}
+    return {key: round(earlier.get(key, 0) + value, 1) for key, value in now.items()}
+
+
 def machine() -> str:
     text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     models = re.findall(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
@@ -265,6 +271,12 @@ def page(results: dict[str, dict[str, Any]], found: list[dict[str, str]]) -> str
         }
         failures = [f"`{name}` **failed**: {what}" for name, what in bad.items()]
         lines += ["", *failures] if failures else []
+        totals = [
+            f"`{name}` {number(round(r['in_all']['inputs']))} inputs in {r['in_all']['seconds'] / 3600:.1f} h"
+            for name, r in rows.items()
+            if "in_all" in r
+        ]
+        lines += ["", f"In all runs together: {', '.join(totals)}."] if totals else []
         lines += [""] if rows else []
         if faults_found:
             lines += ["Found and mended, each with a test that failed before:", ""]
@@ -307,7 +319,10 @@ def main() -> int:
         took_s = round(time.monotonic() - start, 1)
         date = datetime.date.today().isoformat()
         results = kept_results()  # afresh: another run may have added to it
-        results[name] = {"kind": stage.kind, **result, "took_s": took_s, "date": date, "machine": machine()}
+        result |= {"took_s": took_s, "date": date, "machine": machine()}
+        if stage.kind == "files":  # a fuzzer goes on from where the last one ended
+            result["in_all"] = added(results.get(name, {}).get("in_all", {}), result)
+        results[name] = {"kind": stage.kind, **result}
         failed |= bool(result.get("failed") or result.get("crashes") or result.get("leaks"))
         print(json.dumps(results[name]), flush=True)
         ordered = {key: results[key] for key in STAGES if key in results}
