@@ -506,6 +506,23 @@ def test_a_call_waits_for_the_pages_of_older_calls() -> None:
         assert pages_in_use(engine) == 0
 
 
+def test_a_large_batch_in_a_small_pool_looks_for_pages_once_a_call() -> None:
+    """Not once a text that waits."""
+    engine = make_engine(max_pages=5)
+    reserve, n = engine.cache.reserve, 0
+
+    def counted(sequence: Any) -> None:
+        nonlocal n
+        n += 1
+        reserve(sequence)
+
+    engine.cache.reserve = counted  # type: ignore[method-assign]
+    texts = [generation(engine, text(20, seed), seed, max_tokens=3) for seed in range(100)]
+    run(engine, [[g] for g in texts])
+    assert [g.tokens for g in texts] == [expected(text(20, i), i, 3) for i in range(100)]
+    assert n <= 6 * len(engine.model.calls)  # type: ignore[attr-defined]
+
+
 def test_cancel_ends_a_wait_for_pages() -> None:
     engine = make_engine(max_pages=3)
     older, wanted = Slowly(engine, text(150)), threading.Event()

@@ -18,7 +18,7 @@ import pytest
 from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
 
 import tinyllm
-from tinyllm import errors
+from tinyllm import backends, errors
 from tinyllm.chat import ChatTemplate
 from tinyllm.loaders import list_directory, read_small
 from tinyllm.modelfiles import BUNDLED
@@ -375,6 +375,13 @@ def test_what_a_handler_raises_stays_what_it_is(name: str, error: type[Exception
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_what_a_handler_raises_while_the_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", handler_raises)
+    for look in (backends.free_memory, backends.default_threads):
+        with pytest.raises(TimeoutError, match=r"^of the handler$"):
+            look()
 
 
 @pytest.mark.parametrize("call", ["open", "pread", "listdir", "stat", "fsync"])

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from . import _core, cuda
 from .config import ModelConfig
-from .errors import ArgumentError, UnsupportedError, integer, located, size_text
+from .errors import ArgumentError, UnsupportedError, comes_from, integer, located, size_text
 from .loaders import FORMATS, TensorInfo, show
 
 F32 = npt.NDArray[np.float32]
@@ -117,22 +117,30 @@ def find_gpus() -> tuple[list[cuda.Gpu], str]:
     return cuda.look(path, _core.abi)
 
 
-def _read_number(path: str) -> int | None:
+def _read(path: str) -> str:
+    """What a file of the system's says; "" where there is none."""
     try:
-        text = Path(path).read_text().split()
-        return int(text[0]) if text and text[0].isdigit() else None
-    except (OSError, ValueError):
-        return None
+        return Path(path).read_text()
+    except (OSError, ValueError) as error:
+        if not comes_from(error):
+            raise
+        return ""
+
+
+def _read_number(path: str) -> int | None:
+    text = _read(path).split()
+    return int(text[0]) if text and text[0].isdecimal() else None
 
 
 def _cgroup_cpus() -> float | None:
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        quota_us = _read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
-        period_us = _read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
-        return quota_us / period_us if quota_us and period_us else None
+    of_version_2 = _read("/sys/fs/cgroup/cpu.max").split()
+    if of_version_2[:1] == ["max"]:
+        return None
+    quota_us = _read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+    period_us = _read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+    if len(of_version_2) == 2 and all(number.isdecimal() for number in of_version_2):
+        quota_us, period_us = map(int, of_version_2)
+    return quota_us / period_us if quota_us and period_us else None
 
 
 def default_threads() -> int:
@@ -143,13 +151,8 @@ def default_threads() -> int:
         cpus = list(range(os.cpu_count() or 1))
     cores = set()
     for cpu in cpus:
-        try:
-            siblings = (
-                Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
-            )
-        except OSError:
-            siblings = str(cpu)
-        cores.add(siblings)
+        siblings = _read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.strip() or str(cpu))
     quota = _cgroup_cpus()
     n = len(cores) if quota is None else min(len(cores), int(quota))
     return max(1, min(n, MAX_THREADS))
@@ -161,12 +164,11 @@ MOST_INT = (1 << 31) - 1  # of the core's
 
 def free_memory() -> int:
     """Bytes this process can still take: the available memory, or what its cgroup leaves if less."""
-    free = 1 << 62
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    except OSError:
+    free, meminfo = 1 << 62, _read("/proc/meminfo")
+    for line in meminfo.splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    if not meminfo:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),

@@ -469,13 +469,16 @@ class Engine:
 
     def _admit(self, calls: list[_Call]) -> list[Job]:
         """The jobs that have all the pages they need, the oldest first. Raises nothing: a job that can never
-        have them has an error, one that has to wait is left out.
+        have them has an error, one that has to wait is left out, and what its call has after it.
         """
         admitted: list[Job] = []
         seen: set[Sequence] = set()
+        full: set[_Call] = set()  # that have to wait
         waiting = [(job, call) for call in calls for job in call.jobs]
         for job, call in sorted(waiting, key=lambda pair: pair[0].sequence.order):
             sequence = job.sequence
+            if call in full:
+                continue
             if sequence in seen:
                 job.error = ArgumentError("a session is for one thread at a time; fork it for another")
                 continue
@@ -490,6 +493,7 @@ class Engine:
                 self.cache.adopt(sequence, job.next_row)
                 self.cache.reserve(sequence)
             except MemoryLimitError as error:
+                full.add(call)
                 if not self._will_have_room(job, call):
                     job.error = error
                 continue

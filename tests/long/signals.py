@@ -1,6 +1,7 @@
 """SIGINT at random moments while a model loads, answers, streams, forks and scores, with SIGUSR1 every
-millisecond on top: each ends in KeyboardInterrupt or with its result, the model answers as before, and
-nothing stays allocated. Then whole processes that get SIGINT end by it. Prints one JSON object."""
+millisecond on top, or SIGALRM, whose handler raises TimeoutError, and half of the time beside a thread that
+has a cancel=: each ends in that exception or with its result, the model answers as before, and nothing stays
+allocated. Then whole processes that get SIGINT end by it. Prints one JSON object."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import tinyllm
 from tinyllm import backends
@@ -63,15 +65,30 @@ while True:
 """
 
 
-def interrupt(llm: tinyllm.LLM, work: Callable[[tinyllm.LLM], object], seconds: float) -> bool:
-    """Whether the work ended by a SIGINT that comes after so many seconds."""
+def time_is_up(*_: object) -> None:
+    global n_alarms
+    n_alarms += 1
+    raise TimeoutError("time is up")
+
+
+n_alarms = 0
+SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGALRM: TimeoutError}
+
+
+def interrupt(
+    llm: tinyllm.LLM,
+    work: Callable[[tinyllm.LLM], object],
+    seconds: float,
+    number: signal.Signals = signal.SIGINT,
+) -> bool:
+    """Whether the work ended by a signal that comes after so many seconds."""
     main, is_over = threading.main_thread().ident, threading.Event()
     assert main is not None
 
     def send() -> None:
         is_over.wait(seconds)
         if not is_over.is_set():
-            signal.pthread_kill(main, signal.SIGINT)
+            signal.pthread_kill(main, number)
 
     sender = threading.Thread(target=send)
     try:
@@ -83,10 +100,35 @@ def interrupt(llm: tinyllm.LLM, work: Callable[[tinyllm.LLM], object], seconds: 
             return False
         finally:
             is_over.set()
-    except KeyboardInterrupt:
+    except SIGNALS[number]:
         return True
     finally:
         sender.join()
+
+
+def beside(llm: tinyllm.LLM, right: list[int], work: Callable[[], bool]) -> bool:
+    """The work's result; another thread has answers meanwhile, and gets them."""
+    is_over, failed = threading.Event(), []
+
+    def cancel() -> bool:
+        time.sleep(0.001)
+        return False
+
+    def answers() -> None:
+        try:
+            while not is_over.is_set():
+                assert llm(PROMPT, max_tokens=5, seed=1, cancel=cancel).tokens == right, "another text"
+        except BaseException as error:
+            failed.append(error)
+
+    other = threading.Thread(target=answers)
+    other.start()
+    try:
+        return work()
+    finally:
+        is_over.set()
+        other.join()
+        assert not failed, failed
 
 
 def whole_process(seconds: float) -> None:
@@ -115,6 +157,7 @@ def main() -> None:
     faulthandler.dump_traceback_later(given.seconds + 200, exit=True)
     end = time.monotonic() + given.seconds
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGALRM, time_is_up)
     signal.signal(signal.SIGUSR1, lambda *_: None)
     ended: Counter[str] = Counter()
     unraisable: list[object] = []
@@ -136,11 +179,15 @@ def main() -> None:
                 work(llm)
                 usual[work] = time.monotonic() - start
             for i in range(given.interrupts):
-                work = rng.choice(WORKS)
-                start = time.monotonic()
-                is_hit = interrupt(llm, work, rng.random() * usual[work])
-                if not is_hit:  # a busy machine becomes faster and slower
+                work, number = rng.choice(WORKS), rng.choice(list(SIGNALS))
+                start, before = time.monotonic(), n_alarms - len(unraisable)
+                once = partial(interrupt, llm, work, rng.random() * usual[work], number)
+                is_alone = rng.random() < 0.5
+                is_hit = once() if is_alone else beside(llm, right, once)
+                if not is_hit and is_alone:  # a busy machine becomes faster and slower
                     usual[work] = time.monotonic() - start
+                raised = n_alarms - len(unraisable) - before  # but what Python could not raise
+                assert is_hit or raised <= 0, f"{work.__name__}: a TimeoutError is lost"
                 ended[f"{work.__name__}: {'interrupted' if is_hit else 'too late'}"] += 1
                 is_last = time.monotonic() > end or i == given.interrupts - 1
                 if i % 10 == 9 or is_last:
