@@ -597,7 +597,7 @@ def chooser(host: Host, tmp_path: Path) -> Iterator[tinyllm.LLM]:
 def test_candidates(chooser: tinyllm.LLM) -> None:
     """Of few rows from a graph, of a long prompt's last, and in any order of equals the lower first."""
     model = chooser.model
-    with pytest.raises(tinyllm.ArgumentError, match="gives 1 to 64"):
+    with pytest.raises(tinyllm.ArgumentError, match="expected 1 to 64"):
         model.candidates([1], [0], [0], [[0]], rows=[0], n=65, cache=chooser._cache.pool)
     pool = model.cache("f16", 4)
     pool.grow(4)

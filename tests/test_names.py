@@ -156,10 +156,10 @@ def test_the_list_of_problems_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("source", ["gguf", "hf"])
-def test_a_config_that_asks_for_millions_costs_nothing(source: Source) -> None:
+def test_a_config_that_asks_for_a_hundred_thousand_tensors_costs_nothing(source: Source) -> None:
     architecture = {"gguf": "qwen3moe", "hf": "qwen3_moe"}[source]
     config = replace(
-        CONFIG, architecture=architecture, n_layers=1024, n_experts=4096, n_experts_used=1, qk_norm="head"
+        CONFIG, architecture=architecture, n_layers=1024, n_experts=32, n_experts_used=1, qk_norm="head"
     )
     tracemalloc.start()
     try:
