@@ -14,6 +14,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -58,53 +59,60 @@ def replacing(path: str | os.PathLike[str], n_bytes: int) -> Iterator[IO[bytes]]
     """
     target = target_of(path)
     part, unnamed = f".{target.name[:200]}.{secrets.token_hex(4)}.part", ""
+    descriptors: list[int] = []  # those that are open
     try:
-        free = shutil.disk_usage(target.parent).free
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        if not comes_from(error):
-            raise
-        raise WriteError(f"{path}: cannot be written: {error.strerror}") from None
-    try:
+        try:
+            free = shutil.disk_usage(target.parent).free
+            folder = _open(descriptors, target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            if not comes_from(error):
+                raise
+            raise WriteError(f"{path}: cannot be written: {error.strerror}") from None
         if n_bytes > free:
             raise WriteError(_no_room(path, n_bytes, free))
-        descriptor, unnamed = _open(part, folder)
-        with open(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-            if unnamed:
-                os.link(unnamed, part, dst_dir_fd=folder)
-        os.replace(part, target.name, src_dir_fd=folder, dst_dir_fd=folder)
-    except BaseException as error:
-        with suppress(OSError):  # it has no name yet, or no longer this one
-            os.unlink(part, dir_fd=folder)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WriteError(_no_room(path, n_bytes, free)) from None
-        if isinstance(error, OSError) and error.errno and error.filename in (None, part, unnamed):
-            raise WriteError(f"{path}: cannot be written: {error.strerror}") from None
-        raise
-    else:
+        try:
+            descriptor, unnamed = _new_file(descriptors, part, folder)
+            with open(descriptor, "wb", closefd=False) as file:
+                yield file
+                file.flush()
+                os.fsync(descriptor)
+                if unnamed:
+                    os.link(unnamed, part, dst_dir_fd=folder)
+            os.replace(part, target.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException as error:
+            with suppress(OSError):  # it has no name yet, or no longer this one
+                os.unlink(part, dir_fd=folder)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise WriteError(_no_room(path, n_bytes, free)) from None
+            if isinstance(error, OSError) and error.errno and error.filename in (None, part, unnamed):
+                raise WriteError(f"{path}: cannot be written: {error.strerror}") from None
+            raise
         with suppress(OSError):  # so that the new name outlives a power cut, where the system can do that
             os.fsync(folder)
     finally:
-        os.close(folder)
+        list(map(os.close, descriptors))
 
 
-def _open(part: str, folder: int) -> tuple[int, str]:
+def _open(descriptors: list[int], path: str | os.PathLike[str], flags: int, folder: int | None = None) -> int:
+    """os.open, whose descriptor is in the list from the start: between the two no code of Python's runs, so
+    no interrupt comes there either. (The list's end closes them in the same way.)"""
+    opening = partial(os.open, flags=flags | os.O_CLOEXEC, mode=0o666, dir_fd=folder)
+    descriptors.extend(map(opening, [path]))
+    return descriptors[-1]
+
+
+def _new_file(descriptors: list[int], part: str, folder: int) -> tuple[int, str]:
     """A descriptor of a new file in `folder`, and the path by which a file without a name can get one. The
     path is "" where it had to be made with the name `part`."""
-    flags = os.O_WRONLY | os.O_CLOEXEC
     try:
-        descriptor = os.open(".", flags | os.O_TMPFILE, 0o666, dir_fd=folder)
+        descriptor = _open(descriptors, ".", os.O_WRONLY | os.O_TMPFILE, folder)
         unnamed = f"/proc/self/fd/{descriptor}"
         if os.path.exists(unnamed):
             return descriptor, unnamed
-        os.close(descriptor)
     except (AttributeError, OSError) as error:  # not Linux, or a file system that knows no such files
         if not comes_from(error):
             raise
-    return os.open(part, flags | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder), ""
+    return _open(descriptors, part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder), ""
 
 
 def _no_room(path: str | os.PathLike[str], n_bytes: int, free: int) -> str:

@@ -173,21 +173,20 @@ class FileReader:
     def __init__(self, path: str | os.PathLike[str], identity: Identity | None = None) -> None:
         self.path = Path(path)
         try:
-            # An object from the start: an interrupt before its first use leaves nothing open. Without
-            # O_NONBLOCK, opening a named pipe would wait for its writer.
-            self._file = FileIO(self.path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+            # Looked at first, as opening a named pipe would wait for its writer.
+            is_file = stat.S_ISREG(os.stat(self.path).st_mode)
+            # An object from the start: an interrupt before its first use leaves nothing open.
+            file = FileIO(self.path) if is_file else None
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(f"{self.path}: no such file") from None
-        except IsADirectoryError:
-            raise ReadError(f"{self.path}: not a regular file") from None
         except (OSError, ValueError) as error:
             if not comes_from(error):
                 raise
             raise ReadError(f"{self.path}: cannot be opened: {error}") from None
-        status = os.fstat(self.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            self._file.close()
+        if file is None:
             raise ReadError(f"{self.path}: not a regular file")
+        self._file = file
+        status = os.fstat(self.fileno())
         self.size = status.st_size
         self.identity = identity or _identity(status)
         try:
