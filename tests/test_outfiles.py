@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import stat
@@ -11,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers_interrupts import Interrupts
 
-from tinyllm import errors
+from tinyllm import errors, loaders, outfiles
+from tinyllm.loaders import FileReader
 from tinyllm.outfiles import replacing, target_of
 
 
@@ -159,3 +162,26 @@ def test_what_ends_the_process_leaves_nothing(number: signal.Signals, tmp_path: 
 )
 def test_sizes_do_not_round_to_nothing(n: int, text: str) -> None:
     assert errors.size_text(n) == text
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Python closes it then
+def test_an_interrupt_anywhere_leaves_nothing_open(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+
+    def write_and_read() -> None:
+        with replacing(path, 3) as file:
+            file.write(b"abc")
+        with FileReader(path) as reader:
+            assert reader.read_at(0, 3) == b"abc"
+
+    write_and_read()
+    files, n_open = {outfiles.__file__, loaders.__file__}, len(os.listdir("/proc/self/fd"))
+    places = Interrupts(files)
+    places.run(write_and_read)
+    assert places.n > 30
+    for at in range(1, places.n + 1):
+        assert Interrupts(files, at).run(write_and_read)
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == n_open, at
+        assert path.read_bytes() == b"abc"
+        assert os.listdir(tmp_path) == ["x"], at

@@ -49,7 +49,7 @@ THREADED_TESTS = ("threads_python", "llm", "kvcache", "misuse")
 # A sanitizer's own memory leaves no room under RLIMIT_AS and grows by what is freed; its shutdown is
 # another one.
 NOT_UNDER_ASAN = "not address_space and not interpreter_ends and not leave_nothing"
-NOT_UNDER_TSAN = f"{NOT_UNDER_ASAN} and not fork"  # it knows no new threads after fork()
+NOT_UNDER_TSAN = f"{NOT_UNDER_ASAN} and not fork and not may_encode"  # no new threads after fork()
 
 
 @dataclass(frozen=True)
