@@ -394,10 +394,10 @@ def test_what_a_handler_raises_amid_the_systems_calls(
     """A TimeoutError is an OSError, and still no fault of the file's."""
     (tmp_path / "there").write_bytes(b"GGUF")
     works: dict[str, list[Callable[[], object]]] = {
-        "open": [lambda: read_small(tmp_path / "there"), lambda: write_small(tmp_path / "new")],
+        "open": [lambda: write_small(tmp_path / "new")],
         "pread": [lambda: read_small(tmp_path / "there")],
         "listdir": [lambda: list_directory(tmp_path)],
-        "stat": [lambda: write_small(tmp_path / "new")],
+        "stat": [lambda: read_small(tmp_path / "there"), lambda: write_small(tmp_path / "new")],
         "fsync": [lambda: write_small(tmp_path / "new")],
     }
     monkeypatch.setattr(os, call, handler_raises)
