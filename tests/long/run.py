@@ -279,7 +279,7 @@ def page(results: dict[str, dict[str, Any]], found: list[dict[str, str]]) -> str
         lines += ["", f"In all runs together: {', '.join(totals)}."] if totals else []
         lines += [""] if rows else []
         if faults_found:
-            lines += ["Found and mended, each with a test that failed before:", ""]
+            lines += ["Found and mended, each with a test:", ""]
             lines += [f"- {entry['fault']} ({entry['test']})" for entry in faults_found]
         else:
             lines += ["These checks found no fault."]
