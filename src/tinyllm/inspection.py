@@ -1,8 +1,8 @@
 """What a model's files say about it, and what running it would take: read from their headers, no weight
 touched.
 
-Imports `modelfiles`, `loading` (which formats and sizes weights would get), `llm`, `backends`, `reasoning`
-and `errors`. cli/inspect.py prints it.
+Imports `modelfiles`, `loading` (which formats and sizes weights would get), `llm` (what a call takes),
+`backends`, `reasoning`, `chat`, `config`, `tokenizer`, the loaders and `errors`. cli/inspect.py prints it.
 """
 
 from __future__ import annotations

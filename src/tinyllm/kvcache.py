@@ -185,11 +185,6 @@ class KVCache:
         """Pages that some sequence owns."""
         return len(self._n_owners)
 
-    @property
-    def n_available(self) -> int:
-        """Pages that could be handed out now, memory permitting."""
-        return self.max_pages - self.n_used
-
     @_books
     def adopt(self, sequence: Sequence, n_tokens: int) -> None:
         """Takes known pages for the next tokens of `sequence`, as many as end at `n_tokens` or before: all

@@ -1,8 +1,8 @@
 """Writes a model as a GGUF file in another quantization: `quantize`, which tinyllm-quantize calls.
 
 Tensors go through one by one, in pieces of some megabytes. What a model is made of is contents.py's, which
-tensor gets which format mixes.py's, how it is rounded the core's. Imports these, backends, imatrix and the
-loaders.
+tensor gets which format mixes.py's, how it is rounded the core's. Imports these, backends, imatrix,
+modelfiles, outfiles, errors and the loaders.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A tokenizer from a Hugging Face directory, as people have it: tokenizer.json, else tokenizer.model, with
 what tokenizer_config.json, special_tokens_map.json, added_tokens.json and the model's own config files add.
 
-Imports errors and the siblings core, bpe, spm, patterns.
+Imports errors, the loaders and the siblings core, bpe, spm, patterns.
 """
 
 from __future__ import annotations
