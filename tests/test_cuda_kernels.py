@@ -332,6 +332,25 @@ def test_a_token_that_is_no_number_harms_no_other(host: Host, tmp_path: Path) ->
         pool.close()
 
 
+@pytest.mark.parametrize(("format", "cache"), [("F16", "f16"), ("Q8_0", "q8_0"), ("Q4_K", "f32")])
+@pytest.mark.parametrize("where", ["embed", "input_layernorm", "post_attention", "model.norm"])
+def test_one_bad_number_is_not_rounded_away(
+    where: str, format: str, cache: Any, host: Host, tmp_path: Path
+) -> None:
+    """For one token and for many, in the first segment of a text and in the next."""
+    config = one_layer(max_position_embeddings=512)
+    weights = random_weights(config, seed=3)
+    name = next(name for name in weights if where in name)
+    weights[name].flat[3 + 256 * 7 * (weights[name].ndim - 1)] = np.nan
+    write_gguf(
+        tmp_path / "model.gguf", config, weights, format=format, formats={"model.embed_tokens.weight": "F32"}
+    )
+    with load(tmp_path / "model.gguf", cache_type=cache) as llm:
+        for ids in ([7], [7] * 3, [8] * 270 + [7]):
+            with pytest.raises(tinyllm.Error, match="the model computes numbers that are NaN"):
+                llm.logits(ids)
+
+
 def test_experts_that_differ_are_refused(host: Host, tmp_path: Path) -> None:
     config = one_layer(**MIXTURE)
     directory = write_hf_directory(tmp_path, config, random_weights(config, seed=3))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers_gguf import write_gguf
 from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
 
 import tinyllm
@@ -423,6 +424,30 @@ def test_a_model_of_nan_is_a_broken_file(number: float, tmp_path: Path) -> None:
             with pytest.raises(errors.FormatError, match="the model computes numbers that are NaN"):
                 call()
         session.close()
+
+
+def one_bad_number(where: str, number: float, path: Path) -> Path:
+    """A quantized model with one number that is none, in a tensor that stays float32."""
+    config = {**CONFIG, "hidden_size": 128, "head_dim": 32, "num_key_value_heads": 2}
+    weights = random_weights(config, seed=5)
+    name = next(name for name in weights if where in name)
+    weights[name].flat[3 + 128 * PROMPT[0] * (weights[name].ndim - 1)] = number
+    kept = {"model.embed_tokens.weight": "F32"}
+    with np.errstate(invalid="ignore"):
+        write_gguf(path, config, weights, format="Q8_0", formats=kept, tokenizer=None)
+    return path
+
+
+@pytest.mark.parametrize("cache", ["f16", "q8_0", "f32"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["embed", "0.input_layernorm", "1.input", "0.post", "1.post", "model.norm"])
+def test_one_bad_number_is_not_rounded_away(where: str, number: float, cache: Any, tmp_path: Path) -> None:
+    """What is not finite has no int8; once it became 0 there, and the answer looked like one."""
+    path = one_bad_number(where, number, tmp_path / "model.gguf")
+    with tinyllm.load(path, cache_type=cache, threads=2) as broken:
+        for n in (1, 3, 40):
+            with pytest.raises(errors.FormatError, match="the model computes numbers that are NaN"):
+                broken.logits(PROMPT[:n])
 
 
 class Oops(Exception):

@@ -93,6 +93,16 @@ static inline float vf_largest(vf x) {
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
+static inline __m256i v_magnitude(__m256 x) { // integers, of which those of NaN are above those of all numbers
+    return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+}
+static inline float vf_magnitude(vf x, vf y) {
+    const __m256i eight = _mm256_max_epi32(_mm256_max_epi32(v_magnitude(x.a), v_magnitude(x.b)),
+                                           _mm256_max_epi32(v_magnitude(y.a), v_magnitude(y.b)));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1))));
+}
 
 static inline vi vi_set1(int32_t x) { return (vi){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 static inline vi vi_add(vi x, vi y) { return (vi){_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }

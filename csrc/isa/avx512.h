@@ -63,6 +63,10 @@ static inline void vf_store_bf16(uint8_t *p, vf a) { // VCVTNEPS2BF16 would take
 }
 
 static inline float vf_largest(vf a) { return _mm512_reduce_max_ps(a); }
+static inline float vf_magnitude(vf a, vf b) { // as integers, where NaN is above all numbers
+    const __m512i largest = _mm512_max_epi32(_mm512_castps_si512(vf_abs(a)), _mm512_castps_si512(vf_abs(b)));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(largest))));
+}
 
 static inline vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }

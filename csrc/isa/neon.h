@@ -96,6 +96,13 @@ static inline void vf_store_bf16(uint8_t *p, vf x) {
 }
 
 static inline float vf_largest(vf x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d))); }
+static inline float vf_magnitude(vf x, vf y) { // FMAX keeps NaN
+    const float32x4_t low =
+        vmaxq_f32(vmaxq_f32(vabsq_f32(x.a), vabsq_f32(x.b)), vmaxq_f32(vabsq_f32(x.c), vabsq_f32(x.d)));
+    const float32x4_t high =
+        vmaxq_f32(vmaxq_f32(vabsq_f32(y.a), vabsq_f32(y.b)), vmaxq_f32(vabsq_f32(y.c), vabsq_f32(y.d)));
+    return vmaxvq_f32(vmaxq_f32(low, high));
+}
 
 static inline vi vi_set1(int32_t x) { return (vi){vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x)}; }
 static inline vi vi_add(vi x, vi y) { return (vi)V_BOTH(vaddq_s32, x, y); }

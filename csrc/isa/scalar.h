@@ -69,6 +69,16 @@ static inline float vf_largest(vf a) {
     return largest;
 }
 
+// The largest magnitude of 32 numbers; NaN where one of them is.
+static inline float vf_magnitude(vf a, vf b) {
+    float largest = 0;
+    for (int i = 0; i < 32; i++) {
+        const float x = fabsf(i < 16 ? a.v[i] : b.v[i - 16]);
+        largest = x > largest || x != x ? x : largest;
+    }
+    return largest;
+}
+
 static inline vi vi_set1(int32_t x) { V_OP(vi, x); }
 static inline vi vi_add(vi a, vi b) { V_OP(vi, a.v[i] + b.v[i]); }
 static inline vi vi_sub(vi a, vi b) { V_OP(vi, a.v[i] - b.v[i]); }

@@ -46,8 +46,9 @@ DEVICE float warp_sum(float x) { // a fixed tree
     return x;
 }
 
+DEVICE float larger(float x, float y) { return x > y || x != x ? x : y; } // NaN, where one is: it has to show
 DEVICE float warp_largest(float x) {
-    for (int i = 16; i >= 1; i /= 2) x = fmaxf(x, shuffle_xor(x, i));
+    for (int i = 16; i >= 1; i /= 2) x = larger(x, shuffle_xor(x, i));
     return x;
 }
 
@@ -101,19 +102,19 @@ template <class Row> DEVICE void sum_rows(const row_norm &norm, float *sums, int
 // ---- activations --------------------------------------------------------------------------------------------------------
 
 // A warp rounds one group: scale = largest / 127, q = x / scale half to even. A group too small for 127 / largest to be
-// finite becomes zeros.
+// finite becomes zeros. So does one with a number that is NaN or infinite, and its scale says so to all that reads it.
 DEVICE void quantize_group(const activations &a, int t, int group, float x) {
     const int lane = lane_id(), e = lane % 16;
     const float largest = warp_largest(fabsf(x));
-    const bool usable = largest > 0x1p-100f;
-    const int q = round_to_int(x * (usable ? 127.0f / largest : 0.0f));
+    const bool usable = largest > 0x1p-100f && largest < INFINITY;
+    const int q = usable ? round_to_int(x * (127.0f / largest)) : 0;
     int half = q;
     for (int i = 8; i >= 1; i /= 2) half += shuffle_xor(half, i);
     const int other = shuffle_xor(half, 16);
     a.q[(size_t)t * a.q_stride + group / 2 * 64 + e / 4 * 16 + group % 2 * 8 + lane / 16 * 4 + e % 4] = (int8_t)q;
     if (lane == 0) {
         const size_t at = (size_t)t * a.group_stride + group;
-        const float scale = usable ? largest / 127.0f : 0.0f;
+        const float scale = largest <= 0x1p-100f ? 0.0f : largest / 127.0f;
         a.scale[at] = scale;
         a.scaled_sum[at] = scale * (float)(half + other);
         a.half_sums[at] = ((uint32_t)half & 0xffff) | (uint32_t)other << 16;

@@ -141,7 +141,8 @@ DEVICE void store_head(const attend_arguments &a, int token, int kv_head, bool v
         }
         const float scale = warp_largest(fabsf(number)) / 127.0f; // heads are whole groups of 32 here
         uint8_t *block = head + ((size_t)slot * (a.head_dim / 32) + d / 32) * 34;
-        block[2 + d % 32] = (uint8_t)round_to_int(number * (scale > 0x1p-100f ? 1.0f / scale : 0.0f));
+        const bool usable = scale > 0x1p-100f && scale < INFINITY;
+        block[2 + d % 32] = (uint8_t)(usable ? round_to_int(number * (1.0f / scale)) : 0);
         if (lane_id() == 0) *(uint16_t *)(void *)block = (uint16_t)float_to_half(scale);
     }
 }
@@ -278,7 +279,7 @@ DEVICE void softmax(const attend_arguments &a, const attend_shared &s, int colum
             x[j] = s.p[column * P_STRIDE + i];
             if (a.cap > 0) x[j] = soft_cap(x[j], a.cap);
         }
-        largest = fmaxf(largest, x[j]);
+        largest = larger(largest, x[j]);
     }
     largest = warp_largest(largest);
     UNROLL
@@ -337,7 +338,7 @@ DEVICE void values(const attend_arguments &a, const attend_shared &s, int sequen
 // part are multiplied by, and the new (max, sum).
 DEVICE void merge_factors(float &max, float &sum, float part_max, float part_sum, float &old_factor,
                           float &new_factor) {
-    const float top = fmaxf(max, part_max);
+    const float top = larger(max, part_max);
     old_factor = max == -INFINITY ? 0.0f : exponential(max - top);
     new_factor = exponential(part_max - top);
     sum = fmaf(sum, old_factor, part_sum * new_factor);
@@ -483,7 +484,7 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
             const int c = thread_id();
             s.old_factor[c] = 1;
             s.new_factor[c] = 0;
-            if (s.part_max[c] > -INFINITY) // the column sees something of the segment
+            if (s.part_max[c] != -INFINITY) // the column sees something of the segment
                 merge_factors(s.max[c], s.sum[c], s.part_max[c], s.part_sum[c], s.old_factor[c], s.new_factor[c]);
         }
         block_barrier();

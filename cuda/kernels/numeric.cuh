@@ -5,9 +5,9 @@
 
 #include "primitives.cuh"
 
-// e^x to about one unit in the last place; exactly 1 at 0; x below -87.3 counts as -87.3, above 88 as 88.
+// e^x to about one unit in the last place; exactly 1 at 0; x below -87.3 counts as -87.3, above 88 as 88. NaN stays NaN.
 DEVICE float exponential(float x) {
-    x = fminf(fmaxf(x, -87.3f), 88.0f);
+    x = x < -87.3f ? -87.3f : x > 88.0f ? 88.0f : x;
     const int n = round_to_int(x * 1.44269504f);
     float r = fmaf((float)n, -0x1.62e4p-1f, x); // ln 2 in two parts, the first exact times n
     r = fmaf((float)n, -0x1.7f7d1cp-20f, r);

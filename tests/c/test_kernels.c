@@ -216,6 +216,34 @@ static void check_product(const tl_format *f, const shape *s) {
     free_matrix(&a);
 }
 
+// A token with a number that is none gives nothing else, and harms no other.
+static void check_bad_product(const tl_format *f, const tl_kernels *kernel, int n_tokens, float bad) {
+    const int k = f->is_float ? 40 : 2 * f->block, rows = 70, bad_token = random_below(n_tokens);
+    const size_t n = (size_t)n_tokens * (size_t)k;
+    matrix a = make_matrix(f, rows, k, 0);
+    float *x = random_floats(n, 1), *out = exactly((size_t)n_tokens * (size_t)rows * sizeof(float));
+    x[bad_token * k + random_below(k)] = bad;
+    tl_activations in = {.x = x, .q = exactly(n), .groups = exactly(n / TL_Q * sizeof(tl_q_group)), .k = k};
+    if (!f->is_float)
+        for (int t = 0; t < n_tokens; t++) kernel->quantize(in.q + t * k, in.groups + t * (k / TL_Q), x + t * k, k);
+    const tl_product product = {.w = &a.m, .in = &in, .out = out, .stride = (size_t)rows};
+    kernel->matmul[f - tl_formats](&product, 0, (rows + TL_ROWS - 1) / TL_ROWS, 0, n_tokens);
+    for (int at = 0; at < n_tokens * rows; at++)
+        CHECK(!isfinite(out[at]) == (at / rows == bad_token), "%s %s: token %d of %d has %g, token %d gives %g",
+              f->name, kernel->name, bad_token, n_tokens, (double)bad, at / rows, (double)out[at]);
+    free(out);
+    free_activations(&in);
+    free_matrix(&a);
+}
+
+static void check_bad_products(void) {
+    static const float bad[] = {NAN, INFINITY, -INFINITY};
+    for (const tl_format *f = tl_formats; f->name; f++)
+        for (int i = 0; i < n_kernels; i++)
+            for (int n_tokens = 1; n_tokens <= 17; n_tokens += n_tokens < 4 ? 1 : 6)
+                check_bad_product(f, kernels[i], n_tokens, bad[random_below(COUNT(bad))]);
+}
+
 static void check_products(void) {
     static const int rows[] = {1, 15, 16, 17, 33, 64, 65, 80, 130}, float_k[] = {1, 7, 33, 96};
     int turn = 0; // which numbers of tokens, biases and ranges a shape gets: all of them over the shapes
@@ -294,6 +322,9 @@ static void fill_group(float *x, int kind) {
         case 4: x[i] = 0x1p-98f * random_float() + (i == 9 ? 0x1p-97f : 0); break;
         case 5: x[i] = i % 2 ? 3.4028234e38f : -3.4028234e38f; break;
         case 6: x[i] = i == 31 ? -1e4f : random_float(); break;
+        case 7: x[i] = i == 17 ? NAN : 10 * random_float(); break;
+        case 8: x[i] = i == 2 ? -INFINITY : i == 3 ? INFINITY : random_float(); break;
+        case 9: x[i] = i == 30 ? INFINITY : i == 31 ? NAN : 0; break;
         default: x[i] = 10 * random_float();
         }
     }
@@ -304,7 +335,7 @@ static void check_quantize(void) {
         const size_t n = (size_t)n_groups * TL_Q;
         float *x = exactly(n * sizeof(float)), *scales = NULL;
         int8_t *numbers = NULL;
-        for (int g = 0; g < n_groups; g++) fill_group(x + g * TL_Q, (g + n_groups) % 10);
+        for (int g = 0; g < n_groups; g++) fill_group(x + g * TL_Q, (g + n_groups) % 13);
         for (int c = 0; c < n_kernels; c++) {
             int8_t *q = exactly(n);
             float *scale = exactly((size_t)n_groups * sizeof(float));
@@ -314,7 +345,7 @@ static void check_quantize(void) {
                 const tl_q_group *group = &groups[g];
                 scale[g] = group->scale;
                 CHECK(group->sum == group->half[0] + group->half[1] &&
-                          group->scaled_sum == group->scale * (float)group->sum,
+                          (group->scaled_sum == group->scale * (float)group->sum || !isfinite(group->scale)),
                       "quantize %s: group %d's sums disagree", kernels[c]->name, g);
             }
             for (int h = 0; h < n_groups * 2; h++) {
@@ -335,9 +366,15 @@ static void check_quantize(void) {
             scales = scale;
             for (int g = 0; g < n_groups; g++) {
                 float largest = 0;
-                for (int i = 0; i < TL_Q; i++) largest = fmaxf(largest, fabsf(x[g * TL_Q + i]));
-                const int zeros = largest <= 0x1p-100f;
-                CHECK(scale[g] == (zeros ? 0 : largest / 127.0f),
+                int finite = 1;
+                for (int i = 0; i < TL_Q; i++) {
+                    largest = fmaxf(largest, fabsf(x[g * TL_Q + i]));
+                    finite &= isfinite(x[g * TL_Q + i]) != 0;
+                }
+                const int zeros = largest <= 0x1p-100f || !finite;
+                CHECK(finite ? isfinite(scale[g]) : !isfinite(scale[g]), "quantize scalar: group %d has the scale %g",
+                      g, (double)scale[g]);
+                CHECK(!finite || scale[g] == (zeros ? 0 : largest / 127.0f),
                       "quantize scalar: scale of group %d is %g, largest %g", g, (double)scale[g], (double)largest);
                 for (int i = 0; i < TL_Q; i++) { // the inverse and the product are rounded before the number is
                     const double y = zeros ? 0 : (double)x[g * TL_Q + i] * 127 / (double)largest;
@@ -448,6 +485,26 @@ static void check_glu(tl_activation activation) {
             free(gate);
             free(up);
         }
+}
+
+// NaN comes through what clamps its numbers, at every place of a row.
+static void check_bad_rows(void) {
+    enum { N = 40 };
+    for (int c = 0; c < n_kernels; c++)
+        for (int at = 0; at < N; at++)
+            for (int what = 0; what < 7; what++) { // three gated units with a bad gate, with a bad up; the cap
+                float *gate = random_floats(N, 5), *up = random_floats(N, 5);
+                (what < 3 ? up : gate)[at] = NAN;
+                if (what < 6)
+                    kernels[c]->glu[what % 3](gate, up, N);
+                else
+                    kernels[c]->soft_cap(gate, 30, N);
+                for (int i = 0; i < N; i++)
+                    CHECK(isnan(gate[i]) == (i == at), "%s: NaN at %d of %d gives %g at %d", kernels[c]->name, at, what,
+                          (double)gate[i], i);
+                free(gate);
+                free(up);
+            }
 }
 
 // What soft_cap may be off by: exp's error and a few roundings of numbers up to 1, times the cap. The exponent's own
@@ -839,6 +896,61 @@ static void check_segments(void) {
     }
 }
 
+// A query, a key or a value that is no number: so is what becomes of it, for the columns that see it. (A key may be
+// infinite: a score of -inf weighs nothing.)
+static void check_bad_segment(int type, int what, float bad, const tl_kernels *kernel) {
+    const int d = 64, to = 1 + random_below(TL_SEGMENT), n_columns = 1 + random_below(TL_COLUMNS),
+              at = random_below(to);
+    tl_segment s = {.n_columns = n_columns, .head_dim = d, .v_stride = d, .type = type};
+    for (int c = 0; c < n_columns; c++) {
+        make_query(&s, c, 1);
+        s.to[c] = to;
+    }
+    fill_pages(&s, 0, to);
+    float *k = random_floats((size_t)d, 1), *v = random_floats((size_t)d, 1), *q = random_floats((size_t)d, 1);
+    (what == 0 ? q : what == 1 ? k : v)[random_below(d)] = bad;
+    free_query(&s, 0);
+    s.q[0] = q;
+    if (type == 8) {
+        int8_t *q8 = exactly((size_t)d);
+        tl_q_group *groups = exactly((size_t)d / TL_Q * sizeof *groups);
+        kernel->quantize(q8, groups, q, d);
+        s.q8[0] = q8;
+        s.groups[0] = groups;
+    }
+    kernel->store_kv((uint8_t *)(uintptr_t)s.k[at / TL_PAGE], (uint8_t *)(uintptr_t)s.v[at / TL_PAGE], k, v,
+                     at % TL_PAGE, d, type);
+    run_segment(&s, kernel);
+    for (int c = 0; c < n_columns; c++) {
+        float *out = random_floats((size_t)d, 1), max = 1, sum = 3;
+        kernel->merge(out, &max, &sum, s.out[c], s.max[c], s.sum[c], d);
+        int n_finite = 0;
+        for (int i = 0; i < d; i++) n_finite += isfinite(out[i] / sum) != 0;
+        const int expected = what == 0 ? (c == 0 ? 0 : d) : what == 1 ? 0 : type == 8 ? d - TL_Q : d - 1;
+        CHECK(n_finite == expected, "segment %s: type %d, %g in the %s: column %d of %d gives %d numbers, not %d",
+              kernel->name, type, (double)bad,
+              what == 0   ? "query"
+              : what == 1 ? "key"
+                          : "value",
+              c, n_columns, n_finite, expected);
+        free(out);
+        free_query(&s, c);
+    }
+    free_outputs(&s);
+    for (int i = 0; i < TL_SEGMENT / TL_PAGE; i++) {
+        free((void *)(uintptr_t)s.k[i]);
+        free((void *)(uintptr_t)s.v[i]);
+    }
+    free(k);
+    free(v);
+}
+
+static void check_bad_segments(void) {
+    for (int i = 0; i < n_kernels * COUNT(kv_types) * 3 * 8; i++)
+        check_bad_segment(kv_types[i % COUNT(kv_types)], i / 3 % 3, i % 2 || i / 3 % 3 == 1 ? NAN : INFINITY,
+                          kernels[i / 9 % n_kernels]);
+}
+
 static void check_merge(void) {
     static const struct {
         float max, sum, part_max, part_sum;
@@ -938,10 +1050,13 @@ int main(void) {
     check_glu(TL_GELU);
     check_glu(TL_CLAMPED_SWIGLU);
     check_soft_cap();
+    check_bad_rows();
     check_rope();
     check_store_kv();
     check_merge();
     check_segments();
+    check_bad_segments();
     check_products();
+    check_bad_products();
     return 0;
 }
