@@ -1,12 +1,16 @@
 """Interrupts at every place where Python would let a signal's handler run: after each call of C code, when a
-function begins, and where a loop goes back."""
+function begins, and where a loop goes back; and a handler that raises at any moment."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+import pytest
 
 
 class Interrupts:
@@ -61,3 +65,32 @@ def with_lines(file: str) -> set[int]:
         with open(file, encoding="utf-8") as source:
             _with_lines[file] = {n for n, line in enumerate(source, 1) if line.lstrip().startswith("with ")}
     return _with_lines[file]
+
+
+# Python can only report what is raised within a callback of its collector or a finalizer. Hypothesis has such
+# a callback, so any test may meet one.
+handlers_exception_may_be_lost = pytest.mark.filterwarnings(
+    r"ignore:(.|\n)*of the handler:pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def raise_amid(work: Callable[[], object], seconds: float, error: type[BaseException]) -> None:
+    """Does the work over and over until a signal's handler, so many seconds later, raises `error` amid it. For
+    tests marked as above.
+    """
+
+    def handler(*_: object) -> None:
+        raise error("of the handler")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with pytest.raises(error, match=r"^of the handler$") as raised:  # noqa: PT012
+            while True:  # again where it is lost, as Jinja does where it compiles what it takes for constants
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                end = time.monotonic() + seconds + 0.1
+                while time.monotonic() < end:
+                    work()
+        assert type(raised.value) is error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -9,11 +9,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers_engine import EOS, N_LAYERS, VOCAB, MockModel, MockPool, logits_after
+from helpers_interrupts import handlers_exception_may_be_lost, raise_amid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -647,6 +649,7 @@ def test_cancel_is_heard_while_another_thread_computes() -> None:
     assert pages_in_use(engine) == 0
 
 
+@handlers_exception_may_be_lost
 @pytest.mark.parametrize("error", [TimeoutError, SystemExit, KeyboardInterrupt])
 def test_a_handlers_exception_ends_the_call_of_the_main_thread(error: type[BaseException]) -> None:
     """Whether it waits or computes, for others as well; and no other thread's."""
@@ -655,9 +658,6 @@ def test_a_handlers_exception_ends_the_call_of_the_main_thread(error: type[BaseE
     assert isinstance(model, MockModel)
     others: list[list[int]] = []
     done = threading.Event()
-
-    def handler(*_: object) -> None:
-        raise error
 
     def cancel() -> bool:
         time.sleep(0.002)
@@ -669,21 +669,15 @@ def test_a_handlers_exception_ends_the_call_of_the_main_thread(error: type[BaseE
             run(engine, [[g]], cancel=cancel)
             others.append(g.tokens)
 
-    def until_alarm(seconds: float, engine: Engine, cancel: Callable[[], bool] | None) -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        while True:
-            run(engine, [[generation(engine, text(100))]], cancel=cancel)
+    def once(cancel: Callable[[], bool] | None) -> None:
+        run(engine, [[generation(engine, text(100))]], cancel=cancel)
 
     model.before_layer = lambda: time.sleep(0.0005)
-    before = signal.signal(signal.SIGALRM, handler)
     thread, results = in_thread(work)
     try:
         for i in range(12):
-            with pytest.raises(error):
-                until_alarm(0.002 + 0.003 * i, engine, cancel if i % 2 else None)
+            raise_amid(partial(once, cancel if i % 2 else None), 0.002 + 0.003 * i, error)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         done.set()
         thread.join(60)
     assert results == [None]

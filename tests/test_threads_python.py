@@ -15,6 +15,7 @@ from typing import Any
 import jinja2.lexer
 import numpy as np
 import pytest
+from helpers_interrupts import handlers_exception_may_be_lost, raise_amid
 from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
 
 import tinyllm
@@ -149,14 +150,11 @@ def test_interrupt_ends_the_main_threads_call_and_no_other(model: tinyllm.LLM) -
     assert pages_in_use(model) == 0
 
 
+@handlers_exception_may_be_lost
 def test_interrupt_within_a_call_of_the_model(model: tinyllm.LLM) -> None:
     """The signal comes while the core computes. Long enough for that: logits of 400 tokens, over and over."""
     ids = random_ids(CONFIG, 3, 400)
-    timer = threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        forever(lambda: model.logits(ids))
-    timer.join()
+    raise_amid(lambda: model.logits(ids), 0.1, KeyboardInterrupt)
     assert pages_in_use(model) == 0
     assert model(prompt(1), seed=1, max_tokens=5).tokens == model(prompt(1), seed=1, max_tokens=5).tokens
 
@@ -355,29 +353,15 @@ def pauses(n: int) -> Iterator[None]:
         yield
 
 
+@handlers_exception_may_be_lost
 @pytest.mark.parametrize("name", WORK)
 @pytest.mark.parametrize("error", [TimeoutError, RuntimeError])
 def test_what_a_handler_raises_stays_what_it_is(name: str, error: type[Exception]) -> None:
     """It is no fault of the model's files that the program's own time is up."""
     work = WORK[name]()
     work()
-
-    def handler(*_: object) -> None:
-        raise error("of the handler")
-
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        for i in range(4):
-            with pytest.raises(error, match=r"^of the handler$") as raised:  # noqa: PT012
-                while True:  # Jinja loses what is raised while it compiles what it takes for constants
-                    signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0013 * i)
-                    end = time.monotonic() + 0.1
-                    while time.monotonic() < end:
-                        work()
-            assert type(raised.value) is error
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    for i in range(4):
+        raise_amid(work, 0.001 + 0.0013 * i, error)
 
 
 def test_what_a_handler_raises_while_the_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
