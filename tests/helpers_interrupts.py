@@ -75,9 +75,8 @@ handlers_exception_may_be_lost = pytest.mark.filterwarnings(
 
 
 def raise_amid(work: Callable[[], object], seconds: float, error: type[BaseException]) -> None:
-    """Does the work over and over until a signal's handler, so many seconds later, raises `error` amid it. For
-    tests marked as above.
-    """
+    """Repeats the work until a signal's handler, after so many seconds, raises `error` amid it; for
+    tests marked as above."""
 
     def handler(*_: object) -> None:
         raise error("of the handler")
