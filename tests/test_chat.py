@@ -146,7 +146,8 @@ def test_one_template_serves_many_threads() -> None:
     ]
 
 
-def test_a_long_conversation_is_within_the_limits() -> None:
+def test_a_long_conversation_is_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinyllm.sandbox.MAX_SECONDS", 60.0)  # it takes two, on a busy machine more
     messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 500} for i in range(2000)]
     source = (
         "{% set ns = namespace(text='', seen=[]) %}{% for m in messages %}{% set ns.seen = ns.seen + [m] %}"

@@ -102,7 +102,7 @@ def test_address_space_runs_out() -> None:
 
 
 def test_many_threads_for_some_seconds() -> None:
-    run_script("threads", "--threads", 64, "--seconds", 4)
+    run_script("threads", "--threads", 64, "--seconds", 2)
 
 
 def test_many_short_requests_leave_nothing() -> None:

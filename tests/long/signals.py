@@ -152,7 +152,7 @@ def whole_process(seconds: float) -> int:
         n_lost += 1
         child.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            _, errors = child.communicate(timeout=20)
+            _, errors = child.communicate(timeout=60)
     if errors is None:
         child.kill()
         raise AssertionError(f"interrupts are lost: {child.communicate()[1]}")

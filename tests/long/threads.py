@@ -1,6 +1,7 @@
 """Many threads on one model: texts, streams left early, sessions with forks, cancelled and failing calls,
 `cancel=` that raises whatever there is, processors that damage what they are given, a cache that is full.
-Every text is the one it is alone, and at the end no page is in use. Prints one JSON object."""
+Every text is the one it is alone, each thread gets its turn, and at the end no page is in use. Prints one
+JSON object."""
 
 from __future__ import annotations
 
@@ -97,7 +98,7 @@ def main() -> None:
         def work(thread: int) -> None:
             try:
                 i = thread
-                while time.monotonic() < end and not raised:
+                while (time.monotonic() < end or min(counts) == 0) and not raised:
                     one(llm, small, i, alone)
                     counts[thread] += 1
                     i += 7
@@ -119,7 +120,6 @@ def main() -> None:
             assert cache.n_used == 0, f"{cache.n_used} pages in use"
             assert not cache._tables_of
     assert backends.live_allocations() == (0, 0)
-    assert min(counts) > 0, "a thread never got its turn"
     result = {
         "name": f"{given.threads} threads on one model",
         "inputs": sum(counts),
