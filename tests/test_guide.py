@@ -30,6 +30,11 @@ ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
 BLOCK = re.compile(r"^```(console|pycon)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 COLUMNS, LIMIT_S = 90, 300
+# No bar is drawn where a busy machine is slow.
+LAUNCH = (
+    "import sys; from tinyllm.cli import common; from {} import main; "
+    "common.BAR_AFTER_S = float('inf'); sys.exit(main())"
+)
 
 
 class Step(NamedTuple):
@@ -97,7 +102,7 @@ def make_folder(folder: Path) -> Path:
     )
     for name, module in scripts:
         path = folder / "bin" / name
-        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{LAUNCH.format(module)}" "$@"\n')
         path.chmod(0o755)
     for name in ("benchmarks", "examples"):
         (folder / name).symlink_to(ROOT / name)

@@ -133,7 +133,7 @@ static void check_fork(void) {
         if (i == 4) CHECK(!pthread_create(&thread, NULL, busy_caller, (void *)&sum), "no thread");
         pid_t pid = fork();
         if (pid == 0) {
-            alarm(60); // a deadlock ends, too
+            alarm(300); // a deadlock ends, too
             _exit(run_child(1));
         }
         int status = -1;

@@ -279,13 +279,16 @@ def read_text(path: str) -> str:
 # Output
 
 
+BAR_AFTER_S = 1.0
+
+
 class Progress(Protocol):
     def __call__(self, done: int, total: int, what: str = ...) -> None: ...
 
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Progress]:
-    """A function (done, total, what) that draws a bar on stderr: on a terminal, once more than a second has
+    """A function (done, total, what) that draws a bar on stderr: on a terminal, once BAR_AFTER_S have
     passed. `what` may change the words before the bar."""
     bar: Any = None
     task: Any = None
@@ -294,7 +297,7 @@ def progress_bar(what: str) -> Iterator[Progress]:
     def update(done: int, total: int, what: str = what) -> None:
         nonlocal bar, task
         if bar is None:
-            if not sys.stderr.isatty() or time.monotonic() - start < 1:
+            if not sys.stderr.isatty() or time.monotonic() - start < BAR_AFTER_S:
                 return
             from rich.console import Console
             from rich.progress import Progress
