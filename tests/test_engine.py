@@ -24,6 +24,7 @@ from tinyllm.errors import ContextError, MemoryLimitError, ModelClosedError
 from tinyllm.kvcache import PAGE, KVCache, pages_held
 from tinyllm.sampling import Sampled, StopStrings
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 CONTEXT = 600
 
 

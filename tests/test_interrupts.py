@@ -17,6 +17,7 @@ from tinyllm import kvcache
 from tinyllm.engine import Engine, Job, _Call
 from tinyllm.kvcache import PAGE, KVCache
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 FILES = {engine_module.__file__, kvcache.__file__}
 EVERY = 97  # of the places; tests/long/interrupts.py tries them all
 

@@ -25,6 +25,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 CONFIG = {**golden_spec("llama3").config, "vocab_size": 400}
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 PROMPTS = ["Once upon a time", "b", "The end. " * 30, "The end. " * 29 + "?"]
 
 

@@ -23,6 +23,7 @@ from tinyllm.imatrix import Imatrix
 from tinyllm.llm import Session
 from tinyllm.modelfiles import BUNDLED
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 CONFIG = golden_spec("llama3").config
 VOCAB, DIM = CONFIG["vocab_size"], CONFIG["hidden_size"]
 N_LAYERS = CONFIG["num_hidden_layers"]

@@ -164,6 +164,7 @@ def test_sizes_do_not_round_to_nothing(n: int, text: str) -> None:
     assert errors.size_text(n) == text
 
 
+@pytest.mark.usefixtures("frozen_heap")
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Python closes it then
 def test_an_interrupt_anywhere_leaves_nothing_open(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x"
@@ -176,7 +177,6 @@ def test_an_interrupt_anywhere_leaves_nothing_open(kind: str, tmp_path: Path) ->
 
     write_and_read()
     gc.collect()
-    gc.freeze()  # else each collection looks at all that other tests left
     files, n_open = {outfiles.__file__, loaders.__file__}, len(os.listdir("/proc/self/fd"))
     places = Interrupts(files)
     places.run(write_and_read)
@@ -187,4 +187,3 @@ def test_an_interrupt_anywhere_leaves_nothing_open(kind: str, tmp_path: Path) ->
         assert len(os.listdir("/proc/self/fd")) == n_open, at
         assert path.read_bytes() == b"abc"
         assert os.listdir(tmp_path) == ["x"], at
-    gc.unfreeze()
