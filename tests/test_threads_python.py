@@ -251,11 +251,14 @@ def test_cancel_cannot_use_the_model(model: tinyllm.LLM) -> None:
 
 
 def test_a_session_in_many_threads_is_refused_not_broken(model: tinyllm.LLM) -> None:
-    session, refused = model.session(seed=1), []
+    session, refused, held = model.session(seed=1), [], threading.Event()
 
     def work(i: int) -> None:
-        if i == 0:
+        if i > 0:
+            held.wait()
+        else:
             with model._cache.lock:  # as if a call were running: the others wait, and meet
+                held.set()
                 while len(model._engine._calls) < 5:
                     time.sleep(0.001)
         for _ in range(20):
