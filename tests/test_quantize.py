@@ -244,6 +244,10 @@ def test_a_row_stands_alone(kind: Type) -> None:
     assert quantize(x[:0], kind).shape == (0, whole.shape[1])
 
 
+# Of a block's farthest number, what others may be wrong by.
+STEP = {Type.Q8_0: 1 / 127, Type.Q6_K: 1 / 16, Type.Q5_K: 1 / 15, Type.Q2_K: 0.6, Type.Q3_K: 0.4}
+
+
 @each_block
 def test_edges(kind: Type) -> None:
     """Zeros stay zeros, and whatever a half can scale comes back within the format's step."""
@@ -257,8 +261,7 @@ def test_edges(kind: Type) -> None:
         np.abs(x - y).reshape(-1, block).max(axis=1)[(far > 1e-3) & (far < 1e3)]
         / far[(far > 1e-3) & (far < 1e3)]
     )
-    step = {Type.Q8_0: 1 / 127, Type.Q6_K: 1 / 16, Type.Q5_K: 1 / 15, Type.Q2_K: 0.6, Type.Q3_K: 0.4}
-    assert share.max() <= step.get(kind, 0.3)
+    assert share.max() <= STEP.get(kind, 0.3)
 
 
 @each_block
@@ -272,6 +275,29 @@ def test_what_is_not_finite_shows(kind: Type, bad: float) -> None:
         shown = np.isfinite(values(quantize(x, kind, importance), kind)).reshape(-1, block)
         assert not shown[300 // block].any()
         assert np.delete(shown, 300 // block, axis=0).all()
+
+
+@each_block
+def test_a_number_too_large_shows(kind: Type) -> None:
+    """At each magnitude a block comes back within the format's step, or as no numbers at all: spikes among
+    small numbers, numbers of one sign and of both. MXFP4 holds every float32."""
+    wide = kind == Type.MXFP4
+    scales = 2.0 ** np.arange(-120 if wide else -3, 128)
+    noise = samples("gauss")[0, :256].astype(np.float64)
+    noise /= np.abs(noise).max()
+    spike = np.where(np.arange(256) == 40, -1.75, 2.0**-20 * noise)
+    rows = [spike, -spike, 1 + 0.75 * noise, 1.99 * noise, np.where(np.arange(256) % 2, 1.0, -1.0)]
+    exact = (np.array(rows)[:, None] * scales[:, None]).reshape(-1, gguf.GGML_QUANT_SIZES[kind][0])
+    far = np.abs(exact).max(axis=1)
+    for importance, step in (None, STEP.get(kind, 0.3)), (IMPORTANCE[:256], 0.9):
+        y = values(quantize(exact.astype(np.float32).reshape(-1, 256), kind, importance), kind)
+        shown = ~np.isfinite(y.reshape(exact.shape)).any(axis=1)
+        with np.errstate(invalid="ignore"):
+            close = np.abs(y.reshape(exact.shape) - exact).max(axis=1) <= step * far
+        held = far > (2.0**-120 if wide else 1e-3)
+        assert (shown | close)[held].all()
+        assert close[held & (wide | (far < 2.0**15))].all()
+        assert shown[far >= 2.0**30].all() or wide
 
 
 @pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: kind.name)

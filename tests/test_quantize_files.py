@@ -725,15 +725,14 @@ def poisoned(path: Path, tensor: str, raw: bytes) -> Path:
 
 
 def test_what_is_copied_is_looked_at_as_well(tmp_path: Path) -> None:
-    """A norm, the scale of a block that stays or is rounded anew, and what a format's scales cannot hold."""
-    plain, q8_0 = tmp_path / "plain.gguf", tmp_path / "q8_0.gguf"
+    """A norm, and the scale of a block that stays or is rounded anew."""
+    plain, q8_0, mxfp4 = (tmp_path / f"{name}.gguf" for name in ("plain", "q8_0", "mxfp4"))
     write_gguf(plain, CONFIG, random_weights(CONFIG, seed=3))
     tinyllm.quantize(plain, q8_0, "q8_0")
+    tinyllm.quantize(plain, mxfp4, "mxfp4")
     cases = [
         (plain, "output_norm.weight", struct.pack("<f", np.nan), "q8_0"),
-        (plain, "blk.0.ffn_up.weight", struct.pack("<f", np.inf), "f32"),
-        (plain, "blk.0.ffn_up.weight", struct.pack("<f", 1e6), "f16"),
-        (plain, "blk.0.ffn_up.weight", struct.pack("<f", 1e30), "q8_0"),
+        (mxfp4, "blk.0.ffn_up.weight", b"\xff", "mxfp4"),
         (q8_0, "blk.0.ffn_up.weight", struct.pack("<e", np.nan), "q8_0"),
         (q8_0, "blk.0.ffn_up.weight", struct.pack("<e", np.inf), "q4_0"),
         (q8_0, "blk.0.ffn_up.weight", struct.pack("<e", np.nan), "f32"),
@@ -742,4 +741,32 @@ def test_what_is_copied_is_looked_at_as_well(tmp_path: Path) -> None:
         model = poisoned(path, tensor, raw)
         with pytest.raises(errors.FormatError, match=f"tensor '{re.escape(tensor)}' holds a NaN, an inf"):
             tinyllm.quantize(model, tmp_path / "out.gguf", type, allow_requantize=True)
-    assert sorted(os.listdir(tmp_path)) == ["plain.gguf", "poisoned.gguf", "q8_0.gguf"]
+    assert sorted(os.listdir(tmp_path)) == ["mxfp4.gguf", "plain.gguf", "poisoned.gguf", "q8_0.gguf"]
+
+
+@pytest.mark.parametrize("base", sorted({mix.base for mix in mixes.MIXES.values()}))
+def test_numbers_that_a_format_does_not_hold(base: str, tmp_path: Path) -> None:
+    """They are refused, with the tensor's name, and show in what is computed where loading quantizes."""
+    type = next(name for name, mix in mixes.MIXES.items() if mix.base == base)
+    config = {**CONFIG, "num_hidden_layers": 1, "vocab_size": 32}
+    weights = random_weights(config, seed=3)
+    name = "blk.0.ffn_up.weight"
+    write_gguf(tmp_path / "plain.gguf", config, weights)
+    for number in (np.nan, -np.inf, 1e10, -1e30):
+        model = poisoned(tmp_path / "plain.gguf", name, struct.pack("<f", number))
+        out = tmp_path / "out.gguf"
+        if np.isfinite(number) and base in ("f32", "bf16", "mxfp4"):
+            tinyllm.quantize(model, out, type)
+            tensor = next(t for t in gguf.GGUFReader(out).tensors if t.name == name)
+            assert tensor.tensor_type.name.lower() == base
+            held = gguf.quants.dequantize(tensor.data, tensor.tensor_type)[0, 0]
+            assert abs(held / number - 1) < 0.3
+            out.unlink()
+            continue
+        with pytest.raises(
+            errors.FormatError, match=f"'{re.escape(name)}' holds .* too large for {base.upper()}"
+        ):
+            tinyllm.quantize(model, out, type)
+        with tinyllm.load(model, weights=type) as llm, pytest.raises(errors.FormatError, match="NaN or inf"):
+            llm.logits([1, 2, 3])
+    assert sorted(os.listdir(tmp_path)) == ["plain.gguf", "poisoned.gguf"]

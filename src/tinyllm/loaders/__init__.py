@@ -69,13 +69,15 @@ F32, F16, BF16, MXFP4 = 0, 1, 30, 39
 
 
 def are_finite(data: npt.NDArray[np.uint8], format: int) -> bool:
-    """Whether whole blocks, uint8 [n], hold neither NaN nor infinity; of MXFP4, all of whose scales are
-    numbers, it is not asked."""
+    """Whether whole blocks, uint8 [n], hold neither NaN nor infinity: told by the scales, where they have
+    some. Of MXFP4's one is no number, 255."""
     if format == F32:
         return bool(np.isfinite(data.view("<f4")).all())
     if format == BF16:
         return not ((data.view("<u2") & 0x7F80) == 0x7F80).any()
     blocks = data.reshape(-1, FORMATS[format].block_bytes)
+    if format == MXFP4:
+        return not (blocks[:, 0] == 255).any()
     halves = (np.ascontiguousarray(blocks[:, at : at + 2]).view("<u2") for at in FORMATS[format].scales)
     return not any(((half & 0x7C00) == 0x7C00).any() for half in halves)
 
