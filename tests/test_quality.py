@@ -350,6 +350,25 @@ def test_an_error_of_one_token_is_null(cli: Cli, text_file: Path) -> None:
     assert (found["n_tokens"], found["nll"]["error"]) == (1, None)
 
 
+def test_a_perplexity_past_float64_is_infinite(cli: Cli, text_file: Path, tmp_path: Path) -> None:
+    """Logits of a finite model may be so far apart that its nats a token are thousands."""
+    config = CONFIG | {"tie_word_embeddings": False}
+    weights = random_weights(config, 3)
+    weights["lm_head.weight"] *= np.float32(1e4)
+    path = tmp_path / "sure.gguf"
+    write_gguf(path, config, weights, tokenizer=small_tokenizer())
+    with tinyllm.load(path, threads=1) as llm:
+        windows = quality.text_windows(llm, TEXT, 64, most=1)
+        (found,) = quality.measure([llm], windows)
+        score = llm.score(windows.ids[0])
+    assert 710 < found.nll.value < math.inf and -math.inf < score.total < 0
+    assert found.perplexity.value == score.perplexity == math.inf
+    options = (path, text_file, "-c", "64", "--chunks", "1")
+    assert "inf ± inf" in cli(*options).out
+    json_found = json.loads(cli(*options, "-o", "json").out, parse_constant=pytest.fail)
+    assert json_found["perplexity"] == {"value": None, "error": None}
+
+
 def test_command_compares(cli: Cli, text_file: Path, stories: tinyllm.LLM, master: tinyllm.LLM) -> None:
     options = (text_file, "--against", MASTER, "-c", "64", "--chunks", "3")
     result = cli("stories", *options, "-o", "json")

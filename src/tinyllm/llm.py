@@ -104,8 +104,16 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of minus their mean; NaN for a single token."""
-        return math.exp(-self.total / len(self.logprobs)) if self.logprobs else math.nan
+        """exp of minus their mean, infinite past what float64 holds; NaN for a single token."""
+        return perplexity_of(-self.total / len(self.logprobs)) if self.logprobs else math.nan
+
+
+def perplexity_of(nll: float) -> float:
+    """exp(nll), of nats a token; infinite past what float64 holds."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 class Stream(Iterator[Piece]):

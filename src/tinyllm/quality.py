@@ -19,7 +19,7 @@ import numpy.typing as npt
 from .backends import F32, I32, MOST_INT, PAGE, integers
 from .engine import require_finite
 from .errors import ArgumentError, ContextError, integer
-from .llm import LLM
+from .llm import LLM, perplexity_of
 from .tokenizer import Tokenizer
 
 F64 = npt.NDArray[np.float64]
@@ -150,8 +150,9 @@ class Quality:
 
     @property
     def perplexity(self) -> Estimate:
-        """exp(nll); its error, to the first order, is the perplexity times nll's."""
-        value = math.exp(min(self.nll.value, 700.0))
+        """exp(nll); its error, to the first order, is the perplexity times nll's. Infinite past what float64
+        holds."""
+        value = perplexity_of(self.nll.value)
         return Estimate(value, value * self.nll.error)
 
 

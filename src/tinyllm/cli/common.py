@@ -429,6 +429,11 @@ def counted(n: int, thing: str, width: int = 0) -> str:
     return f"{n:{width}} {thing}{'s' if n != 1 else ' ' if width else ''}"
 
 
+def decimals(x: float, n: int) -> str:
+    """With n digits after the point; as a power of ten where those before it would be a long row."""
+    return f"{x:.{n}f}" if abs(x) < 1e9 else f"{x:.{n}e}"
+
+
 def seconds(s: float) -> str:
     return f"{s:.1f} s" if s >= 10 else f"{s:.2f} s" if s >= 1 else f"{s * 1000:.0f} ms"
 

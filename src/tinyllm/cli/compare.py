@@ -16,6 +16,7 @@ from tinyllm.cli.common import (
     Parser,
     UsageError,
     add_model_argument,
+    decimals,
     json_text,
     machine,
     percent,
@@ -153,12 +154,12 @@ def cells(record: dict[str, Any]) -> dict[str, str]:
     if quality is None:
         return row
     perplexity, divergence = record["perplexity"], quality["divergence"]
-    row["perplexity"] = f"{perplexity['value']:.3f} ± {perplexity['error']:.3f}"
+    row["perplexity"] = f"{decimals(perplexity['value'], 3)} ± {decimals(perplexity['error'], 3)}"
     row[KL] = row["99 %"] = row["same top"] = ""
     if divergence is not None:
         kl, same = divergence["kl"], divergence["same_top"]
-        row[KL] = f"{1e3 * kl['value']:.3f} ± {1e3 * kl['error']:.3f}"
-        row["99 %"] = f"{1e3 * divergence['kl_99']:.1f}"
+        row[KL] = f"{decimals(1e3 * kl['value'], 3)} ± {decimals(1e3 * kl['error'], 3)}"
+        row["99 %"] = decimals(1e3 * divergence["kl_99"], 1)
         row["same top"] = f"{100 * same['value']:.2f} ± {100 * same['error']:.2f} %"
     return row
 

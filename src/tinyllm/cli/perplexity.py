@@ -20,6 +20,7 @@ from tinyllm.cli.common import (
     UsageError,
     add_model_argument,
     add_model_options,
+    decimals,
     json_text,
     load_model,
     out_file,
@@ -94,9 +95,9 @@ def _run(argv: list[str]) -> int:
 
 
 def _so_far(nll: Any) -> str:
-    from math import exp
+    from tinyllm.llm import perplexity_of
 
-    return "perplexity so far " + ", ".join(f"{exp(min(x, 700)):.4f}" for x in reversed(nll))
+    return "perplexity so far " + ", ".join(decimals(perplexity_of(x), 4) for x in reversed(nll))
 
 
 def _parser() -> Parser:
@@ -147,9 +148,9 @@ def _write_md(args: argparse.Namespace, models: list[LLM], on: Windows, found: l
         rows += [
             ["more nats than reference", _text(divergence.nll, 5), ""],
             ["KL divergence: mean", _text(divergence.kl, 6), ""],
-            ["median", f"{divergence.kl_median:.6f}", ""],
-            ["99 %", f"{divergence.kl_99:.6f}", ""],
-            ["largest", f"{divergence.kl_max:.6f}", ""],
+            ["median", decimals(divergence.kl_median, 6), ""],
+            ["99 %", decimals(divergence.kl_99, 6), ""],
+            ["largest", decimals(divergence.kl_max, 6), ""],
             ["correct token's probability: mean change", _text(percent[0], 3) + " %", ""],
             ["root mean square change", _text(percent[1], 3) + " %", ""],
             ["same likeliest token", _text(percent[2], 3) + " %", ""],
@@ -162,7 +163,7 @@ def _write_md(args: argparse.Namespace, models: list[LLM], on: Windows, found: l
 
 
 def _text(x: Estimate, digits: int) -> str:
-    return f"{x.value:.{digits}f} ± {x.error:.{digits}f}"
+    return f"{decimals(x.value, digits)} ± {decimals(x.error, digits)}"
 
 
 def _times_100(x: Estimate) -> Estimate:
