@@ -178,6 +178,9 @@ def test_gguf_metadata() -> None:
     for name in ("tokenizer.chat_template", "tokenizer.chat_template.tool_use"):
         with pytest.raises(FormatError, match=rf"{name}. is a int, expected a text"):
             template_from_gguf({name: 3})
+    for odd in (1.5, "1", [1], True):
+        with pytest.raises(FormatError, match=r"seperator_token_id must be an integer, not"):
+            template_from_gguf(metadata | {"tokenizer.ggml.seperator_token_id": odd})
 
 
 def test_directory_order(tmp_path: Path) -> None:
@@ -477,6 +480,9 @@ def test_a_failure_names_the_line() -> None:
     ):
         with pytest.raises(TemplateError, match=r"is not valid, line 3: [^ ]+ [^ ]+"):
             render("a\n\n" + source)
+    for source in ("\ud800", "{{ strftime_now('\ud800') }}", "{{ 'a\ud800' }}", "{{ 'a\\ud800' }}"):
+        with pytest.raises(TemplateError, match=r"not valid, line 3: U\+D800 is half a surrogate pair"):
+            render("a\n\n" + source)
     with pytest.raises(TemplateError, match="nested too deeply, or has too many"):
         render("{%if a%}" + "{%elif a%}" * 4000 + "{%endif%}")
 
@@ -494,7 +500,7 @@ def test_texts_are_unicode() -> None:
     with pytest.raises(ArgumentError, match=r"messages\[0\]\['content'\] is no valid text: .*ud800"):
         ChatTemplate(CHATML).render([{"role": "user", "content": "\ud800"}])
     with pytest.raises(TemplateError, match="surrogates not allowed"):
-        render("{{ '\\ud800' }}")
+        render("{{ '%c' % 55296 }}")
 
 
 def test_what_may_be_formatted_searched_and_left() -> None:

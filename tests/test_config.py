@@ -391,7 +391,7 @@ ROPE_REFUSED: list[tuple[dict[str, Any], type[Error], str]] = [
     ({"rope_type": "yarn", "factor": 2, "mscale": -9, "mscale_all_dim": 1}, FormatError, "not be negative"),
     ({"rope_type": "yarn", "factor": 2, "attention_factor": -1.0}, FormatError, "rope_scale is -1"),
     ({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 0}, FormatError, "context 0"),
-    ({"rope_type": "yarn", "factor": 2, "rope_theta": 1.0}, FormatError, "theta 1"),
+    ({"rope_type": "yarn", "factor": 2, "rope_theta": 1.0}, FormatError, "rope_theta is both"),
     (
         {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 10**400},
         FormatError,
@@ -496,14 +496,75 @@ def test_features_switched_off() -> None:
         ({"rms_norm_eps": math.nan}, "must be a number"),
         ({"rope_theta": 0.0}, r"rope_theta is 0\.0"),
         ({"rope_theta": math.inf}, "must be a number"),
+        ({"rope_theta": 0.999}, r"rope_theta is 0\.999; it must be from 1 to 1e\+15"),
+        ({"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2}}, "theta 1"),
+        ({"rope_theta": 2e15}, "rope_theta is 2000000000000000"),
+        ({"rms_norm_eps": 1e-320}, "norm_eps is 1e-320; it must be from 1.18e-38 to 1"),
+        ({"rms_norm_eps": 1e-39}, "norm_eps is 1e-39"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "max_position_embeddings": 1 << 28}, None),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0.125}, "max_position_embeddings": 1 << 28},
+            "RoPE factor of 0.125 turns pairs by more than 1073741824 radians within the context of 2684",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"factor": 8.0}},
+            "'factor' of RoPE is both '2.0' and '8.0'; delete the one that is wrong",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}},
+            "rope_type is both 'dynamic' and 'linear'",
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5}}, r"rope_theta is both '10000\.0' and '500000\.0'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"factor": 2.0}}, None),
         ({"tie_word_embeddings": "yes"}, "must be true or false"),
         ({"rope_scaling": [1]}, "rope_scaling must be an object"),
         ({"architectures": "Llama"}, "no language model"),
     ],
 )
-def test_absurd_hyperparameters(changes: dict[str, Any], message: str) -> None:
+def test_absurd_hyperparameters(changes: dict[str, Any], message: str | None) -> None:
+    """None: taken."""
+    if message is None:
+        from_json(**changes)
+        return
     with pytest.raises((FormatError, UnsupportedError), match=message):
         from_json(**changes)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "field"),
+    [
+        ("granite", {"attention_multiplier": 1e-320}, "attention_scale"),
+        ("gemma2", {"attn_logit_softcapping": 1e-320}, "attention_cap"),
+        ("gemma2", {"final_logit_softcapping": 1e-39}, "logit_cap"),
+        ("granite", {"embedding_multiplier": 1e-320}, "embedding_scale"),
+        ("granite", {"logits_scaling": 1e299}, "logit_scale"),
+        ("cohere", {"layer_norm_eps": 1e-320}, "norm_eps"),
+        ("gemma3_text", {"rope_local_base_freq": 0.5, "sliding_window": 8}, "local_rope_theta"),
+        ("gemma3_text", {"rope_local_base_freq": 0, "sliding_window": 8}, "local_rope_theta"),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 0.5},
+                },
+                "sliding_window": 8,
+            },
+            "local_rope_theta",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2, "attention_factor": 1e-40}}, "rope_sc"),
+    ],
+)
+def test_numbers_that_float32_has_no_room_for(model_type: str, changes: dict[str, Any], field: str) -> None:
+    """Above 0 in Python, 0 for the arithmetic, or infinite once they divide; and angles that grow."""
+    changes = {"model_type": model_type, "architectures": None, "hidden_act": None, **changes}
+    with pytest.raises(FormatError, match=f"{field}.* is .*; it must be from"):
+        from_json(**changes)
+
+
+def test_rope_base_of_gguf() -> None:
+    with pytest.raises(FormatError, match=r"rope_theta is 0\.5; it must be from 1"):
+        from_gguf(rope__freq_base=0.5)
 
 
 def test_rope_dim_past_the_head() -> None:
@@ -612,6 +673,8 @@ def test_generation_from_gguf() -> None:
         ({"temperature": "hot"}, "must be a number"),
         ({"top_p": 1.5}, r"top_p is 1\.5, outside 0 to 1"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 1.5}, r"top_k must be a whole number, not '1\.5'"),
+        ({"top_k": 0.9}, r"top_k must be a whole number, not '0\.9'"),
         ({"repetition_penalty": math.nan}, "must be a number"),
         ({"temperature": 1001.0}, "temperature is 1001, outside 0 to 1000"),
         ({"top_k": 2**31}, "top_k is 2.*outside 0 to 2"),
@@ -630,6 +693,7 @@ def test_generation_refused(table: dict[str, Any], message: str) -> None:
         ("temp", 1000.0, True),
         ("top_k", 2**31, False),
         ("top_k", 2**31 - 1, True),
+        ("top_k", 5.0, True),
         ("penalty_repeat", 0.0, False),
         ("penalty_repeat", 1000.0, True),
         ("min_p", 1.5, False),
@@ -643,6 +707,12 @@ def test_defaults_of_gguf_are_what_sampling_takes(key: str, value: float, is_tak
         return
     defaults = {name: value for name, value in vars(generation_from_gguf(metadata, 10)).items() if value}
     assert value in vars(SamplingParams().resolve(defaults)).values()
+
+
+@pytest.mark.parametrize("value", [1.5, 0.9, -0.5, math.nan])
+def test_a_part_of_a_token_is_no_top_k(value: float) -> None:
+    with pytest.raises(FormatError, match=r"general\.sampling\.top_k must be a whole number, not"):
+        generation_from_gguf({"general.sampling.top_k": value}, 10)
 
 
 def test_json_file_to_config(tmp_path: Path) -> None:

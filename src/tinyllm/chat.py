@@ -186,9 +186,12 @@ def template_from_gguf(metadata: Mapping[str, Any]) -> ChatTemplate | None:
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     special = {}
     for name in ("bos", "eos", "unknown", "padding", "seperator"):  # "seperator" is how the format spells it
-        index = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if index is not None and 0 <= int(index) < len(tokens):
-            special[_HF_NAMES[name]] = str(tokens[int(index)])
+        key = f"tokenizer.ggml.{name}_token_id"
+        index = metadata.get(key, -1)
+        if type(index) is not int:
+            raise FormatError(f"{key} must be an integer, not {type(index).__name__}")
+        if 0 <= index < len(tokens):
+            special[_HF_NAMES[name]] = str(tokens[index])
     return _template(sources, special, "chat template in the GGUF file")
 
 

@@ -32,6 +32,25 @@ _BOUNDS = {
     "rope_dim": (2, 1 << 12),
 }
 
+# Likewise numbers, which the arithmetic has as float32: what is less than its least normal number is 0 there,
+# or has a reciprocal past its largest. A field's default passes in any case.
+_LEAST = float(np.finfo(np.float32).tiny)
+_RANGES = {
+    "norm_eps": (_LEAST, 1.0),
+    "rope_theta": (1.0, 1e15),  # below 1, angles would grow with i, past all bounds
+    "local_rope_theta": (1.0, 1e15),
+    "rope_scale": (_LEAST, 1e6),
+    "attention_scale": (_LEAST, 1e6),
+    "attention_cap": (_LEAST, 1e6),
+    "logit_cap": (_LEAST, 1e6),
+    "query_growth": (_LEAST, 1e6),
+    "embedding_scale": (1e-9, 1e6),
+    "residual_scale": (1e-9, 1e6),
+    "logit_scale": (1e-9, 1e6),
+}
+
+MAX_ANGLE = 1 << 30  # radians of RoPE, up to which the core's sine and cosine are as exact as they say
+
 MAX_EXPERTS = 4096  # of a layer
 MAX_EXPERTS_IN_ALL = 1 << 15  # however small, each takes time and memory of its own
 
@@ -122,17 +141,10 @@ class ModelConfig:
             raise FormatError(
                 f"rope_dim is {self.rope_dim}; it must be even and at most head_dim, {self.head_dim}"
             )
-        limits = {"norm_eps": 1.0, "rope_theta": 1e15, "rope_scale": 1e6, "attention_scale": 1e6}
-        for name, limit in limits.items():
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if not 0 < value <= limit:  # true for NaN as well
-                raise FormatError(f"{name} is {value!r}; it must be above 0 and at most {limit:g}")
-        caps = {"attention_cap": 1e6, "logit_cap": 1e6, "local_rope_theta": 1e15, "query_growth": 1e6}
-        scales = {"embedding_scale": 1e6, "residual_scale": 1e6, "logit_scale": 1e6}
-        for name, limit in (caps | scales).items():
-            value = getattr(self, name) or 0.0
-            if not (0 if name in caps else 1e-9) <= value <= limit:
-                raise FormatError(f"{name} is {value!r}; it must be from 0 to {limit:g}")
+            if value != getattr(ModelConfig, name, least) and not least <= value <= most:  # or NaN
+                raise FormatError(f"{name} is {value!r}; it must be from {least:.3g} to {most:g}")
         if self.query_growth and not self.original_context:
             raise FormatError("queries scaled by position need the original context of their RoPE scaling")
         for name, per_layer in (("windows", self.windows), ("ropes", self.ropes)):
@@ -145,6 +157,11 @@ class ModelConfig:
                 raise FormatError(f"{len(factors)} RoPE factors for a rope_dim of {self.rope_dim}")
             if not all(1e-6 <= factor <= 1e30 for factor in factors or ()):
                 raise FormatError("a RoPE factor is not a positive number between 1e-6 and 1e30")
+            if self.context > MAX_ANGLE * min(factors or (1.0,)):
+                raise FormatError(
+                    f"a RoPE factor of {min(factors or ()):g} turns pairs by more than {MAX_ANGLE} radians "
+                    f"within the context of {self.context} tokens"
+                )
         if self.original_context is not None and not 1 <= self.original_context <= _BOUNDS["context"][1]:
             raise FormatError(f"original_context is {self.original_context}")
         if (
@@ -210,7 +227,7 @@ class _Fields:
         if value is None:
             value = default
         if type(value) is not int:
-            self._wrong(key, value, "a whole number")
+            self.wrong(key, value, "a whole number")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -218,7 +235,7 @@ class _Fields:
         if value is None:
             value = default
         if type(value) not in (int, float) or not abs(value) < 1e300:
-            self._wrong(key, value, "a number")
+            self.wrong(key, value, "a number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -226,10 +243,11 @@ class _Fields:
         if value is None:
             value = default
         if type(value) is not bool:
-            self._wrong(key, value, "true or false")
+            self.wrong(key, value, "true or false")
         return value
 
-    def _wrong(self, key: str, value: Any, kind: str) -> NoReturn:
+    def wrong(self, key: str, value: Any, kind: str) -> NoReturn:
+        """Raises the FormatError for a value that is not of its kind."""
         if value is None:
             raise FormatError(f"the hyperparameter {self.prefix}{key} is missing")
         raise FormatError(f"the hyperparameter {self.prefix}{key} must be {kind}, not {_brief(value)}")
@@ -644,7 +662,7 @@ class _Rope:
     factors: tuple[float, ...] | None = None
     scale: float = 1.0
     original_context: int | None = None
-    local_theta: float = 0.0
+    local_theta: float = 10000.0
     long_factors: tuple[float, ...] | None = None
     query_growth: float = 0.0
 
@@ -670,26 +688,31 @@ def _json_rope(config: _Fields, row: Family, head_dim: int, context: int) -> _Ro
     table = scaling or parameters or {}
     if not isinstance(table, dict):
         raise FormatError(f"rope_scaling must be an object, not {_brief(table)}")
+    said = {key: value for key, value in config.table.items() if value is not row.json_defaults.get(key)}
+    if scaling and isinstance(parameters := said.get("rope_parameters"), dict):
+        for key, value in table.items():
+            _agree(f"{_brief(key)} of RoPE", value, parameters.get(key))
     theta = config.number("rope_theta", 10000.0)
-    local_theta = (
-        config.number("rope_local_base_freq", 0.0) if "rope_local_base_freq" in row.json_defaults else 0.0
-    )
+    has_local = "rope_local_base_freq" in row.json_defaults
+    local_theta = config.number("rope_local_base_freq", theta) if has_local else theta
     if any(isinstance(value, dict) for value in table.values()):  # by kind of layer
         local = table.get("sliding_attention", {})
         table = table.get("full_attention", {})
         if not isinstance(local, dict) or not isinstance(table, dict) or local.get("rope_type") != "default":
             raise UnsupportedError("RoPE parameters that differ by kind of layer are not supported")
-        local_theta = _Fields(local).number("rope_theta", local_theta or theta)
+        local_theta = _Fields(local).number("rope_theta", local_theta)
     fields = _Fields(table)
+    _agree("rope_theta", said.get("rope_theta"), fields.get("rope_theta"))
     theta = fields.number("rope_theta", theta)
     kind = fields.get("rope_type") or fields.get("type") or "default"
-    fields.get("type")
     partial = fields.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     if partial != 1 and "partial_rotary_factor" not in row.json_defaults:
         raise UnsupportedError("partial_rotary_factor is not supported for this architecture")
     rope_dim = int(head_dim * partial) if 0 < partial <= 1 else 0
     if fields.get("short_factor") is not None:  # Phi-3 calls it "su" or "yarn" in older files
         kind = "longrope"
+    else:
+        _agree("rope_type", fields.get("rope_type"), fields.get("type"))
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         why = " (its frequencies change with the length of the text)" if kind == "dynamic" else ""
         raise UnsupportedError(
@@ -697,7 +720,7 @@ def _json_rope(config: _Fields, row: Family, head_dim: int, context: int) -> _Ro
         )
     growth = fields.number("llama_4_scaling_beta", 0.0) if row.growing_queries else 0.0
     fields.refuse_unknown((*_ROPE_KEYS[kind], "finetuned", "max_position_embeddings"))
-    rope = _Rope(theta, _bounded("rope_dim", rope_dim), local_theta=local_theta or theta, query_growth=growth)
+    rope = _Rope(theta, _bounded("rope_dim", rope_dim), local_theta=local_theta, query_growth=growth)
     stated = config.get("original_max_position_embeddings")
     original = fields.whole("original_max_position_embeddings", context)
     if stated is not None:
@@ -719,6 +742,12 @@ def _json_rope(config: _Fields, row: Family, head_dim: int, context: int) -> _Ro
     return replace(
         rope, factors=factors, scale=fields.number("attention_factor", scale), original_context=original
     )
+
+
+def _agree(what: str, one: Any, other: Any) -> None:
+    """Refuses what a config.json says twice, in an old and a new place, and says differently."""
+    if one is not None and other is not None and one != other:
+        raise FormatError(f"{what} is both {_brief(one)} and {_brief(other)}; delete the one that is wrong")
 
 
 def _longrope(rope: _Rope, fields: _Fields, original: int, context: int) -> _Rope:
@@ -846,11 +875,10 @@ def generation_from_gguf(metadata: Mapping[str, Any], vocab_size: int) -> Genera
     """From the tokenizer's eos, eot and eom ids and the `general.sampling.*` keys."""
     ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     fields = _Fields(metadata, "general.sampling.")
-    top_k = _setting(fields, "top_k", negative_is_0=True)  # off
     return GenerationDefaults(
         eos_ids=_eos_ids(ids, vocab_size),
         temperature=_setting(fields, "temp", "temperature", negative_is_0=True),  # greedy
-        top_k=None if top_k is None else int(top_k),
+        top_k=_top_k(fields, negative_is_0=True),  # off
         top_p=_setting(fields, "top_p"),
         min_p=_setting(fields, "min_p"),
         repetition_penalty=_setting(fields, "penalty_repeat", "repetition_penalty"),
@@ -867,11 +895,10 @@ def generation_from_json(
         value = source.get("eos_token_id")
         ids.extend(value if isinstance(value, list) else [value])
     fields = _Fields(table)
-    top_k = _setting(fields, "top_k")
     return GenerationDefaults(
         eos_ids=_eos_ids(ids, vocab_size),
         temperature=0.0 if table.get("do_sample") is False else _setting(fields, "temperature"),
-        top_k=None if top_k is None else int(top_k),
+        top_k=_top_k(fields),
         top_p=_setting(fields, "top_p"),
         min_p=_setting(fields, "min_p"),
         typical_p=_setting(fields, "typical_p"),
@@ -893,6 +920,15 @@ def _setting(
             f"the sampling default {fields.prefix}{key} is {value:g}, outside {least:g} to {most:g}"
         )
     return value
+
+
+def _top_k(fields: _Fields, *, negative_is_0: bool = False) -> int | None:
+    """Files spell it 5 and 5.0."""
+    value = fields.get("top_k")
+    if isinstance(value, float) and not value.is_integer():
+        fields.wrong("top_k", value, "a whole number")
+    setting = _setting(fields, "top_k", negative_is_0=negative_is_0)
+    return None if setting is None else int(setting)
 
 
 def _eos_ids(ids: Iterable[Any], vocab_size: int) -> tuple[int, ...]:

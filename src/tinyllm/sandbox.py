@@ -431,6 +431,15 @@ _MADE, _CONCAT, _COMPARED, _TURNS = "(made)", "(concat)", "(compared)", "(turns)
 _INTERNAL = {_MADE: _made, _CONCAT: _concat, _COMPARED: _compared, _TURNS: _turns}
 
 
+def _check_text(text: str, line: int) -> None:
+    """Raises TemplateSyntaxError for half a surrogate pair, which no prompt may hold. line: of its start."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        what = f"U+{ord(text[e.start]):04X} is half a surrogate pair, which is no character"
+        raise TemplateSyntaxError(what, line + text.count("\n", 0, e.start)) from None
+
+
 class _Rewrite(NodeTransformer):
     """Puts charges where Jinja shows the environment nothing, and refuses what it would turn into wrong
     Python."""
@@ -473,6 +482,8 @@ class _Rewrite(NodeTransformer):
         is_huge = isinstance(value, int) and value.bit_length() > MAX_BITS
         if is_huge or (isinstance(value, float) and math.isinf(value)):
             raise TemplateSyntaxError("a number is too large", node.lineno)
+        if isinstance(value, str):
+            _check_text(value, node.lineno)
         return node
 
     def visit_For(self, node: nodes.For) -> nodes.For:
@@ -571,6 +582,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Raises TemplateSyntaxError, and LimitError for what lies at no line."""
         if len(source) > MAX_SOURCE:
             raise LimitError(f"it has {len(source)} characters, and {MAX_SOURCE} is the most")
+        _check_text(source, 1)
         parser = Parser(self, source, filename=filename)
         try:
             tree = parser.parse()
