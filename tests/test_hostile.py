@@ -511,6 +511,27 @@ def test_tokens_beside_the_vocabulary(tmp_path: Path) -> None:
         assert (261 + 1 in tokenizer.special_ids) == (name == "tokenizer_config")
 
 
+def test_ids_of_two_tokens_and_tokens_of_two_ids(tmp_path: Path) -> None:
+    """The package takes the first of them, and counts on from the vocabulary where an added token's id says
+    something else."""
+
+    def refused(message: str, added: int = 4, settings: str = "{}", **vocabulary: int) -> None:
+        tokenizer = json.loads(json.dumps(TINY_TOKENIZER_JSON))
+        tokenizer["added_tokens"][0]["id"] = added
+        tokenizer["model"]["vocab"] |= vocabulary
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+        with pytest.raises(FormatError, match=r"tokenizer\.json: the " + message):
+            load_tokenizer(tmp_path)
+
+    refused("tokens '[ab]' and '[ab]' both have the id 0", b=0)
+    refused("tokens '(ab|<s>)' and '(ab|<s>)' both have the id 4", ab=4)
+    for other in (0, 5):
+        refused(f"added token '<s>' is said to have the id {other}, and in its vocabulary has 4", added=other)
+    settings = {"added_tokens_decoder": {"7": {"content": "<x>"}}}
+    refused("added token '<x>' is said to have the id 7, and in .* 5", settings=json.dumps(settings))
+
+
 def test_scores_that_are_no_numbers(tmp_path: Path) -> None:
     for score in (float("nan"), float("inf"), float("-inf")):
         (tmp_path / "tokenizer.model").write_bytes(tiny_sentencepiece_model(("ab", score, 1)))
@@ -522,6 +543,7 @@ def test_what_goes_around_a_text_is_of_the_model(tmp_path: Path) -> None:
     """Such a model loaded, and then refused every prompt."""
     tokenizer = json.loads(json.dumps(TINY_TOKENIZER_JSON))
     tokenizer["model"]["vocab"]["z"] = 50
+    tokenizer["added_tokens"][0]["id"] = tokenizer["post_processor"]["special_tokens"]["<s>"]["ids"][0] = 5
     write_directory(tmp_path, tokenizer=tokenizer)
     with tinyllm.load(tmp_path) as llm:
         assert llm("a", max_tokens=1, temperature=0).tokens  # padding of the tokenizer alone does no harm

@@ -135,7 +135,7 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
     file = folder / "tokenizer.json"
     data = read_small(file)
     need_memory(PER_JSON * len(data), f"reading {file}")
-    _check_file(data, file)
+    stated = _check_file(data, file)
     with refused(f"{file}: not a tokenizer that the tokenizers package reads"):
         backend = tokenizers.Tokenizer.from_buffer(data)
         backend.no_truncation()
@@ -144,8 +144,9 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
     before, after = _around(backend, file)
     with refused(f"{file}: the tokenizers package fails with it"):
         backend.encode("a", add_special_tokens=False)
-        added_here = (token for _, token in sorted(settings.added.items()))
-        backend.add_tokens([token for token in added_here if backend.token_to_id(token.content) is None])
+        added_here = sorted(settings.added.items())
+        missing = [(i, token) for i, token in added_here if backend.token_to_id(token.content) is None]
+        backend.add_tokens([token for _, token in missing])
     speller, leading_space = _read_decoder(backend, file)
 
     vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -156,7 +157,16 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
         )
     tokens = [""] * size
     for text, i in vocabulary.items():
+        if tokens[i]:
+            raise FormatError(f"{file}: the tokens {show(tokens[i])} and {show(text)} both have the id {i}")
         tokens[i] = text
+    # The package counts added tokens on from the vocabulary's size, whatever id the file gives them.
+    for text, i in (*stated, *((token.content, i) for i, token in missing)):
+        if vocabulary.get(text, i) != i:
+            raise FormatError(
+                f"{file}: the added token {show(text)} is said to have the id {i}, and in its vocabulary has "
+                f"{vocabulary[text]}"
+            )
     added = backend.get_added_tokens_decoder()
     named = {_content(settings.values.get(name)) for name in _NAMES}
     special = {t.content: i for i, t in added.items() if t.special or t.content in named}
@@ -176,11 +186,12 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
     )
 
 
-def _check_file(data: bytes, file: Path) -> None:
-    """Refuses what the package would take at its word, and then hang, end the process or print a panic."""
+def _check_file(data: bytes, file: Path) -> list[tuple[str, int]]:
+    """Refuses what the package would take at its word, and then hang, end the process or print a panic.
+    Returns (text, id) of the added tokens, which the package does not tell as the file states them."""
     value = parse_json(data, str(file))
     if not isinstance(value, dict):
-        return
+        return []
     steps = 0.0
     for step in _objects([value.get(name) for name in _COMPONENTS]):  # a pattern is one, too
         if step.get("type") == "Precompiled" or "precompiled_charsmap" in step:
@@ -202,6 +213,9 @@ def _check_file(data: bytes, file: Path) -> None:
         _check_affixes(model, file)
         if model.get("dropout"):
             raise UnsupportedError(f"{file}: its dropout makes other tokens each time; set it to null there")
+    added = value.get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return [(token.get("content", ""), token.get("id", 0)) for token in tokens]
 
 
 def _cost(pattern: dict[str, Any]) -> Cost:
