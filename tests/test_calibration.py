@@ -4,6 +4,7 @@ file, read by the gguf package."""
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import reference
-from helpers_gguf import write_gguf
+from helpers_gguf import small_tokenizer, write_gguf
 from helpers_models import (
     Spec,
     golden_model,
@@ -24,8 +25,9 @@ from helpers_models import (
 
 import tinyllm
 from tinyllm import backends, calibration, quality
+from tinyllm.cli import perplexity
 from tinyllm.cli.perplexity import main
-from tinyllm.errors import ArgumentError, UnsupportedError
+from tinyllm.errors import ArgumentError, FormatError, UnsupportedError
 from tinyllm.loaders.gguf import read_gguf
 
 F64 = npt.NDArray[np.float64]
@@ -223,6 +225,31 @@ def test_command_writes_what_gguf_reads(tmp_path: Path, capsys: pytest.CaptureFi
 def test_unseen_matrices_are_left_out(tmp_path: Path) -> None:
     calibration.write(tmp_path / "a.gguf", {"seen": [np.ones(4)], "unseen": [np.zeros(4)]})
     assert [t.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors] == ["seen.counts", "seen.in_sum2"]
+
+
+def test_a_broken_model_is_noticed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One number of 10^25 leaves finite logits, whose norms hide it, but no sums of squares."""
+    weights = random_weights(config := {**CONFIG, "vocab_size": 400}, 3)
+    weights["model.layers.0.mlp.up_proj.weight"][5, 5] = 1e25
+    write_gguf(tmp_path / "m.gguf", config, weights, tokenizer=small_tokenizer(400))
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and ate the rat " * 30)
+    progress: list[int] = []
+    monkeypatch.setattr(
+        perplexity, "progress_bar", lambda _: nullcontext(lambda done, *_: progress.append(done))
+    )
+    args = [str(tmp_path / "m.gguf"), str(tmp_path / "text.txt"), "-c", "32"]
+    assert main(args) == 0
+    assert progress == [16, 26]
+    progress.clear()
+    capsys.readouterr()
+    assert main([*args, "--imatrix", str(tmp_path / "out.gguf")]) == 1
+    assert "the model computes numbers that are NaN or infinite" in capsys.readouterr().err
+    assert not progress
+    assert not (tmp_path / "out.gguf").exists()
+    with pytest.raises(FormatError, match="NaN or infinite"):
+        calibration.write(tmp_path / "out.gguf", {"a": [np.array([1e50, 1.0])]})
 
 
 def test_a_folder_that_is_not_there_is_noticed_first(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tinyllm import _core, backends
 from tinyllm.errors import ArgumentError
+from tinyllm.imatrix import Imatrix
 
 F32 = NDArray[np.float32]
 
@@ -192,6 +193,19 @@ def test_importance_moves_the_error(kind: Type) -> None:
     ones, zeros = np.ones(1024, np.float32), np.zeros(1024, np.float32)
     assert np.array_equal(quantize(x, kind, zeros), quantize(x, kind, ones))
     assert np.array_equal(quantize(x, kind, 16 * IMPORTANCE), quantize(x, kind, IMPORTANCE))
+
+
+@each_block
+def test_columns_that_hardly_matter(kind: Type) -> None:
+    """They lose next to nothing where no others stand in their blocks, and zeros stay zeros."""
+    sums = np.full((1, 1024), 1e10, np.float32)
+    sums[:, :512], sums[:, 600:610] = 1e-20, 0
+    importance = Imatrix({"w": sums}, {"w": np.ones(1, np.float32)}).importance("w", 1, 1024)
+    assert importance is not None
+    assert not importance[0, 600:610].any()
+    x = samples("gauss")
+    plain, weighted = (values(quantize(x, kind, given), kind)[:, :512] for given in (None, importance[0]))
+    assert ((weighted - x[:, :512]) ** 2).sum() < 1.1 * ((plain - x[:, :512]) ** 2).sum()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])

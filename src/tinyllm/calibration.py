@@ -3,7 +3,7 @@
 A weight's rounding error reaches the output times its input, so a quantizer that knows the mean square of
 every input puts the error where it does least. The file is llama.cpp's (a GGUF with, for each matrix, the
 sums `NAME.in_sum2` [k] and how many rows they are of, `NAME.counts`; for a stack of experts [experts, k] and
-[experts]), so that its tools read it too. Imports imatrix, llm and loaders.
+[experts]), so that its tools read it too. Imports engine, imatrix, llm and loaders.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from .engine import require_finite
 from .imatrix import Imatrix, write_imatrix
 from .llm import LLM
 from .loaders.names import TABLE, fused_in_gguf
@@ -42,6 +43,18 @@ def observe(llm: LLM) -> dict[str, list[F64]]:
     return seen
 
 
+def sums_of(seen: Mapping[str, Sequence[F64]]) -> dict[str, npt.NDArray[np.float32]]:
+    """What `observe` gathered so far, as a file holds it: by tensor float32 [matrices, k + 1].
+
+    Raises FormatError where a sum is NaN or infinite: such a model is broken.
+    """
+    with np.errstate(over="ignore"):
+        sums = {name: np.stack(of).astype(np.float32) for name, of in sorted(seen.items())}
+    for values in sums.values():
+        require_finite(values)
+    return sums
+
+
 def write(
     path: str | os.PathLike[str],
     seen: Mapping[str, Sequence[F64]],
@@ -53,10 +66,10 @@ def write(
     """Writes what `observe` gathered as llama.cpp's importance matrix.
 
     texts: names of what was read. n_windows, n_ctx: how it was cut. The file appears under its name once it
-    is complete; matrices that met no row are left out. Raises WriteError, and ArgumentError where all are.
+    is complete; matrices that met no row are left out. Raises WriteError, ArgumentError where all are, and
+    FormatError as `sums_of` does.
     """
-    known = {name: np.stack(of) for name, of in sorted(seen.items())}
-    known = {name: values for name, values in known.items() if values[:, -1].any()}
-    sums = {name: values[:, :-1].astype(np.float32) for name, values in known.items()}
-    counts = {name: values[:, -1].astype(np.float32) for name, values in known.items()}
+    known = {name: values for name, values in sums_of(seen).items() if values[:, -1].any()}
+    sums = {name: values[:, :-1] for name, values in known.items()}
+    counts = {name: values[:, -1] for name, values in known.items()}
     write_imatrix(path, Imatrix(sums, counts, tuple(texts), n_windows, n_ctx))

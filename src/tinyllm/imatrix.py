@@ -26,6 +26,7 @@ from .loaders.gguf_writer import OutTensor, write_gguf
 Array = npt.NDArray[np.float32]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_LEAST = 2.0**-48  # of a matrix's largest importance: squares of less leave float32 where blocks are rounded
 _MOST = 1 << 24  # entries, columns, bytes of a name in a .dat file: far above any model's
 
 
@@ -64,9 +65,9 @@ class Imatrix:
                 )
 
     def importance(self, name: str, n_matrices: int, k: int) -> Array | None:
-        """float32 [n_matrices, k]: the mean squared input, scaled to a mean of 1 in each matrix; 1 where an
-        expert was never asked. None where nothing is known of the tensor. Raises FormatError where it has
-        another shape.
+        """float32 [n_matrices, k]: the mean squared input, scaled to a mean of 1 in each matrix, and where it
+        is not 0 no less than 2^-48 of the largest; 1 where an expert was never asked. None where nothing is
+        known of the tensor. Raises FormatError where it has another shape.
         """
         if name not in self.sums:
             return None
@@ -79,8 +80,9 @@ class Imatrix:
         with np.errstate(divide="ignore", invalid="ignore"):
             mean = sums / counts[:, None]
             scaled = mean / mean.mean(axis=1, keepdims=True)
+            raised = np.maximum(scaled, _LEAST * scaled.max(axis=1, keepdims=True))
         known = np.isfinite(scaled).all(axis=1, keepdims=True)
-        return np.where(known, scaled, 1.0).astype(np.float32)
+        return np.where(known, np.where(scaled == 0, 0, raised), 1.0).astype(np.float32)
 
 
 def write_imatrix(path: str | os.PathLike[str], imatrix: Imatrix) -> None:

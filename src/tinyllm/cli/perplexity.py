@@ -83,9 +83,12 @@ def _run(argv: list[str]) -> int:
         on = quality.text_windows(models[0], text, args.context, stride=args.stride, most=args.chunks)
         seen = {} if where is None else calibration.observe(model)
         with progress_bar("perplexity") as progress:
-            found = quality.measure(
-                models, on, progress=lambda done, total, nll: progress(done, total, _so_far(nll))
-            )
+
+            def after(done: int, total: int, nll: Any) -> None:
+                calibration.sums_of(seen)  # a broken model is noticed at once
+                progress(done, total, _so_far(nll))
+
+            found = quality.measure(models, on, progress=after)
         if where is not None:
             n_windows, n_ctx = on.ids.shape
             names = [] if args.text == "-" else [Path(args.text).name]
