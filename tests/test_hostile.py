@@ -532,6 +532,15 @@ def test_ids_of_two_tokens_and_tokens_of_two_ids(tmp_path: Path) -> None:
     refused("added token '<x>' is said to have the id 7, and in .* 5", settings=json.dumps(settings))
 
 
+@pytest.mark.parametrize("odd", [261.0, "261", True, None, [261]])
+def test_ids_beside_the_vocabulary_that_are_no_integers(odd: Any, tmp_path: Path) -> None:
+    """Such a token was left out, or became the token 1."""
+    tiny_tokenizer_json(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": odd}))
+    with pytest.raises(FormatError, match=r"added_tokens\.json: the id of '<x>' is no whole number"):
+        load_tokenizer(tmp_path)
+
+
 def test_scores_that_are_no_numbers(tmp_path: Path) -> None:
     for score in (float("nan"), float("inf"), float("-inf")):
         (tmp_path / "tokenizer.model").write_bytes(tiny_sentencepiece_model(("ab", score, 1)))

@@ -86,8 +86,11 @@ class _Settings:
         added: dict[int, AddedToken] = {}
         decoder = values.get("added_tokens_decoder") or {}
         for text, token in _read_json(folder / "added_tokens.json").items():
-            if isinstance(token, int):
-                added[token] = AddedToken(text, special=text in named, normalized=False)
+            if type(token) is not int:
+                raise FormatError(
+                    f"{folder / 'added_tokens.json'}: the id of {show(text)} is no whole number"
+                )
+            added[token] = AddedToken(text, special=text in named, normalized=False)
         for key, token in decoder.items() if isinstance(decoder, dict) else ():
             content = _content(token)
             if not (key.isdecimal() and len(key) < 10 and content and isinstance(token, dict)):
