@@ -19,7 +19,7 @@ typedef struct job {
 
 // The experts that a token's scores put first (of equal ones the lower index), in ascending index, and their weights:
 // a softmax over all scores, divided by the sum of the chosen where norm_topk_prob. That quotient is the softmax over
-// the chosen alone, which is how Mixtral (arXiv 2401.04088) puts it.
+// the chosen alone, which is how Mixtral (arXiv 2401.04088) puts it. A score that is NaN or infinite makes all weights NaN.
 static void choose(void *data, int t, int thread) {
     (void)thread;
     const job *j = data;
@@ -32,8 +32,11 @@ static void choose(void *data, int t, int thread) {
         for (int i = 0; i < n; i++) better += (scores[i] > scores[e]) | ((scores[i] == scores[e]) & (i < e));
         if (better < n_used) experts[found++] = e;
     }
-    for (int e = 1; e < n; e++) largest = scores[e] > largest ? scores[e] : largest;
     double sum = 0;
+    for (int e = 0; e < n; e++) {
+        largest = scores[e] > largest ? scores[e] : largest;
+        sum += (double)(scores[e] - scores[e]);
+    }
     for (int i = 0; i < (j->config->norm_topk_prob ? n_used : n); i++)
         sum += tl_exp((double)scores[j->config->norm_topk_prob ? experts[i] : i] - (double)largest);
     for (int i = 0; i < n_used; i++) weights[i] = (float)(tl_exp((double)scores[experts[i]] - (double)largest) / sum);

@@ -55,10 +55,10 @@ static inline unsigned short tl_f32_to_bf16(float x) {
     return (unsigned short)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
 }
 
-// MXFP4's block scale 2^(e - 127), halved because its numbers are kept doubled; every e is a number, 0 and 1
-// subnormal.
+// MXFP4's block scale 2^(e - 127), halved because its numbers are kept doubled; 0 and 1 are subnormal then, and 255 is
+// NaN ("OCP Microscaling Formats (MX) Specification", 5.4.1).
 static inline float tl_e8m0_half(uint8_t e) {
-    uint32_t bits = e < 2 ? 0x00200000u << e : (e - 1u) << 23;
+    uint32_t bits = e == 255 ? 0x7fc00000u : e < 2 ? 0x00200000u << e : (e - 1u) << 23;
     float x;
     memcpy(&x, &bits, 4);
     return x;

@@ -17,7 +17,7 @@ double tl_log(double x) {
 }
 
 double tl_exp(double x) {
-    if (!(x > -745)) return 0;                // below the least number, or no number
+    if (!(x > -745)) return x < 0 ? 0 : x;    // below the least number; NaN stays NaN
     double n = rint(x * 0x1.71547652b82fep0); // multiples of ln 2
     double r = fma(n, -0x1.abc9e3b39803fp-56, fma(n, -0x1.62e42fefa39efp-1, x)), sum = 1;
     for (int i = 18; i >= 1; i--) sum = fma(sum, r / i, 1);

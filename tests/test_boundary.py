@@ -157,7 +157,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"reasoning", "tokenizer"},
     },
     "benchmark": {"backends", "engine", "errors", "llm", "loaders", "loading", "modelfiles"},
-    "calibration": {"imatrix", "llm", "loaders"},
+    "calibration": {"engine", "imatrix", "llm", "loaders"},
     "quality": {"backends", "engine", "errors", "llm", "tokenizer"},
     "compare": {"backends", "benchmark", "errors", "llm", "loading", "mixes", "quality"},
     "tinyllm": {"backends", "engine", "errors", "llm", "loading", "quantization", "sampling", "tokenizer"},

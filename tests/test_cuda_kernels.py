@@ -351,6 +351,30 @@ def test_one_bad_number_is_not_rounded_away(
                 llm.logits(ids)
 
 
+@pytest.mark.parametrize("what", ["router", "cap", "norm"])
+def test_what_would_hide_a_bad_number(what: str, host: Host, tmp_path: Path) -> None:
+    """Softmaxes over the experts, soft caps, and norms of squares that overflow, as on the CPU."""
+    config = (
+        one_layer(**MIXTURE)
+        if what == "router"
+        else one_layer(**family("gemma2"))
+        if what == "cap"
+        else one_layer()
+    )
+    weights = random_weights(config, seed=3)
+    if what == "router":
+        next(w for name, w in weights.items() if name.endswith(".gate.weight")).flat[-1] = np.nan
+    elif what == "cap":
+        weights["model.norm.weight"][5] = np.inf
+    else:
+        weights["model.embed_tokens.weight"][7, 5] = 1e25
+    write_gguf(tmp_path / "model.gguf", config, weights)
+    with load(tmp_path / "model.gguf") as llm:
+        for ids in ([7], [7] * 12):
+            with pytest.raises(tinyllm.Error, match="the model computes numbers that are NaN"):
+                llm.logits(ids)
+
+
 def test_experts_that_differ_are_refused(host: Host, tmp_path: Path) -> None:
     config = one_layer(**MIXTURE)
     directory = write_hf_directory(tmp_path, config, random_weights(config, seed=3))

@@ -36,6 +36,8 @@ def random_blocks(rng: np.random.Generator, kind: Type, n: int, special: bool) -
         if not special:
             halves = (rng.integers(0, 0x7C00, n) | rng.integers(0, 2, n) << 15).astype(np.uint16)
         blocks[:, offset : offset + 2] = halves[:, None].view(np.uint8)
+    if kind == Type.MXFP4:
+        blocks[:, 0] %= 255  # which is NaN (test_every_mxfp4_exponent)
     return blocks
 
 
@@ -69,7 +71,9 @@ def test_every_mxfp4_exponent() -> None:
     blocks[:, 0] = np.arange(256)
     with np.errstate(over="ignore"):
         expected = dequantize(blocks, Type.MXFP4)
-    assert np.array_equal(bits(_core.pack_unpack(blocks.tobytes(), int(Type.MXFP4), 256, 32)), bits(expected))
+    unpacked = _core.pack_unpack(blocks.tobytes(), int(Type.MXFP4), 256, 32)
+    assert np.array_equal(bits(unpacked[:255]), bits(expected[:255]))
+    assert np.isnan(unpacked[255]).all()  # so the MX specification has it; gguf takes it for 2^128
 
 
 @pytest.mark.parametrize("rows", [1, 17, 64])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers_gguf import write_gguf
-from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
+from helpers_models import golden_spec, golden_specs, random_ids, random_weights, write_hf_directory
 
 import tinyllm
 from tinyllm import backends, benchmark, errors, quality
@@ -449,6 +449,53 @@ def test_one_bad_number_is_not_rounded_away(where: str, number: float, cache: An
         for n in (1, 3, 40):
             with pytest.raises(errors.FormatError, match="the model computes numbers that are NaN"):
                 broken.logits(PROMPT[:n])
+
+
+def last_layer(config: dict[str, Any]) -> list[str]:
+    """The tensors that are not the experts' own, of the last layer and around the layers."""
+    last = f"layers.{config['num_hidden_layers'] - 1}."
+    names = [name for name in random_weights(config, seed=5) if ".layers." not in name or last in name]
+    return [name for name in names if ".experts." not in name]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "cohere2", "qwen3_moe", "gpt_oss", "olmo3", "phi3"])
+def test_a_bad_number_anywhere_is_seen(family: str, tmp_path: Path) -> None:
+    """Through routers, caps, clamps and norms."""
+    config = next(spec.config for spec in golden_specs("families") if spec.name == family)
+    ids = random_ids(config, 1, 5)
+    for name in last_layer(config):
+        weights = random_weights(config, seed=5)
+        weights[name].flat[3 + (ids[0] * config["hidden_size"] if "embed" in name else 0)] = np.nan
+        write_gguf(tmp_path / "model.gguf", config, weights)
+        with (
+            tinyllm.load(tmp_path / "model.gguf", threads=2) as broken,
+            pytest.raises(errors.FormatError, match="the model computes numbers that are NaN"),
+        ):
+            broken.logits(ids)
+
+
+def test_squares_that_overflow(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG, seed=5)
+    weights["model.embed_tokens.weight"][PROMPT[0], 5] = 1e25
+    write_hf_directory(tmp_path / "model", CONFIG, weights)
+    with (
+        tinyllm.load(tmp_path / "model", threads=2) as broken,
+        pytest.raises(errors.FormatError, match="the model computes numbers that are NaN"),
+    ):
+        broken.logits(PROMPT[:3])
+
+
+def test_a_models_own_infinite_logit_is_no_mask(tmp_path: Path) -> None:
+    """Of one sign it is the largest of all, of the other it would be a token that never comes."""
+    weights = random_weights(CONFIG, seed=5)
+    for sign in (1, -1):
+        weights["lm_head.weight"][9] = sign * 3e38
+        write_hf_directory(tmp_path / f"model{sign}", CONFIG, weights)
+        with (
+            tinyllm.load(tmp_path / f"model{sign}", threads=2) as broken,
+            pytest.raises(errors.FormatError, match="the model computes numbers that are NaN"),
+        ):
+            broken(PROMPT, max_tokens=1)
 
 
 class Oops(Exception):

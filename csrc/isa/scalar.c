@@ -6,6 +6,8 @@
 #define V_SUMS     1       // vectors of sums that registers hold beside the weights
 #define V_AHEAD    0       // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        scalar
+#define Q_INLINE                                                                                                       \
+    static __attribute__((noinline)) // written out into each other, the quantizers take a minute to compile
 
 static int usable(void) { return 1; }
 

@@ -1,11 +1,11 @@
 // kernels/activations.cuh: what products read: rows of x, normed where there is a norm, as int8 groups of 32 for quantized
 // weights and as floats for the others. Written into a block's shared memory when few tokens share the weights (every block
 // makes its own, which is cheaper than a launch), into global memory when many do: the same function, so the same bits. And
-// what is normed before it is added to x. Includes primitives.cuh. Read product.cuh next.
+// what is normed before it is added to x. Includes numeric.cuh. Read product.cuh next.
 #ifndef TINYLLM_CUDA_ACTIVATIONS_CUH
 #define TINYLLM_CUDA_ACTIVATIONS_CUH
 
-#include "primitives.cuh"
+#include "numeric.cuh"
 
 #define BLOCK_THREADS 256 // of every kernel that sums a row: the order of additions depends on it
 #define BLOCK_WARPS   8
@@ -79,7 +79,7 @@ DEVICE float mean_of(const row_norm &norm, const float *sums, int k) {
     return norm.centred ? sum_warps(sums) / (float)k : 0.0f;
 }
 DEVICE float scale_of(const row_norm &norm, const float *sums, int k) {
-    return 1.0f / sqrtf(sum_warps(sums + BLOCK_WARPS) / (float)k + norm.eps);
+    return norm_scale(sum_warps(sums + BLOCK_WARPS) / (float)k, norm.eps);
 }
 
 // Into sums, of n rows of k: what their means and scales are made of. Ends with a barrier.

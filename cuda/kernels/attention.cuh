@@ -94,7 +94,7 @@ DEVICE head_numbers head_of(const float *row, int head, int head_dim, const head
     }
     float squares = 0;
     for (int i = lane_id(); i < n; i += 32) squares = fmaf(x[i] - h.mean, x[i] - h.mean, squares);
-    h.scale = 1.0f / sqrtf(warp_sum(squares) / (float)n + norm.eps);
+    h.scale = norm_scale(warp_sum(squares) / (float)n, norm.eps);
     h.weight = norm.weight + (size_t)head * how.weight_stride;
     return h;
 }

@@ -53,7 +53,9 @@ KERNEL(BLOCK_THREADS, 1) route(const route_arguments a) {
         powers[e] = exponential(scores[e] - largest);
     }
     block_barrier();
-    sum_row(sums, n_experts, [&](float sum, int e) { return a.norm_topk && !chosen[e] ? sum : sum + powers[e]; });
+    sum_row(sums, n_experts, [&](float sum, int e) { // a score that is NaN or infinite makes all weights NaN
+        return sum + (a.norm_topk && !chosen[e] ? scores[e] - scores[e] : powers[e] + (scores[e] - scores[e]));
+    });
     block_barrier();
     for (int e = thread_id(); e < n_experts; e += BLOCK_THREADS) {
         int place = 0;

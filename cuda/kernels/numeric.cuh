@@ -31,8 +31,15 @@ DEVICE float gated(const gating &a, float gate, float up) {
     return g / (1.0f + exponential(a.slope * fmaf(a.cubic * g * g, g, g))) * (u + a.shift);
 }
 
-// cap tanh(x / cap), tanh y = 1 - 2 / (e^2y + 1).
-DEVICE float soft_cap(float x, float cap) { return (1.0f - 2.0f / (exponential(x * (2.0f / cap)) + 1.0f)) * cap; }
+// cap tanh(x / cap), tanh y = 1 - 2 / (e^2y + 1). What is infinite becomes NaN (x - x), for a cap would hide it.
+DEVICE float soft_cap(float x, float cap) {
+    return (1.0f - 2.0f / (exponential(x * (2.0f / cap)) + 1.0f)) * cap + (x - x);
+}
+
+// What a norm multiplies by. NaN where the squares overflow: zeros would look like an answer.
+DEVICE float norm_scale(float mean_square, float eps) {
+    return mean_square < INFINITY ? 1.0f / sqrtf(mean_square + eps) : as_float(0x7fc00000);
+}
 
 // In float64, so that RoPE's angles are good at any position; the reduction is Cody and Waite's.
 DEVICE void sine_cosine(double radians, double *sine, double *cosine) {

@@ -41,7 +41,8 @@ DEVICE uint32_t file_half(int format, const uint8_t *b, int which) {
     case 12:
     case 13: return which ? half_at(b + 2) ^ 0x8000u : half_at(b);
     case 14: return half_at(b + 208);
-    case 39: return b[0] < 2 ? 0x20u << b[0] : (uint32_t)(b[0] - 1) << 7; // 2^(e - 128) as a bf16
+    case 39: // 2^(e - 128) as a bf16, 255 is NaN
+        return b[0] == 255 ? 0x7fc0u : b[0] < 2 ? 0x20u << b[0] : (uint32_t)(b[0] - 1) << 7;
     default: return half_at(b);
     }
 }

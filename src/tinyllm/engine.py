@@ -568,18 +568,14 @@ class Engine:
 def choose(
     sampler: Callable[[Logits, list[int], int], Sampled], logits: Logits, tokens: list[int]
 ) -> Sampled:
-    """The token after `tokens`. Raises ArgumentError, and FormatError where nothing is wrong with the
-    arguments: the model itself computes logits that are no numbers."""
-    try:
-        return sampler(logits, tokens, len(tokens))
-    except ArgumentError:
-        require_finite(logits.totals if isinstance(logits, Candidates) else logits)
-        raise
+    """The token after `tokens`. Raises ArgumentError, and FormatError where the model computes logits that
+    are NaN or infinite: to the sampler -inf is a token that must not come, which is for its user to say."""
+    require_finite(logits.totals if isinstance(logits, Candidates) else logits)
+    return sampler(logits, tokens, len(tokens))
 
 
 def require_finite(computed: npt.NDArray[np.floating[Any]]) -> None:
-    """Raises FormatError where what a model computed is NaN or infinite. For answers as a whole: in the loop
-    of tokens `choose` looks only once the sampler has refused."""
+    """Raises FormatError where what a model computed is NaN or infinite."""
     if not np.isfinite(computed).all():
         raise FormatError(
             "the model computes numbers that are NaN or infinite: its weights hold such numbers or are "

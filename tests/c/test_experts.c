@@ -94,14 +94,23 @@ static void check_units(const tl_routing *r, const counts *c, int n_panels, int 
     free(seen);
 }
 
-static void check_not_a_number(void) { // whatever comes out, it stays in the buffers
+// One score that is no number, of any expert: all weights of its token are NaN, those of the other are not, and nothing leaves
+// the buffers; nor where most are none.
+static void check_not_a_number(void) {
+    static const float bad[] = {NAN, INFINITY, -INFINITY};
     const counts c = {2, 6, 2, 1};
-    const tl_config config = {.n_experts = 6, .n_experts_used = 2, .norm_topk_prob = 1};
-    tl_routing r = make_routing(&c);
-    for (int i = 0; i < 12; i++) r.scores[i] = i % 5 < 3 ? NAN : 1;
-    tl_cpu_route(&r, &config, c.n, 1);
-    check_groups(&r, &c);
-    free_routing(&r);
+    for (int i = 0; i < 6 * 3 * 2 + 2; i++) {
+        const int norm = i % 2;
+        const tl_config config = {.n_experts = 6, .n_experts_used = 2, .norm_topk_prob = norm};
+        tl_routing r = make_routing(&c);
+        for (int e = 0; e < 6 && i >= 36; e++) r.scores[e] = e % 5 < 3 ? NAN : 1;
+        if (i < 36) r.scores[i / 6] = bad[i / 2 % 3];
+        tl_cpu_route(&r, &config, c.n, 1);
+        check_groups(&r, &c);
+        for (int w = 0; w < 4; w++)
+            CHECK(isnan(r.weights[w]) == (w < 2), "case %d: weight %d is %g", i, w, (double)r.weights[w]);
+        free_routing(&r);
+    }
 }
 
 int main(void) {

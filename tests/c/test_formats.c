@@ -123,7 +123,7 @@ static int check_fragment(const tl_format *f, int (*read)(numbers *, const uint8
             int i = at / 32, k = at % 32;
             float x = n.scale[k / 16].v[i] * (float)(n.code[k][i] - n.zero) + n.min[k / 16].v[i];
             float expected = truth[i][32 * j + k];
-            if (!(x == expected) || (!rows[i] && x != 0))
+            if ((isnan(expected) ? !isnan(x) : x != expected) || (!rows[i] && x != 0))
                 return printf("%s: row %d, k %d is %g, not %g\n", f->name, i, 32 * j + k, x, expected), 1;
             if (n.code[k][i] > n.most) return printf("%s: code %d is over %d\n", f->name, n.code[k][i], n.most), 1;
         }

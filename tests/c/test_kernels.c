@@ -487,21 +487,25 @@ static void check_glu(tl_activation activation) {
         }
 }
 
-// NaN comes through what clamps its numbers, at every place of a row.
+// NaN comes through what clamps its numbers, at every place of a row; so does what is infinite through a cap, and squares that
+// overflow through a norm.
 static void check_bad_rows(void) {
     enum { N = 40 };
     for (int c = 0; c < n_kernels; c++)
         for (int at = 0; at < N; at++)
-            for (int what = 0; what < 7; what++) { // three gated units with a bad gate, with a bad up; the cap
+            for (int what = 0; what < 11; what++) { // three gated units with a bad gate, with a bad up; caps; norms
                 float *gate = random_floats(N, 5), *up = random_floats(N, 5);
-                (what < 3 ? up : gate)[at] = NAN;
+                static const float capped[] = {NAN, INFINITY, -INFINITY};
+                (what < 3 ? up : gate)[at] = what < 6 ? NAN : what < 9 ? capped[what - 6] : 1e20f;
                 if (what < 6)
                     kernels[c]->glu[what % 3](gate, up, N);
-                else
+                else if (what < 9)
                     kernels[c]->soft_cap(gate, 30, N);
+                else
+                    (what < 10 ? kernels[c]->rmsnorm : kernels[c]->layernorm)(gate, gate, up, 1e-5f, N);
                 for (int i = 0; i < N; i++)
-                    CHECK(isnan(gate[i]) == (i == at), "%s: NaN at %d of %d gives %g at %d", kernels[c]->name, at, what,
-                          (double)gate[i], i);
+                    CHECK(isnan(gate[i]) == (i == at || what >= 9), "%s: what is bad at %d of %d gives %g at %d",
+                          kernels[c]->name, at, what, (double)gate[i], i);
                 free(gate);
                 free(up);
             }
