@@ -480,7 +480,7 @@ def test_a_failure_names_the_line() -> None:
     ):
         with pytest.raises(TemplateError, match=r"is not valid, line 3: [^ ]+ [^ ]+"):
             render("a\n\n" + source)
-    for source in ("\ud800", "{{ strftime_now('\ud800') }}", "{{ 'a\ud800' }}", "{{ 'a\\ud800' }}"):
+    for source in ("\ud800", "{{ strftime_now('\ud800') }}", "{{ 'a\ud800' }}", "{{ 'a\\n\\ud800' }}"):
         with pytest.raises(TemplateError, match=r"not valid, line 3: U\+D800 is half a surrogate pair"):
             render("a\n\n" + source)
     with pytest.raises(TemplateError, match="nested too deeply, or has too many"):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from helpers_models import golden_specs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -719,3 +720,31 @@ def test_json_file_to_config(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(JSON))
     same(config_from_json(read_json(path)), EXPECTED)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_longrope_may_say_its_type_twice(key: str) -> None:
+    """As newer writers save Phi-3's and Phi-4's."""
+    spec = next(spec for spec in golden_specs("families") if spec.name == "phi3_long")
+    expected = config_from_json(spec.config)
+    table = spec.config["rope_scaling"]
+    rest = {name: value for name, value in spec.config.items() if name != "rope_scaling"}
+    for types in ({"type": "longrope", "rope_type": "longrope"}, {"type": "su", "rope_type": "longrope"}):
+        assert config_from_json({**rest, key: {**table, **types}}) == expected
+
+
+def test_a_base_among_the_parameters_is_that_of_windowed_layers_too() -> None:
+    spec = next(spec for spec in golden_specs("families") if spec.name == "olmo3")
+    rest = {
+        name: v
+        for name, v in spec.config.items()
+        if name not in ("rope_theta", "rope_scaling", "rope_parameters")
+    }
+    config = config_from_json({**rest, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert config.rope_theta == config.local_rope_theta == 5e5
+
+
+def test_a_base_of_the_file_goes_before_its_familys() -> None:
+    spec = next(spec for spec in golden_specs("families") if spec.name == "ministral3")
+    rest = {name: v for name, v in spec.config.items() if name != "rope_parameters"}
+    assert config_from_json({**rest, "rope_theta": 2e8}).rope_theta == 2e8

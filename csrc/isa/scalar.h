@@ -94,8 +94,9 @@ static inline int32_t vi_sum(vi a) {
     return s;
 }
 static inline vf vf_from_vi(vi a) { V_OP(vf, (float)a.v[i]); }
-static inline vi vi_round(vf a) { V_OP(vi, (int32_t)rintf(a.v[i])); } // half to even, |a| < 2^31
-static inline vf vf_pow2(vi n) {                                      // 2^n, -126 <= n <= 127
+// Half to even; |a| < 2^31, or NaN.
+static inline vi vi_round(vf a) { V_OP(vi, a.v[i] == a.v[i] ? (int32_t)rintf(a.v[i]) : 0); }
+static inline vf vf_pow2(vi n) { // 2^n, -126 <= n <= 127
     vf r;
     V_EACH {
         uint32_t u = (uint32_t)(n.v[i] + 127) << 23;

@@ -279,7 +279,7 @@ static inline uint32_t float_to_half(float x) {
     if (rest < as_bits(0x1p-14f)) return sign | (as_bits(as_float(rest) + 0.5f) - as_bits(0.5f)); // ulp(0.5) = 2^-24
     return sign | (((rest + 0xfff + (rest >> 13 & 1)) >> 13) - (112 << 10));
 }
-static inline int round_to_int(float x) { return (int)rintf(x); }
+static inline int round_to_int(float x) { return x == x ? (int)rintf(x) : 0; }
 static inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     const uint64_t all = (uint64_t)high << 32 | low;
     uint32_t out = 0;

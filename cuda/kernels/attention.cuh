@@ -484,12 +484,12 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
             const int c = thread_id();
             s.old_factor[c] = 1;
             s.new_factor[c] = 0;
-            if (s.part_max[c] != -INFINITY) // the column sees something of the segment
+            if (s.part_max[c] != -INFINITY || s.part_sum[c] != 0) // the column sees something of the segment
                 merge_factors(s.max[c], s.sum[c], s.part_max[c], s.part_sum[c], s.old_factor[c], s.new_factor[c]);
         }
         block_barrier();
         values(a, s, tile.sequence, segment, kv_head, from, to, [&](int column, int d, float x) {
-            if (s.part_max[column] == -INFINITY) return;
+            if (s.part_max[column] == -INFINITY && s.part_sum[column] == 0) return;
             float *out = s.out + column * a.v_stride + d;
             *out = fmaf(*out, s.old_factor[column], x * s.new_factor[column]);
         });

@@ -43,16 +43,13 @@ def observe(llm: LLM) -> dict[str, list[F64]]:
     return seen
 
 
-def sums_of(seen: Mapping[str, Sequence[F64]]) -> dict[str, npt.NDArray[np.float32]]:
-    """What `observe` gathered so far, as a file holds it: by tensor float32 [matrices, k + 1].
-
-    Raises FormatError where a sum is NaN or infinite: such a model is broken.
-    """
-    with np.errstate(over="ignore"):
-        sums = {name: np.stack(of).astype(np.float32) for name, of in sorted(seen.items())}
-    for values in sums.values():
-        require_finite(values)
-    return sums
+def require_sums(seen: Mapping[str, Sequence[F64]]) -> None:
+    """Raises FormatError where what `observe` gathered so far is NaN or more than a file's float32 holds:
+    such a model is broken."""
+    for of in seen.values():
+        for values in of:
+            with np.errstate(over="ignore"):
+                require_finite(values.max(initial=0).astype(np.float32))  # sums of squares: NaN, or >= 0
 
 
 def write(
@@ -67,9 +64,11 @@ def write(
 
     texts: names of what was read. n_windows, n_ctx: how it was cut. The file appears under its name once it
     is complete; matrices that met no row are left out. Raises WriteError, ArgumentError where all are, and
-    FormatError as `sums_of` does.
+    FormatError as `require_sums` does.
     """
-    known = {name: values for name, values in sums_of(seen).items() if values[:, -1].any()}
+    require_sums(seen)
+    found = {name: np.stack(of).astype(np.float32) for name, of in sorted(seen.items())}
+    known = {name: values for name, values in found.items() if values[:, -1].any()}
     sums = {name: values[:, :-1] for name, values in known.items()}
     counts = {name: values[:, -1] for name, values in known.items()}
     write_imatrix(path, Imatrix(sums, counts, tuple(texts), n_windows, n_ctx))

@@ -693,18 +693,21 @@ def _json_rope(config: _Fields, row: Family, head_dim: int, context: int) -> _Ro
         for key, value in table.items():
             _agree(f"{_brief(key)} of RoPE", value, parameters.get(key))
     theta = config.number("rope_theta", 10000.0)
-    has_local = "rope_local_base_freq" in row.json_defaults
-    local_theta = config.number("rope_local_base_freq", theta) if has_local else theta
+    local_theta = None  # as the others
+    if "rope_local_base_freq" in row.json_defaults and config.get("rope_local_base_freq") is not None:
+        local_theta = config.number("rope_local_base_freq")
     if any(isinstance(value, dict) for value in table.values()):  # by kind of layer
         local = table.get("sliding_attention", {})
         table = table.get("full_attention", {})
         if not isinstance(local, dict) or not isinstance(table, dict) or local.get("rope_type") != "default":
             raise UnsupportedError("RoPE parameters that differ by kind of layer are not supported")
-        local_theta = _Fields(local).number("rope_theta", local_theta)
+        local_theta = _Fields(local).number("rope_theta", theta if local_theta is None else local_theta)
     fields = _Fields(table)
-    _agree("rope_theta", said.get("rope_theta"), fields.get("rope_theta"))
-    theta = fields.number("rope_theta", theta)
-    kind = fields.get("rope_type") or fields.get("type") or "default"
+    if scaling or "rope_parameters" in said:
+        _agree("rope_theta", said.get("rope_theta"), fields.get("rope_theta"))
+    base = fields.number("rope_theta", theta)
+    theta = theta if said.get("rope_theta") is not None else base
+    kind, older = fields.get("rope_type"), fields.get("type")
     partial = fields.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     if partial != 1 and "partial_rotary_factor" not in row.json_defaults:
         raise UnsupportedError("partial_rotary_factor is not supported for this architecture")
@@ -712,7 +715,8 @@ def _json_rope(config: _Fields, row: Family, head_dim: int, context: int) -> _Ro
     if fields.get("short_factor") is not None:  # Phi-3 calls it "su" or "yarn" in older files
         kind = "longrope"
     else:
-        _agree("rope_type", fields.get("rope_type"), fields.get("type"))
+        _agree("rope_type", kind, older)
+        kind = kind or older or "default"
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         why = " (its frequencies change with the length of the text)" if kind == "dynamic" else ""
         raise UnsupportedError(
@@ -720,6 +724,7 @@ def _json_rope(config: _Fields, row: Family, head_dim: int, context: int) -> _Ro
         )
     growth = fields.number("llama_4_scaling_beta", 0.0) if row.growing_queries else 0.0
     fields.refuse_unknown((*_ROPE_KEYS[kind], "finetuned", "max_position_embeddings"))
+    local_theta = theta if local_theta is None else local_theta
     rope = _Rope(theta, _bounded("rope_dim", rope_dim), local_theta=local_theta, query_growth=growth)
     stated = config.get("original_max_position_embeddings")
     original = fields.whole("original_max_position_embeddings", context)

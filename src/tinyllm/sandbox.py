@@ -431,13 +431,14 @@ _MADE, _CONCAT, _COMPARED, _TURNS = "(made)", "(concat)", "(compared)", "(turns)
 _INTERNAL = {_MADE: _made, _CONCAT: _concat, _COMPARED: _compared, _TURNS: _turns}
 
 
-def _check_text(text: str, line: int) -> None:
-    """Raises TemplateSyntaxError for half a surrogate pair, which no prompt may hold. line: of its start."""
+def _check_text(text: str, line: int | None = None) -> None:
+    """Raises TemplateSyntaxError for half a surrogate pair, which no prompt may hold. line: where a string
+    stands; None: text is a template's source."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
         what = f"U+{ord(text[e.start]):04X} is half a surrogate pair, which is no character"
-        raise TemplateSyntaxError(what, line + text.count("\n", 0, e.start)) from None
+        raise TemplateSyntaxError(what, line or 1 + text.count("\n", 0, e.start)) from None
 
 
 class _Rewrite(NodeTransformer):
@@ -582,7 +583,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Raises TemplateSyntaxError, and LimitError for what lies at no line."""
         if len(source) > MAX_SOURCE:
             raise LimitError(f"it has {len(source)} characters, and {MAX_SOURCE} is the most")
-        _check_text(source, 1)
+        _check_text(source)
         parser = Parser(self, source, filename=filename)
         try:
             tree = parser.parse()

@@ -85,7 +85,7 @@ def _run(argv: list[str]) -> int:
         with progress_bar("perplexity") as progress:
 
             def after(done: int, total: int, nll: Any) -> None:
-                calibration.sums_of(seen)  # a broken model is noticed at once
+                calibration.require_sums(seen)  # a broken model is noticed at once
                 progress(done, total, _so_far(nll))
 
             found = quality.measure(models, on, progress=after)
