@@ -259,7 +259,8 @@ def test_a_session_in_many_threads_is_refused_not_broken(model: tinyllm.LLM) -> 
         else:
             with model._cache.lock:  # as if a call were running: the others wait, and meet
                 held.set()
-                while len(model._engine._calls) < 5:
+                end = time.monotonic() + 60
+                while len(model._engine._calls) < 5 and time.monotonic() < end:
                     time.sleep(0.001)
         for _ in range(20):
             try:
