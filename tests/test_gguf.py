@@ -27,6 +27,8 @@ from tinyllm.loaders import CHUNK_BYTES, FORMATS, find_model
 from tinyllm.loaders import gguf as loader
 from tinyllm.loaders.gguf import read_gguf
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")  # memory and blocks of the core are counted
+
 GOOD = File(
     [
         ("general.architecture", scalar(STRING, "llama")),

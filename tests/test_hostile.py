@@ -55,6 +55,8 @@ from tinyllm.quality import measure, windows
 from tinyllm.tokenizer import load_tokenizer, tokenizer_from_gguf
 from tinyllm.tokenizer.spm import _message
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")  # memory and blocks of the core are counted
+
 SEEDS = {f"{target}-{name}": (target, raw) for target, name, raw in seeds()}
 WORKING = SEEDS.keys() - {"gguf-experts", "gguf-split", "directory-sharded"}
 

@@ -25,6 +25,8 @@ from tinyllm.errors import Error, FormatError, NotFoundError, ReadError, Unsuppo
 from tinyllm.loaders import BF16, F16, F32, MAX_JSON_DEPTH, find_model, parse_json, read_json
 from tinyllm.loaders.safetensors import INDEX, SINGLE, read_safetensors
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")  # memory and blocks of the core are counted
+
 Array = npt.NDArray[Any]
 
 
