@@ -81,7 +81,8 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="module")
 def frozen_heap() -> Iterator[None]:
-    """Collections look at what the module's tests make, and not at all that others left, which takes long."""
+    """Collections look at what the module's tests make, and not at all that others left, which takes long and
+    would change what is counted amid a test."""
     gc.collect()
     gc.freeze()
     yield
