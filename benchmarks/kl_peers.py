@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 import tinyllm
-from tinyllm import backends, quality
+from tinyllm import backends
+from tinyllm.measure import quality
 
 F32 = npt.NDArray[np.float32]
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml's numbers

@@ -229,7 +229,8 @@ def run_engine(engine: Engine, setting: Setting) -> tuple[float, str]:
 
 def compare(args: argparse.Namespace, engines: Sequence[Engine]) -> list[dict[str, Any]]:
     """A record for each model, case and engine, of `args.repetitions` turns."""
-    from tinyllm import backends, benchmark
+    from tinyllm import backends
+    from tinyllm.measure import benchmark
 
     threads = args.threads or backends.default_threads()
     read_bytes = None if args.buffer is None else args.buffer << 20

@@ -24,13 +24,13 @@ import kl_peers
 import numpy as np
 
 import tinyllm
-from tinyllm import benchmark, compare
 from tinyllm.cli.common import percent, progress_line, read_text, seconds, size, table
 from tinyllm.cli.plot import draw
 from tinyllm.errors import Error
-from tinyllm.loaders import FORMATS
-from tinyllm.mixes import MIXES
+from tinyllm.files import FORMATS
+from tinyllm.measure import benchmark, compare
 from tinyllm.modelfiles import read_model
+from tinyllm.quantization.mixes import MIXES
 
 ROOT = Path(__file__).resolve().parents[1]
 MASTER = ROOT / "benchmarks" / "stories-f16.gguf"

@@ -21,7 +21,7 @@ from kl_peers import quiet
 
 import tinyllm
 from tinyllm import backends
-from tinyllm.mixes import MIXES, key_of
+from tinyllm.quantization.mixes import MIXES, key_of
 
 
 def theirs(model: str, out: Path, type: str, threads: int) -> None:

@@ -5,7 +5,7 @@
 Names, keys, row sizes and the mix of formats are those of llama.cpp's own files, so that every engine that
 reads GGUF reads these. A matrix repeats one random tile of its format from a random place on: a file of 5 GB
 takes seconds and a few MB of memory. Weights have a deviation of 1 / sqrt(k), so that activations and logits
-stay of ordinary size; the text such a model writes means nothing. Imports numpy and tinyllm's loaders.
+stay of ordinary size; the text such a model writes means nothing. Imports numpy and tinyllm's files.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllm.errors import ArgumentError, Error
-from tinyllm.loaders import FORMATS
-from tinyllm.loaders.gguf import read_gguf
+from tinyllm.files import FORMATS
+from tinyllm.files.gguf import read_gguf
 
 ALIGNMENT = 32
 TILE_BYTES = 4 << 20

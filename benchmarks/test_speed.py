@@ -19,8 +19,8 @@ import synthetic
 
 import tinyllm
 from tinyllm import backends
+from tinyllm.engine.sampling import Sampler
 from tinyllm.modelfiles import BUNDLED
-from tinyllm.sampling import Sampler
 
 Measure = Callable[..., None]  # conftest.py
 ROOT = Path(__file__).resolve().parents[1]

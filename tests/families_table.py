@@ -15,7 +15,7 @@ from helpers_gguf import write_gguf
 from helpers_models import GOLDEN_DIR, Spec, golden_model, golden_specs, random_ids, random_weights
 
 import tinyllm
-from tinyllm.families import FAMILIES
+from tinyllm.config.families import FAMILIES
 
 # The golden models that stand for a family; by its model_type, the others are named by their specs.
 FILES = {"specs": "logits.npz", "families": "families.npz"}

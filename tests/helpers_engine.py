@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tinyllm.engine.kvcache import PAGE
 from tinyllm.errors import CancelledError
-from tinyllm.kvcache import PAGE
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]

@@ -29,13 +29,13 @@ from helpers_models import Spec, golden_specs, random_weights, write_hf_director
 
 import tinyllm
 from tinyllm import backends
-from tinyllm.chat import ChatTemplate, template_from_directory
+from tinyllm.chat.templates import ChatTemplate, template_from_directory
 from tinyllm.config import config_from_gguf
 from tinyllm.errors import Error
-from tinyllm.imatrix import read_imatrix
-from tinyllm.loaders import FORMATS, find_model
-from tinyllm.loaders.gguf import read_gguf
-from tinyllm.loaders.safetensors import read_safetensors
+from tinyllm.files import FORMATS, find_model
+from tinyllm.files.gguf import read_gguf
+from tinyllm.files.safetensors import read_safetensors
+from tinyllm.quantization.imatrix import read_imatrix
 from tinyllm.tokenizer.spm import build_model
 
 CORPUS = Path(__file__).parent / "corpus"

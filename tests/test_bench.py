@@ -29,10 +29,11 @@ from helpers_gguf import write_gguf
 from helpers_models import golden_spec, random_weights
 
 import tinyllm
-from tinyllm import backends, benchmark
+from tinyllm import backends
 from tinyllm.cli.bench import main
 from tinyllm.errors import ArgumentError, MemoryLimitError, UnsupportedError
-from tinyllm.mixes import MIXES
+from tinyllm.measure import benchmark
+from tinyllm.quantization.mixes import MIXES
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 LLAMA_BENCH_KEYS = [
@@ -479,7 +480,7 @@ def test_help_needs_nothing_heavy() -> None:
         "import sys; from tinyllm.cli import bench\n"
         "try: bench.main(['--help'])\n"
         "except SystemExit: pass\n"
-        "sys.exit('numpy' in sys.modules or 'tinyllm.benchmark' in sys.modules)"
+        "sys.exit('numpy' in sys.modules or 'tinyllm.measure.benchmark' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

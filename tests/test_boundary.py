@@ -4,19 +4,26 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, WrapperDescriptorType
+from typing import Any
 
 import count_lines
 import pytest
 from helpers_models import golden_model, golden_spec
 
 import tinyllm
-from tinyllm import _core, backends, cuda, kvcache, loading
-from tinyllm.config import _BOUNDS, config_from_json
-from tinyllm.loaders import FORMATS
+from tinyllm import _core, backends, loading
+from tinyllm.backends import cuda
+from tinyllm.config import config_from_json
+from tinyllm.config.model import BOUNDS
+from tinyllm.engine import kvcache
+from tinyllm.engine.sampling import SamplingOptions, SamplingParams
+from tinyllm.files import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, CUDA, PACKAGE = ROOT / "csrc", ROOT / "cuda", ROOT / "src" / "tinyllm"
@@ -124,44 +131,23 @@ def test_cuda_knows_the_interface_only() -> None:
 
 # ---- Python: who imports whom
 
-# By the first part of a module's name; "tinyllm" is the package itself (its __init__.py).
-MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
-    "families": {"errors"},
-    "config": {"errors", "families"},
-    "outfiles": {"errors"},
-    "loaders": {"config", "errors", "families", "outfiles"},
-    "cuda": {"errors"},
-    "backends": {"_core", "config", "cuda", "errors", "loaders"},
-    "kvcache": {"errors"},
-    "sampling": {"backends", "config", "errors"},
-    "tokenizer": {"errors", "loaders"},
-    "sandbox": {"errors"},
-    "chat": {"errors", "loaders", "sandbox"},
-    "reasoning": {"sampling"},
-    "engine": {"errors", "kvcache", "reasoning", "sampling"},
-    "modelfiles": {"chat", "config", "errors", "loaders", "tokenizer"},
-    "llm": {
-        *{"backends", "chat", "config", "engine", "errors", "kvcache", "reasoning", "sampling"},
-        "tokenizer",
-    },
-    "mixes": {"errors", "loaders"},
-    "imatrix": {"errors", "loaders"},
-    "loading": {"backends", "config", "errors", "llm", "loaders", "mixes", "modelfiles"},
-    "contents": {"chat", "config", "errors", "families", "loaders", "modelfiles", "tokenizer"},
-    "quantization": {
-        *{"backends", "contents", "errors", "imatrix", "loaders", "mixes", "modelfiles", "outfiles"},
-    },
-    "inspection": {
-        *{"backends", "chat", "config", "errors", "llm", "loaders", "loading", "modelfiles"},
-        *{"reasoning", "tokenizer"},
-    },
-    "benchmark": {"backends", "engine", "errors", "llm", "loaders", "loading", "modelfiles"},
-    "calibration": {"engine", "imatrix", "llm", "loaders"},
-    "quality": {"backends", "engine", "errors", "llm", "tokenizer"},
-    "compare": {"backends", "benchmark", "errors", "llm", "loading", "mixes", "quality"},
-    "tinyllm": {"backends", "engine", "errors", "llm", "loading", "quantization", "sampling", "tokenizer"},
-}
+# From the ground up: a room (a folder or a file of the package) imports what stands below it, nothing on its
+# own floor or above. "tinyllm" is the package itself (its __init__.py).
+FLOORS: list[set[str]] = [
+    {"errors"},
+    {"config"},
+    {"files"},
+    {"backends", "chat", "tokenizer"},
+    {"engine"},
+    {"modelfiles", "results", "sampling"},
+    {"llm"},
+    {"quantization"},
+    {"loading"},
+    {"tinyllm"},
+    {"measure"},
+    {"cli"},
+]
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -180,9 +166,10 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def test_imports_are_found() -> None:
-    """The rule below is worth nothing if this finds nothing."""
-    assert set(imports(PACKAGE / "backends.py")) >= {"tinyllm._core", "tinyllm.config.ModelConfig"}
-    assert "tinyllm.loaders.FORMATS" in set(imports(PACKAGE / "loaders" / "names.py"))
+    """The rules below are worth nothing if this finds nothing."""
+    backends_import = set(imports(PACKAGE / "backends" / "__init__.py"))
+    assert backends_import >= {"tinyllm._core", "tinyllm.config.ModelConfig", "tinyllm.backends.cuda"}
+    assert "tinyllm.files.FORMATS" in set(imports(PACKAGE / "files" / "names.py"))
     assert "tinyllm.errors.Error" in set(imports(PACKAGE / "cli" / "common.py"))
 
 
@@ -203,28 +190,37 @@ def test_one_module_opens_libraries() -> None:
     assert found == {"cuda.py"}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_import_directions(path: Path) -> None:
+MODULES = pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+
+
+def room_of(path: Path) -> str:
     first = path.relative_to(PACKAGE).parts[0]
-    module = "tinyllm" if first == "__init__.py" else first.removesuffix(".py")
-    imported = {part_of(name) for name in imports(path)} - {module}
-    if module == "cli":
-        assert "_core" not in imported
-        return
-    assert module in MAY_IMPORT, f"{module} is new: MAY_IMPORT says whom it may know"
-    assert imported <= MAY_IMPORT[module]
+    return "tinyllm" if first == "__init__.py" else first.removesuffix(".py")
 
 
-def test_the_rules_themselves_have_one_direction() -> None:
-    """MAY_IMPORT has no circle, only backends knows the core, and nobody knows the command line."""
-    assert {module for module, known in MAY_IMPORT.items() if "_core" in known} == {"backends"}
-    assert {module for module, known in MAY_IMPORT.items() if "cuda" in known} == {"backends"}
-    assert not any("cli" in known for known in MAY_IMPORT.values())
-    left = {module: known - {"_core"} for module, known in MAY_IMPORT.items()}
-    while left:
-        free = {module for module, known in left.items() if not known & set(left)}
-        assert free, f"a circle among {sorted(left)}"
-        left = {module: known for module, known in left.items() if module not in free}
+@MODULES
+def test_import_directions(path: Path) -> None:
+    room = room_of(path)
+    assert room in FLOOR, f"{room} is new: FLOORS says where it stands"
+    imported = {part_of(name) for name in imports(path)} - {room}
+    if room == "backends":
+        imported.discard("_core")
+    above = {name for name in imported if name not in FLOOR or FLOOR[name] >= FLOOR[room]}
+    assert not above
+
+
+@MODULES
+def test_private_names_stay_in_their_room(path: Path) -> None:
+    for name in imports(path):
+        *_, last = name.split(".")
+        private = last.startswith("_") and not last.startswith("__")
+        assert not private or name == "tinyllm._core" or part_of(name) == room_of(path), name
+
+
+def test_every_floor_is_built() -> None:
+    assert set(FLOOR) == {room_of(path) for path in PACKAGE.rglob("*.py")}
 
 
 # ---- what is written twice
@@ -297,7 +293,7 @@ def test_constants_agree() -> None:
     assert defined("TL_MAX_THREADS") == backends.MAX_THREADS
     for name, id in backends.CACHE_TYPES.items():
         assert FORMATS[id].name.lower() == name
-    assert _BOUNDS["context"][1] == loading.MAX_CONTEXT
+    assert BOUNDS["context"][1] == loading.MAX_CONTEXT
     (most,) = re.findall(
         r"max_pages < 1 \|\| max_pages > 1 << (\d+)", (CSRC / "cache.c").read_text(encoding="utf-8")
     )
@@ -319,6 +315,24 @@ def test_cffi_is_told_what_the_headers_say() -> None:
         "TL_ARGUMENT": tinyllm.ArgumentError,
         "TL_MEMORY": tinyllm.MemoryLimitError,
     }
+
+
+def test_options_of_a_call_are_the_fields_of_its_parameters() -> None:
+    declared = {f.name: f.type for f in fields(SamplingParams)}
+    assert SamplingOptions.__annotations__.keys() == declared.keys()
+    for name, hint in SamplingOptions.__annotations__.items():
+        assert hint.__forward_arg__ == declared[name]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [tinyllm.LLM.__call__, tinyllm.LLM.stream, tinyllm.LLM.chat, tinyllm.Session.sample],
+    ids=lambda function: function.__qualname__,
+)
+def test_signatures_name_every_option(function: Callable[..., Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    assert {f.name for f in fields(SamplingParams)} <= set(parameters)
+    assert not [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
 
 
 PAGE_SIZES = [

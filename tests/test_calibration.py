@@ -24,11 +24,13 @@ from helpers_models import (
 )
 
 import tinyllm
-from tinyllm import backends, calibration, quality
+from tinyllm import backends
 from tinyllm.cli import perplexity
 from tinyllm.cli.perplexity import main
 from tinyllm.errors import ArgumentError, FormatError, UnsupportedError
-from tinyllm.loaders.gguf import read_gguf
+from tinyllm.files.gguf import read_gguf
+from tinyllm.measure import quality
+from tinyllm.quantization import calibration
 
 F64 = npt.NDArray[np.float64]
 MASTER = Path(__file__).resolve().parents[1] / "benchmarks" / "stories-f16.gguf"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from helpers_hostile import peak_below
 
-from tinyllm.chat import ChatTemplate, require, template_from_directory, template_from_gguf
+from tinyllm.chat.sandbox import MAX_SECONDS
+from tinyllm.chat.templates import ChatTemplate, require, template_from_directory, template_from_gguf
 from tinyllm.errors import ArgumentError, FormatError, TemplateError
-from tinyllm.sandbox import MAX_SECONDS
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHATML = (
@@ -147,7 +147,7 @@ def test_one_template_serves_many_threads() -> None:
 
 
 def test_a_long_conversation_is_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyllm.sandbox.MAX_SECONDS", 60.0)  # it takes two, on a busy machine more
+    monkeypatch.setattr("tinyllm.chat.sandbox.MAX_SECONDS", 60.0)  # it takes two, on a busy machine more
     messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 500} for i in range(2000)]
     source = (
         "{% set ns = namespace(text='', seen=[]) %}{% for m in messages %}{% set ns.seen = ns.seen + [m] %}"

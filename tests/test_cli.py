@@ -23,7 +23,7 @@ from helpers_cli import Cli, Result, in_process
 import tinyllm
 from tinyllm.cli import common
 from tinyllm.cli.run import main, print_stream, unescaped
-from tinyllm.engine import Piece
+from tinyllm.engine.engine import Piece
 
 RUN = [sys.executable, "-m", "tinyllm.cli.run"]
 TEMPLATE = (

@@ -19,12 +19,13 @@ from helpers_gguf import small_tokenizer, write_gguf
 from helpers_models import random_weights
 
 import tinyllm
-from tinyllm import backends, benchmark, compare, quality
+from tinyllm import backends
 from tinyllm.cli import compare as cli_compare
 from tinyllm.cli import plot
 from tinyllm.cli.bench import main
-from tinyllm.compare import Candidate
 from tinyllm.errors import ArgumentError
+from tinyllm.measure import benchmark, compare, quality
+from tinyllm.measure.compare import Candidate
 
 MASTER = Path(__file__).resolve().parents[1] / "benchmarks" / "stories-f16.gguf"
 TEXT = "Once upon a time there was a frog. The frog sat on a stone and looked at the moon all night. " * 8

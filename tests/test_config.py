@@ -23,10 +23,10 @@ from tinyllm.config import (
     generation_from_gguf,
     generation_from_json,
 )
+from tinyllm.engine.sampling import SamplingParams
 from tinyllm.errors import Error, FormatError, UnsupportedError, located
-from tinyllm.loaders import read_json
-from tinyllm.loaders.gguf import read_gguf
-from tinyllm.sampling import SamplingParams
+from tinyllm.files import read_json
+from tinyllm.files.gguf import read_gguf
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 import tinyllm
-from tinyllm import backends, benchmark, cuda, errors
+from tinyllm import backends, errors
+from tinyllm.backends import cuda
+from tinyllm.measure import benchmark
 
 Look = Callable[..., tuple[list[cuda.Gpu], str]]
 MODEL_BYTES = 20_000_000  # more than "stories" takes with its context

@@ -33,7 +33,7 @@ from safetensors.numpy import load_file, save_file
 
 import tinyllm
 from tinyllm import backends
-from tinyllm.loaders import TensorInfo
+from tinyllm.files import TensorInfo
 from tinyllm.modelfiles import read_model
 
 ROOT = Path(__file__).resolve().parents[1]

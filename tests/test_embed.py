@@ -13,7 +13,7 @@ from helpers_models import GOLDEN_DIR, Spec, golden_specs, random_ids
 
 import tinyllm
 from tinyllm import backends
-from tinyllm.engine import CHUNK
+from tinyllm.engine.engine import CHUNK
 
 SPECS = [(file, spec) for file in families_table.FILES for spec in golden_specs(file)]
 

@@ -19,10 +19,10 @@ from helpers_interrupts import handlers_exception_may_be_lost, raise_amid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyllm.engine import Engine, Generation, Job, Piece, _Call
+from tinyllm.engine.engine import Engine, Generation, Job, Piece, _Call
+from tinyllm.engine.kvcache import PAGE, KVCache, pages_held
+from tinyllm.engine.sampling import Sampled, StopStrings
 from tinyllm.errors import ContextError, MemoryLimitError, ModelClosedError
-from tinyllm.kvcache import PAGE, KVCache, pages_held
-from tinyllm.sampling import Sampled, StopStrings
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 CONTEXT = 600
@@ -227,7 +227,7 @@ def test_logits_of_every_token_in_order() -> None:
 
 
 def test_rows_of_a_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyllm.engine.MAX_LOGITS_BYTES", 7 * 4 * VOCAB)
+    monkeypatch.setattr("tinyllm.engine.engine.MAX_LOGITS_BYTES", 7 * 4 * VOCAB)
     engine = make_engine()
     chunks = list(engine.evaluate(Job(engine.sequence(text(40)), first_row=0)))
     assert [len(chunk) for chunk in chunks] == [7, 7, 7, 7, 7, 5]
@@ -738,7 +738,7 @@ def test_a_sequence_past_the_context_fails_alone() -> None:
 def test_calls_are_kept_short_where_a_device_cannot_stop_within_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt begins with a small call; its speed decides about the next, slower ones make it smaller."""
     clock = [0.0]
-    monkeypatch.setattr("tinyllm.engine.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("tinyllm.engine.engine.time.perf_counter", lambda: clock[0])
     engine = make_engine()
     engine = Engine(engine.model, engine.cache, vocab_size=VOCAB, context=2000, call_s=0.05)
     model: Any = engine.model

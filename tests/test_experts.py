@@ -22,16 +22,16 @@ from safetensors.numpy import save_file
 
 import tinyllm
 from tinyllm import backends
-from tinyllm.benchmark import read_facts
-from tinyllm.calibration import observe, write
 from tinyllm.config import config_from_gguf, config_from_json
 from tinyllm.errors import ArgumentError, FormatError, UnsupportedError
-from tinyllm.imatrix import read_imatrix
-from tinyllm.loaders import FORMATS, FileReader, TensorInfo
-from tinyllm.loaders.gguf import read_gguf
-from tinyllm.loaders.names import map_tensors
-from tinyllm.loaders.safetensors import read_safetensors
+from tinyllm.files import FORMATS, FileReader, TensorInfo
+from tinyllm.files.gguf import read_gguf
+from tinyllm.files.names import map_tensors
+from tinyllm.files.safetensors import read_safetensors
+from tinyllm.measure.benchmark import read_facts
 from tinyllm.modelfiles import read_model
+from tinyllm.quantization.calibration import observe, write
+from tinyllm.quantization.imatrix import read_imatrix
 
 N_EXPERTS = 6
 CONFIG: dict[str, Any] = {

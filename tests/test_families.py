@@ -18,8 +18,8 @@ from helpers_models import Spec, golden_model, golden_specs, random_ids, random_
 import tinyllm
 from tinyllm import loading
 from tinyllm.config import config_from_gguf, config_from_json
+from tinyllm.config.families import FAMILIES, SUPPORTED
 from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.families import FAMILIES, SUPPORTED
 from tinyllm.modelfiles import ModelFiles, read_model
 
 TOLERANCE = 1e-4  # of the largest logit: the promise for float32 models with a float32 cache

@@ -10,7 +10,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from tinyllm import _core
-from tinyllm.loaders import FORMATS, are_finite
+from tinyllm.files import FORMATS, are_finite
 
 FLOATS = [Type.F32, Type.F16, Type.BF16]
 # Where a block keeps its f16 numbers (byte offsets).

@@ -23,9 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllm.errors import Error, FormatError, NotFoundError, ReadError, UnsupportedError
-from tinyllm.loaders import CHUNK_BYTES, FORMATS, find_model
-from tinyllm.loaders import gguf as loader
-from tinyllm.loaders.gguf import read_gguf
+from tinyllm.files import CHUNK_BYTES, FORMATS, find_model
+from tinyllm.files import gguf as loader
+from tinyllm.files.gguf import read_gguf
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")  # memory and blocks of the core are counted
 

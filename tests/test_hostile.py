@@ -44,14 +44,14 @@ from strategies import damaged, directories, gguf_files, safetensors_files
 from test_tokenizer import tiny_sentencepiece, tiny_tokenizer_json
 
 import tinyllm
-from tinyllm import benchmark
-from tinyllm.chat import template_from_directory
+from tinyllm.chat.templates import template_from_directory
 from tinyllm.errors import Error, FormatError, NotFoundError, ReadError, UnsupportedError
-from tinyllm.imatrix import read_imatrix
-from tinyllm.loaders import TensorInfo
-from tinyllm.loaders.gguf import read_gguf
+from tinyllm.files import TensorInfo
+from tinyllm.files.gguf import read_gguf
+from tinyllm.measure import benchmark
+from tinyllm.measure.quality import measure, windows
 from tinyllm.modelfiles import read_model
-from tinyllm.quality import measure, windows
+from tinyllm.quantization.imatrix import read_imatrix
 from tinyllm.tokenizer import load_tokenizer, tokenizer_from_gguf
 from tinyllm.tokenizer.spm import _message
 

@@ -23,9 +23,9 @@ import tinyllm
 from tinyllm import backends
 from tinyllm.cli import next_token
 from tinyllm.cli.inspect import main, visible
-from tinyllm.inspection import _tokenizer_warnings, inspect_model
+from tinyllm.engine.sampling import SamplingParams
+from tinyllm.measure.inspection import _tokenizer_warnings, inspect_model
 from tinyllm.modelfiles import read_model
-from tinyllm.sampling import SamplingParams
 
 CONFIG = {**golden_spec("llama3").config, "vocab_size": 400}
 CHATML = (

@@ -12,10 +12,10 @@ from helpers_engine import F32, VOCAB, MockModel, MockPool, logits_after
 from helpers_interrupts import Interrupts
 from test_engine import expected, generation, run, text
 
-from tinyllm import engine as engine_module
-from tinyllm import kvcache
-from tinyllm.engine import Engine, Job, _Call
-from tinyllm.kvcache import PAGE, KVCache
+from tinyllm.engine import engine as engine_module
+from tinyllm.engine import kvcache
+from tinyllm.engine.engine import Engine, Job, _Call
+from tinyllm.engine.kvcache import PAGE, KVCache
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 FILES = {engine_module.__file__, kvcache.__file__}

@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tinyllm.engine.kvcache import GONE, PAGE, KVCache, Sequence, first_seen, pages_held, root_key
 from tinyllm.errors import MemoryLimitError
-from tinyllm.kvcache import GONE, PAGE, KVCache, Sequence, first_seen, pages_held, root_key
 
 
 def make_cache(max_pages: int = 8, **options: Any) -> tuple[KVCache, MockPool]:

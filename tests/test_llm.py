@@ -17,8 +17,8 @@ from helpers_models import golden_model, golden_spec, random_ids, random_weights
 
 import tinyllm
 from tinyllm import backends, errors, loading
-from tinyllm.llm import call_bytes
-from tinyllm.sampling import SamplingParams, stream_seed
+from tinyllm.engine.needs import call_bytes
+from tinyllm.engine.sampling import SamplingParams, stream_seed
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

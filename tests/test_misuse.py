@@ -18,10 +18,11 @@ from helpers_gguf import write_gguf
 from helpers_models import golden_spec, golden_specs, random_ids, random_weights, write_hf_directory
 
 import tinyllm
-from tinyllm import backends, benchmark, errors, quality
-from tinyllm.imatrix import Imatrix
+from tinyllm import backends, errors
 from tinyllm.llm import Session
+from tinyllm.measure import benchmark, quality
 from tinyllm.modelfiles import BUNDLED
+from tinyllm.quantization.imatrix import Imatrix
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 CONFIG = golden_spec("llama3").config

@@ -12,10 +12,10 @@ import pytest
 
 from tinyllm.config import ModelConfig, config_from_gguf, config_from_json
 from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.loaders import BF16, FORMATS, TensorInfo, read_json
-from tinyllm.loaders.gguf import read_gguf
-from tinyllm.loaders.names import MAX_PROBLEMS, TABLE, Key, Source, Weights, half_split_order, map_tensors
-from tinyllm.loaders.safetensors import read_safetensors
+from tinyllm.files import BF16, FORMATS, TensorInfo, read_json
+from tinyllm.files.gguf import read_gguf
+from tinyllm.files.names import MAX_PROBLEMS, TABLE, Key, Source, Weights, half_split_order, map_tensors
+from tinyllm.files.safetensors import read_safetensors
 
 CONFIG = ModelConfig(
     architecture="llama",

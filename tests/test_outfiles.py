@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from helpers_interrupts import Interrupts
 
-from tinyllm import errors, loaders, outfiles
-from tinyllm.loaders import FileReader
-from tinyllm.outfiles import replacing, target_of
+from tinyllm import errors
+from tinyllm import files as loaders
+from tinyllm.files import FileReader, outfiles
+from tinyllm.files.outfiles import replacing, target_of
 
 
 @pytest.fixture(params=["unnamed", "named"])
@@ -139,7 +140,7 @@ def test_what_fails_leaves_nothing(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_what_ends_the_process_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     script = (
-        "import signal, sys, time; from tinyllm.outfiles import replacing\n"
+        "import signal, sys, time; from tinyllm.files.outfiles import replacing\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # which nohup has its children ignore
         "with replacing(sys.argv[1], 100) as file:\n"
         "    file.write(b'x' * 50); file.flush(); print(flush=True); time.sleep(60)"

@@ -15,7 +15,7 @@ from helpers_models import golden_spec, random_ids, random_weights, write_hf_dir
 
 import tinyllm
 from tinyllm import backends, errors, modelfiles
-from tinyllm.loaders import FileReader
+from tinyllm.files import FileReader
 
 HERE = Path(__file__).parent
 CONFIG = golden_spec("llama3").config

@@ -23,10 +23,10 @@ from helpers_gguf import small_tokenizer, write_gguf
 from helpers_models import random_weights
 
 import tinyllm
-from tinyllm import quality
 from tinyllm.cli import common
 from tinyllm.cli.perplexity import main
 from tinyllm.errors import ArgumentError, ContextError
+from tinyllm.measure import quality
 
 ROOT = Path(__file__).resolve().parents[1]
 MASTER = ROOT / "benchmarks" / "stories-f16.gguf"

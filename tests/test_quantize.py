@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tinyllm import _core, backends
 from tinyllm.errors import ArgumentError
-from tinyllm.imatrix import Imatrix
+from tinyllm.quantization.imatrix import Imatrix
 
 F32 = NDArray[np.float32]
 

@@ -26,13 +26,14 @@ from helpers_models import golden_specs, random_ids, random_weights, write_hf_di
 from test_families import LLAMA_CPP_DIFFERS, LLAMA_CPP_TOLERANCE
 
 import tinyllm
-from tinyllm import calibration, errors, mixes
+from tinyllm import errors
 from tinyllm.cli.perplexity import main as perplexity
 from tinyllm.cli.quantize import main
-from tinyllm.imatrix import Imatrix, read_imatrix, write_imatrix
-from tinyllm.loaders import FORMATS, gguf_writer
-from tinyllm.loaders.gguf import read_gguf
-from tinyllm.loaders.gguf_writer import OutTensor
+from tinyllm.files import FORMATS, gguf_writer
+from tinyllm.files.gguf import read_gguf
+from tinyllm.files.gguf_writer import OutTensor
+from tinyllm.quantization import calibration, mixes
+from tinyllm.quantization.imatrix import Imatrix, read_imatrix, write_imatrix
 
 MASTER = Path(__file__).resolve().parents[1] / "benchmarks" / "stories-f16.gguf"
 # What no GGUF file can say, of the golden models.

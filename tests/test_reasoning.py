@@ -15,9 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tinyllm
-from tinyllm.engine import Generation
-from tinyllm.reasoning import TAGS, Channels, Kind, Plain, Splitter, Tagged, splitter, visible_ids
-from tinyllm.sampling import Sampled, StopStrings
+from tinyllm.chat.reasoning import TAGS, Channels, Kind, Plain, Splitter, Tagged, splitter, visible_ids
+from tinyllm.engine.engine import Generation
+from tinyllm.engine.sampling import Sampled, StopStrings
 
 MARKS = ["<think>", "</think>", "[THINK]"]
 CHANNELS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]

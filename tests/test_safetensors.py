@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from tinyllm.errors import Error, FormatError, NotFoundError, ReadError, UnsupportedError
-from tinyllm.loaders import BF16, F16, F32, MAX_JSON_DEPTH, find_model, parse_json, read_json
-from tinyllm.loaders.safetensors import INDEX, SINGLE, read_safetensors
+from tinyllm.files import BF16, F16, F32, MAX_JSON_DEPTH, find_model, parse_json, read_json
+from tinyllm.files.safetensors import INDEX, SINGLE, read_safetensors
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")  # memory and blocks of the core are counted
 

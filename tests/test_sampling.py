@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyllm import backends
+from tinyllm.engine.sampling import Sampler, SamplingParams, StopStrings, stream_seed
 from tinyllm.errors import ArgumentError
-from tinyllm.sampling import Sampler, SamplingParams, StopStrings, stream_seed
 
 EPSILON = 2.0**-24  # of one rounding to float32
 OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 5}

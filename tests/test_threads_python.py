@@ -20,10 +20,10 @@ from helpers_models import golden_spec, random_ids, random_weights, write_hf_dir
 
 import tinyllm
 from tinyllm import backends, errors
-from tinyllm.chat import ChatTemplate
-from tinyllm.loaders import list_directory, read_small
+from tinyllm.chat.templates import ChatTemplate
+from tinyllm.files import list_directory, read_small
+from tinyllm.files.outfiles import replacing
 from tinyllm.modelfiles import BUNDLED
-from tinyllm.outfiles import replacing
 from tinyllm.tokenizer import tokenizer_from_gguf
 
 CONFIG = golden_spec("llama3").config

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from tinyllm.errors import ArgumentError, FormatError, NotFoundError, UnsupportedError
-from tinyllm.loaders.gguf import read_gguf
+from tinyllm.files.gguf import read_gguf
 from tinyllm.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 from tinyllm.tokenizer.pretokenizers import PRE_TOKENIZERS
 from tinyllm.tokenizer.spm import _any_of

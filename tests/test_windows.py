@@ -13,10 +13,10 @@ import tinyllm
 from tinyllm import backends
 from tinyllm.backends import CacheGroup
 from tinyllm.config import ModelConfig, config_from_json
-from tinyllm.engine import CHUNK
-from tinyllm.inspection import inspect_model
-from tinyllm.kvcache import PAGE, pages_held
-from tinyllm.llm import cache_pages
+from tinyllm.engine.engine import CHUNK
+from tinyllm.engine.kvcache import PAGE, pages_held
+from tinyllm.engine.needs import cache_pages
+from tinyllm.measure.inspection import inspect_model
 
 CONTEXT = 4096
 WINDOWED = ("mistral_window", "ministral", "olmo3", "gemma2", "gemma3", "cohere2")

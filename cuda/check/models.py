@@ -22,11 +22,12 @@ import synthetic
 from common import EMULATE, read, seconds_left, write
 
 import tinyllm
-from tinyllm import backends, benchmark
+from tinyllm import backends
 from tinyllm.config import GenerationDefaults, config_from_gguf
-from tinyllm.loaders import TensorInfo
-from tinyllm.loaders.names import map_tensors
+from tinyllm.files import TensorInfo
+from tinyllm.files.names import map_tensors
 from tinyllm.loading import load
+from tinyllm.measure import benchmark
 from tinyllm.modelfiles import ModelFiles
 
 # A model and which groups of cases (cases_of): alone, then in batches and far into the context. What the

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
+from tinyllm.errors import (
     ArgumentError,
     CancelledError,
     ContextError,
@@ -29,14 +29,15 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .backends import info
-    from .backends import version as __version__
-    from .engine import Piece
-    from .llm import LLM, Completion, Score, Session
-    from .loading import load
-    from .quantization import quantize
-    from .sampling import SamplingParams
-    from .tokenizer import Tokenizer, load_tokenizer
+    from tinyllm.backends import info
+    from tinyllm.backends import version as __version__
+    from tinyllm.engine.engine import Piece
+    from tinyllm.engine.sampling import SamplingParams
+    from tinyllm.llm import LLM, Session
+    from tinyllm.loading import load
+    from tinyllm.quantization import quantize
+    from tinyllm.results import Completion, Score
+    from tinyllm.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "LLM",
@@ -68,10 +69,10 @@ __all__ = [
 # Where the other names live: imported when first used, so that `import tinyllm` is quick.
 _HOMES = {
     "LLM": "llm",
-    "Completion": "llm",
-    "Piece": "engine",
-    "SamplingParams": "sampling",
-    "Score": "llm",
+    "Completion": "results",
+    "Piece": "engine.engine",
+    "SamplingParams": "engine.sampling",
+    "Score": "results",
     "Session": "llm",
     "Tokenizer": "tokenizer",
     "info": "backends",

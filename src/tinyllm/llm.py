@@ -1,31 +1,44 @@
 """The interface: call a loaded model, stream from it, chat, score, open a session.
 
-Thin by intent: prompts become sequences here and results become dataclasses; engine.py does the work.
-Imports `engine`, `kvcache`, `sampling`, `reasoning`, `tokenizer`, `backends`, `chat`, `config` and `errors`.
-loading.py makes an `LLM` of files. Read engine.py next.
+Thin by intent: prompts become sequences here and what comes of them becomes results.py's dataclasses;
+engine/ does the work. Imports what stands below: `engine`, `chat`, `tokenizer`, `backends`, `config` and
+`errors`. loading.py makes an `LLM` of files. Read engine/engine.py next.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any, Literal, TypeGuard, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from . import backends
-from .backends import CacheType
-from .chat import ChatTemplate, require
-from .config import GenerationDefaults, ModelConfig
-from .engine import CALL_S, CHUNK, Engine, FinishReason, Generation, Job, Piece, choose, require_finite
-from .errors import (
+from tinyllm import backends
+from tinyllm.backends import CacheType
+from tinyllm.chat.reasoning import Plain, Splitter, splitter, visible_ids
+from tinyllm.chat.templates import ChatTemplate, require
+from tinyllm.config import GenerationDefaults
+from tinyllm.engine.embedding import means
+from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece, choose, require_finite
+from tinyllm.engine.kvcache import KVCache, Sequence, root_key
+from tinyllm.engine.needs import cache_pages, call_tokens
+from tinyllm.engine.sampling import (
+    Sampler,
+    SamplingOptions,
+    SamplingParams,
+    StopStrings,
+    stream_seed,
+    takes_sampling,
+)
+from tinyllm.errors import (
     ArgumentError,
     ContextError,
     MemoryLimitError,
@@ -35,112 +48,17 @@ from .errors import (
     out_of_memory,
     size_text,
 )
-from .kvcache import PAGE, KVCache, Sequence, pages_held, root_key
-from .reasoning import Plain, Splitter, splitter, visible_ids
-from .sampling import Sampler, SamplingParams, StopStrings, stream_seed
-from .tokenizer import Tokenizer
+from tinyllm.results import Completion, Score, Stream, Timings, brief
+from tinyllm.tokenizer import Tokenizer
 
-SCRATCH_BYTES = 64 << 20  # that a call may take in any case
-EMBED = 32  # texts that share a call, each with pages of its own
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+elif TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
 Cancel = Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where the time went. `generate_s` runs from the end of the prompt; in a batch, each text has its own
-    clock.
-    """
-
-    load_s: float
-    prompt_tokens: int
-    prompt_s: float
-    generated_tokens: int
-    generate_s: float
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A generated text. `str(completion)` is its text.
-
-    text: the new text only, without the prompt and without the stop string. tokens: its ids, a stop
-    string's included, an end-of-text token not. logprobs: the model's own log probability (natural) of each
-    token, where asked for; top_logprobs: for each the most likely (id, log probability). finish_reason:
-    "stop" (stop_reason is the string or the id), "length" (max_tokens or the context's end) or "cancelled".
-    seed: alone with it, the same prompt gives the same text. reasoning: what a chat model thought before it
-    answered, without its tags; None where there was no such block. tokens and logprobs cover both.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float] | None
-    top_logprobs: list[list[tuple[int, float]]] | None
-    finish_reason: FinishReason
-    stop_reason: str | int | None
-    seed: int
-    prompt_tokens: list[int]
-    timings: Timings
-    device: str
-    reasoning: str | None = None
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True)
-class Score:
-    """How likely a text is. logprobs[i] is the natural log probability of tokens[i + 1] after those before
-    it; the first token has none.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-
-    @property
-    def total(self) -> float:
-        """The sum of the log probabilities, in nats."""
-        return math.fsum(self.logprobs)
-
-    @property
-    def perplexity(self) -> float:
-        """exp of minus their mean, infinite past what float64 holds; NaN for a single token."""
-        return perplexity_of(-self.total / len(self.logprobs)) if self.logprobs else math.nan
-
-
-def perplexity_of(nll: float) -> float:
-    """exp(nll), of nats a token; infinite past what float64 holds."""
-    try:
-        return math.exp(nll)
-    except OverflowError:
-        return math.inf
-
-
-class Stream(Iterator[Piece]):
-    """A text while it is made: iterate over its pieces. Leaving early, or `close`, frees what it holds."""
-
-    def __init__(self, pieces: Generator[Piece, None, None], completion: Callable[[], Completion]) -> None:
-        self._pieces, self._completion = pieces, completion
-
-    def __next__(self) -> Piece:
-        return next(self._pieces)
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the text here."""
-        self._pieces.close()
-
-    @property
-    def completion(self) -> Completion:
-        """What there is so far, at the end all of it; a text that was left early counts as cancelled."""
-        return self._completion()
 
 
 class LLM:
@@ -194,20 +112,45 @@ class LLM:
         )
 
     @overload
-    def __call__(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, n: None = None, **options: Any
+    def __call__(  # type: ignore[overload-overlap]  # a str is a sequence too
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        special: bool = False,
+        reasoning: bool = False,
+        cancel: Cancel | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Completion: ...
 
     @overload
     def __call__(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, n: int, **options: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        special: bool = False,
+        reasoning: bool = False,
+        cancel: Cancel | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[Completion]: ...
 
     @overload
     def __call__(
-        self, prompt: SequenceOf[Prompt], params: SamplingParams | None = None, **options: Any
+        self,
+        prompt: SequenceOf[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        special: bool = False,
+        reasoning: bool = False,
+        cancel: Cancel | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[Any]: ...
 
+    @takes_sampling
     def __call__(
         self,
         prompt: Prompt | SequenceOf[Prompt],
@@ -217,7 +160,7 @@ class LLM:
         special: bool = False,
         reasoning: bool = False,
         cancel: Cancel | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """Continues a prompt, or several in one batch.
 
@@ -253,6 +196,7 @@ class LLM:
         shaped: list[Any] = [group[0] if n is None else group for group in results]
         return shaped[0] if _is_prompt(prompt) else shaped
 
+    @takes_sampling
     def stream(
         self,
         prompt: Prompt,
@@ -261,7 +205,7 @@ class LLM:
         special: bool = False,
         reasoning: bool = False,
         cancel: Cancel | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> Stream:
         """Like a call with one prompt, but yields the text piece by piece, whole characters only.
 
@@ -280,36 +224,79 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: SequenceOf[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        n: None = None,
+        params: SamplingParams | None = None,
+        cancel: Cancel | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Completion: ...
 
     @overload
     def chat(
-        self, messages: SequenceOf[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        n: int,
+        params: SamplingParams | None = None,
+        cancel: Cancel | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[Completion]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: Literal[True],
+        n: None = None,
+        params: SamplingParams | None = None,
+        cancel: Cancel | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Stream: ...
 
+    @takes_sampling
     def chat(
         self,
         messages: SequenceOf[Mapping[str, Any]],
         *,
         stream: bool = False,
+        n: int | None = None,
+        params: SamplingParams | None = None,
+        cancel: Cancel | None = None,
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
-        **options: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """Answers a conversation, as the model's own chat template puts it.
 
-        messages: dicts with "role" and "content". stream: returns a Stream instead of a Completion. tools:
-        JSON schemas of functions; a call of one comes back as the text that the model wrote. chat_template: a
-        Jinja template in place of the model's. template_args: further variables for it, such as
-        {"enable_thinking": False}. The rest is as in a call. Raises TemplateError where there is no
-        template, or it refuses.
+        messages: dicts with "role" and "content". stream: returns a Stream instead of a Completion. n: how
+        many answers, as a list; not of a stream. tools: JSON schemas of functions; a call of one comes back
+        as the text that the model wrote. chat_template: a Jinja template in place of the model's.
+        template_args: further variables for it, such as {"enable_thinking": False}. The rest is as in a call.
+        Raises TemplateError where there is no template, or it refuses.
 
             llm.chat([{"role": "user", "content": "What is 2 + 2?"}]).text
         """
         ids = self.chat_ids(messages, tools=tools, chat_template=chat_template, template_args=template_args)
-        return self.stream(ids, reasoning=True, **options) if stream else self(ids, reasoning=True, **options)
+        if not stream:
+            return self(ids, params, n=n, reasoning=True, cancel=cancel, **sampling)
+        if n is not None:
+            raise ArgumentError("a stream is of one answer: leave out n, or stream=True")
+        return self.stream(ids, params, reasoning=True, cancel=cancel, **sampling)
 
     def chat_ids(
         self,
@@ -394,7 +381,8 @@ class LLM:
             out = np.empty((len(texts), self.config.dim), np.float32)
             ids = [self._fit(self._ids(text, special)) for text in texts]
             with np.errstate(over="ignore", invalid="ignore"):  # said in our words
-                for i, mean in enumerate(self._means(ids)):
+                of_texts = means(self.model, ids, cache_type=self.cache_type, chunk=self.chunk)
+                for i, mean in enumerate(of_texts):
                     out[i] = mean
             require_finite(out)
             if normalize:
@@ -517,54 +505,6 @@ class LLM:
             g.reasoning if g.split.has_reasoning else None,
         )
 
-    def _means(self, texts: list[list[int]]) -> Iterator[npt.NDArray[np.float64]]:
-        """The mean of each text's normed activations, [dim]. A call takes up to EMBED texts and `chunk`
-        tokens, or one longer text in pieces.
-        """
-        calls: list[list[list[int]]] = []
-        for ids in texts:
-            if not calls or len(calls[-1]) == EMBED or sum(map(len, calls[-1])) + len(ids) > self.chunk:
-                calls.append([])
-            calls[-1].append(ids)
-        shapes = [
-            (len(call), len(self.model.cache_groups), max(-(-len(ids) // PAGE) for ids in call))
-            for call in calls
-        ]
-        n_pages = max(map(math.prod, shapes), default=0)
-        if n_pages == 0:
-            return
-        pool = self.model.cache(self.cache_type, n_pages)
-        try:
-            n_bytes, free = n_pages * pool.page_bytes, self.model.free_memory()
-            if n_bytes > free:
-                raise MemoryLimitError(
-                    f"a call for these texts needs {size_text(n_bytes)} of KV cache, "
-                    f"{size_text(free)} are free"
-                )
-            pool.grow(n_pages)
-            for call, shape in zip(calls, shapes, strict=True):
-                tables = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-                sums = np.zeros((len(call), self.config.dim))
-                for start in range(0, max(map(len, call)), self.chunk):
-                    parts = [ids[start : start + self.chunk] for ids in call]
-                    sizes = [len(part) for part in parts]
-                    x = self.model.forward(
-                        np.concatenate(parts),
-                        np.concatenate([np.arange(start, start + n) for n in sizes]),
-                        np.repeat(np.arange(len(call)), sizes),
-                        tables,
-                        logits=False,
-                        cache=pool,
-                    )
-                    normed = self.model.output_norm(x)
-                    ends = np.cumsum(sizes)
-                    for i, (n, end) in enumerate(zip(sizes, ends, strict=True)):
-                        sums[i] += normed[end - n : end].sum(axis=0)
-                for total, ids in zip(sums, call, strict=True):
-                    yield total / len(ids)
-        finally:
-            pool.close()
-
     def _rows(self, ids: list[int]) -> Iterator[Logits]:
         """The logits after each token, a chunk at a time."""
         if not ids:
@@ -628,7 +568,8 @@ class Session:
         tokens += ids
         self._evaluate()
 
-    def sample(self, params: SamplingParams | None = None, **sampling: Any) -> int:
+    @takes_sampling
+    def sample(self, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]) -> int:
         """Chooses the next token, adds it and returns it. Fields of SamplingParams as in `LLM.__call__`."""
         tokens = self._sequence.tokens
         self._llm._fit(tokens, room=1)
@@ -637,8 +578,13 @@ class Session:
         tokens.append(token)
         return token
 
+    @takes_sampling
     def stream(
-        self, params: SamplingParams | None = None, *, cancel: Cancel | None = None, **sampling: Any
+        self,
+        params: SamplingParams | None = None,
+        *,
+        cancel: Cancel | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Stream:
         """Continues the text, as `LLM.stream` does. What was sampled stays in the session, but for an
         end-of-text token.
@@ -656,8 +602,13 @@ class Session:
 
         return Stream(pieces(), lambda: self._llm._completion(request))
 
+    @takes_sampling
     def generate(
-        self, params: SamplingParams | None = None, *, cancel: Cancel | None = None, **sampling: Any
+        self,
+        params: SamplingParams | None = None,
+        *,
+        cancel: Cancel | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Completion:
         """`stream` to its end."""
         stream = self.stream(params, cancel=cancel, **sampling)
@@ -687,7 +638,10 @@ class Session:
     ) -> None:
         self.close()
 
-    def _params(self, params: SamplingParams | None, sampling: Mapping[str, Any]) -> SamplingParams:
+    def __repr__(self) -> str:
+        return f"<Session of {self._llm.name}: {len(self._sequence.tokens)} tokens, {brief(self.text)}>"
+
+    def _params(self, params: SamplingParams | None, sampling: SamplingOptions) -> SamplingParams:
         merged = _merge(params, sampling)
         if merged.seed is None:
             merged = replace(merged, seed=self.seed)
@@ -709,29 +663,6 @@ class Session:
         logits = self._evaluate()
         assert logits is not None, "nothing can cancel this"
         return logits
-
-
-def cache_pages(config: ModelConfig) -> int:
-    """Pages of the KV cache that a text of the whole context holds at most."""
-    return sum(pages_held(config.context, group.window, CHUNK) for group in backends.cache_groups(config))
-
-
-def call_bytes(config: ModelConfig, n: int) -> int:
-    """About what a call of n tokens needs beside weights and cache, with one row of logits: float32
-    activations, twice as wide as the residual, the heads and the hidden layer, what attention adds up head by
-    head, and a copy in 8 bits."""
-    c, rows = config, config.n_experts_used or 1  # of the hidden layer
-    heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    floats = 2 * c.dim + 2 * heads + c.n_heads * (c.head_dim + 32) + 2 * kv + 2 * rows * c.ff_dim + c.rope_dim
-    floats += 4 * c.n_heads // c.n_kv_heads + c.n_experts + c.n_experts_used * c.dim
-    return n * (4 * floats + max(heads, rows * max(c.dim, c.ff_dim))) + 4 * c.vocab_size
-
-
-def call_tokens(config: ModelConfig, weight_bytes: int) -> int:
-    """Tokens of a call at most, which change no result: CHUNK, but where a few weights ask for activations by
-    the gigabyte no more than take what the weights do, or 64 MB."""
-    room = max(weight_bytes, SCRATCH_BYTES)
-    return CHUNK if call_bytes(config, CHUNK) <= room else max(1, room // call_bytes(config, 1))
 
 
 @dataclass(frozen=True)
@@ -756,7 +687,7 @@ def _refuse_lookalikes(prompt: object) -> None:
         raise TypeError(f"a prompt is a str or a sequence of token ids, not {type(prompt).__name__}")
 
 
-def _merge(params: SamplingParams | None, sampling: Mapping[str, Any]) -> SamplingParams:
+def _merge(params: SamplingParams | None, sampling: SamplingOptions) -> SamplingParams:
     return SamplingParams(**sampling) if params is None else replace(params, **sampling)
 
 

@@ -1,7 +1,7 @@
 """`load`: from a path to a model that runs, its weights packed and its context fitted into the memory.
 
-Imports `llm`, `modelfiles`, `backends`, `loaders`, `mixes`, `config` and `errors`. Read next: llm.py, what
-`load` returns.
+Imports `llm`, `modelfiles`, `backends`, `files`, `quantization` (its mixes), `config` and `errors`. Read
+next: llm.py, what `load` returns.
 """
 
 from __future__ import annotations
@@ -12,15 +12,23 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable
 
-from . import backends
-from .backends import PAGE, CacheType
-from .config import ModelConfig
-from .errors import ArgumentError, MemoryLimitError, UnsupportedError, integer, out_of_memory, size_text
-from .llm import LLM, cache_pages, call_bytes, call_tokens
-from .loaders import BF16, F16, F32
-from .loaders.names import Weights, in_gguf
-from .mixes import tensor_formats
-from .modelfiles import ModelFiles, read_model
+from tinyllm import backends
+from tinyllm.backends import PAGE, CacheType
+from tinyllm.config import ModelConfig
+from tinyllm.engine.needs import cache_pages, call_bytes, call_tokens
+from tinyllm.errors import (
+    ArgumentError,
+    MemoryLimitError,
+    UnsupportedError,
+    integer,
+    out_of_memory,
+    size_text,
+)
+from tinyllm.files import BF16, F16, F32
+from tinyllm.files.names import Weights, in_gguf
+from tinyllm.llm import LLM
+from tinyllm.modelfiles import ModelFiles, read_model
+from tinyllm.quantization.mixes import tensor_formats
 
 MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
 USEFUL_CONTEXT = 4096  # that a GPU must have room for, to be chosen where no context is asked for

@@ -1,7 +1,7 @@
 """What a path holds: everything about a model but the numbers of its weights.
 
 One place knows which files people have (a GGUF, a Hugging Face directory, the bundled model) and what each
-of them says. Imports `config`, the loaders, `tokenizer` and `chat`. Read next: loading.py, whose `load`
+of them says. Imports `config`, `files`, `tokenizer` and `chat`. Read next: loading.py, whose `load`
 uploads the weights.
 """
 
@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .chat import ChatTemplate, template_from_directory, template_from_gguf
-from .config import (
+from tinyllm.chat.templates import ChatTemplate, template_from_directory, template_from_gguf
+from tinyllm.config import (
     GenerationDefaults,
     ModelConfig,
     config_from_gguf,
@@ -20,12 +20,12 @@ from .config import (
     generation_from_gguf,
     generation_from_json,
 )
-from .errors import FormatError, NotFoundError, UnsupportedError
-from .loaders import find_model, read_json, read_json_if_any, user_path
-from .loaders.gguf import read_gguf
-from .loaders.names import Weights, map_tensors
-from .loaders.safetensors import read_safetensors
-from .tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
+from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
+from tinyllm.files import find_model, read_json, read_json_if_any, user_path
+from tinyllm.files.gguf import read_gguf
+from tinyllm.files.names import Weights, map_tensors
+from tinyllm.files.safetensors import read_safetensors
+from tinyllm.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 
 BUNDLED = {"stories": Path(__file__).parent / "data" / "stories.gguf"}
 

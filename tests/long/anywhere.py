@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers_interrupts import Interrupts
 
 import tinyllm
-from tinyllm import backends, quality
+from tinyllm import backends
+from tinyllm.measure import quality
 
 FILES = {str(path) for path in Path(tinyllm.__file__).parent.rglob("*.py")}
 PROMPT = "One day, Lily and Tom went to the park."

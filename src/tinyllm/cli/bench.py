@@ -1,7 +1,7 @@
 """tinyllm-bench: how fast models run on this machine, and how close that is to its limit.
 
 The figures go to stdout, as llama-bench's table or JSON; progress to stderr, on a terminal. Imports
-common.py, and benchmark.py, which measures, once the options make sense.
+common.py, and measure/benchmark.py, which measures, once the options make sense.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _run(argv: list[str]) -> int:
 
         return compare.run(argv[1:])
     args = _parser().parse_intermixed_args(argv)
-    from tinyllm import benchmark
+    from tinyllm.measure import benchmark
 
     to_measure = benchmark.cases(
         n_prompt=args.n_prompt,

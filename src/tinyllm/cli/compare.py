@@ -66,8 +66,8 @@ def run(argv: list[str]) -> int:
     if args.text is None and args.plot is not None:
         raise UsageError("--plot draws quality, which is measured on a text: give --text")
     text = None if args.text is None else read_text(args.text)
-    from tinyllm import benchmark, compare
     from tinyllm.cli import plot
+    from tinyllm.measure import benchmark, compare
 
     if args.plot is not None:
         plot.require(args.plot)

@@ -1,7 +1,7 @@
 """tinyllm-inspect: what is in a model's files, what running it would take, and how it sees a text.
 
-Facts go to stdout, as lines or JSON. Only --next loads the weights. Imports common.py; inspection.py, which
-reads the headers, and next_token.py, which draws, once the options make sense.
+Facts go to stdout, as lines or JSON. Only --next loads the weights. Imports common.py; once the
+options make sense, measure/inspection.py, which reads the headers, and next_token.py, which draws.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tinyllm.cli.common import (
 
 if TYPE_CHECKING:
     from tinyllm import Tokenizer
-    from tinyllm.inspection import Inspection, Memory, Tensor
+    from tinyllm.measure.inspection import Inspection, Memory, Tensor
 
 PROG = "tinyllm-inspect"
 
@@ -75,7 +75,7 @@ def _run(argv: list[str]) -> int:
         return _print_tokens(args)
     if args.next is not None:
         return _print_next(args)
-    from tinyllm.inspection import inspect_model
+    from tinyllm.measure.inspection import inspect_model
 
     found = inspect_model(args.model, context=args.context, cache_type=args.cache_type, weights=args.weights)
     if args.output == "json":
@@ -264,7 +264,7 @@ def _print_tokens(args: argparse.Namespace) -> int:
     if files.tokenizer is None:
         raise UsageError(f"{args.model} has no tokenizer")
     if args.chat:
-        from tinyllm.chat import require
+        from tinyllm.chat.templates import require
 
         text = require(files.template, args.model).render([{"role": "user", "content": args.tokens}])
         ids = files.tokenizer.encode(text, bos=False, special=True)
@@ -314,7 +314,7 @@ def _cells(pieces: list[tuple[int, bytes]], tokenizer: Tokenizer) -> Iterator[st
 
 def _print_next(args: argparse.Namespace) -> int:
     from tinyllm.cli import next_token
-    from tinyllm.sampling import SamplingParams
+    from tinyllm.engine.sampling import SamplingParams
 
     if args.plot is not None:
         next_token.require_matplotlib()

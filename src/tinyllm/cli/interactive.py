@@ -1,7 +1,8 @@
 """The conversation on a terminal: a chat with an instruct model, or texts continued by a base model.
 
 `interact` is the loop; `Chat` and `Text` hold what was said and know what a line, /undo and /clear mean for
-them. Texts go to stdout, everything else to stderr. Nothing is written to disk. Imports common.py and run.py.
+them. Texts go to stdout, everything else to stderr. Nothing is written to disk. Imports common.py and
+answers.py.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tinyllm.cli.answers import finish, print_stream
 from tinyllm.cli.common import BOLD, EXIT_OK, counted, note, put, rate, styled
-from tinyllm.cli.run import finish, print_stream
 
 if TYPE_CHECKING:
     from tinyllm import LLM, Completion, SamplingParams
-    from tinyllm.llm import Stream
+    from tinyllm.results import Stream
 
 QUOTES = '"""'
 FULL = "nothing was forgotten: /undo takes back the last turn, /clear starts anew"

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tinyllm.cli.common import BOLD, CYAN, DIM, UsageError, styled
 
 if TYPE_CHECKING:
-    from tinyllm.sampling import SamplingParams
+    from tinyllm.engine.sampling import SamplingParams
 
 F64 = npt.NDArray[np.float64]
 _EIGHTHS = " ▏▎▍▌▋▊▉"

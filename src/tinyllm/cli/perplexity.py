@@ -1,7 +1,7 @@
 """tinyllm-perplexity: how well a model predicts a text, and how far it is from another model.
 
-The figures go to stdout, a progress bar to stderr. Imports common.py, and quality.py, which measures, once
-the options make sense.
+The figures go to stdout, a progress bar to stderr. Imports common.py, and once the options make
+sense measure/quality.py, which measures.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tinyllm.cli.common import (
 
 if TYPE_CHECKING:
     from tinyllm import LLM
-    from tinyllm.quality import Estimate, Quality, Windows
+    from tinyllm.measure.quality import Estimate, Quality, Windows
 
 PROG = "tinyllm-perplexity"
 
@@ -67,11 +67,12 @@ def _run(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     if args.against == "-" or args.model == "-":
         raise UsageError("a model is a file; only TEXT can be -")
-    from tinyllm.outfiles import target_of
+    from tinyllm.files.outfiles import target_of
 
     where = None if args.imatrix is None else target_of(args.imatrix)
     text = read_text(args.text)
-    from tinyllm import calibration, quality
+    from tinyllm.measure import quality
+    from tinyllm.quantization import calibration
 
     with ExitStack() as stack:
         model = stack.enter_context(load_model(args.model, args))
@@ -98,7 +99,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _so_far(nll: Any) -> str:
-    from tinyllm.llm import perplexity_of
+    from tinyllm.results import perplexity_of
 
     return "perplexity so far " + ", ".join(decimals(perplexity_of(x), 4) for x in reversed(nll))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinyllm.errors import ArgumentError, UnsupportedError
-from tinyllm.outfiles import replacing, target_of
+from tinyllm.files.outfiles import replacing, target_of
 
 FLOAT, QUANTIZED, GRID = "#7f7f7f", "#1f5f99", "#dddddd"
 # where a label may begin (right of a point) or end (left of it), in points from the point

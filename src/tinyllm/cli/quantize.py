@@ -1,6 +1,6 @@
 """tinyllm-quantize: a model as a GGUF file in another quantization, smaller or for other tools.
 
-What it did goes to stderr, one line. Imports common.py, and quantization.py when it is needed.
+What it did goes to stderr, one line. Imports common.py, and quantization when it is needed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    from tinyllm.mixes import ALIASES, MIXES
+    from tinyllm.quantization.mixes import ALIASES, MIXES
 
     names = {name: [name, *(other for other, key in ALIASES.items() if key == name)] for name in MIXES}
     types = "\n".join(f"  {', '.join(names[name]):<14}{mix.note}" for name, mix in MIXES.items())

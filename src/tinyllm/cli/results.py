@@ -1,7 +1,7 @@
 """Results as JSON, batches of prompts, and the replay of earlier results.
 
 A result carries all that made it: the exact ids of its prompt, its parameters and seed, and the settings of
-the model that may change a token (threads are not among them). Imports common.py and, for prompts, run.py.
+the model that may change a token (threads are not among them). Imports common.py and answers.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllm.cli.answers import as_prompt, is_chat
 from tinyllm.cli.common import (
     EXIT_ERROR,
     EXIT_OK,
@@ -35,8 +36,6 @@ SETTINGS = ("context", "cache_type", "device")
 
 def as_json(llm: LLM, prompt: str, completion: Completion, args: argparse.Namespace) -> str:
     """One line of JSON."""
-    from tinyllm.cli.run import is_chat
-
     result: dict[str, Any] = {
         "model": args.model,
         "prompt": prompt,
@@ -60,8 +59,6 @@ def as_json(llm: LLM, prompt: str, completion: Completion, args: argparse.Namesp
 
 def run_batch(args: argparse.Namespace, prompts: list[str], params: SamplingParams) -> int:
     """Continues all prompts in one batch and prints a JSON line for each, in their order."""
-    from tinyllm.cli.run import as_prompt, is_chat
-
     with load_model(args.model, args) as llm:
         start = time.perf_counter()
         chats = is_chat(llm, args)

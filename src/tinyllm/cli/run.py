@@ -1,7 +1,7 @@
 """tinyllm-run: continue a text or answer a question, once, in a batch, as JSON, or in a conversation.
 
-Text goes to stdout, everything about it to stderr. Imports common.py; results.py (JSON and replay) and
-interactive.py (the terminal conversation) are imported when they are needed.
+Text goes to stdout, everything about it to stderr. Imports common.py and answers.py; results.py (JSON and
+replay) and interactive.py (the terminal conversation) are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllm.cli.answers import as_prompt, chat_only, chat_options, finish, is_chat, print_stream
 from tinyllm.cli.common import (
     BOLD,
-    DIM,
     EXIT_CODES,
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -41,8 +41,6 @@ from tinyllm.cli.common import (
 
 if TYPE_CHECKING:
     from tinyllm import LLM, Completion, SamplingParams
-    from tinyllm.llm import Stream
-    from tinyllm.reasoning import Kind
 
 PROG = "tinyllm-run"
 
@@ -76,7 +74,7 @@ def _run(argv: list[str]) -> int:
         from tinyllm.cli.results import replay
 
         return replay(args)
-    from tinyllm.sampling import SamplingParams
+    from tinyllm.engine.sampling import SamplingParams
 
     top_logprobs = {"logprobs": True, "top_logprobs": args.logprobs} if args.logprobs is not None else {}
     params = SamplingParams(**sampling_fields(args), **top_logprobs)
@@ -194,7 +192,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("no MODEL given: a .gguf file, a directory, or stories")
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} cannot be used together")
-    for name, value in _chat_only(args):
+    for name, value in chat_only(args):
         if value is not None and args.chat is False:
             raise UsageError(f"{name} is for chat; it cannot be used with --no-chat")
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
@@ -269,36 +267,6 @@ def unescaped(text: str) -> str:
     return out + rest
 
 
-def is_chat(llm: LLM, args: argparse.Namespace) -> bool:
-    """Whether prompts go through the chat template: as asked, else where the model has one."""
-    if args.chat is not None:
-        return bool(args.chat)
-    has_template = llm.chat_template is not None or args.chat_template is not None
-    for name, value in _chat_only(args):
-        if value is not None and not has_template:
-            raise UsageError(f"{name} is for chat models, and {llm.name} has no chat template")
-    return has_template
-
-
-def as_prompt(llm: LLM, text: str, args: argparse.Namespace) -> str | list[int]:
-    """What the model gets: the text, or a chat model's whole prompt as ids."""
-    if not is_chat(llm, args):
-        return text
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    messages = [*system, {"role": "user", "content": text}]
-    return llm.chat_ids(messages, **chat_options(args))
-
-
-def _chat_only(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    """The options that make no sense without a chat template."""
-    return [("--system", args.system), ("--template-arg", args.template_args)]
-
-
-def chat_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `LLM.chat` that were given."""
-    return {"chat_template": args.chat_template, "template_args": dict(args.template_args or ())}
-
-
 # Runs
 
 
@@ -319,40 +287,6 @@ def _run_once(llm: LLM, text: str, params: SamplingParams, args: argparse.Namesp
         completion = print_stream(stream, shows_reasoning=args.reasoning)
     _print_figures(llm, completion)
     return EXIT_INTERRUPTED if completion.finish_reason == "cancelled" else EXIT_OK
-
-
-def print_stream(stream: Stream, *, shows_reasoning: bool = True) -> Completion:
-    """Prints a text as it comes, and a line break at its end; reasoning goes to stderr. Ctrl-C ends it
-    there."""
-    kind, ends_line = "text", True
-    with stream:
-        try:
-            for piece in stream:
-                if not piece.text:
-                    continue
-                if piece.kind != kind:
-                    kind = _print_change(piece.kind, ends_line, shows_reasoning)
-                if kind == "text":
-                    put(piece.text, end="", flush=True)
-                elif shows_reasoning:
-                    put(styled(piece.text, DIM, sys.stderr), to=sys.stderr, end="", flush=True)
-                ends_line = piece.text.endswith("\n") or (kind == "reasoning" and not shows_reasoning)
-        except KeyboardInterrupt:
-            ends_line = False
-    if not ends_line:
-        put(to=sys.stdout if kind == "text" else sys.stderr, flush=True)
-    return stream.completion
-
-
-def _print_change(to: Kind, ends_line: bool, shows_reasoning: bool) -> Kind:
-    """What stands between reasoning and answer on a terminal, where both go to."""
-    if to == "reasoning" and not shows_reasoning:
-        note("thinking ...")
-    elif to == "text" and shows_reasoning:
-        put("\n", to=sys.stderr, flush=True)
-    elif not ends_line:
-        put(to=sys.stderr, flush=True)
-    return to
 
 
 def _print_logprobs(llm: LLM, completion: Completion) -> None:
@@ -383,20 +317,6 @@ def _print_figures(llm: LLM, completion: Completion) -> None:
         f"{token_rate * llm.model.token_bytes / 1e9:.2f} GB/s of weights"
     )
     note(f"{finish(llm, completion)}; seed {completion.seed}")
-
-
-def finish(llm: LLM, completion: Completion) -> str:
-    """Why the text ended, in words."""
-    if completion.finish_reason == "cancelled":
-        return "stopped by Ctrl-C"
-    if completion.finish_reason == "length":
-        used = len(completion.prompt_tokens) + len(completion.tokens)
-        if used >= llm.context:
-            return f"the context is full: {used} of {llm.context} tokens"
-        return f"ended after {counted(len(completion.tokens), 'token')}, as asked"
-    if isinstance(completion.stop_reason, str):
-        return f"ended before {completion.stop_reason!r}, as asked"
-    return "ended by the model"
 
 
 if __name__ == "__main__":

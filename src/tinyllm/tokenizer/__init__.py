@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 
 from tinyllm.errors import NotFoundError, located, out_of_memory
-from tinyllm.loaders import user_path
-from tinyllm.loaders.gguf import read_gguf
+from tinyllm.files import user_path
+from tinyllm.files.gguf import read_gguf
 from tinyllm.tokenizer.core import Tokenizer, TokenStream
 from tinyllm.tokenizer.from_directory import tokenizer_from_directory
 from tinyllm.tokenizer.from_gguf import tokenizer_from_gguf

@@ -3,7 +3,7 @@
 It is the same class for every kind of vocabulary. What differs comes in as two functions: an encoder (text to
 ids, without BOS and EOS) and a speller (a token as the vocabulary spells it to the bytes it stands for).
 Decoding is then the same few lines for all: join the bytes, drop the space that SentencePiece put in front,
-read them as UTF-8. Imports errors, and of loaders how messages show texts. Where the functions come from:
+read them as UTF-8. Imports errors, and of files how messages show texts. Where the functions come from:
 from_gguf.py and from_directory.py.
 """
 
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tinyllm.errors import ArgumentError, Error, FormatError, MemoryLimitError, comes_from, size_text
-from tinyllm.loaders import show_words
+from tinyllm.files import show_words
 
 Encoder = Callable[[str, bool], list[int]]
 Speller = Callable[[str], bytes]
@@ -184,6 +184,10 @@ class Tokenizer:
     def id_of(self, text: str) -> int | None:
         """The id of the token that the vocabulary spells `text` ("<|eot_id|>", "▁the", "Ġthe"), or None."""
         return self._ids.get(text)
+
+    def __repr__(self) -> str:
+        n_special = len(self.special_tokens)
+        return f"<Tokenizer {self.kind}: {self.vocab_size} tokens, {n_special} of them special>"
 
     def __reduce__(self) -> Any:
         raise TypeError("a tokenizer cannot be pickled or copied: load it in the process that uses it")

@@ -1,7 +1,7 @@
 """A tokenizer from a Hugging Face directory, as people have it: tokenizer.json, else tokenizer.model, with
 what tokenizer_config.json, special_tokens_map.json, added_tokens.json and the model's own config files add.
 
-Imports errors, the loaders and the siblings core, bpe, spm, patterns.
+Imports errors, files and the siblings core, bpe, spm, patterns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError, located
-from tinyllm.loaders import is_there, parse_json, read_json_if_any, read_small, show, show_some, user_path
+from tinyllm.files import is_there, parse_json, read_json_if_any, read_small, show, show_some, user_path
 from tinyllm.tokenizer.bpe import PER_JSON, BPEEncoder
 from tinyllm.tokenizer.core import (
     SPACE,

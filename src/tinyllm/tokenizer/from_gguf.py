@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.loaders import show
+from tinyllm.files import show
 from tinyllm.tokenizer.bpe import BPEEncoder, need_for_vocabulary
 from tinyllm.tokenizer.core import (
     Encoder,

@@ -6,7 +6,7 @@ one fails: the tries multiply, nothing interrupts them, and 20 characters of pat
 pattern is read here, and an upper bound of its steps is computed before the package sees it. What cannot be
 bounded so (references to groups, recursion, conditions) is refused.
 
-Imports errors, and of loaders how messages show texts. Used by from_directory.py.
+Imports errors, and of files how messages show texts. Used by from_directory.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from tinyllm.errors import UnsupportedError
-from tinyllm.loaders import show
+from tinyllm.files import show
 
 MAX_LENGTH = 4096  # characters of a pattern; the longest in common use has 700
 MAX_DEPTH = 32  # groups inside groups

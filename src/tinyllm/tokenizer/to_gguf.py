@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.loaders import is_there
+from tinyllm.files import is_there
 from tinyllm.tokenizer.core import Tokenizer, byte_of
 from tinyllm.tokenizer.from_directory import tokenizer_from_directory
 from tinyllm.tokenizer.from_gguf import tokenizer_from_gguf

@@ -1,0 +1,645 @@
+"""The one door to compiled code: models and caches on a device, the machine's facts, sampling's arithmetic.
+
+Only this module imports `_core`, and cuda.py beside it, which opens the CUDA library. Imports config, errors
+and files' TensorInfo. Read next: engine/engine.py, which calls `Model`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyllm import _core
+from tinyllm.backends import cuda
+from tinyllm.config import ModelConfig
+from tinyllm.errors import ArgumentError, UnsupportedError, comes_from, integer, located, size_text
+from tinyllm.files import FORMATS, TensorInfo, show
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+CacheType = Literal["f16", "f32", "q8_0"]
+
+PAGE = 64  # tokens of a KV page, TL_PAGE
+CACHE_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q8_0": 8}  # by name: the core's format id
+FORMAT_IDS: dict[str, int] = {name: id for id, name, *_ in _core.formats()}
+
+sample = _core.sample
+top_logprobs = _core.top_logprobs
+logprob = _core.logprob
+live_allocations = _core.live_allocations  # () -> (blocks, bytes) that the core holds now
+version = _core.version
+isa_name = _core.isa_name  # () -> the one in use
+isa_names = _core.isa_names  # () -> those usable here, the best first
+
+log = logging.getLogger(__name__)
+
+
+def select_isa(name: str) -> None:
+    """Use one instruction set from now on; the results do not change.
+
+    Raises UnsupportedError for one that is not usable here.
+    """
+    if not _core.select_isa(name):
+        usable = ", ".join(_core.isa_names())
+        raise UnsupportedError(f"instruction set {name!r} is not usable on this machine; there are: {usable}")
+
+
+if os.environ.get("TINYLLM_ISA"):
+    select_isa(os.environ["TINYLLM_ISA"])
+
+
+class Cpu:
+    """The processor as a place for a model, beside `cuda.Gpu`."""
+
+    name, title = "cpu", ""
+    table = 0  # the core's own operations
+
+    def free_memory(self) -> int:
+        """Bytes this process can still take."""
+        return free_memory()
+
+
+Device = Cpu | cuda.Gpu
+CPU = Cpu()
+
+
+def choose_device(device: str, needed_bytes: int = 0) -> Device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" names here.
+
+    "auto" is the first GPU with needed_bytes of free memory, else the CPU, and the reason is logged. "cuda"
+    is that GPU, else the one with the most. Raises UnsupportedError, which says what is missing, for one that
+    is not there; ArgumentError for another name.
+    """
+    if not isinstance(device, str):
+        raise TypeError(f"device is a str such as 'cpu' or 'cuda:0', not {type(device).__name__}")
+    if device == "cpu":
+        return CPU
+    number = device[5:] if device.startswith("cuda:") else None
+    if device not in ("auto", "cuda") and not (number and number.isdecimal() and number.isascii()):
+        raise ArgumentError(f"device is {device!r}; it is 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    gpus, reason = find_gpus()
+    if number is not None and gpus:
+        gpus = [gpu for gpu in gpus if gpu.name == f"cuda:{int(number)}"]
+        reason = f"the GPUs here are {', '.join(gpu.name for gpu in find_gpus()[0])}"
+    if device != "auto" and not gpus:
+        raise UnsupportedError(f"device {device!r} asked for, but {reason}; use device='cpu'")
+    free = {gpu: gpu.free_memory() for gpu in gpus}
+    fitting = [gpu for gpu in gpus if free[gpu] >= needed_bytes]
+    if device != "auto":
+        return (fitting or sorted(gpus, key=lambda gpu: -free[gpu]))[0]
+    if fitting:
+        return fitting[0]
+    if gpus:
+        room = ", ".join(f"{gpu.name} has {size_text(n)} free" for gpu, n in free.items())
+        reason = f"the model needs {size_text(needed_bytes)}, {room}"
+    log.info("device cpu: %s", reason)
+    return CPU
+
+
+def find_gpus() -> tuple[list[cuda.Gpu], str]:
+    """The GPUs that can be used here, and "" or why there are none.
+
+    TINYLLM_CUDA_LIBRARY names another library than the one beside the core; empty: no GPU is used.
+    """
+    given = os.environ.get("TINYLLM_CUDA_LIBRARY")
+    if given == "":
+        return [], "TINYLLM_CUDA_LIBRARY is empty"
+    path = Path(given) if given else Path(_core.__file__).with_name("libtinyllm_cuda.so")
+    if given is None and _core.cuda_build:
+        return [], f"tinyllm was built without it: {_core.cuda_build}"
+    return cuda.look(path, _core.abi)
+
+
+def _read(path: str) -> str:
+    """What a file of the system's says; "" where there is none."""
+    try:
+        return Path(path).read_text()
+    except (OSError, ValueError) as error:
+        if not comes_from(error):
+            raise
+        return ""
+
+
+def _read_number(path: str) -> int | None:
+    text = _read(path).split()
+    return int(text[0]) if text and text[0].isdecimal() else None
+
+
+def _cgroup_cpus() -> float | None:
+    of_version_2 = _read("/sys/fs/cgroup/cpu.max").split()
+    if of_version_2[:1] == ["max"]:
+        return None
+    quota_us = _read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+    period_us = _read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+    if len(of_version_2) == 2 and all(number.isdecimal() for number in of_version_2):
+        quota_us, period_us = map(int, of_version_2)
+    return quota_us / period_us if quota_us and period_us else None
+
+
+def default_threads() -> int:
+    """The physical cores this process may use: its affinity mask, capped by the cgroup's quota."""
+    try:
+        cpus = sorted(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        cpus = list(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in cpus:
+        siblings = _read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.strip() or str(cpu))
+    quota = _cgroup_cpus()
+    n = len(cores) if quota is None else min(len(cores), int(quota))
+    return max(1, min(n, MAX_THREADS))
+
+
+MAX_THREADS = 256
+MOST_INT = (1 << 31) - 1  # of the core's
+
+
+def free_memory() -> int:
+    """Bytes this process can still take: the available memory, or what its cgroup leaves if less."""
+    free, meminfo = 1 << 62, _read("/proc/meminfo")
+    for line in meminfo.splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    if not meminfo:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        most, now = _read_number(limit), _read_number(used)
+        if most is not None and now is not None:
+            free = min(free, max(0, most - now))
+    return free
+
+
+def read_bandwidth(n_bytes: int, threads: int, repetitions: int = 1, device: Device = CPU) -> float:
+    """How fast a device reads n_bytes (at least 1 MB) of its memory now, in GB/s (1e9 bytes).
+
+    The CPU with `threads` threads and the instruction set in use. Raises ArgumentError, MemoryLimitError.
+    """
+    if isinstance(device, cuda.Gpu):
+        return device.read_bandwidth(n_bytes, repetitions)
+    return _core.read_bandwidth(n_bytes, threads, repetitions)
+
+
+def multiply_rate(threads: int, repetitions: int = 20) -> tuple[float, float]:
+    """How fast `threads` threads multiply and add now with the instruction set in use, in GMAC/s (1e9): int8
+    with int8, which quantized weights take, and floats. Of a repetition each takes about 0.1 ms where there
+    are 512-bit registers. Raises ArgumentError.
+    """
+    return (
+        _core.multiply_rate(False, threads, repetitions),
+        _core.multiply_rate(True, threads, repetitions),
+    )
+
+
+def info() -> dict[str, Any]:
+    """Version, instruction sets (in use, usable), default threads, the GPUs, or why none is used."""
+    gpus, reason = find_gpus()
+    return {
+        "version": version,
+        "isa": _core.isa_name(),
+        "isa_usable": _core.isa_names(),
+        "threads": default_threads(),
+        "cuda": bool(gpus),
+        "cuda_reason": reason,
+        "cuda_devices": [f"{gpu.name} {gpu.title}, {size_text(gpu.total_bytes)}" for gpu in gpus],
+        "formats": list(FORMAT_IDS),
+    }
+
+
+def convert(
+    data: npt.NDArray[np.uint8],
+    source_format: int,
+    format: int,
+    rows: int,
+    k: int,
+    *,
+    importance: F32 | None = None,
+    threads: int = 1,
+) -> npt.NDArray[np.uint8]:
+    """Rows of a tensor in another format.
+
+    data: uint8, the file's blocks of rows x k numbers in `source_format`. importance: float32 [k], finite and
+    >= 0, what a squared error in each column counts; None: all alike. Returns uint8 [rows, bytes of a row],
+    the same whatever the threads. A number that is not finite makes its block's numbers not finite.
+    Raises ArgumentError, MemoryLimitError.
+    """
+    return _core.convert(data, source_format, format, rows, k, importance, threads)
+
+
+def packed_bytes(shape: tuple[int, ...], format: int) -> int:
+    """Bytes a tensor [rows, k] takes once packed; vectors are kept as float32."""
+    if len(shape) < 2:
+        return 4 * int(np.prod(shape))
+    rows, k = shape[-2:]
+    block = FORMATS[format].block
+    panel_bytes = next(row[4] for row in _core.formats() if row[0] == format)
+    return -(-rows // 16) * (-(-k // block)) * panel_bytes
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Layers whose keys and values share pages of the cache. window: the positions that they look at, 0: all,
+    also where a window is as long as the context.
+    """
+
+    window: int
+    layers: tuple[int, ...]
+
+
+def cache_groups(config: ModelConfig) -> list[CacheGroup]:
+    """The layers by what they look at, in groups of one size (the last of a kind may be smaller), so that a
+    page of the cache serves any group. One group where no layer has a window, or all have the same.
+    """
+    layers_of: dict[int, list[int]] = {}
+    for layer, window in enumerate(config.windows or (0,) * config.n_layers):
+        layers_of.setdefault(window if window < config.context else 0, []).append(layer)
+    size = min(map(len, layers_of.values()))
+    return [
+        CacheGroup(window, tuple(layers[i : i + size]))
+        for window, layers in sorted(layers_of.items())
+        for i in range(0, len(layers), size)
+    ]
+
+
+def page_bytes(config: ModelConfig, cache_type: CacheType) -> int:
+    """Bytes of a KV page: 64 tokens in the layers of a group (tl_cache in tinyllm.h). Raises ArgumentError
+    for q8_0 with heads that are no whole groups of 32.
+    """
+    d = config.head_dim
+    if cache_type == "q8_0" and d % 32:
+        raise ArgumentError(f"cache type q8_0 needs heads of a multiple of 32 dimensions, not {d}; use f16")
+    of_token = (
+        2 * (d // 32) * 34
+        if cache_type == "q8_0"
+        else (d + -(-d // 16) * 16) * (4 if cache_type == "f32" else 2)
+    )
+    return len(cache_groups(config)[0].layers) * config.n_kv_heads * PAGE * of_token
+
+
+# The core's numbers for the words of a config (tinyllm.h).
+_WORDS: dict[str, tuple[str | None, ...]] = {
+    "norm_kind": ("rms", "layer"),
+    "norm_place": ("before", "after", "both"),
+    "activation": ("silu", "gelu", "clamped_swiglu"),
+    "qk_norm": (None, "head", "heads", "all"),
+}
+_ROPES = ("usual", "local", "none")
+
+
+def _core_config(config: ModelConfig) -> dict[str, Any]:
+    """A config as the core's tl_config spells it."""
+    values = asdict(config)
+    if config.rope_factors is not None:
+        values["rope_factors"] = np.asarray(config.rope_factors, np.float32)
+    for name, words in _WORDS.items():
+        values[name] = words.index(values[name])
+    values["query_span"] = config.original_context or 0
+    values["local_rope_theta"] = config.local_rope_theta or 0.0
+    values["windows"] = np.asarray(config.windows or (0,) * config.n_layers, np.int32)
+    ropes = config.ropes or ("usual",) * config.n_layers
+    values["ropes"] = np.asarray([_ROPES.index(rope) for rope in ropes], np.int32)
+    groups = cache_groups(config)
+    values["page_layers"] = len(groups[0].layers)
+    values["places"] = np.zeros(config.n_layers, np.int32)
+    for i, group in enumerate(groups):
+        values["places"][list(group.layers)] = i * len(groups[0].layers) + np.arange(len(group.layers))
+    return values
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The largest logits of rows, and what a probability needs of the others: all that sampling with a top_k
+    below their number, or greedily, asks of a row, to the same bits.
+
+    tokens int32 and logits float32 [rows, n]: the largest first, of equal ones the lower token. totals
+    float64 [rows]: the sum over all tokens of e^(logit - largest), as csrc/sample.c adds it up; not finite
+    where a logit is NaN or +inf. An index picks rows, as of an array.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    logits: F32
+    totals: npt.NDArray[np.float64]
+
+    def __getitem__(self, rows: int | slice) -> Candidates:
+        return Candidates(self.tokens[rows], self.logits[rows], self.totals[rows])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class PagePool:
+    """The memory of a KV cache: pages of 64 tokens, growing up to max_pages. engine/kvcache.py owns it."""
+
+    def __init__(self, core: _core.Cache) -> None:
+        self._core = core
+        self.page_bytes: int = core.page_bytes
+        self.max_pages: int = core.max_pages
+
+    @property
+    def n_pages(self) -> int:
+        """Pages that exist so far."""
+        return self._core.n_pages
+
+    def grow(self, n_pages: int) -> None:
+        """At least n_pages exist from now on. Raises MemoryLimitError, ArgumentError past max_pages."""
+        self._core.grow(integer("n_pages", n_pages, 0, self.max_pages))
+
+    def clear_page(self, page: int) -> None:
+        """Zeroes a page; do it when it is handed out."""
+        self._core.clear_page(self._checked("page", page))
+
+    def copy_page(self, to: int, source: int, n_tokens: int) -> None:
+        """Copies a page's first n_tokens tokens, rounded up to a multiple of 16."""
+        to, source = self._checked("to", to), self._checked("source", source)
+        self._core.copy_page(to, source, integer("n_tokens", n_tokens, 0, PAGE))
+
+    def _checked(self, name: str, page: int) -> int:
+        return integer(name, page, 0, self.n_pages - 1, "a page that exists")
+
+    def close(self) -> None:
+        """Frees the pages, once no call uses them any more."""
+        self._core.close()
+
+
+class Model:
+    """One model's packed weights on one device. Not a text interface: see `tinyllm.load`."""
+
+    def __init__(self, config: ModelConfig, *, device: str = "auto", threads: int | None = None) -> None:
+        self.config, self.cache_groups = config, cache_groups(config)
+        self._device = choose_device(device)
+        self.device = self._device.name
+        self.threads = default_threads() if threads is None else integer("threads", threads, 1, MAX_THREADS)
+        self._output_norm = np.ones(config.dim, np.float32)
+        self._core = _core.Model(_core_config(config), self._device.table)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return _core.isa_name()
+
+    def free_memory(self) -> int:
+        """Bytes that are free where the weights and the cache lie."""
+        return self._device.free_memory()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights."""
+        return self._core.weight_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of weights that one token reads."""
+        return self._core.token_bytes
+
+    def upload(
+        self,
+        name: str,
+        layer: int | None,
+        info: TensorInfo,
+        *,
+        row_order: I32 | None = None,
+        format: int | None = None,
+        plus: float = 0.0,
+    ) -> None:
+        """Packs one tensor from its file; `format`: an id to quantize a float tensor to. `plus` is added to
+        a vector's numbers.
+
+        Raises FormatError when the file has changed since its header was read, NotFoundError, ReadError,
+        MemoryLimitError, UnsupportedError, ArgumentError.
+        """
+        by_us = plus != 0 or (info.row_stride != 1 and len(info.shape) == 1)
+        if by_us or name == "output_norm":
+            values = info.read_f32().ravel()
+            if plus:
+                with np.errstate(invalid="ignore"):  # a NaN stays one
+                    values = values + np.float32(plus)
+            if name == "output_norm":
+                self._output_norm = values
+        if by_us:
+            values = values if row_order is None else values[row_order]
+            self._core.upload_vector(name, -1 if layer is None else layer, values)
+            return
+        scales = info.scales
+        with ExitStack() as files:
+            file = files.enter_context(info.open())
+            scales_file = files.enter_context(scales.open()) if scales else None
+            files.enter_context(located(info.path))
+            self._core.upload(
+                name,
+                -1 if layer is None else layer,
+                file.fileno(),
+                info.offset,
+                info.format,
+                info.format if format is None else format,
+                row_order,
+                info.row_stride,
+                (scales_file.fileno(), scales.offset) if scales and scales_file else None,
+                self.threads,
+            )
+
+    def tie(self) -> None:
+        """The output matrix is the embedding."""
+        self._core.tie()
+
+    def check(self) -> None:
+        """Raises ArgumentError naming the first missing weight. Until it found none, `forward` raises it."""
+        self._core.check()
+
+    def unpack(self, name: str, layer: int | None = None) -> F32:
+        """A matrix as float32 [rows, k], exactly the numbers its format means."""
+        return self._core.unpack(*_weight(name, layer))
+
+    def observe(self, name: str, layer: int | None = None) -> npt.NDArray[np.float64]:
+        """What a matrix [rows, k] meets from now on: float64 [k + 1] that every call adds to.
+
+        Sums over rows of activations (after the norm, before rounding) of the square of each column, and at
+        the end the number of rows. The same bits whatever threads and batches. Raises ArgumentError where
+        there is no such matrix, UnsupportedError on a device other than the CPU.
+        """
+        if self.device != "cpu":
+            raise UnsupportedError(
+                f"inputs are observed on the CPU only, not on {self.device}; use device='cpu'"
+            )
+        return self._core.observe(*_weight(name, layer))
+
+    def cache(self, type: CacheType = "f16", max_pages: int | None = None) -> PagePool:
+        """A page pool for this model; max_pages None: all pages of one sequence of the whole context."""
+        if type not in CACHE_TYPES:
+            raise ArgumentError(f"cache type is {type!r}; it is one of {', '.join(CACHE_TYPES)}")
+        context_pages = -(-self.config.context // PAGE) * len(self.cache_groups)
+        pages = context_pages if max_pages is None else integer("max_pages", max_pages, 1, MOST_INT)
+        return PagePool(self._core.cache(CACHE_TYPES[type], pages))
+
+    def forward(
+        self,
+        tokens_or_x: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        sequences: npt.ArrayLike,
+        page_tables: npt.ArrayLike,
+        *,
+        rows: npt.ArrayLike | None = None,
+        layers: tuple[int, int] | None = None,
+        logits: bool | None = None,
+        cache: PagePool,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> F32:
+        """One call of the model for n tokens of any sequences.
+
+        tokens_or_x: token ids int [n], or activations float32 [n, dim]. positions, sequences: int [n]; a
+        sequence's tokens stand together in order, sequences ascend. page_tables: int [n_sequences,
+        len(cache_groups), max_pages], page ids of `cache`, or [n_sequences, max_pages] where there is one
+        group; what is wholly behind a group's window is not read, but must be a page. layers: (first, last),
+        default all. should_stop: asked before each layer (at most every 20 ms), True cancels; what it does to
+        the arrays of the call reaches the next one, which takes copies. Returns float32 logits [len(rows),
+        vocab_size] of the tokens that `rows` lists (None: all), or, where the last layer is not the model's
+        last or `logits` is False, activations [n, dim]: the numbers as they are computed, NaN and infinity
+        where the weights make them so. Raises ArgumentError for what does not fit, and where `check` has not
+        found all weights; CancelledError.
+        """
+        found: F32 = self._forward(
+            tokens_or_x, positions, sequences, page_tables, rows, layers, logits, 0, cache, should_stop
+        )
+        return found
+
+    def candidates(
+        self,
+        tokens: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        sequences: npt.ArrayLike,
+        page_tables: npt.ArrayLike,
+        *,
+        rows: npt.ArrayLike,
+        n: int,
+        cache: PagePool,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Candidates:
+        """As `forward` through all layers, but of each of at most 64 rows only the n largest logits, so that
+        a vocabulary need not leave the device. n: 1 to most_candidates."""
+        n = integer("n", n, 1, self.most_candidates, f"candidates that {self.device} finds")
+        found = self._forward(
+            tokens, positions, sequences, page_tables, rows, None, None, n, cache, should_stop
+        )
+        return Candidates(*found)
+
+    @property
+    def most_candidates(self) -> int:
+        """How many logits of a row the device finds by itself; 0: none."""
+        return self._core.most_candidates
+
+    def _forward(
+        self,
+        tokens_or_x: npt.ArrayLike,
+        positions: npt.ArrayLike,
+        sequences: npt.ArrayLike,
+        page_tables: npt.ArrayLike,
+        rows: npt.ArrayLike | None,
+        layers: tuple[int, int] | None,
+        logits: bool | None,
+        n_candidates: int,
+        cache: PagePool,
+        should_stop: Callable[[], bool] | None,
+    ) -> Any:
+        if not isinstance(cache, PagePool):
+            raise TypeError(f"cache must be what `Model.cache` returns, not {type(cache).__name__}")
+        position = integers("positions", positions, 1)
+        given = _array("tokens_or_x", tokens_or_x)
+        is_x = given.ndim == 2
+        if is_x and given.dtype.kind not in "fiu":
+            raise TypeError(f"activations must be numbers, not {given.dtype}")
+        if is_x and given.shape != (len(position), self.config.dim):
+            raise ArgumentError(
+                f"activations are {list(given.shape)}, expected [{len(position)}, {self.config.dim}]"
+            )
+        tokens = None if is_x else integers("tokens", given, 1)
+        x = np.ascontiguousarray(given, np.float32) if is_x else None  # any numbers will do: it stays theirs
+        chosen = np.arange(len(position), dtype=np.int32) if rows is None else integers("rows", rows, 1)
+        between = integers("layers", (0, self.config.n_layers) if layers is None else layers, 1).tolist()
+        if len(between) != 2:
+            raise ArgumentError(f"layers is {between}, expected (first, last)")
+        return self._core.forward(
+            cache._core,
+            tokens,
+            x,
+            position,
+            integers("sequences", sequences, 1),
+            integers("page_tables", page_tables),
+            chosen,
+            between[0],
+            between[1],
+            between[1] == self.config.n_layers if logits is None else bool(logits),
+            n_candidates,
+            self.threads,
+            should_stop,
+        )
+
+    def output_norm(self, x: F32) -> npt.NDArray[np.float64]:
+        """What the output matrix reads of activations x [n, dim] after the last layer: float64 [n, dim], by
+        the model's RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450). What is not finite makes what
+        is not finite.
+        """
+        with np.errstate(invalid="ignore"):
+            y = x.astype(np.float64)
+            if self.config.norm_kind == "layer":
+                y -= y.mean(axis=1, keepdims=True)
+            y /= np.sqrt((y * y).mean(axis=1, keepdims=True) + self.config.norm_eps)
+            return y * self._output_norm
+
+    def close(self) -> None:
+        """Frees the weights, once no call uses them any more."""
+        self._core.close()
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"<Model {config.architecture} on {self.device}: {config.n_layers} layers, dim {config.dim}, "
+            f"{size_text(self.weight_bytes)} of weights>"
+        )
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a loaded model cannot be pickled or copied: load it in the process that uses it, or fork after "
+            "loading"
+        )
+
+
+def _weight(name: str, layer: int | None) -> tuple[str, int]:
+    """A weight as the core names it."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a weight must be a str, not {type(name).__name__}")
+    if not (name.isascii() and name.isprintable()):
+        raise ArgumentError(f"no weight has the name {show(name)}")
+    return name, -1 if layer is None else integer("layer", layer, 0, MOST_INT)
+
+
+def _array(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError) as error:  # rows of different lengths
+        raise ArgumentError(f"{name} is no array: {error}") from None
+
+
+def integers(name: str, values: npt.ArrayLike, n_dimensions: int | None = None) -> I32:
+    """int32, a copy of its own. Raises TypeError for what are no whole numbers, ArgumentError for those past
+    32 bits and another number of dimensions."""
+    array = _array(name, values)
+    if array.size and array.dtype.kind not in "iu":
+        big = array.dtype == object and all(isinstance(value, int) for value in array.flat)  # past 64 bits
+        if not big:
+            raise TypeError(f"{name} must be integers, not {array.dtype}")
+    if n_dimensions not in (None, array.ndim):
+        raise ArgumentError(f"{name} has {array.ndim} dimensions, expected {n_dimensions}")
+    if array.dtype != np.int32 and array.size and not -(1 << 31) <= array.min() <= array.max() < 1 << 31:
+        raise ArgumentError(f"{name} has a value past 32 bits")
+    # A copy, so that what was checked stays so: other threads and should_stop can write to the caller's.
+    return np.array(array, np.int32, order="C")

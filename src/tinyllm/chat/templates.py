@@ -1,0 +1,316 @@
+"""Chat templates: from a conversation to the exact prompt that a model was trained on.
+
+A model brings its own Jinja template: in a GGUF's metadata or beside the weights of a directory. This module
+finds it and renders it; sandbox.py keeps it harmless. Imports errors, files and sandbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from tinyllm.chat import sandbox
+from tinyllm.errors import ArgumentError, Error, FormatError, MemoryLimitError, TemplateError, comes_from
+from tinyllm.files import is_there, read_json_if_any, read_small, show, show_words
+
+Message = Mapping[str, Any]
+
+_TOOL_USE = "tool_use"  # the name that model makers give to the template with tools
+_GIVEN = {"bos_token", "eos_token", "messages", "tools", "documents", "add_generation_prompt"}  # by `render`
+_MAX_NESTING = 64  # of lists and dicts in messages and tools
+
+
+class ChatTemplate:
+    """A model's chat template.
+
+    source: the Jinja text. bos_token, eos_token: the texts that the template knows under these names.
+    name: the template's name or file, for messages. tool_source: a second template, used when tools are
+    given.
+    variables: further names that the template may use, such as other special tokens.
+
+    Compiled on the first `render`, so that a broken template does not keep its model from being loaded.
+    Threads may share it.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str = "",
+        eos_token: str = "",
+        name: str = "chat template",
+        tool_source: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(source, str):
+            raise TypeError(f"a chat template must be a str, not {type(source).__name__}")
+        self.source = source
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+        self.name = name
+        self.tool_source = tool_source
+        self.variables = dict(variables or {})
+        self._compiled: dict[str, tuple[sandbox.Sandbox, Any]] = {}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt for `messages`, each a mapping with "role" and "content" (and what else the template
+        reads).
+
+        tools: JSON schemas of functions. documents: texts for retrieval, where the template knows them.
+        add_generation_prompt: end with the words that open the assistant's answer.
+        kwargs: further variables, such as `enable_thinking=False`; they win over special tokens.
+
+        The text holds the special tokens in full, begin of text included: tokenize it with `special=True,
+        bos=False`. Raises TemplateError (the template's own refusal, a broken or a hostile template, with the
+        line where there is one), ArgumentError (a text with a lone surrogate), MemoryLimitError and TypeError
+        (something other than plain data).
+        """
+        variables = {
+            **self.variables,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            **{key: _plain(value, key) for key, value in kwargs.items()},
+            "messages": _messages(messages),
+            "tools": _dicts(tools, "tools"),
+            "documents": _dicts(documents, "documents"),
+            "add_generation_prompt": bool(add_generation_prompt),
+        }
+        return self._run(self.tool_source if tools and self.tool_source else self.source, variables)
+
+    def free_variables(self) -> list[str]:
+        """Names that the template reads and that a caller may give it, such as "enable_thinking"; sorted.
+
+        Raises TemplateError for a template that is not valid.
+        """
+        with self._reported():
+            names = sandbox.Sandbox().free_variables(self.source, self._filename)
+        return sorted(names - {*self.variables, *_GIVEN})
+
+    def _run(self, source: str, variables: dict[str, Any]) -> str:
+        with self._reported():
+            environment, template = self._compile(source)
+            text = environment.render(template, variables)
+            _check_unicode(text)
+            return text
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """What goes wrong inside becomes a TemplateError; what a signal handler raises meanwhile does not."""
+        try:
+            yield
+        except Exception as e:
+            if not comes_from(e, "jinja2", "markupsafe", self._filename):
+                raise
+            raise self._as_ours(e) from None
+
+    def _as_ours(self, e: Exception) -> Error:
+        match e:
+            case sandbox.LimitError():
+                return self._error(f"was stopped: {e}", e)
+            case sandbox.RefusedError():
+                return self._error(f"does not take these messages: {e}", e)
+            case jinja2.TemplateSyntaxError():
+                return TemplateError(f"the {self.name} is not valid, line {e.lineno}: {_cut(e.message)}")
+            case RecursionError():
+                return self._error("was stopped: it is nested too deeply", e)
+            case jinja2.TemplateError() | ArithmeticError() | LookupError() | TypeError() | ValueError():
+                return self._error(f"failed: {e}", e)
+            case MemoryError():
+                return MemoryLimitError(f"no memory left while rendering the {self.name}")
+            case _:  # a template can reach any corner of Jinja
+                return self._error(f"failed ({type(e).__name__}): {e}", e)
+
+    def _compile(self, source: str) -> tuple[sandbox.Sandbox, Any]:
+        """Without a lock, which a forked process or a signal handler would find held: two threads may compile
+        the same at once."""
+        if source not in self._compiled:
+            environment = sandbox.Sandbox()
+            self._compiled[source] = environment, environment.compile_template(source, self._filename)
+        return self._compiled[source]
+
+    @property
+    def _filename(self) -> str:
+        return f"<{self.name}>"
+
+    def _error(self, what: str, error: BaseException) -> TemplateError:
+        lines, trace = [], error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename == self._filename:
+                lines.append(trace.tb_lineno)
+            trace = trace.tb_next
+        where = f" (line {lines[-1]})" if lines else ""
+        return TemplateError(f"the {self.name} {_cut(what)}{where}")
+
+
+def require(template: ChatTemplate | None, model: str) -> ChatTemplate:
+    """The template, or the error that says what to pass where a model has none."""
+    if template is None:
+        raise TemplateError(
+            f"{model} has no chat template: it is probably a base model, which continues a text. Give it a "
+            "prompt instead of messages, or pass the template its makers publish as chat_template= "
+            "(tinyllm-run: --chat-template)"
+        )
+    return template
+
+
+def template_from_gguf(metadata: Mapping[str, Any]) -> ChatTemplate | None:
+    """The template in a GGUF's metadata (`tokenizer.chat_template`, `tokenizer.chat_template.NAME`), or
+    None. Raises FormatError for one that is no text."""
+    key = "tokenizer.chat_template"
+    stored = {name: value for name, value in metadata.items() if name == key or name.startswith(key + ".")}
+    for name, value in stored.items():
+        if not isinstance(value, str):
+            raise FormatError(f"{show(name)} is a {type(value).__name__}, expected a text")
+    sources = {name.removeprefix(key + "."): value for name, value in stored.items()}
+    if key in sources:
+        sources["default"] = sources.pop(key)
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    special = {}
+    for name in ("bos", "eos", "unknown", "padding", "seperator"):  # "seperator" is how the format spells it
+        key = f"tokenizer.ggml.{name}_token_id"
+        index = metadata.get(key, -1)
+        if type(index) is not int:
+            raise FormatError(f"{key} must be an integer, not {type(index).__name__}")
+        if 0 <= index < len(tokens):
+            special[_HF_NAMES[name]] = str(tokens[index])
+    return _template(sources, special, "chat template in the GGUF file")
+
+
+_HF_NAMES = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+    "seperator": "sep_token",
+}
+
+
+def template_from_directory(path: str | Path) -> ChatTemplate | None:
+    """The template of a Hugging Face directory, or None.
+
+    chat_template.jinja wins over chat_template.json and over the one in tokenizer_config.json, which may be a
+    list of named templates; further ones lie in additional_chat_templates/. Raises FormatError where a file
+    is not what it should be.
+    """
+    folder = Path(path)
+    config = read_json_if_any(folder / "tokenizer_config.json")
+    special = {
+        key: text
+        for origin in (read_json_if_any(folder / "special_tokens_map.json"), config)
+        for key, value in origin.items()
+        if key.endswith("_token") and (text := _token_text(value)) is not None
+    }
+    stored = config.get("chat_template") or read_json_if_any(folder / "chat_template.json").get(
+        "chat_template"
+    )
+    sources = _named(stored, folder / "tokenizer_config.json")
+    name = "chat template in tokenizer_config.json"
+    alone = folder / "chat_template.jinja"
+    if is_there(alone):
+        sources["default"] = _read_text(alone)
+        name = "chat template in chat_template.jinja"
+    for extra in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        if not extra.stem.isprintable():
+            raise FormatError(f"{extra.parent}: a template is named {show(extra.name)}; rename or delete it")
+        sources[extra.stem] = _read_text(extra)
+    return _template(sources, special, name)
+
+
+def _template(sources: Mapping[str, Any], special: Mapping[str, str], name: str) -> ChatTemplate | None:
+    """The default template, or the first there is; the one named tool_use beside it."""
+    texts = {key: value for key, value in sources.items() if isinstance(value, str)}
+    if not texts:
+        return None
+    return ChatTemplate(
+        texts.get("default") or next(iter(texts.values())),
+        bos_token=special.get("bos_token", ""),
+        eos_token=special.get("eos_token", ""),
+        name=name,
+        tool_source=texts.get(_TOOL_USE),
+        variables=special,
+    )
+
+
+def _named(stored: Any, where: Path) -> dict[str, Any]:
+    if stored is None:
+        return {}
+    if isinstance(stored, str):
+        return {"default": stored}
+    if isinstance(stored, list) and all(
+        isinstance(e, dict) and {"name", "template"} <= e.keys() for e in stored
+    ):
+        return {str(entry["name"]): entry["template"] for entry in stored}
+    raise FormatError(f"{where}: chat_template is neither a text nor a list of named templates")
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token is written as its text or as an object that holds it."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_small(path).decode()
+    except UnicodeDecodeError as e:
+        raise FormatError(f"{path}: cannot be read as text: {e}") from None
+
+
+def _check_unicode(text: str) -> None:
+    """Raises UnicodeEncodeError for half a surrogate pair, which no tokenizer takes."""
+    if not text.isascii():
+        text.encode()
+
+
+def _cut(message: str | None) -> str:
+    """A template chooses what stands in its errors."""
+    return show_words(message or "", 400)
+
+
+def _messages(messages: Sequence[Message]) -> Any:
+    if isinstance(messages, (str, Mapping)):
+        raise TypeError("messages is a list of dicts such as {'role': 'user', 'content': 'Hello'}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TypeError(f"messages[{i}] is no dict with a text under 'role': {str(message)[:80]!r}")
+    return _plain(list(messages), "messages")
+
+
+def _dicts(value: Any, where: str) -> Any:
+    is_list = isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
+    if value is not None and not is_list:
+        raise TypeError(f"{where} must be a list of dicts or None, not {str(value)[:80]!r}")
+    return _plain(value, where)
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy made of dict, list, str, int, float, bool and None: all that a template can get at."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        try:
+            _check_unicode(value)
+        except UnicodeEncodeError as e:
+            raise ArgumentError(f"{where} is no valid text: {e}") from None
+        return str.__str__(value)
+    if depth < _MAX_NESTING and isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
+    if depth < _MAX_NESTING and isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+    if depth >= _MAX_NESTING:
+        raise TypeError(f"{where.partition('[')[0]} is nested deeper than {_MAX_NESTING} levels")
+    raise TypeError(
+        f"{where} is a {type(value).__name__}; templates take plain data (dict, list, str, numbers)"
+    )

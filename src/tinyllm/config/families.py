@@ -1,0 +1,342 @@
+"""The families of models that are read: what sets each apart from Llama, as its files spell it.
+
+A row says how a family's config.json and GGUF differ; what the arithmetic needs becomes fields of
+`ModelConfig`. Keys of config.json that a family's row does not know are refused when they are set,
+never ignored. Imports only `errors`. Read next: from_json.py and from_gguf.py, which
+read the files by these rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tinyllm.errors import FormatError, UnsupportedError
+
+Source = Literal["gguf", "hf"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart. Defaults are Llama's; `json_defaults` are those of transformers' classes."""
+
+    title: str  # the family's name, and models that belong to it
+    interleaved: tuple[Source, ...] = ()  # files that hold q and k rows pair by pair instead of half-split
+    json_defaults: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json of its own, defaults
+    json_known: tuple[str, ...] = ()  # keys of config.json that say nothing about the arithmetic here
+    features: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig that no file states
+    gguf_defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # keys of GGUF metadata of its own, defaults
+    window_period: int = 1  # where there is a window: every so-many-th layer attends to everything; 1: none
+    local_rope: bool = False  # windowed layers have a RoPE of their own, without scaling
+    rope_in_windows: bool = False  # only windowed layers have RoPE
+    no_rope_interval: int = 0  # every so-many-th layer has no RoPE; 0: all have
+    scaled_embedding: bool = False  # embeddings are multiplied by the root of their width
+    divides_logits: bool = False  # by GGUF's logit_scale, which others multiply by
+    optional_qk_norm: Literal["heads"] | None = None  # some of its models have q/k norms of this kind
+    norms_minus_one: bool = False  # safetensors hold the norms' weights minus 1
+    fused: bool = False  # q, k and v are one matrix, gate and up another
+    qkv_bias: bool | None = False  # biases of q, k and v alone, whatever attention_bias says
+    experts_in: tuple[Source, ...] = ()  # files whose models are mixtures of experts (GGUF: may be)
+    renamed: Mapping[Source, Mapping[str, str]] = field(default_factory=dict)  # parts of tensors' names
+    stacked: bool = False  # safetensors hold a layer's experts on top of each other, gate and up row by row
+    growing_queries: bool = False  # its scaling of RoPE may scale queries by position (llama_4_scaling_beta)
+    yarn_truncate: bool = True  # whether YaRN's first and last pair are rounded, where GGUF does not say
+    text_of: str | None = None  # the model type of the text_config inside a model that also reads images
+
+
+_LLAMA_LIKE: tuple[Source, ...] = ("gguf",)
+_GEMMA = {"activation": "gelu"}
+_GEMMA_JSON = {
+    "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256,
+}  # fmt: skip
+_GEMMA2_JSON = {
+    **_GEMMA_JSON, "query_pre_attn_scalar": 256, "sliding_window": 4096, "max_position_embeddings": 8192,
+}  # fmt: skip
+_COHERE = {"norm_kind": "layer", "parallel": True}
+_COHERE_JSON = {
+    "tie_word_embeddings": True, "logit_scale": 0.0625, "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+_QWEN_JSON = {
+    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+    "max_window_layers": 28,
+}  # fmt: skip
+_OLMO = {"norm_place": "after", "qk_norm": "all"}
+
+# By config.json's model_type and GGUF's general.architecture.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "Llama 1 to 3.3, Vicuna, Vigogne, Yi, TinyLlama, SmolLM 1 and 2, DeepSeek-R1 distills of Llama",
+        _LLAMA_LIKE,
+        {"max_position_embeddings": 2048},
+        experts_in=("gguf",),  # Mixtral's files say llama
+    ),
+    "mistral": Family(
+        "Mistral 7B, Zephyr, Mistral Nemo and Small",
+        _LLAMA_LIKE,
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "mixtral": Family(
+        "Mixtral 8x7B and 8x22B",
+        json_defaults={
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": None,
+            "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+        },
+        json_known=("router_aux_loss_coef", "router_jitter_noise"),
+        experts_in=("hf",),
+        renamed={
+            "hf": {
+                "mlp.gate.": "block_sparse_moe.gate.", "mlp.experts.": "block_sparse_moe.experts.",
+                "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3",
+            },
+        },
+    ),
+    "mistral3": Family("Mistral Small 3.1, Ministral 3 (text)", text_of="mistral"),
+    "ministral3": Family(
+        "Ministral 3, Devstral 2",
+        _LLAMA_LIKE,
+        {
+            "max_position_embeddings": 262144, "num_key_value_heads": 8, "sliding_window": None,
+            "head_dim": 128, "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "beta_fast": 32.0,
+                "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 16384,
+            },
+        },
+        gguf_defaults={"attention.temperature_scale": 0.0, "rope.scaling.yarn_log_multiplier": 0.0},
+        growing_queries=True,
+    ),
+    "ministral": Family(
+        "Ministral 8B",
+        json_defaults={
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
+        },
+    ),
+    "qwen2": Family(
+        "Qwen 2, Qwen 2.5, QwQ, DeepSeek-R1 distills of Qwen",
+        json_defaults={**_QWEN_JSON, "attention_bias": False},
+        json_known=("use_mrope",),
+        qkv_bias=True,
+    ),
+    "qwen3": Family(
+        "Qwen 3",
+        json_defaults={**_QWEN_JSON, "head_dim": 128},
+        features={"qk_norm": "head"},
+    ),
+    "qwen3_moe": Family(
+        "Qwen 3 30B-A3B and 235B-A22B, Qwen3-Coder",
+        json_defaults={
+            **_QWEN_JSON, "head_dim": None, "norm_topk_prob": False, "moe_intermediate_size": 768,
+            "decoder_sparse_step": 1, "mlp_only_layers": None,
+        },
+        json_known=("router_aux_loss_coef",),
+        features={"qk_norm": "head"},
+        experts_in=("gguf", "hf"),
+    ),
+    "gpt_oss": Family(
+        "gpt-oss 20b and 120b",
+        json_defaults={
+            "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64,
+            "sliding_window": 128, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "attention_bias": True,
+            "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        json_known=(
+            "router_aux_loss_coef", "experts_per_token", "initial_context_length", "quantization_config",
+        ),
+        features={"activation": "clamped_swiglu", "sinks": True, "expert_bias": True},
+        window_period=2,
+        experts_in=("gguf", "hf"),
+        renamed={
+            "hf": {"mlp.gate.": "mlp.router."},
+            "gguf": {"ffn_norm": "post_attention_norm"},
+        },
+        stacked=True,
+        yarn_truncate=False,
+    ),
+    "phi3": Family(
+        "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+        json_defaults={
+            "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0, "sliding_window": None,
+        },
+        json_known=("full_attn_mod", "interpolate_factor"),
+        fused=True,
+    ),
+    "smollm3": Family(
+        "SmolLM3",
+        _LLAMA_LIKE,
+        {
+            "max_position_embeddings": 32768, "tie_word_embeddings": True, "rope_theta": 2000000.0,
+            "no_rope_layer_interval": 4, "num_key_value_heads": 4, "use_sliding_window": False,
+            "sliding_window": None, "no_rope_layers": None,
+        },
+        ("max_window_layers",),
+        no_rope_interval=4,
+    ),
+    "granite": Family(
+        "Granite 3",
+        _LLAMA_LIKE,
+        {
+            "max_position_embeddings": 2048, "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0, "logits_scaling": 1.0,
+        },
+        gguf_defaults={
+            "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "attention.scale": 0.0,
+        },
+        divides_logits=True,
+    ),
+    "olmo2": Family(
+        "OLMo 2",
+        json_defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        features=_OLMO,
+        window_period=4,
+        local_rope=True,
+    ),
+    "olmo3": Family(
+        "OLMo 3",
+        json_defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096},
+        features=_OLMO,
+        window_period=4,
+        local_rope=True,
+    ),
+    "gemma": Family(
+        "Gemma",
+        json_defaults={**_GEMMA_JSON, "max_position_embeddings": 8192},
+        json_known=("hidden_act",),
+        features=_GEMMA,
+        scaled_embedding=True,
+        norms_minus_one=True,
+    ),
+    "gemma2": Family(
+        "Gemma 2",
+        json_defaults={**_GEMMA2_JSON, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        json_known=("hidden_act", "cache_implementation", "sliding_window_size"),
+        features={**_GEMMA, "norm_place": "both"},
+        gguf_defaults={
+            "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 4096,
+        },
+        window_period=2,
+        scaled_embedding=True,
+        norms_minus_one=True,
+    ),
+    "gemma3_text": Family(
+        "Gemma 3",
+        json_defaults={
+            **_GEMMA2_JSON, "max_position_embeddings": 131072, "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208,
+        },
+        json_known=("hidden_act", "cache_implementation"),
+        features={**_GEMMA, "norm_place": "both", "qk_norm": "head"},
+        gguf_defaults={
+            "rope.freq_base": 1000000.0, "rope.freq_base_swa": 10000.0, "attn_logit_softcapping": 0.0,
+            "final_logit_softcapping": 0.0,
+        },
+        window_period=6,
+        local_rope=True,
+        scaled_embedding=True,
+        norms_minus_one=True,
+    ),
+    "gemma3": Family("Gemma 3 (text)", text_of="gemma3_text"),
+    "cohere": Family(
+        "Command R, Command R+",
+        ("gguf", "hf"),
+        {**_COHERE_JSON, "rope_theta": 500000.0, "use_qk_norm": False},
+        features=_COHERE,
+        gguf_defaults={"logit_scale": 1.0},
+        optional_qk_norm="heads",
+    ),
+    "cohere2": Family(
+        "Command R7B, Command A",
+        ("gguf", "hf"),
+        {**_COHERE_JSON, "sliding_window": 4096, "head_dim": 128},
+        (
+            "rotary_pct", "position_embedding_type", "order_of_interleaved_layers", "cache_implementation",
+            "layer_switch", "use_embedding_sharing", "use_gated_activation", "use_parallel_block",
+            "use_parallel_embedding",
+        ),
+        _COHERE,
+        {"logit_scale": 1.0},
+        window_period=4,
+        rope_in_windows=True,
+    ),
+}  # fmt: skip
+
+# General architectures of GGUF files that are called otherwise than the model type.
+_GGUF_NAMES = {
+    "qwen3moe": "qwen3_moe",
+    "gpt-oss": "gpt_oss",
+    "gemma3": "gemma3_text",
+    "command-r": "cohere",
+    "mistral3": "ministral3",
+}
+# Model types that GGUF files do not know by a name of their own.
+_WRITTEN_AS = {"mistral": "llama", "ministral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
+SUPPORTED = tuple(dict.fromkeys((*FAMILIES, *_GGUF_NAMES)))
+
+# What says nothing about the arithmetic in any family's config.json.
+JSON_HARMLESS = (
+    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path",
+    "name_or_path", "auto_map", "use_cache", "initializer_range", "bos_token_id", "eos_token_id",
+    "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "attention_dropout",
+    "hidden_dropout", "resid_pdrop", "embd_pdrop", "pretraining_tp", "output_attentions",
+    "output_hidden_states", "output_router_logits", "return_dict", "chunk_size_feed_forward",
+    "problem_type", "id2label", "label2id", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_autoset", "use_flash_attn", "_flash_attn_2_enabled", "torchscript",
+    "tokenizer_class", "model_max_length", "unsloth_fixed", "unsloth_version", "task_specific_params",
+    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "num_beams", "num_beam_groups", "num_return_sequences",
+    "diversity_penalty", "no_repeat_ngram_size", "max_sequence_length", "finetuning_task",
+    "is_llama_config", "transformers.js_config",
+)  # fmt: skip
+
+
+def family(architecture: Any, source: Source) -> Family:
+    """The family that a file names; raises UnsupportedError with the list of those there are."""
+    name = architecture if isinstance(architecture, str) else ""
+    name = _GGUF_NAMES.get(name, name) if source == "gguf" else name
+    if name not in FAMILIES:
+        raise UnsupportedError(
+            f"architecture {str(architecture)[:80]!r} is not supported; supported: {', '.join(SUPPORTED)}"
+        )
+    return FAMILIES[name]
+
+
+def gguf_architecture(model_type: str) -> str:
+    """The general.architecture under which GGUF files hold models of this model_type."""
+    names = {kind: name for name, kind in _GGUF_NAMES.items()} | _WRITTEN_AS
+    return names.get(model_type, model_type)
+
+
+def layer_windows(n_layers: int, window: int, period: int | list[bool]) -> tuple[int, ...]:
+    """Windows by layer; () where there are none. With a period every period-th layer has none (period 1: all
+    have one), as with a list of whether a layer has one."""
+    if isinstance(period, int):
+        if not 0 <= period <= 1024:
+            raise FormatError(f"a sliding window pattern of {period} is absurd")
+        period = [period <= 1 or (layer + 1) % period != 0 for layer in range(n_layers)]
+    windows = tuple(window if windowed else 0 for windowed in period)
+    return windows if any(windows) else ()
+
+
+def layer_ropes(row: Family, windows: tuple[int, ...], n_layers: int, local_theta: float) -> dict[str, Any]:
+    """The fields `ropes` and `local_rope_theta`."""
+    if row.local_rope and windows:
+        ropes = ["local" if window else "usual" for window in windows]
+        return {"ropes": tuple(ropes), "local_rope_theta": local_theta}
+    if row.rope_in_windows:
+        return {"ropes": tuple("usual" if window else "none" for window in windows or (0,) * n_layers)}
+    return {}
+
+
+def head_dim_of(dim: int, n_heads: int) -> int | None:
+    """The head size where nothing states it; None where dim / n_heads is no whole number."""
+    return dim // n_heads if dim % n_heads == 0 else None

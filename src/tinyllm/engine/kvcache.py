@@ -1,0 +1,407 @@
+"""Who owns which page of the KV cache: sequences, reference counts, fork, and reuse of common prefixes.
+
+The numbers themselves lie in the core's pool of pages (64 tokens each); this file only hands page ids out.
+A page that is full never changes again, so sequences share it; the last, partial page of a sequence belongs
+to it alone. Layers that look back equally far share their pages, and a sequence has a table of pages for each
+such group of layers: what lies wholly behind a group's window is given back. Imports only `errors`. Read
+next: engine.py, which runs the sequences.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from functools import wraps
+from hashlib import blake2b
+from itertools import count, zip_longest
+from typing import Any, Protocol, TypeVar, cast
+
+import numpy as np
+
+from tinyllm.errors import MemoryLimitError
+
+PAGE = 64  # tokens of a page, TL_PAGE of the core
+GONE = -1  # in a table: a page behind the window
+
+
+class PagePool(Protocol):
+    """The pages themselves, as the core keeps them. Ids run from 0 to n_pages - 1; a page never moves."""
+
+    @property
+    def n_pages(self) -> int: ...  # allocated so far
+
+    @property
+    def page_bytes(self) -> int: ...
+
+    def grow(self, n_pages: int, /) -> None: ...  # at least n_pages exist from now on, or MemoryError
+
+    def clear_page(self, page: int, /) -> None: ...
+
+    def copy_page(self, to: int, source: int, n_tokens: int, /) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def root_key(*facts: str) -> bytes:
+    """The key before a sequence's first page. `facts` are what the cached numbers depend on beside the
+    tokens: the model, its adapter, the cache's type, the choice of RoPE.
+    """
+    return blake2b(b"\0".join(fact.encode() for fact in facts), digest_size=16).digest()
+
+
+def first_seen(n_cached: int, window: int) -> int:
+    """The first page that the token at position `n_cached`, or any later one, looks at."""
+    return max(0, n_cached + 1 - window) // PAGE if window else 0
+
+
+def pages_held(n_tokens: int, window: int, ahead: int) -> int:
+    """The most pages of one table that a text of n_tokens holds at a time, computed up to `ahead` tokens a
+    call. window: positions that the table's layers look at; 0: all.
+    """
+    n = -(-n_tokens // PAGE)
+    return min(n, (window + ahead) // PAGE + 2) if window else n
+
+
+class Sequence:
+    """Tokens, and the pages that hold the keys and values of the first `n_cached` of them.
+
+    tables: for each group of layers the pages in order, GONE where they are behind its window. Made by
+    `KVCache.sequence`. Its owner appends to `tokens`; `tables` and `n_cached` change under the cache's lock
+    only, and may fall back to nothing when an older sequence needs the room: the tokens are then computed
+    again.
+    """
+
+    def __init__(self, cache: KVCache, tokens: Iterable[int], runner: int | None) -> None:
+        # These very lists as long as it lives: the cache keeps them beyond that.
+        self.tables: list[list[int]] = [[] for _ in cache.windows]
+        self.tokens = list(tokens)
+        self.n_cached = 0
+        self.order = next(cache._orders)  # age: the lower, the older
+        self.runner = runner  # the thread whose call closes it, or None: somebody does when it suits them
+        self._cache = cache
+        self._keys: list[bytes] = []
+        # A destructor in Python would swallow an interrupt and lose the pages; append of a deque is one step.
+        self._ref = weakref.ref(self, cache._closed.append)
+        cache._tables_of[self._ref] = self.tables
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens that still have to be computed."""
+        return len(self.tokens) - self.n_cached
+
+    @property
+    def pages(self) -> list[int]:
+        """The pages it owns, of all tables."""
+        return [page for table in self.tables for page in table if page != GONE]
+
+    def key(self, page: int) -> bytes:
+        """The key of a full page: a hash of its parent's key and its tokens, so of all tokens so far."""
+        for i in range(len(self._keys), page + 1):
+            parent = self._keys[-1] if i else self._cache.root
+            tokens = np.array(self.tokens[i * PAGE : (i + 1) * PAGE], dtype="<i4")
+            assert len(tokens) == PAGE, "only full pages have a key"
+            self._keys.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+        return self._keys[page]
+
+    def close(self) -> None:
+        """Gives the pages back. Never waits: the next call collects them. So does the end of its life."""
+        self._cache._closed.append(self._ref)
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _books(method: Method) -> Method:
+    """Marks the cache as torn while a method rewrites who owns what. An interrupt (or whatever a signal
+    handler raises) leaves the mark, for `collect` to see; MemoryLimitError comes where nothing is half
+    written.
+    """
+
+    @wraps(method)
+    def marked(self: KVCache, *arguments: Any) -> Any:
+        self.is_torn = True
+        try:
+            result = method(self, *arguments)
+        except MemoryLimitError:
+            self.is_torn = False
+            raise
+        self.is_torn = False
+        return result
+
+    return cast(Method, marked)
+
+
+class KVCache:
+    """Hands out the pages of a pool.
+
+    Everything here but `sequence` is called with `lock` held, which also stands around the model's calls, so
+    no page changes hands while one runs. Pages without an owner whose tokens are known stay as a cache of
+    prefixes, least recently used first out, at most `max_unused` of them.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        max_pages: int,
+        root: bytes = b"",
+        *,
+        windows: Iterable[int] = (0,),
+        ahead: int = 512,
+        max_unused: int | None = None,
+        free_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        """windows: of each of a sequence's tables; 0: its layers look at everything. ahead: the most tokens
+        of a sequence that one call computes. `free_bytes` says how much memory is left, and is asked before
+        the pool grows.
+        """
+        self.lock = threading.RLock()  # a signal handler may run in the thread that holds it
+        self.is_torn = False  # an interrupt may have come while owners were written down
+        self.pool, self.max_pages, self.root = pool, max_pages, root
+        self.windows, self.ahead = tuple(windows), ahead
+        self._max_unused = max_pages if max_unused is None else max_unused
+        self._free_bytes = free_bytes
+        self._orders = count()
+        self._free = list(range(pool.n_pages))
+        self._n_owners: dict[int, int] = {}  # of the pages that have any
+        self._page_of: dict[tuple[int, bytes], int] = {}  # the prefixes: of table and key
+        self._key_of: dict[int, tuple[int, bytes]] = {}  # its inverse
+        self._unused: OrderedDict[int, None] = OrderedDict()  # in the table, without an owner
+        # Of all sequences that live or are not collected
+        self._tables_of: dict[weakref.ref[Sequence], list[list[int]]] = {}
+        self._closed: deque[weakref.ref[Sequence]] = deque()
+
+    def sequence(self, tokens: Iterable[int] = (), runner: int | None = None) -> Sequence:
+        """A new sequence, with no pages yet."""
+        return Sequence(self, tokens, runner)
+
+    def holders(self) -> list[Sequence]:
+        """The sequences that have pages."""
+        return [s for ref in list(self._tables_of) if (s := ref()) is not None and any(s.tables)]
+
+    @property
+    def n_used(self) -> int:
+        """Pages that some sequence owns."""
+        return len(self._n_owners)
+
+    @_books
+    def adopt(self, sequence: Sequence, n_tokens: int) -> None:
+        """Takes known pages for the next tokens of `sequence`, as many as end at `n_tokens` or before: all
+        that a token after them looks at.
+        """
+        first = end = sequence.n_cached // PAGE
+        if sequence.n_cached % PAGE:
+            return
+        known_from = [first_seen(sequence.n_cached, window) for window in self.windows]  # without a gap
+        for i in range(first, n_tokens // PAGE):
+            known = [(table, sequence.key(i)) in self._page_of for table in range(len(self.windows))]
+            if not all(is_known or window for is_known, window in zip(known, self.windows, strict=True)):
+                break
+            known_from = [n if is_known else i + 1 for n, is_known in zip(known_from, known, strict=True)]
+            seen_from = [first_seen((i + 1) * PAGE, window) for window in self.windows]
+            if all(n <= seen for n, seen in zip(known_from, seen_from, strict=True)):
+                end = i + 1
+        if end == first:
+            return
+        sequence.n_cached = end * PAGE
+        self._trim(sequence)
+        for table, window in enumerate(self.windows):
+            seen = first_seen(sequence.n_cached, window)
+            for i in range(first, end):
+                page = self._page_of[table, sequence.key(i)] if i >= seen else GONE
+                self._put(sequence, table, i, page)
+
+    @_books
+    def reserve(self, sequence: Sequence) -> None:
+        """Gives `sequence` the pages for all its tokens, or as many as its windows let it hold at a time; all
+        or none. Where too few are left, younger sequences lose theirs, the youngest first. Raises
+        MemoryLimitError, with the numbers, when that is not enough.
+        """
+        self._trim(sequence)
+        missing = []
+        for table, window in zip(sequence.tables, self.windows, strict=True):
+            seen = first_seen(sequence.n_cached, window)
+            n_held = pages_held(len(sequence.tokens) - seen * PAGE, window, self.ahead)
+            missing.append(seen + n_held - len(table))
+        n = sum(missing)
+        if n == 0:
+            return
+        while True:
+            try:
+                pages = self._take(n)
+                break
+            except MemoryLimitError:
+                holders = self.holders()
+                younger = [s for s in holders if s.order > sequence.order]
+                kept = {page for s in holders if s.order <= sequence.order for page in s.pages}
+                if not younger or n > self.max_pages - len(kept):
+                    raise
+                youngest = max(younger, key=lambda s: s.order)
+                youngest.n_cached = 0
+                self._release(youngest.tables)
+        for table, n in zip(sequence.tables, missing, strict=True):
+            table += pages[:n]
+            del pages[:n]
+
+    @_books
+    def commit(self, sequence: Sequence, n_tokens: int) -> None:
+        """The call that computed the next `n_tokens` tokens succeeded. Full pages can be shared now."""
+        first = sequence.n_cached // PAGE
+        sequence.n_cached += n_tokens
+        for i in range(first, sequence.n_cached // PAGE):
+            for table, pages in enumerate(sequence.tables):
+                key, own = (table, sequence.key(i)), pages[i]
+                known = self._page_of.setdefault(key, own)
+                if known == own:
+                    self._key_of[own] = key
+                else:  # another sequence was faster; both hold the same bits
+                    self._put(sequence, table, i, known)
+        if not sequence.n_pending:  # else `reserve` does, when it takes the next ones: nobody gets in between
+            self._trim(sequence)
+
+    @_books
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A second sequence with the same tokens: it shares the full pages and gets a copy of the last,
+        partial ones. Raises MemoryLimitError when there are no pages for the copies.
+        """
+        child = self.sequence(sequence.tokens, sequence.runner)
+        child._keys = list(sequence._keys)
+        n_full, n_rest = divmod(sequence.n_cached, PAGE)
+        copies = self._take(len(self.windows)) if n_rest else []
+        try:
+            for table, copy in zip(sequence.tables, copies, strict=False):
+                self.pool.copy_page(copy, table[n_full], n_rest)
+        except BaseException:
+            for page in copies:
+                self._disown(page)
+            raise
+        for i, table in enumerate(sequence.tables):
+            for page in table[:n_full]:
+                if page != GONE:
+                    self._own(page)
+            child.tables[i] += table[:n_full] + copies[i : i + 1]
+        child.n_cached = sequence.n_cached
+        return child
+
+    @_books
+    def drop(self, sequence: Sequence) -> None:
+        """Takes the pages away. The tokens stay; they have to be computed again to go on."""
+        sequence.n_cached = 0
+        self._release(sequence.tables)
+
+    def collect(self) -> None:
+        """Takes back what closed and dead sequences held. Where an interrupt tore the books, everything: the
+        tokens stay, and are computed again.
+        """
+        if self.is_torn:
+            self._reset()
+        while self._closed:  # one leaves the queue when all is done for it, lest an interrupt lose it
+            ref = self._closed[0]
+            sequence = ref()
+            if sequence is not None:
+                self.drop(sequence)
+            else:
+                self._bury(ref)
+            self._closed.popleft()
+
+    @_books
+    def _bury(self, ref: weakref.ref[Sequence]) -> None:
+        self._release(self._tables_of.get(ref, []))
+        self._tables_of.pop(ref, None)
+
+    def _reset(self) -> None:
+        for ref, tables in list(self._tables_of.items()):
+            sequence = ref()
+            if sequence is not None:
+                sequence.n_cached = 0
+            for table in tables:
+                table.clear()
+        for book in (self._n_owners, self._page_of, self._key_of, self._unused):
+            book.clear()
+        self._free = list(range(min(self.pool.n_pages, self.max_pages)))
+        self.is_torn = False
+
+    def _release(self, tables: list[list[int]]) -> None:
+        """Empties a sequence's tables."""
+        for row in reversed(list(zip_longest(*tables, fillvalue=GONE))):
+            for page in row:  # so that the end of a prefix is evicted before its start
+                if page != GONE:
+                    self._disown(page)
+        for table in tables:
+            table.clear()
+
+    def _own(self, page: int) -> None:
+        self._n_owners[page] = self._n_owners.get(page, 0) + 1
+        self._unused.pop(page, None)
+
+    def _disown(self, page: int) -> None:
+        self._n_owners[page] -= 1
+        if self._n_owners[page]:
+            return
+        del self._n_owners[page]
+        if page not in self._key_of:
+            self._free.append(page)
+            return
+        self._unused[page] = None
+        if len(self._unused) > self._max_unused:
+            self._evict()
+
+    def _put(self, sequence: Sequence, table: int, i: int, page: int) -> None:
+        """Makes a shared page, or GONE, the i-th of a table of `sequence`."""
+        pages = sequence.tables[table]
+        if page != GONE:
+            self._own(page)
+        if i < len(pages):
+            if pages[i] != GONE:
+                self._disown(pages[i])
+            pages[i] = page
+        else:
+            pages.append(page)
+
+    def _trim(self, sequence: Sequence) -> None:
+        """Gives back what is wholly behind the windows."""
+        for table, (pages, window) in enumerate(zip(sequence.tables, self.windows, strict=True)):
+            i = min(first_seen(sequence.n_cached, window), len(pages)) - 1
+            while i >= 0 and pages[i] != GONE:
+                self._put(sequence, table, i, GONE)
+                i -= 1
+
+    def _evict(self) -> None:
+        page, _ = self._unused.popitem(last=False)
+        del self._page_of[self._key_of.pop(page)]
+        self._free.append(page)
+
+    def _take(self, n: int) -> list[int]:
+        """n cleared pages with one owner each, or MemoryLimitError before any of them is touched."""
+        if n > len(self._free):
+            self._grow(n - len(self._free))
+        if n > len(self._free) + len(self._unused):
+            raise MemoryLimitError(
+                f"the KV cache is full: {n} more pages of {PAGE} tokens ({self.pool.page_bytes} bytes each) "
+                f"are needed; {self.n_used} are in use, {self.pool.n_pages} exist, at most {self.max_pages} "
+                "may. Close sessions and streams, or ask for fewer or shorter texts at a time"
+            )
+        while n > len(self._free):
+            self._evict()
+        pages = self._free[-n:]
+        for page in pages:
+            self.pool.clear_page(page)
+        del self._free[-n:]
+        for page in pages:
+            self._own(page)
+        return pages
+
+    def _grow(self, n: int) -> None:
+        """Adds n pages to the pool, or as many as the limit and the memory allow."""
+        before = self.pool.n_pages
+        target = min(before + n, self.max_pages)
+        if self._free_bytes is not None and target > before:
+            target = min(target, before + self._free_bytes() // self.pool.page_bytes)
+        if target <= before:
+            return
+        try:
+            self.pool.grow(target)
+        except MemoryError:
+            return  # whoever asked goes by the number of free pages
+        self._free.extend(range(before, min(self.pool.n_pages, self.max_pages)))

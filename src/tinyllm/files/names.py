@@ -1,0 +1,473 @@
+"""The one table of tensor names: what this project, GGUF and Hugging Face call each weight, and its shape.
+
+`map_tensors` matches a file's tensors with the table and reports all that is missing, extra or wrongly shaped
+at once. A new family adds rows. Imports `config`, `errors` and this package's shared part.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from tinyllm.config import ModelConfig
+from tinyllm.config.families import Source, family
+from tinyllm.errors import FormatError, UnsupportedError
+from tinyllm.files import BF16, F16, F32, FORMATS, MXFP4, TensorInfo, show
+
+Key = tuple[str, "int | None"]  # (canonical name, layer); of expert i the name ends with .i, as in w_gate.7
+MAX_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Name:
+    """One row: the names of a weight, with {} where the number of the layer stands, and its shape (rows,
+    k). One that every expert has is a tensor an expert with a second {} in Hugging Face's files, and in GGUF
+    one tensor of all of them, (experts, rows, k).
+    """
+
+    canonical: str
+    gguf: str
+    hf: str
+    shape: Callable[[ModelConfig], tuple[int, ...]]
+    # Whether a model of this config has it; None: as the file has it, but in all layers or in none.
+    present: Callable[[ModelConfig], bool | None] = lambda config: True
+    rotated: Callable[[ModelConfig], int] | None = None  # number of heads, where the rows are rotated by RoPE
+    per_expert: bool = False
+
+    @property
+    def per_layer(self) -> bool:
+        return "{}" in self.gguf
+
+    def tensors(self, config: ModelConfig, source: Source) -> Iterator[tuple[str, Iterator[Key]]]:
+        """The tensors that a file holds of it, and what weights each of them is; one by one, since a config
+        of a few bytes can ask for millions."""
+        name = self.gguf if source == "gguf" else self.hf
+        for old, new in family(config.architecture, source).renamed.get(source, {}).items():
+            name = name.replace(old, new)
+        for layer in range(config.n_layers) if self.per_layer else (None,):
+            if not self.per_expert:
+                yield name.format(layer), iter([(self.canonical, layer)])
+                continue
+            keys: Iterator[Key] = zip(
+                (f"{self.canonical}.{i}" for i in range(config.n_experts)), itertools.repeat(layer)
+            )
+            if source == "gguf":
+                yield name.format(layer), keys
+            else:
+                yield from ((name.format(layer, i), iter([key])) for i, key in enumerate(keys))
+
+
+def _q_dim(c: ModelConfig) -> int:
+    return c.n_heads * c.head_dim
+
+
+def _kv_dim(c: ModelConfig) -> int:
+    return c.n_kv_heads * c.head_dim
+
+
+def _linear(
+    suffix: str,
+    gguf: str,
+    hf: str,
+    rows: Callable[[ModelConfig], int],
+    k: Callable[[ModelConfig], int],
+    bias: Callable[[ModelConfig], bool | None],
+    rotated: Callable[[ModelConfig], int] | None = None,
+    present: Callable[[ModelConfig], bool] = lambda config: True,
+) -> tuple[Name, Name]:
+    """A matrix w<suffix> and its bias b<suffix>."""
+    gguf, hf = f"blk.{{}}.{gguf}", f"model.layers.{{}}.{hf}"
+    return (
+        Name(f"w{suffix}", f"{gguf}.weight", f"{hf}.weight", lambda c: (rows(c), k(c)), present, rotated),
+        Name(
+            f"b{suffix}",
+            f"{gguf}.bias",
+            f"{hf}.bias",
+            lambda c: (rows(c),),
+            lambda c: present(c) and bias(c),
+            rotated,
+        ),
+    )
+
+
+def _expert(
+    part: str, rows: Callable[[ModelConfig], int], k: Callable[[ModelConfig], int]
+) -> tuple[Name, Name]:
+    """A matrix that every expert has, and its bias."""
+    gguf, hf = f"blk.{{}}.ffn_{part}_exps", f"model.layers.{{}}.mlp.experts.{{}}.{part}_proj"
+    return (
+        Name(
+            f"w_{part}", f"{gguf}.weight", f"{hf}.weight", lambda c: (rows(c), k(c)), _sparse, per_expert=True
+        ),
+        Name(f"b_{part}", f"{gguf}.bias", f"{hf}.bias", lambda c: (rows(c),), _expert_bias, per_expert=True),
+    )
+
+
+def _expert_bias(c: ModelConfig) -> bool:
+    return c.expert_bias
+
+
+def _dense(c: ModelConfig) -> bool:
+    return not c.n_experts
+
+
+def _sparse(c: ModelConfig) -> bool:
+    return c.n_experts > 0
+
+
+def _router(c: ModelConfig) -> tuple[int, ...]:
+    return (c.n_experts, c.dim)
+
+
+def _vector(c: ModelConfig) -> tuple[int, ...]:
+    return (c.dim,)
+
+
+def _vocabulary(c: ModelConfig) -> tuple[int, ...]:
+    return (c.vocab_size, c.dim)
+
+
+def _dim(c: ModelConfig) -> int:
+    return c.dim
+
+
+def _q_norm(c: ModelConfig) -> tuple[int, ...]:
+    return _norm_of(c, c.n_heads)
+
+
+def _k_norm(c: ModelConfig) -> tuple[int, ...]:
+    return _norm_of(c, c.n_kv_heads)
+
+
+def _norm_of(c: ModelConfig, n_heads: int) -> tuple[int, ...]:
+    if c.qk_norm == "heads":
+        return (n_heads, c.head_dim)
+    return (c.head_dim,) if c.qk_norm == "head" else (n_heads * c.head_dim,)
+
+
+def _ff_dim(c: ModelConfig) -> int:
+    return c.ff_dim
+
+
+def _attention_bias(c: ModelConfig) -> bool | None:
+    return c.attention_bias
+
+
+def _output_bias(c: ModelConfig) -> bool | None:
+    return c.output_bias
+
+
+def _ffn_bias(c: ModelConfig) -> bool | None:
+    return c.ffn_bias
+
+
+def _norm(
+    canonical: str, gguf: str, hf: str, present: Callable[[ModelConfig], bool | None] = lambda c: True
+) -> Name:
+    """A norm of x in every layer."""
+    return Name(canonical, f"blk.{{}}.{gguf}.weight", f"model.layers.{{}}.{hf}.weight", _vector, present)
+
+
+def _qk_norm(
+    of: str, shape: Callable[[ModelConfig], tuple[int, ...]], rotated: Callable[[ModelConfig], int]
+) -> Name:
+    return Name(
+        f"{of}_norm",
+        f"blk.{{}}.attn_{of}_norm.weight",
+        f"model.layers.{{}}.self_attn.{of}_norm.weight",
+        shape,
+        lambda c: c.qk_norm is not None,
+        lambda c: 1 if c.qk_norm == "head" else rotated(c),
+    )
+
+
+# A canonical name has several rows where its file's name depends on the family; one of them is present.
+TABLE: tuple[Name, ...] = (
+    Name("embedding", "token_embd.weight", "model.embed_tokens.weight", _vocabulary),
+    Name("output_norm", "output_norm.weight", "model.norm.weight", _vector),
+    Name("output", "output.weight", "lm_head.weight", _vocabulary, lambda c: not c.tied),
+    _norm("attention_norm", "attn_norm", "input_layernorm", lambda c: c.norm_place != "after"),
+    *_linear("q", "attn_q", "self_attn.q_proj", _q_dim, _dim, _attention_bias, lambda c: c.n_heads),
+    *_linear("k", "attn_k", "self_attn.k_proj", _kv_dim, _dim, _attention_bias, lambda c: c.n_kv_heads),
+    *_linear("v", "attn_v", "self_attn.v_proj", _kv_dim, _dim, _attention_bias),
+    _qk_norm("q", _q_norm, lambda c: c.n_heads),
+    _qk_norm("k", _k_norm, lambda c: c.n_kv_heads),
+    Name(
+        "sinks",
+        "blk.{}.attn_sinks.weight",
+        "model.layers.{}.self_attn.sinks",
+        lambda c: (c.n_heads,),
+        lambda c: c.sinks,
+    ),
+    *_linear("o", "attn_output", "self_attn.o_proj", _dim, _q_dim, _output_bias),
+    _norm(
+        "attention_post_norm",
+        "post_attention_norm",
+        "post_attention_layernorm",
+        lambda c: c.norm_place != "before",
+    ),
+    _norm(
+        "ffn_norm",
+        "ffn_norm",
+        "post_attention_layernorm",
+        lambda c: c.norm_place == "before" and not c.parallel,
+    ),
+    _norm("ffn_norm", "ffn_norm", "pre_feedforward_layernorm", lambda c: c.norm_place == "both"),
+    _norm("ffn_norm", "attn_norm", "input_layernorm", lambda c: c.parallel),  # both halves read the same
+    *_linear("_gate", "ffn_gate", "mlp.gate_proj", _ff_dim, _dim, _ffn_bias, present=_dense),
+    *_linear("_up", "ffn_up", "mlp.up_proj", _ff_dim, _dim, _ffn_bias, present=_dense),
+    *_linear("_down", "ffn_down", "mlp.down_proj", _dim, _ff_dim, _ffn_bias, present=_dense),
+    Name("router", "blk.{}.ffn_gate_inp.weight", "model.layers.{}.mlp.gate.weight", _router, _sparse),
+    Name(
+        "b_router",
+        "blk.{}.ffn_gate_inp.bias",
+        "model.layers.{}.mlp.gate.bias",
+        lambda c: (c.n_experts,),
+        _expert_bias,
+    ),
+    *_expert("gate", _ff_dim, _dim),
+    *_expert("up", _ff_dim, _dim),
+    *_expert("down", _dim, _ff_dim),
+    _norm("ffn_post_norm", "post_ffw_norm", "post_feedforward_layernorm", lambda c: c.norm_place != "before"),
+)
+
+# Matrices that lie on top of each other in one tensor: (its name, {the name of a part: its rows}).
+_Parts = tuple[tuple[str, Callable[[ModelConfig], int]], ...]
+_FUSED: dict[Source, tuple[tuple[str, _Parts], ...]] = {
+    "gguf": (
+        ("attn_qkv", (("attn_q", _q_dim), ("attn_k", _kv_dim), ("attn_v", _kv_dim))),
+        ("ffn_up", (("ffn_gate", _ff_dim), ("ffn_up", _ff_dim))),
+    ),
+    "hf": (
+        (
+            "self_attn.qkv_proj",
+            (("self_attn.q_proj", _q_dim), ("self_attn.k_proj", _kv_dim), ("self_attn.v_proj", _kv_dim)),
+        ),
+        ("mlp.gate_up_proj", (("mlp.gate_proj", _ff_dim), ("mlp.up_proj", _ff_dim))),
+    ),
+}
+
+# Language models inside models that also read images.
+_WRAPPED = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
+            ("model.language_model.", "model."))  # fmt: skip
+
+# Tensors that say nothing new: tables of rotary frequencies, an output matrix beside tied embeddings (which
+# transformers drops as well), and what reads images. Factors of RoPE are read into the config.
+_HARMLESS = {
+    "gguf": re.compile(
+        r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd\.weight"
+    ),
+    "hf": re.compile(
+        r"(.*\.)?rotary_emb\.inv_freq|lm_head\.weight|(model\.)?(vision_tower|multi_modal_projector)\..*"
+    ),
+}
+
+
+class Weights(Mapping[Key, TensorInfo]):
+    """The tensors of a model by (canonical name, layer), layer None for those outside the layers.
+
+    `weights.get(("bq", 3))` is None where a model has no such bias; "output" is absent where the embedding
+    serves.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: dict[Key, TensorInfo],
+        row_orders: dict[str, npt.NDArray[np.int32]],
+        norms_minus_one: bool = False,
+    ) -> None:
+        self.config = config
+        self._tensors = tensors
+        self._row_orders = row_orders
+        self._norms_minus_one = norms_minus_one
+
+    def __getitem__(self, key: Key) -> TensorInfo:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def row_order(self, canonical: str) -> npt.NDArray[np.int32] | None:
+        """For each row as the model wants it (half-split order), the row of the file; None: as they are.
+
+        int32 [rows]; the same in every layer.
+        """
+        return self._row_orders.get(canonical)
+
+    def plus(self, canonical: str) -> float:
+        """What is to be added to a vector's numbers: 1 for norms that the file holds minus 1."""
+        return 1.0 if self._norms_minus_one and canonical.endswith("norm") else 0.0
+
+
+def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: Source) -> Weights:
+    """Match a file's tensors with the table.
+
+    A fused tensor counts as its parts. Raises one FormatError that lists the tensors that are missing,
+    unexpected, wrongly shaped, or a norm or bias in blocks; looks for no more than it shows.
+    """
+    row_of_family = family(config.architecture, source)
+    if source == "hf":
+        unwrapped: dict[str, TensorInfo] = {}
+        for name, info in tensors.items():
+            _add(unwrapped, _unwrapped(name), info)
+        tensors = unwrapped
+    if row_of_family.fused:
+        tensors = _split_fused(tensors, config, source)
+    if row_of_family.stacked and source == "hf":
+        tensors = _split_stacks(tensors, config)
+    found: dict[Key, TensorInfo] = {}
+    problems: list[str] = []
+    expected: set[str] = set()
+    for row in TABLE:
+        present = row.present(config)
+        if present is None:
+            present = any(name in tensors for name, _ in row.tensors(config, source))
+        if not present:
+            continue
+        shape = row.shape(config)
+        if row.per_expert and source == "gguf":
+            shape = (config.n_experts, *shape)
+        for name, keys in row.tensors(config, source):
+            if len(problems) > MAX_PROBLEMS:
+                break
+            expected.add(name)
+            if name not in tensors:
+                problems.append(f"{name} is missing, expected with shape {shape}")
+            elif tensors[name].shape != shape:
+                problems.append(f"{name} has shape {tensors[name].shape}, expected {shape}")
+            elif len(row.shape(config)) == 1 and tensors[name].format not in (F32, F16, BF16):
+                stored = FORMATS[tensors[name].format].name
+                problems.append(f"{name} is {stored}; a norm or bias must be F32, F16 or BF16")
+            else:
+                stack = row.per_expert and source == "gguf"
+                parts = tensors[name].parts() if stack else [tensors[name]]
+                found.update(zip(keys, parts, strict=True))
+    if len(problems) <= MAX_PROBLEMS:
+        harmless = _HARMLESS[source]
+        extra = [name for name in tensors if name not in expected and not harmless.fullmatch(name)]
+        problems += [f"{show(name)} of shape {tensors[name].shape} is not expected" for name in sorted(extra)]
+    if problems:
+        more = "\n  and more" if len(problems) > MAX_PROBLEMS else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:MAX_PROBLEMS])
+        model = f"{config.architecture}, {config.n_layers} layers"
+        raise FormatError(f"the tensors do not fit the config ({model}):{listed}{more}")
+    minus_one = source == "hf" and row_of_family.norms_minus_one
+    return Weights(config, found, row_orders(config, source), minus_one)
+
+
+def _add(found: dict[str, TensorInfo], name: str, info: TensorInfo) -> None:
+    """Refuses what a file holds twice, whole and as a part or under two names."""
+    if name in found:
+        raise FormatError(f"{show(info.name)} and {show(found[name].name)} both hold {show(name)}")
+    found[name] = info
+
+
+def _unwrapped(name: str) -> str:
+    return next((to + name[len(start) :] for start, to in _WRAPPED if name.startswith(start)), name)
+
+
+def _split_fused(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig, source: Source
+) -> dict[str, TensorInfo]:
+    """Fused tensors as their parts: rows of the file one after another, under the parts' names. One of
+    another height stays whole, and so does not fit the table."""
+    found = dict(tensors)
+    layer = "blk.{}." if source == "gguf" else "model.layers.{}."
+    for fused, parts in _FUSED[source]:
+        heights = [rows(config) for _, rows in parts]
+        for i in range(config.n_layers):
+            whole = found.get(name := f"{layer.format(i)}{fused}.weight")
+            if whole is None or len(whole.shape) != 2 or whole.shape[0] != sum(heights):
+                continue
+            del found[name]
+            row_bytes, first = whole.n_bytes // whole.shape[0], 0
+            for (part, _), n in zip(parts, heights, strict=True):
+                rows = replace(
+                    whole,
+                    shape=(n, whole.shape[1]),
+                    offset=whole.offset + first * row_bytes,
+                    n_bytes=n * row_bytes,
+                )
+                _add(found, f"{layer.format(i)}{part}.weight", rows)
+                first += n
+    return found
+
+
+def fused_in_gguf(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
+    """The tensors of a GGUF file that hold several matrices of the table, and those of which they do."""
+    if not family(config.architecture, "gguf").fused:
+        return
+    for layer in range(config.n_layers):
+        for fused, parts in _FUSED["gguf"]:
+            yield f"blk.{layer}.{fused}.weight", [f"blk.{layer}.{part}.weight" for part, _ in parts]
+
+
+def in_gguf(weights: Weights) -> dict[Key, tuple[str, tuple[int, ...]]]:
+    """The tensor of a GGUF file that each weight is or is a part of, and the tensor's shape; of matrices on
+    top of each other that of one."""
+    config = weights.config
+    names = {row.canonical: row.gguf for row in TABLE}  # of norms with several, one
+    whole = {part: name for name, parts in fused_in_gguf(config) for part in parts}
+    found: dict[Key, tuple[str, tuple[int, ...]]] = {}
+    for (canonical, layer), info in weights.items():
+        stem, _, expert = canonical.partition(".")
+        name = names[stem].format(layer)
+        found[canonical, layer] = (
+            whole.get(name, name),
+            (config.n_experts, *info.shape) if expert else info.shape,
+        )
+    return found
+
+
+def _split_stacks(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, TensorInfo]:
+    """Stacks of experts as a tensor an expert: of gate_up_proj even rows are gate's, odd ones up's. What is
+    no stack of them stays whole, and so does not fit the table."""
+    found: dict[str, TensorInfo] = {}
+    for name, stack in tensors.items():
+        match = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up|down)_proj(_bias)?", name)
+        if not match or len(stack.shape) < 2 or stack.shape[0] != config.n_experts:
+            _add(found, name, stack)
+            continue
+        prefix, part, bias = match.groups()
+        kind = "bias" if bias else "weight"
+        if not bias and stack.format != MXFP4:
+            raise UnsupportedError(
+                f"{show(name)} is {FORMATS[stack.format].name}: of safetensors with stacked experts only "
+                "those in MXFP4 are supported; convert the model to GGUF"
+            )
+        for i, expert in enumerate(stack.parts()):
+            if part == "down":
+                _add(found, f"{prefix}{i}.down_proj.{kind}", expert)
+            else:
+                _add(found, f"{prefix}{i}.gate_proj.{kind}", expert.every_other(0))
+                _add(found, f"{prefix}{i}.up_proj.{kind}", expert.every_other(1))
+    return found
+
+
+def row_orders(config: ModelConfig, source: Source) -> dict[str, npt.NDArray[np.int32]]:
+    """Of the weights whose rows such files hold in another order than the model: see `Weights.row_order`."""
+    if source not in family(config.architecture, source).interleaved:
+        return {}
+    present = [row for row in TABLE if row.rotated and row.present(config) is not False]
+    return {row.canonical: half_split_order(config, row.rotated(config)) for row in present if row.rotated}
+
+
+def half_split_order(config: ModelConfig, n_heads: int) -> npt.NDArray[np.int32]:
+    """Source rows, int32 [n_heads * head_dim], that bring interleaved rotary pairs (2i, 2i + 1) to (i, i +
+    rope_dim/2).
+
+    Dimensions of a head past rope_dim stay where they are. q.k does not change, as q and k move alike.
+    """
+    head = np.arange(config.head_dim, dtype=np.int32)
+    head[: config.rope_dim] = np.arange(config.rope_dim, dtype=np.int32).reshape(-1, 2).T.ravel()
+    starts = np.arange(n_heads, dtype=np.int32) * config.head_dim
+    return np.asarray((starts[:, None] + head).ravel(), np.int32)

@@ -1,0 +1,125 @@
+"""What users hold of a generated text: a completion, its timings, a score, a stream of pieces.
+
+Data that outlives the model. Imports `engine` (what a piece is). llm.py makes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from tinyllm.engine.engine import FinishReason, Piece
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time went. `generate_s` runs from the end of the prompt; in a batch, each text has its own
+    clock.
+    """
+
+    load_s: float
+    prompt_tokens: int
+    prompt_s: float
+    generated_tokens: int
+    generate_s: float
+
+
+@dataclass(frozen=True, repr=False)
+class Completion:
+    """A generated text. `str(completion)` is its text.
+
+    text: the new text only, without the prompt and without the stop string. tokens: its ids, a stop
+    string's included, an end-of-text token not. logprobs: the model's own log probability (natural) of each
+    token, where asked for; top_logprobs: for each the most likely (id, log probability). finish_reason:
+    "stop" (stop_reason is the string or the id), "length" (max_tokens or the context's end) or "cancelled".
+    seed: alone with it, the same prompt gives the same text. reasoning: what a chat model thought before it
+    answered, without its tags; None where there was no such block. tokens and logprobs cover both.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float] | None
+    top_logprobs: list[list[tuple[int, float]]] | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    seed: int
+    prompt_tokens: list[int]
+    timings: Timings
+    device: str
+    reasoning: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        why = self.finish_reason + (f" at {self.stop_reason!r}" if self.stop_reason is not None else "")
+        counts = f"{len(self.prompt_tokens)} + {len(self.tokens)} tokens"
+        return f"<Completion {brief(self.text)}: {counts}, {why}, seed {self.seed}>"
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a text is. logprobs[i] is the natural log probability of tokens[i + 1] after those before
+    it; the first token has none.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+
+    @property
+    def total(self) -> float:
+        """The sum of the log probabilities, in nats."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of minus their mean, infinite past what float64 holds; NaN for a single token."""
+        return perplexity_of(-self.total / len(self.logprobs)) if self.logprobs else math.nan
+
+
+def perplexity_of(nll: float) -> float:
+    """exp(nll), of nats a token; infinite past what float64 holds."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+class Stream(Iterator[Piece]):
+    """A text while it is made: iterate over its pieces. Leaving early, or `close`, frees what it holds."""
+
+    def __init__(self, pieces: Generator[Piece, None, None], completion: Callable[[], Completion]) -> None:
+        self._pieces, self._completion = pieces, completion
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the text here."""
+        self._pieces.close()
+
+    def __repr__(self) -> str:
+        made = self.completion
+        return f"<Stream: {len(made.tokens)} tokens so far, {brief(made.text)}>"
+
+    @property
+    def completion(self) -> Completion:
+        """What there is so far, at the end all of it; a text that was left early counts as cancelled."""
+        return self._completion()
+
+
+def brief(text: str, length: int = 60) -> str:
+    """A text for people, quoted, its middle left out where it is longer."""
+    if len(text) > length:
+        text = f"{text[: length - length // 3]} ... {text[-(length // 3) :]}"
+    return repr(text)
