@@ -116,10 +116,8 @@ def load(
                 weights=weights,
                 progress=progress,
             )
-        if context > files.config.covered_context:
-            log.warning(
-                "context %d is more than the %d the model was trained for", context, files.config.covered_context
-            )
+        if context > (covered := files.config.covered_context):
+            log.warning("context %d is more than the %d the model was trained for", context, covered)
         return LLM(
             model,
             files.tokenizer,

@@ -56,6 +56,9 @@ LEGACY = (
 
 # Never set here: it chooses the class.
 NOT_SWEPT = ("model_type",)
+IN_TENSORS = ("tie_word_embeddings", "attention_bias")  # keys that say which tensors there are
+# What messages call a key.
+ALSO = {"num_key_value_heads": "n_kv_heads", "num_local_experts": "num_experts"}
 
 
 def keys_of(kind: str) -> list[str]:
@@ -119,7 +122,9 @@ def measured(spec: Spec, config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
             ).eval()
             weights = dict(model.named_parameters())
             found = {name: tuple(weight.shape) for name, weight in weights.items()}
-            own = random_weights(spec.config, spec.seed) if kind == "gpt_oss" else {}
+            said = {"attention_bias": True, **{key: config[key] for key in IN_TENSORS if key in config}}
+            in_gguf = {**spec.config, **said} if kind == "gpt_oss" else {}
+            own = random_weights(in_gguf, spec.seed) if in_gguf else {}
             with torch.no_grad():
                 for name, weight in weights.items():
                     value = own.get(name)
@@ -130,8 +135,8 @@ def measured(spec: Spec, config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         except Exception as error:
             raise Refused(f"{type(error).__name__}: {error}") from error
         files: Any = folder
-        if kind == "gpt_oss":  # floats of its experts are in no Hugging Face file
-            write_gguf(folder / "model.gguf", spec.config, own)
+        if in_gguf:  # floats of its experts are in no Hugging Face file
+            write_gguf(folder / "model.gguf", in_gguf, own)
             files = replace(read_model(folder / "model.gguf"), config=config_from_json(config))
         else:
             model.float().save_pretrained(folder)
@@ -144,7 +149,8 @@ def measured(spec: Spec, config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 def named(case: Case, message: str) -> bool:
     """Whether a message says which key is meant, which part of its value, or which it does not agree with."""
     inner = case.value if isinstance(case.value, dict) else {}
-    return any(name in message for name in (*case.config, case.key, *inner, *["RoPE"] * ("rope" in case.key)))
+    also = (case.key, ALSO.get(case.key, case.key), *["RoPE"] * ("rope" in case.key))
+    return any(name in message for name in (*case.config, *also, *inner))
 
 
 def verdict(case: Case, known: Any, listener: Warnings) -> tuple[str, str]:
@@ -155,7 +161,7 @@ def verdict(case: Case, known: Any, listener: Warnings) -> tuple[str, str]:
         config_from_json(config)
     except tinyllm.Error as error:
         return "refused", str(error)
-    warned = [said for said in listener.said if case.key in said]
+    warned = [said for said in listener.said if f" {case.key} is " in said]
     try:
         found, theirs, ours = measured(spec, config)
     except Refused as error:
