@@ -2,18 +2,16 @@
 
 What transformers' class of the family reads is obeyed as it does; what it does not read is not applied, and
 a warning names it unless it says what is computed anyway; what the family's row does not know is refused.
-Imports the files beside it and `errors`. Read next: files/names.py (the tensors that such a config expects).
+Imports the files beside it and `errors`. Read next: json_rope.py, its part on RoPE; files/names.py (the
+tensors that such a config expects).
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from tinyllm.config.families import (
     JSON_HARMLESS,
@@ -24,12 +22,10 @@ from tinyllm.config.families import (
     layer_ropes,
     layer_windows,
 )
-from tinyllm.config.fields import Fields, brief
+from tinyllm.config.fields import Fields, agree, brief, ignored
+from tinyllm.config.json_rope import json_rope
 from tinyllm.config.model import ModelConfig, bounded
-from tinyllm.config.rope import as_float32, check_scaling, linear, llama3, yarn, yarn_scale
 from tinyllm.errors import FormatError, UnsupportedError
-
-log = logging.getLogger(__name__)
 
 
 def config_from_json(config: Mapping[str, Any]) -> ModelConfig:
@@ -63,7 +59,7 @@ def _text_config(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]
     tied = fields.flag("tie_word_embeddings", True)
     fields.refuse_unknown((*JSON_HARMLESS, *OUTER_HARMLESS))
     if text.get("tie_word_embeddings") not in (None, tied):
-        _ignored("tie_word_embeddings", text["tie_word_embeddings"], f"text_config of a {architecture}")
+        ignored("tie_word_embeddings", text["tie_word_embeddings"], f"text_config of a {architecture}")
     return {
         "model_type": family(architecture, "hf").text_of,
         **text,
@@ -91,7 +87,7 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
     def own_flag(key: str) -> bool:
         return key in row.json_defaults and fields.flag(key, False)
 
-    rope = _json_rope(fields, config, row, head_dim, context)
+    rope = json_rope(fields, config, row, head_dim, context)
     ropes = _json_no_ropes(fields, n_layers) if row.no_rope_interval else ()
     windows = _json_windows(fields, row, n_layers, ropes) if "sliding_window" in row.json_defaults else ()
     attention_bias = own_flag("attention_bias")
@@ -141,27 +137,18 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
     return result
 
 
-def _ignored(key: str, value: Any, where: str) -> None:
-    log.warning(
-        "config.json: %s is %s, which transformers does not read in a %s; it is ignored here too",
-        key,
-        brief(value),
-        where,
-    )
-
-
 def _warn_of_ignored(fields: Fields, row: Family) -> None:
     """Of what transformers' class does not read, where it differs from what is computed."""
     kind = fields.table["model_type"]
     for key, agreeing in row.json_ignored.items():
         value = fields.get(key)
         if value is not None and value not in agreeing:
-            _ignored(key, value, kind)
+            ignored(key, value, kind)
     rope = fields.table.get("rope_scaling") or fields.table.get("rope_parameters") or {}
     for key, other in row.json_twice.items():
         value, said = fields.get(key), fields.table.get(other, rope.get(other))
         if value is not None and said is not None and value != said:
-            _ignored(key, value, f"{kind} (but {other}: {brief(said)})")
+            ignored(key, value, f"{kind} (but {other}: {brief(said)})")
 
 
 def _check_activation(fields: Fields, row: Family) -> None:
@@ -197,7 +184,7 @@ def _json_feed_forward(fields: Fields, row: Family) -> dict[str, Any]:
     if method not in (None, "mxfp4"):
         raise UnsupportedError(f"quantization_config with {brief(method)} is not supported, only mxfp4")
     one, other = fields.get("num_local_experts"), fields.get("num_experts")  # two names of one thing
-    _agree("num_experts, also called num_local_experts,", one, other)
+    agree("num_experts, also called num_local_experts,", one, other)
     return {
         "ff_dim": ff_dim,
         "n_experts": fields.whole("num_local_experts" if one is not None else "num_experts"),
@@ -221,7 +208,7 @@ def _json_windows(fields: Fields, row: Family, n_layers: int, ropes: tuple[Any, 
     windows = _windows(Fields(read), row, size, n_layers, ropes)
     for key in said.keys() - read.keys():
         if _windows(Fields({**read, key: said[key]}), row, size, n_layers, ropes) != windows:
-            _ignored(key, said[key], fields.table["model_type"])
+            ignored(key, said[key], fields.table["model_type"])
     return windows
 
 
@@ -256,189 +243,3 @@ def _json_no_ropes(fields: Fields, n_layers: int) -> tuple[Any, ...]:
     if not isinstance(listed, list) or len(listed) != n_layers or any(flag not in (0, 1) for flag in listed):
         raise FormatError(f"no_rope_layers {brief(listed)} is no list of 0 and 1 for {n_layers} layers")
     return tuple("usual" if flag else "none" for flag in listed)
-
-
-@dataclass(frozen=True)
-class _Rope:
-    """What config.json says of rotary positions, as ModelConfig's fields have it."""
-
-    theta: float
-    dim: int
-    factors: tuple[float, ...] | None = None
-    scale: float = 1.0
-    original_context: int | None = None
-    local_theta: float = 10000.0
-    long_factors: tuple[float, ...] | None = None
-    query_growth: float = 0.0
-
-
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim", "truncate",
-    ),
-    "longrope": (
-        "factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor",
-    ),
-}  # fmt: skip
-
-
-def _json_rope(fields: Fields, config: Mapping[str, Any], row: Family, head_dim: int, context: int) -> _Rope:
-    """From `rope_parameters`, or from `rope_theta` and `rope_scaling` as older files spell it. Formulas and
-    defaults are those of transformers. `fields` has the family's defaults beside the file's `config`."""
-    said, local = _rope_by_kind(fields, config, row) if row.rope_by_kind else _rope(fields, config, row)
-    table = Fields(said)
-    default = fields.number("rope_theta", 10000.0)
-    theta = table.number("rope_theta", default)
-    _agree_on_theta(config, table, theta, fields.table["model_type"])
-    kind, older = table.get("rope_type"), table.get("type")
-    if row.rope_kinds and (older in ("su", "yarn") or kind in ("su", "yarn")):
-        kind = "longrope"  # as Phi-3's older files call it
-    else:
-        _agree("rope_type", kind, older)
-        kind = kind or older or "default"
-    if not isinstance(kind, str) or kind not in (row.rope_kinds or _ROPE_KEYS):
-        why = " (its frequencies change with the length of the text)" if kind == "dynamic" else ""
-        raise UnsupportedError(
-            f"RoPE type {brief(kind)} is not supported{why}; supported: "
-            + ", ".join(row.rope_kinds or _ROPE_KEYS)
-        )
-    partial = table.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
-    if partial != 1 and "partial_rotary_factor" not in row.json_defaults:
-        raise UnsupportedError("partial_rotary_factor is not supported for this architecture")
-    rope_dim = int(head_dim * partial) if 0 < partial <= 1 else 0
-    growth = table.number("llama_4_scaling_beta", 0.0) if row.growing_queries else 0.0
-    table.refuse_unknown((*_ROPE_KEYS[kind], "finetuned", "max_position_embeddings"))
-    local_theta = theta if local is None else local
-    rope = _Rope(theta, bounded("rope_dim", rope_dim), local_theta=local_theta, query_growth=growth)
-    original = table.whole("original_max_position_embeddings", context)
-    if not row.rope_by_kind and fields.get("original_max_position_embeddings") is not None:
-        original = fields.whole("original_max_position_embeddings")
-    if kind == "default":
-        return rope
-    if kind == "linear":
-        return replace(rope, factors=linear(table.number("factor"), rope_dim))
-    if kind == "longrope":
-        return _longrope(rope, table, original, context)
-    if kind == "llama3":
-        low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
-        factors = llama3(table.number("factor"), rope_dim, theta, original, low, high)
-        return replace(rope, factors=factors, original_context=original)
-    factor = table.number("factor", context / max(original, 1))
-    beta_fast, beta_slow = table.number("beta_fast", 0.0) or 32.0, table.number("beta_slow", 0.0) or 1.0
-    truncate = table.flag("truncate", True)
-    if row.rope_by_kind and not truncate:
-        _ignored("truncate", truncate, f"{fields.table['model_type']}, whose RoPE goes by the kind of layer")
-        truncate = True
-    factors = yarn(factor, rope_dim, theta, original, beta_fast, beta_slow, truncate)
-    scale = yarn_scale(factor, table.number("mscale", 0.0), table.number("mscale_all_dim", 0.0))
-    return replace(
-        rope, factors=factors, scale=table.number("attention_factor", scale), original_context=original
-    )
-
-
-def _rope(fields: Fields, config: Mapping[str, Any], row: Family) -> tuple[dict[str, Any], None]:
-    """RoPE's parameters where all layers have the same: rope_scaling, else rope_parameters, else the
-    family's."""
-    scaling, parameters = _tables(fields, config)
-    table = scaling or parameters
-    if table is None:
-        table = row.json_defaults.get("rope_parameters", {})
-    if any(isinstance(value, dict) for value in table.values()):
-        raise UnsupportedError("RoPE parameters that differ by kind of layer are not supported")
-    if scaling and parameters:
-        for key, value in parameters.items():
-            _agree(f"{brief(key)} of RoPE", scaling.get(key), value)
-            if key not in scaling and key not in ("type", "rope_type", "rope_theta"):
-                raise FormatError(
-                    f"{brief(key)} is in rope_parameters, but not in rope_scaling, which transformers reads; "
-                    "delete one of the two"
-                )
-    return table, None
-
-
-def _rope_by_kind(fields: Fields, config: Mapping[str, Any], row: Family) -> tuple[dict[str, Any], float]:
-    """RoPE's parameters of layers that attend to everything, and theta of those that have a window:
-    `rope_parameters` by kind of layer; rope_scaling and a rope_theta of the file's go to the first kind."""
-    scaling, parameters = _tables(fields, config)
-    kind = fields.table["model_type"]
-    full: dict[str, Any] = {"rope_type": "default"}
-    local: dict[str, Any] = {"rope_type": "default"}
-    if parameters and not {"full_attention", "sliding_attention"} & parameters.keys():
-        if scaling:
-            raise FormatError(f"rope_parameters beside rope_scaling need full_attention in a {kind}")
-        _ignored("rope_parameters", parameters, f"{kind} where it is not by kind of layer")
-    elif parameters:
-        full = parameters.get("full_attention") or full
-        local = parameters.get("sliding_attention") or local
-        if not isinstance(full, dict) or not isinstance(local, dict) or len(parameters.keys()) > 2:
-            raise FormatError(f"rope_parameters must be an object by kind of layer, not {brief(parameters)}")
-        Fields(parameters).refuse_unknown(("full_attention", "sliding_attention"))
-    if scaling and "type" in scaling and "rope_type" not in scaling:
-        raise UnsupportedError(
-            f"rope_scaling's type {brief(scaling['type'])}: transformers does not read that old name in a "
-            f"{kind}; call it rope_type"
-        )
-    rest = Fields(local)
-    if (rest.get("rope_type") or rest.get("type") or "default") != "default":
-        raise UnsupportedError("RoPE parameters that differ by kind of layer are not supported")
-    theta = 500000.0 if "rope_local_base_freq" not in row.json_defaults else None
-    if theta is None:
-        theta = fields.number("rope_local_base_freq", 10000.0)
-        _agree("rope_local_base_freq", config.get("rope_local_base_freq"), rest.get("rope_theta"))
-    theta = rest.number("rope_theta", theta)
-    rest.refuse_unknown(("finetuned", "max_position_embeddings"))
-    return {**full, **(scaling or {})}, theta
-
-
-def _tables(fields: Fields, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What the file has as rope_scaling and as rope_parameters."""
-    for key in ("rope_scaling", "rope_parameters"):
-        fields.get(key)
-        if not isinstance(config.get(key) or {}, dict):
-            raise FormatError(f"{key} must be an object, not {brief(config[key])}")
-    return config.get("rope_scaling"), config.get("rope_parameters")
-
-
-def _agree_on_theta(config: Mapping[str, Any], table: Fields, theta: float, kind: str) -> None:
-    """rope_theta beside RoPE's parameters: refused where the file says both, warned of where it is the
-    family's own parameters that go first."""
-    stated = config.get("rope_theta")
-    if stated is None or stated == theta:
-        return
-    if config.get("rope_scaling") or config.get("rope_parameters"):
-        _agree("rope_theta", stated, table.get("rope_theta"))
-    _ignored("rope_theta", stated, f"{kind} without rope_parameters")
-
-
-def _agree(what: str, one: Any, other: Any) -> None:
-    """Refuses what a config.json says twice, in an old and a new place, and says differently."""
-    if one is not None and other is not None and one != other:
-        raise FormatError(f"{what} is both {brief(one)} and {brief(other)}; delete the one that is wrong")
-
-
-def _longrope(rope: _Rope, fields: Fields, original: int, context: int) -> _Rope:
-    """LongRoPE (arXiv 2402.13753): a divisor a pair, one set up to the original context, one past it."""
-    short, long = (_factors(fields, key, rope.dim) for key in ("short_factor", "long_factor"))
-    factor = fields.number("factor", context / max(original, 1))
-    check_scaling(factor, original=original)
-    scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
-    return replace(
-        rope,
-        factors=short,
-        long_factors=long,
-        scale=fields.number("attention_factor", scale),
-        original_context=original,
-    )
-
-
-def _factors(fields: Fields, key: str, rope_dim: int) -> tuple[float, ...]:
-    values = fields.get(key)
-    if not isinstance(values, list) or len(values) != rope_dim // 2:
-        raise FormatError(f"{key} must be a list of {rope_dim // 2} numbers, not {brief(values)}")
-    if any(type(value) not in (int, float) or not abs(value) < 1e30 for value in values):
-        raise FormatError(f"{key} holds what is no number: {brief(values)}")
-    return as_float32(np.array(values, np.float64))
