@@ -201,9 +201,9 @@ VALUES: dict[str, Any] = {
     "unsloth_version": ["2025.1"],
 }
 FLAGS = (
-    "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
-    "use_flash_attn", "_flash_attn_2_enabled", "torchscript", "unsloth_fixed", "do_sample", "is_llama_config",
-    "_attn_implementation_autoset", "tie_last_hidden_states", "use_mrope",
+    "is_causal", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
+    "return_dict", "use_flash_attn", "_flash_attn_2_enabled", "torchscript", "unsloth_fixed", "do_sample",
+    "is_llama_config", "_attn_implementation_autoset", "tie_last_hidden_states", "use_mrope",
 )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 beside what Hugging Face transformers does.
 
 Run from anywhere, with an interpreter that has torch, transformers and what tinyllm needs:
-    python tests/golden/sweep_keys.py [FAMILY...]     with names only these; the others stay as they are
+    python tests/golden/sweep_keys.py [FAMILY...] [--key KEY...]
+With names only these families and keys; the others stay as they are.
 
 The keys are those of the family's class in transformers (with the names it maps to others), those of
 families.py, and those of LEGACY, which older files have. Each is set to other values (helpers_keys.py), one
@@ -12,6 +13,7 @@ with 1."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -50,7 +52,8 @@ LEGACY = (
     "no_rope_layers", "no_rope_layer_interval", "attn_logit_softcapping", "final_logit_softcapping",
     "query_pre_attn_scalar", "logit_scale", "use_qk_norm", "rms_norm_eps", "layer_norm_eps", "is_decoder",
     "add_cross_attention", "rope_interleaved", "num_labels", "pruned_heads", "use_bidirectional_attention",
-    "per_layer_config", "quantization_config", "tie_last_hidden_states", "num_hidden_layers", "vocab_size",
+    "is_causal", "per_layer_config", "quantization_config", "tie_last_hidden_states", "num_hidden_layers",
+    "vocab_size",
 )  # fmt: skip
 
 
@@ -186,13 +189,21 @@ def main() -> int:
     letters = {name: letter for letter, name in VERDICTS.items()}
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     wrong = 0
-    for kind in sys.argv[1:] or BASES:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("family", nargs="*")
+    parser.add_argument("--key", nargs="*")
+    asked = parser.parse_args()
+    for kind in asked.family or BASES:
+        models = bases(kind)
+        before = results.get(kind, [{}] * len(models))
         results[kind] = []
-        for i, (base, changes) in enumerate(bases(kind)):
+        for i, (base, changes) in enumerate(models):
             known = measured(base, base.config)
-            found: dict[str, str] = {}
-            for key in swept(keys_of(kind), changes, first=i == 0):
-                found[key] = ""
+            found = dict.fromkeys(swept(keys_of(kind), changes, first=i == 0), "")
+            for key in found:
+                if asked.key and key not in asked.key:
+                    found[key] = before[i][key]
+                    continue
                 for value in others(key, base.config):
                     one = case(base, key, value)
                     what, why = verdict(one, known, listener)

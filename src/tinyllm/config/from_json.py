@@ -79,6 +79,8 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
     context = bounded("context", fields.whole("max_position_embeddings"))
     head_dim = bounded("head_dim", fields.whole("head_dim", head_dim_of(dim, n_heads)))
     _check_activation(fields, row)
+    if not fields.flag("is_causal", True):
+        raise UnsupportedError("attention that is not causal (is_causal) is not supported")
 
     def own(key: str, default: float) -> float:
         """A number that only some families know; elsewhere its key is unknown."""
