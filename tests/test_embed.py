@@ -9,7 +9,7 @@ from typing import NoReturn
 import families_table
 import numpy as np
 import pytest
-from helpers_models import GOLDEN_DIR, Spec, golden_specs, random_ids
+from helpers_models import GOLDEN_DIR, Spec, golden_model, golden_specs, random_ids
 
 import tinyllm
 from tinyllm import backends
@@ -21,7 +21,7 @@ SPECS = [(file, spec) for file in families_table.FILES for spec in golden_specs(
 @pytest.mark.parametrize(("file", "spec"), SPECS, ids=[spec.name for _, spec in SPECS])
 def test_the_mean_of_what_transformers_has(file: str, spec: Spec, tmp_path: Path) -> None:
     expected = np.load(GOLDEN_DIR / families_table.FILES[file])[spec.name + ".mean"]
-    path = families_table.written(spec, tmp_path)
+    path = golden_model(spec, tmp_path)
     with tinyllm.load(path, device="cpu", cache_type="f32", context=spec.context) as llm:
         vector = llm.embed(random_ids(spec.config, spec.seed, spec.n_tokens))
     assert vector.dtype == np.float32

@@ -38,7 +38,7 @@ from tinyllm.quantization.imatrix import Imatrix, read_imatrix, write_imatrix
 MASTER = Path(__file__).resolve().parents[1] / "benchmarks" / "stories-f16.gguf"
 # What no GGUF file can say, of the golden models.
 UNSAID = {"ministral": "windows", "qwen2_window": "windows", "qwen3_moe_not_renormalized": "norm_topk_prob"}
-GOLDEN = [spec for spec in golden_specs() + golden_specs("families") if spec.in_float_hf]
+GOLDEN = golden_specs() + golden_specs("families")
 SPECS = [spec for spec in GOLDEN if spec.name not in UNSAID]
 
 

@@ -90,12 +90,13 @@ def _read_gguf(path: Path) -> ModelFiles:
 def _read_directory(path: Path) -> ModelFiles:
     folder = path if path.is_dir() else path.parent
     json = read_json(folder / "config.json")
-    config = config_from_json(json)
+    weights = map_tensors(read_safetensors(path).tensors, config_from_json(json), "hf")
+    config = weights.config
     generation = read_json_if_any(folder / "generation_config.json")
     return ModelFiles(
         path,
         config,
-        map_tensors(read_safetensors(path).tensors, config, "hf"),
+        weights,
         tokenizer_from_directory(folder),
         template_from_directory(folder),
         generation_from_json(json, generation, config.vocab_size),

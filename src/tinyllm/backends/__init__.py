@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryFile, gettempdir
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,16 @@ import numpy.typing as npt
 from tinyllm import _core
 from tinyllm.backends import cuda
 from tinyllm.config import ModelConfig
-from tinyllm.errors import ArgumentError, UnsupportedError, comes_from, integer, located, size_text
-from tinyllm.files import FORMATS, TensorInfo, show
+from tinyllm.errors import (
+    ArgumentError,
+    MemoryLimitError,
+    UnsupportedError,
+    comes_from,
+    integer,
+    located,
+    size_text,
+)
+from tinyllm.files import FORMATS, TensorInfo, read_rows, show
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -432,14 +441,17 @@ class Model:
             return
         scales = info.scales
         with ExitStack() as files:
-            file = files.enter_context(info.open())
+            if info.columns:
+                fd, offset = files.enter_context(_turned(info)).fileno(), 0
+            else:
+                fd, offset = files.enter_context(info.open()).fileno(), info.offset
             scales_file = files.enter_context(scales.open()) if scales else None
             files.enter_context(located(info.path))
             self._core.upload(
                 name,
                 -1 if layer is None else layer,
-                file.fileno(),
-                info.offset,
+                fd,
+                offset,
                 info.format,
                 info.format if format is None else format,
                 row_order,
@@ -611,6 +623,25 @@ class Model:
             "a loaded model cannot be pickled or copied: load it in the process that uses it, or fork after "
             "loading"
         )
+
+
+def _turned(info: TensorInfo) -> IO[bytes]:
+    """A file without a name that holds the rows of a matrix which lies transposed in its own."""
+    rows = read_rows(info, 0, info.shape[0])
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(TemporaryFile())
+            file.write(rows.data)
+            file.flush()
+        except OSError as error:
+            if not comes_from(error):
+                raise
+            raise MemoryLimitError(
+                f"no room for {size_text(info.n_bytes)} in {gettempdir()}, where {show(info.name)} is turned "
+                f"while loading ({error}); set TMPDIR to a folder with room"
+            ) from None
+        opened.pop_all()
+    return file
 
 
 def _weight(name: str, layer: int | None) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from tinyllm.chat.templates import template_from_directory
 from tinyllm.config import GenerationDefaults, ModelConfig, config_from_gguf, config_to_gguf
 from tinyllm.config.families import family, gguf_architecture
 from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.files import F32, TensorInfo, find_model, read_json
+from tinyllm.files import F32, TensorInfo, find_model, read_json, read_rows
 from tinyllm.files.gguf import read_gguf
 from tinyllm.files.names import TABLE, fused_in_gguf, row_orders
 from tinyllm.modelfiles import ModelFiles, read_model
@@ -120,24 +120,14 @@ def _from_file(info: TensorInfo, order: npt.NDArray[np.int32] | None = None) -> 
 
 
 def _rows(info: TensorInfo, first: int, last: int) -> Rows:
-    rows = _bytes_of_rows(info, first, last)
+    rows = read_rows(info, first, last)
     if info.scales is None:
         return rows
     # MXFP4 in two parts. Byte i of a block has numbers 2i and 2i + 1; in GGUF i and i + 16, behind the scale.
     pairs = rows.reshape(len(rows), -1, 16)
     low, high = np.split(np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:2], 32), 2, -1)
-    scales = _bytes_of_rows(info.scales, first, last)[..., None]
+    scales = read_rows(info.scales, first, last)[..., None]
     return np.concatenate([scales, low | high << 4], axis=-1).reshape(len(rows), -1)
-
-
-def _bytes_of_rows(info: TensorInfo, first: int, last: int) -> Rows:
-    n_rows = math.prod(info.shape[:-1]) if len(info.shape) > 1 else info.shape[0]
-    row_bytes, stride = info.n_bytes // n_rows, info.row_stride
-    with info.open() as file:
-        data = file.read_at(
-            info.offset + first * stride * row_bytes, ((last - first - 1) * stride + 1) * row_bytes
-        )
-    return np.frombuffer(data, np.uint8).reshape(-1, row_bytes)[::stride]
 
 
 def _from_values(values: npt.NDArray[np.float32]) -> Source:
