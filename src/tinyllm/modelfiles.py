@@ -8,8 +8,10 @@ uploads the weights.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tinyllm.chat.templates import ChatTemplate, template_from_directory, template_from_gguf
 from tinyllm.config import (
@@ -21,7 +23,7 @@ from tinyllm.config import (
     generation_from_json,
 )
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
-from tinyllm.files import find_model, read_json, read_json_if_any, user_path
+from tinyllm.files import adapter_text, find_model, read_json, read_json_if_any, user_path
 from tinyllm.files.gguf import read_gguf
 from tinyllm.files.names import Weights, map_tensors
 from tinyllm.files.safetensors import read_safetensors
@@ -72,8 +74,24 @@ def read_model(path: str | os.PathLike[str]) -> ModelFiles:
         raise type(error)(f"{where}: {error}") from error
 
 
+# What general.type says of GGUF files that are no models.
+_OTHER_TYPES = {
+    "adapter": adapter_text("general.type is 'adapter'"),
+    "imatrix": "is an importance matrix (general.type is 'imatrix'), for tinyllm-quantize --imatrix",
+    "mmproj": "is what reads images for a model (general.type is 'mmproj'); name the model's own file",
+}
+
+
+def require_model(metadata: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError for a GGUF file that says it is something else."""
+    kind = metadata.get("general.type")
+    if isinstance(kind, str) and kind in _OTHER_TYPES:
+        raise UnsupportedError(_OTHER_TYPES[kind])
+
+
 def _read_gguf(path: Path) -> ModelFiles:
     file = read_gguf(path)
+    require_model(file.metadata)
     config = config_from_gguf(file.metadata, file.tensors)
     # "none" is llama.cpp's word for a model without a vocabulary.
     has_tokenizer = str(file.metadata.get("tokenizer.ggml.model", "none")) != "none"

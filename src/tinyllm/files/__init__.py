@@ -415,6 +415,7 @@ def list_directory(path: Path) -> list[str]:
 
 ModelKind = Literal["gguf", "safetensors", "directory"]
 _EXPECTED = "expected a GGUF file or a directory with config.json and *.safetensors"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _LEGACY_GGML = (b"lmgg", b"fmgg", b"tjgg", b"algg")
 
 
@@ -422,10 +423,12 @@ def find_model(path: str | os.PathLike[str]) -> ModelKind:
     """Tell what kind of model `path` is, by content and never by extension.
 
     "gguf" and "safetensors" are files, "directory" is a folder with a config.json. Raises NotFoundError,
-    ReadError, or FormatError with a hint for what people commonly mistake for a model.
+    ReadError, FormatError with a hint for what people commonly mistake for a model, or UnsupportedError for
+    an adapter, also one beside a model.
     """
     path = Path(path)
     if os.path.isdir(path):
+        _refuse_adapter(path)
         return _find_in_directory(path)
     with FileReader(path) as file:
         head = file.read_at(0, min(file.size, 64))
@@ -433,6 +436,7 @@ def find_model(path: str | os.PathLike[str]) -> ModelKind:
     if head[:4] == b"GGUF":
         return "gguf"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        _refuse_adapter(path.parent)
         return "safetensors"
     raise FormatError(f"{path}: not a model: {_hint(head)}; {_EXPECTED}")
 
@@ -445,6 +449,23 @@ def _find_in_directory(path: Path) -> ModelKind:
     if ggufs:
         raise FormatError(f"{path}: this directory holds GGUF files; name one of them: {show_some(ggufs)}")
     raise FormatError(f"{path}: not a model: the directory has no config.json; {_EXPECTED}")
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """transformers applies one beside a model where peft is installed, so the model alone is another."""
+    found = [name for name in _ADAPTER_FILES if is_there(folder / name)]
+    if found:
+        bare = " (or move the adapter away, to run the model without it)" * is_there(folder / "config.json")
+        raise UnsupportedError(f"{folder}: {adapter_text(show_some(found))}{bare}")
+
+
+def adapter_text(found: str) -> str:
+    """The message for an adapter, instead of a model or beside one; `found` says where."""
+    return (
+        f"holds an adapter ({found}), which is not applied here. Merge it into its base model: "
+        'peft.AutoPeftModelForCausalLM.from_pretrained("ADAPTER").merge_and_unload().save_pretrained("MERGED")'
+        ", or llama-export-lora for GGUF files; then name the merged model"
+    )
 
 
 def _hint(head: bytes) -> str:

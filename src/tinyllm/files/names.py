@@ -20,7 +20,7 @@ from tinyllm.config import ModelConfig
 from tinyllm.config.families import Source, family
 from tinyllm.config.model import MAX_EXPERTS
 from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.files import BF16, F16, F32, FORMATS, MXFP4, TensorInfo, same_numbers, show
+from tinyllm.files import BF16, F16, F32, FORMATS, MXFP4, TensorInfo, adapter_text, same_numbers, show
 
 _log = logging.getLogger(__name__)
 
@@ -400,16 +400,7 @@ def _unwrapped(name: str) -> str:
 def _refuse_adapter(tensors: Mapping[str, TensorInfo]) -> None:
     for name, info in tensors.items():
         if _ADAPTER.fullmatch(name):
-            raise UnsupportedError(adapter_text(f"{info.path.name} holds {show(name)}, a part of one"))
-
-
-def adapter_text(why: str) -> str:
-    """The message for an adapter beside or instead of a model; `why` says what was found."""
-    return (
-        f"adapters are not supported, and without it the model would be another ({why}). Merge it into its "
-        "base model first: peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
-        ".save_pretrained(MERGED); then load MERGED, with the base model's tokenizer files"
-    )
+            raise UnsupportedError(adapter_text(f"{info.path.name} has {show(name)}"))
 
 
 def _own_head(

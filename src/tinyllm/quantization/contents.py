@@ -19,11 +19,11 @@ import numpy.typing as npt
 from tinyllm.chat.templates import template_from_directory
 from tinyllm.config import GenerationDefaults, ModelConfig, config_from_gguf, config_to_gguf
 from tinyllm.config.families import family, gguf_architecture
-from tinyllm.errors import FormatError, UnsupportedError
+from tinyllm.errors import FormatError, UnsupportedError, located
 from tinyllm.files import F32, TensorInfo, find_model, read_json, read_rows
 from tinyllm.files.gguf import read_gguf
 from tinyllm.files.names import TABLE, fused_in_gguf, row_orders
-from tinyllm.modelfiles import ModelFiles, read_model
+from tinyllm.modelfiles import ModelFiles, read_model, require_model
 from tinyllm.tokenizer.to_gguf import tokenizer_to_gguf
 
 Rows = npt.NDArray[np.uint8]
@@ -69,6 +69,8 @@ def contents_of(where: Path) -> Contents:
 
 def _of_gguf(path: Path) -> Contents:
     file = read_gguf(path)
+    with located(path):
+        require_model(file.metadata)
     if "general.architecture" not in file.metadata or not file.tensors:
         raise FormatError(f"{path}: not a model: it has no general.architecture, or no tensors")
     dropped = ("general.alignment", "general.file_type", "general.quantization_version")
