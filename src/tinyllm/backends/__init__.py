@@ -382,7 +382,12 @@ class PagePool:
 
 
 class Model:
-    """One model's packed weights on one device. Not a text interface: see `tinyllm.load`."""
+    """One model's packed weights on one device. Not a text interface: see `tinyllm.load`.
+
+    has_output: False where the output matrix only fills a place; asking for logits is then refused.
+    """
+
+    has_output = True
 
     def __init__(self, config: ModelConfig, *, device: str = "auto", threads: int | None = None) -> None:
         self.config, self.cache_groups = config, cache_groups(config)
@@ -579,6 +584,11 @@ class Model:
         between = integers("layers", (0, self.config.n_layers) if layers is None else layers, 1).tolist()
         if len(between) != 2:
             raise ArgumentError(f"layers is {between}, expected (first, last)")
+        wants_logits = between[1] == self.config.n_layers if logits is None else bool(logits)
+        if wants_logits and not self.has_output:
+            raise UnsupportedError(
+                "this model was saved without its output matrix: it gives vectors of texts (embed), no logits"
+            )
         return self._core.forward(
             cache._core,
             tokens,
@@ -589,7 +599,7 @@ class Model:
             chosen,
             between[0],
             between[1],
-            between[1] == self.config.n_layers if logits is None else bool(logits),
+            wants_logits,
             n_candidates,
             self.threads,
             should_stop,

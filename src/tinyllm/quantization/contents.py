@@ -7,6 +7,7 @@ chat, config, files, modelfiles and the tokenizer. `quantize` writes what is fou
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllm.chat.templates import template_from_directory
-from tinyllm.config import GenerationDefaults, ModelConfig, config_from_gguf, config_to_gguf
+from tinyllm.config import (
+    GenerationDefaults,
+    ModelConfig,
+    config_from_gguf,
+    config_to_gguf,
+    embedding_to_gguf,
+)
 from tinyllm.config.families import family, gguf_architecture
 from tinyllm.errors import FormatError, UnsupportedError, located
 from tinyllm.files import F32, TensorInfo, find_model, read_json, read_rows
@@ -27,6 +34,9 @@ from tinyllm.modelfiles import ModelFiles, read_model, require_model
 from tinyllm.tokenizer.to_gguf import tokenizer_to_gguf
 
 Rows = npt.NDArray[np.uint8]
+
+_log = logging.getLogger(__name__)
+_TIED_IN_LLAMA_CPP = ("gemma", "gemma2", "command-r", "cohere2")
 
 
 @dataclass(frozen=True)
@@ -95,10 +105,12 @@ def _of_directory(path: Path) -> Contents:
         "general.type": "model",
         "general.name": folder.resolve().name,
         **{f"{architecture}.{k}": v for k, v in (config_to_gguf(config, architecture) | rope).items()},
+        **{f"{architecture}.{k}": v for k, v in embedding_to_gguf(files.embedding).items()},
         **_sampling_keys(files.defaults),
         **(tokenizer_to_gguf(folder) or {"tokenizer.ggml.model": "none"}),
     }
     _check(folder, config, metadata, tensors, vectors)
+    _warn_of_unsaid(files, architecture)
     template = template_from_directory(folder)
     if template is not None:
         metadata["tokenizer.chat_template"] = template.source
@@ -227,6 +239,29 @@ def _rope(
         if config.rope_scale != usual:
             keys["rope.scaling.attn_factor"] = config.rope_scale / usual
     return keys, {}
+
+
+def _warn_of_unsaid(files: ModelFiles, architecture: str) -> None:
+    """What the file means all the same, for who knows it."""
+    e = files.embedding
+    steps = {
+        "normalize": e.normalize, "instruction": bool(e.instruction), "max_seq_length": bool(e.max_tokens),
+        "that embed refuses it": bool(e.refused),
+    }  # fmt: skip
+    if unsaid := [name for name, there in steps.items() if there]:
+        _log.warning(
+            "%s: a GGUF file cannot say this of its vectors of texts: %s", files.path, ", ".join(unsaid)
+        )
+    if not files.has_output:
+        _log.warning(
+            "%s: a GGUF file cannot say that a model has no output matrix: ask it for vectors of texts alone",
+            files.path,
+        )
+    elif not files.config.tied and architecture in _TIED_IN_LLAMA_CPP:
+        _log.warning(
+            "%s: its output matrix is not the embedding, and llama.cpp refuses such files of %s",
+            files.path, architecture,
+        )  # fmt: skip
 
 
 def _sampling_keys(d: GenerationDefaults) -> dict[str, Any]:
