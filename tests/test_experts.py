@@ -8,6 +8,7 @@ tests/c/test_experts.c."""
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from safetensors.numpy import save_file
 import tinyllm
 from tinyllm import backends
 from tinyllm.config import config_from_gguf, config_from_json
-from tinyllm.errors import ArgumentError, FormatError, UnsupportedError
+from tinyllm.errors import ArgumentError, FormatError, MemoryLimitError, UnsupportedError
 from tinyllm.files import FORMATS, FileReader, TensorInfo
 from tinyllm.files.gguf import read_gguf
 from tinyllm.files.names import map_tensors
@@ -395,6 +396,17 @@ def test_gpt_oss_in_floats_is_quantized_to_the_same_bits(tmp_path: Path) -> None
         tinyllm.quantize(directory, tmp_path / "out.gguf", type)
         with tinyllm.load(directory, weights=type) as a, tinyllm.load(tmp_path / "out.gguf") as b:
             np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
+
+
+def test_no_room_to_turn_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_hf_directory(tmp_path, OSS.config, random_weights(OSS.config, OSS.seed))
+    before = backends.live_allocations()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(
+        MemoryLimitError, match=r"no room in .*missing for .*gate_up_proj.* \(No such.*TMPDIR"
+    ):
+        tinyllm.load(path, device="cpu")
+    assert backends.live_allocations() == before
 
 
 def test_misshapen_stacks_of_floats_are_named(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def require_model(metadata: Mapping[str, Any]) -> None:
 def _read_gguf(path: Path) -> ModelFiles:
     file = read_gguf(path)
     require_model(file.metadata)
+    if "cls.output.weight" in file.tensors:
+        raise UnsupportedError("a reranker (it has cls.output.weight), whose scores are not supported")
     config = config_from_gguf(file.metadata, file.tensors)
     # "none" is llama.cpp's word for a model without a vocabulary.
     has_tokenizer = str(file.metadata.get("tokenizer.ggml.model", "none")) != "none"

@@ -647,8 +647,8 @@ def _turned(info: TensorInfo) -> IO[bytes]:
             if not comes_from(error):
                 raise
             raise MemoryLimitError(
-                f"no room for {size_text(info.n_bytes)} in {gettempdir()}, where {show(info.name)} is turned "
-                f"while loading ({error}); set TMPDIR to a folder with room"
+                f"no room in {gettempdir()} for {size_text(info.n_bytes)}, where {show(info.name)} is turned "
+                f"while loading ({error.strerror}); set TMPDIR to a folder with room"
             ) from None
         opened.pop_all()
     return file
