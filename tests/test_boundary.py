@@ -223,6 +223,36 @@ def test_every_floor_is_built() -> None:
     assert set(FLOOR) == {room_of(path) for path in PACKAGE.rglob("*.py")}
 
 
+def test_the_picture_shows_every_floor() -> None:
+    """CONTRIBUTING draws the rooms from the top down: in the order of FLOORS, none forgotten."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    picture = text.split("```")[3]
+    drawn = re.findall(r"^([a-z]+)(?:/|\.py)  ", picture, re.MULTILINE)
+    assert [FLOOR[room] for room in drawn] == sorted((FLOOR[room] for room in drawn), reverse=True)
+    assert set(drawn) == set(FLOOR) - {"tinyllm", "sampling"}  # what has no code of its own
+
+
+def test_the_table_of_additions_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text[text.index("## To add a") : text.index("## Rules of the house")]
+    named = {
+        name.replace("\\", "")
+        for name in re.findall(r"[\w\\/]+\.(?:py|c|h|inc|cpp|cuh|cu|pyi|toml|md|sh|json)\b", table)
+    }
+    there = [
+        str(path)
+        for home in ("benchmarks", "csrc", "cuda", "docs", "examples", "src", "tests")
+        for path in (ROOT / home).rglob("*")
+    ]
+    there += [str(path) for path in ROOT.iterdir()]
+    assert len(named) > 30
+    assert not [
+        n
+        for n in named
+        if "NAME" not in n and n != "llama.cpp" and not any(path.endswith("/" + n) for path in there)
+    ]
+
+
 # ---- what is written twice
 
 
