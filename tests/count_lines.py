@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ("model.c", "cache.c", "threads.c", "backend_cpu.c", "matmul.inc", "attention.inc")
+CORE = ("model.c", "cache.c", "threads.c", "cpu/backend.c", "kernels/matmul.inc", "kernels/attention.inc")
 CORE_LIMIT = 500
 SUFFIXES = (".c", ".cpp", ".h", ".inc", ".cu", ".cuh")
 
