@@ -133,6 +133,16 @@ def test_floors_forbid(name: str, included: str) -> None:
     assert included not in may_include(name)
 
 
+def test_the_path_that_is_counted_is_whole() -> None:
+    """A new file of the CPU's is on a token's path (count_lines.BESIDE), or it is named here."""
+    path = {name.removeprefix("csrc/") for name in count_lines.path_lines()}
+    rounding = {"formats/quantize.inc", "formats/quantize_k.inc"}
+    there = {str(p.relative_to(CSRC)) for f in ("cpu", "formats", "kernels") for p in sources(CSRC / f)}
+    assert there - path == {"cpu/bandwidth.c", "cpu/quantize.c", "kernels/read.inc", *rounding}
+    included = set().union(*(includes(CSRC / name)[0] for name in path))
+    assert included - path == {"kernels/read.inc", *rounding}
+
+
 def test_a_new_folder_is_on_no_floor() -> None:
     with pytest.raises(AssertionError, match="csrc/metal is new"):
         may_include("metal/backend.c")
