@@ -436,6 +436,7 @@ def test_a_vocabulary_of_gemma_4s_kind(caplog: pytest.LogCaptureFixture) -> None
     assert tokenizer.kind == "SentencePiece"
     assert spelled(tokenizer, "ab ab") == ["ab", " ab"]
     assert spelled(tokenizer, "ab  ab") == ["ab", "  ", "ab"]
+    assert spelled(tokenizer, "ab\n\n\nab") == ["ab", "\n\n", "\n", "ab"]
     assert spelled(tokenizer, "ab<turn|>é") == ["ab", "<turn|>", "\ufffd", "\ufffd"]
     for text in ("ab ab é 🦙\n\n a", "", " ", "  a", "\n"):
         ids = tokenizer.encode(text)

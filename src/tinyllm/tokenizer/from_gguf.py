@@ -221,6 +221,8 @@ def _bpe(metadata: dict[str, Any], rule: PreTokenizerRule) -> Tokenizer:
     if _flag(metadata, "add_space_prefix", False):
         _log.warning("%sadd_space_prefix is set, which means nothing to this kind of vocabulary", _KEY)
     always = vocabulary.of_type(USER_DEFINED)
+    if not rule.is_byte_level:  # their own tokenizers look for these as a whole, whatever the merges say
+        always |= {text: i for text, i in vocabulary.of_type(NORMAL).items() if text.strip("\n") == ""}
     special = vocabulary.of_type(CONTROL, UNKNOWN)
     need_for_vocabulary(vocabulary.tokens, merges, [*always, *special])
     flags = {
@@ -260,8 +262,8 @@ def _spelled(vocabulary: _Vocabulary, merges: list[tuple[str, str]]) -> tokenize
             f"{_KEY}tokens has no token for the byte {missing[0]} and none for what is unknown: it cannot "
             "spell every text"
         )
-    # Converters write runs of spaces among the added tokens as spaces, and merges with "▁".
-    spaces = {text.replace(" ", SPACE): i for text, i in vocabulary.of_type(USER_DEFINED).items()}
+    # Some converters write runs of spaces as spaces, and merges with "▁".
+    spaces = {text.replace(" ", SPACE): i for text, i in vocabulary.ids.items() if " " in text}
     bpe = tokenizers.Tokenizer(
         models.BPE(
             vocab={**spaces, **vocabulary.ids},
