@@ -2,8 +2,8 @@
 
 `load_tokenizer(path)` is what users call. core.py has `Tokenizer` itself, from_gguf.py and from_directory.py
 build one from what people have, pretokenizers.py is the table of BPE splitting rules, markers.py knows which
-tokens end a turn, patterns.py bounds the rules that files bring, spm.py is the SentencePiece side. Imports errors and the GGUF reader; the `tokenizers`
-and `sentencepiece` packages do the merging.
+tokens end a turn, patterns.py bounds the rules that files bring, spm.py is the SentencePiece side. Imports
+errors and the GGUF reader; the `tokenizers` and `sentencepiece` packages do the merging.
 """
 
 from __future__ import annotations
