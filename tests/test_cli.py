@@ -161,7 +161,7 @@ def test_json_without_logprobs_has_none(cli: Cli) -> None:
 
 
 def test_prompts_are_one_batch_in_order(cli: Cli, tmp_path: Path) -> None:
-    """Line by line: an empty one is the prompt of a text from nothing, so that results stay beside prompts."""
+    """An empty line is the prompt of a text from nothing, so that results stay beside prompts."""
     texts = ["Once upon a time", "", "The cat"]
     file = tmp_path / "prompts.txt"
     file.write_text("\r\n".join(texts) + "\n")
