@@ -116,11 +116,13 @@ def load(
                 weights=weights,
                 progress=progress,
             )
+        model.has_output = files.has_output
         return LLM(
             model,
             files.tokenizer,
             files.template,
             files.defaults,
+            files.embedding,
             name=name,
             cache_type=cache_type,
             max_pages=max_pages,
