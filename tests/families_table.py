@@ -1,6 +1,6 @@
-"""The README's table of model families: for each the largest error against transformers' golden logits.
+"""The table of model families in docs/families.md: for each the largest error against transformers' logits.
 
-`python tests/families_table.py` prints it as Markdown; tests/test_families.py checks that the README has it.
+`python tests/families_table.py` prints it as Markdown; tests/test_families.py checks that the page has it.
 The figures are the same on every machine, as the logits' bits are."""
 
 from __future__ import annotations
