@@ -332,7 +332,6 @@ HOSTILE: dict[str, dict[str, str]] = {
         "class by map": "{{ ([''] | map(attribute='__class__') | first).x }}",
         "hidden of a function": "{{ raise_exception.__doc__.x }}",
         "hidden of a method": "{{ namespace.__doc__.x }}",
-        "an attribute of a function": "{{ strftime_now.real.x }}",
         "an attribute of a number": "{{ (1).real.x }}",
         "hidden of a block": "{{ self.__doc__.x }}",
         "hidden of a macro": "{% macro m() %}{% endmacro %}{{ m._func.x }}",
