@@ -312,8 +312,8 @@ VIEWS = (
     + "{% for i in range(14) %}{% set ns.d = {'a': ns.d.items(), 'b': ns.d.items()} %}"
     + "{% set ns.e = {'a': ns.e.items(), 'b': ns.e.items()} %}{% endfor %}"
 )
-NUMBERS = "{% set n = [" + ", ".join(["9" * 1200] * 6) + "] %}{% set n = n * 2 %}"
-MACRO = "{% macro " + "m" * 300 + "() %}{% endmacro %}"
+NUMBERS = "{% set n = [" + ", ".join(["9" * 1200] * 6) + "] %}{% set n = n * 400 %}"
+MACRO = "{% macro " + "m" * 900 + "() %}{% endmacro %}"
 
 
 def doubled(start: str, step: str) -> str:
@@ -323,7 +323,7 @@ def doubled(start: str, step: str) -> str:
 WORK = "does more work than a chat template may"
 SIZE = "a text or list that is too large"
 WIDE = "1000 is the most|a width that is too large"
-NUMBER = "number (that )?is too large"
+NUMBER = "makes a number that is too large"
 DEEP = "deeper than 100"
 HOSTILE: dict[str, dict[str, str]] = {
     # Nothing to reach: without the sandbox each of these prints nothing, or a word.
@@ -333,7 +333,6 @@ HOSTILE: dict[str, dict[str, str]] = {
         "class by map": "{{ ([''] | map(attribute='__class__') | first).x }}",
         "hidden of a function": "{{ raise_exception.__doc__.x }}",
         "hidden of a method": "{{ namespace.__doc__.x }}",
-        "an attribute of a function": "{{ strftime_now.real.x }}",
         "an attribute of a number": "{{ (1).real.x }}",
         "hidden of a block": "{{ self.__doc__.x }}",
         "hidden of a macro": "{% macro m() %}{% endmacro %}{{ m._func.x }}",
@@ -368,7 +367,9 @@ HOSTILE: dict[str, dict[str, str]] = {
         "jump": "{% break %}",
         "jump out of a macro": "{% for i in [1] %}{% macro m() %}{% break %}{% endmacro %}{% endfor %}",
     },
-    "not properly in loop": {"jump out of else": "{% for i in [1] %}{% else %}{% continue %}{% endfor %}"},
+    "Python says: .*not properly in loop": {
+        "jump out of else": "{% for i in [1] %}{% else %}{% continue %}{% endfor %}",
+    },
     "half a surrogate pair": {"half a surrogate pair": "{{ '\\ud800' }}"},
     "which no chat template needs": {"a set": "{{ {'a': 1}.keys() - {}.keys() }}"},
     "something other than numbers": {"sum of lists": "{{ ([['a'] * 9] * 9) | sum(start=[]) | length }}"},
@@ -391,14 +392,16 @@ HOSTILE: dict[str, dict[str, str]] = {
         "split from the end": PART + "{% set x = s.rsplit(sep=b) %}" + END,
         "stripped of many": SET + "{% set x = s.strip(b) %}" + END,
         "trimmed of many": SET + "{% set x = s | trim(chars=b) %}" + END,
+    },
+    "it makes long lists": {
         "lists that are dropped": "{% set s = 'xy,' * 2200 %}"
         + "{% for i in range(60) %}{% if s.split(',') %}{% endif %}" + END,
     },
     SIZE: {
-        "text times": "{{ 'a' * 20000 }}",
-        "times text": "{{ 20000 * 'a' }}",
-        "list times": "{{ ([0] * 6000) | length }}",
-        "list times, step by step": "{% set x = ['a' * 10] * 100 * 10 %}",
+        "text times": "{{ 'a' * 3000000 }}",
+        "times text": "{{ 3000000 * 'a' }}",
+        "list times": "{{ ([0] * 400000) | length }}",
+        "list times, step by step": "{% set n = 400 %}{% set x = ['a' * 10] * n * n %}",
         "doubled by ~": doubled("'ab'", "ns.s ~ ns.s"),
         "doubled by +": doubled("'ab'", "ns.s + ns.s"),
         "doubled by a list": doubled("[1]", "[ns.s, ns.s]"),
@@ -413,27 +416,27 @@ HOSTILE: dict[str, dict[str, str]] = {
         + DOUBLE + "{% set ns.c = cycler(ns.c.items, ns.c.items) %}" + END,
         "doubled by arguments": "{% set ns = namespace(v=1) %}"
         + "{% macro m() %}{% set ns.v = varargs %}{% endmacro %}" + DOUBLE + "{{ m(ns.v, ns.v) }}" + END,
-        "join": "{{ range(180) | join('a' * 90) }}",
-        "str.join": "{{ ('a' * 90).join(['a'] * 180) }}",
-        "replace": "{{ ('a' * 120) | replace('a', 'a' * 120) }}",
-        "str.replace": "{{ ('a' * 120).replace('', 'a' * 120) }}",
-        "indent lines": "{{ ('\n' * 900) | indent('a' * 40, true, true) }}",
-        "indented JSON": "{{ ([1] * 90) | tojson(indent=400) }}",
-        "joined lists": "{% set x = [['a' * 900] * 9] * 9 %}{{ x }}",
-        "percent, the same again": LONG + "{{ '%(a)s' * 90 % {'a': s} }}",
+        "join": "{{ range(900) | join('a' * 4000) }}",
+        "str.join": "{{ ('a' * 4000).join(['a'] * 900) }}",
+        "replace": "{{ ('a' * 1800) | replace('a', 'a' * 1800) }}",
+        "str.replace": "{{ ('a' * 1800).replace('', 'a' * 1800) }}",
+        "indent lines": "{{ ('\n' * 3000) | indent('a' * 900, true, true) }}",
+        "indented JSON": "{{ ([1] * 3000) | tojson(indent=900) }}",
+        "joined lists": "{% set x = [['a' * 900] * 9] * 300 %}{{ x }}",
+        "percent, the same again": LONG + "{{ '%(a)s' * 900 % {'a': s} }}",
         "percent, many": LONG + "{{ '%s' * 90 % ((s[:100],) * 90) }}",
-        "format, the same again": LONG + "{{ ('{0}' * 90).format(s) }}",
-        "format, by name": LONG + "{{ ('{a}' * 90).format(a=s) }}",
+        "format, the same again": LONG + "{{ ('{0}' * 900).format(s) }}",
+        "format, by name": LONG + "{{ ('{a}' * 900).format(a=s) }}",
         "compared views": VIEWS + "{{ ns.d == ns.e }}",
         "printed views": VIEWS + "{{ ns.d }}",
         "large numbers as JSON": NUMBERS + "{{ n | tojson }}",
         "large numbers joined": NUMBERS + "{{ n | join }}",
-        "~ of many": LONG + "{{ s" + " ~ s" * 8 + " }}",
-        "a macro's name": MACRO + "{{ ([" + "m" * 300 + "] * 90) | string }}",
-        "a macro's name, formatted": MACRO + "{{ ('{0}' * 90).format(" + "m" * 300 + ") }}",
-        "widths": "{{ ('{0:>999}' * 12).format('') }}",
-        "widths of percent": "{{ '%(a)999s' * 12 % {'a': ''} }}",
-        "joined attributes": LONG + "{% set ns = namespace(s=s) %}{{ ([ns] * 5) | join(attribute='s') }}",
+        "~ of many": LONG + "{{ s" + " ~ s" * 900 + " }}",
+        "a macro's name": MACRO + "{{ ([" + "m" * 900 + "] * 3000) | string }}",
+        "a macro's name, formatted": MACRO + "{{ ('{0}' * 2400).format(" + "m" * 900 + ") }}",
+        "widths": "{{ ('{0:>999}' * 1100).format('') }}",
+        "widths of percent": "{{ '%(a)999s' * 1100 % {'a': ''} }}",
+        "joined attributes": LONG + "{% set ns = namespace(s=s) %}{{ ([ns] * 900) | join(attribute='s') }}",
     },
     WIDE: {
         "indent": "{{ 'a' | indent(2000, true) }}",
@@ -448,9 +451,11 @@ HOSTILE: dict[str, dict[str, str]] = {
         "strftime": "{{ strftime_now('%c' * 600) }}",
     },
     NUMBER: {
-        "power": "{{ 9 ** 1400 }}",
+        "power": "{{ 1 ** 5000 }}",
         "power, step by step": "{% set ns = namespace(n=9) %}"
         + "{% for i in range(11) %}{% set ns.n = ns.n * ns.n %}" + END,
+    },
+    "not valid, line 1: a number is too large": {
         "infinite number": "{{ 1e999 }}",
         "long number": "{{ " + "1" * 1300 + " }}",
         "long number in hexadecimal": "{{ 0x" + "f" * 1100 + " }}",
@@ -481,9 +486,22 @@ HOSTILE: dict[str, dict[str, str]] = {
 )
 def test_hostile_templates_are_stopped(message: str, source: str) -> None:
     start = time.process_time()
-    with peak_below(16), pytest.raises(TemplateError, match=message) as caught:
-        render(source)
+    stopped(source, message)
     assert time.process_time() - start < 1
+
+
+def stopped(source: str, message: str) -> None:
+    """A unit of work stands for 8 bytes of memory at most: of all that is allowed that is 80 MB."""
+    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    with pytest.raises(TemplateError, match=message):  # which compiles it
+        template.render(HELLO)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TemplateError, match=message) as caught:
+            template.render(HELLO)
+        assert tracemalloc.get_traced_memory()[1] < 8 * LOWERED["MAX_WORK"] + 50_000
+    finally:
+        tracemalloc.stop()
     assert str(caught.value).startswith("the chat template ")
     assert len(str(caught.value)) < 500
 
@@ -509,22 +527,12 @@ KEPT = {
 @pytest.mark.usefixtures("lowered")
 @pytest.mark.parametrize("name", KEPT)
 def test_lists_that_are_kept(name: str) -> None:
-    """A unit of work stands for 8 bytes at most, whatever is made: of all that is allowed that is 80 MB."""
     source, value = KEPT[name]
-    text = (
+    stopped(
         f"{{% set ns = namespace(a=0) %}}{{% set s = {source} %}}"
-        f"{{% for i in range(30) %}}{{% set ns.a = namespace(before=ns.a, v={value}) %}}{{% endfor %}}"
+        f"{{% for i in range(30) %}}{{% set ns.a = namespace(before=ns.a, v={value}) %}}{{% endfor %}}",
+        WORK,
     )
-    template = ChatTemplate(text)
-    with pytest.raises(TemplateError, match=WORK):
-        template.render(HELLO)  # compiles it
-    tracemalloc.start()
-    try:
-        with pytest.raises(TemplateError, match=WORK):
-            template.render(HELLO)
-        assert tracemalloc.get_traced_memory()[1] < 8 * LOWERED["MAX_WORK"] + 50_000
-    finally:
-        tracemalloc.stop()
 
 
 def test_bounds_of_time_and_of_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
