@@ -21,7 +21,7 @@ from tinyllm.config import (
     generation_from_json,
 )
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
-from tinyllm.files import find_model, read_json, read_json_if_any, user_path
+from tinyllm.files import find_model, is_there, read_json, user_path
 from tinyllm.files.gguf import read_gguf
 from tinyllm.files.names import Weights, map_tensors
 from tinyllm.files.safetensors import read_safetensors
@@ -91,12 +91,12 @@ def _read_directory(path: Path) -> ModelFiles:
     folder = path if path.is_dir() else path.parent
     json = read_json(folder / "config.json")
     config = config_from_json(json)
-    generation = read_json_if_any(folder / "generation_config.json")
+    advice = folder / "generation_config.json"
     return ModelFiles(
         path,
         config,
         map_tensors(read_safetensors(path).tensors, config, "hf"),
         tokenizer_from_directory(folder),
         template_from_directory(folder),
-        generation_from_json(json, generation, config.vocab_size),
+        generation_from_json(json, read_json(advice) if is_there(advice) else None, config.vocab_size),
     )

@@ -8,6 +8,7 @@ for and that is not known is refused, never ignored. Imports `errors` alone.
 from tinyllm.config.from_gguf import GGUF_KEYS, config_from_gguf, config_to_gguf
 from tinyllm.config.from_json import config_from_json
 from tinyllm.config.generation import (
+    ADVISED_COUNTS,
     ADVISED_RANGES,
     GenerationDefaults,
     generation_from_gguf,
@@ -16,6 +17,7 @@ from tinyllm.config.generation import (
 from tinyllm.config.model import ModelConfig
 
 __all__ = [
+    "ADVISED_COUNTS",
     "ADVISED_RANGES",
     "GGUF_KEYS",
     "GenerationDefaults",

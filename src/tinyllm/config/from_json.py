@@ -14,6 +14,7 @@ import numpy as np
 
 from tinyllm.config.families import JSON_HARMLESS, Family, family, head_dim_of, layer_ropes, layer_windows
 from tinyllm.config.fields import Fields, brief
+from tinyllm.config.generation import LEGACY_KEYS
 from tinyllm.config.model import ModelConfig, bounded
 from tinyllm.config.rope import as_float32, check_scaling, linear, llama3, yarn, yarn_scale
 from tinyllm.errors import FormatError, UnsupportedError
@@ -100,7 +101,7 @@ def config_from_json(config: Mapping[str, Any]) -> ModelConfig:
         result = replace(result, ropes=_json_no_ropes(fields, n_layers))
     if row.optional_qk_norm and fields.flag("use_qk_norm", False):
         result = replace(result, qk_norm=row.optional_qk_norm)
-    fields.refuse_unknown((*JSON_HARMLESS, *row.json_known))
+    fields.refuse_unknown((*JSON_HARMLESS, *LEGACY_KEYS, *row.json_known))
     return result
 
 
