@@ -16,7 +16,12 @@ from helpers_gguf import small_tokenizer, write_gguf
 from helpers_models import GOLDEN_DIR, golden_spec, random_weights
 
 import tinyllm
-from tinyllm.config import GenerationDefaults, generation_from_gguf, generation_from_json
+from tinyllm.config import (
+    GenerationDefaults,
+    generation_from_gguf,
+    generation_from_json,
+    generation_to_gguf,
+)
 from tinyllm.config.generation import JSON_HARMLESS_BECAUSE, JSON_OBEYED, JSON_WARNED, LEGACY_KEYS
 from tinyllm.engine.sampling import SamplingParams
 from tinyllm.errors import ContextError, FormatError
@@ -299,6 +304,35 @@ def test_sequences(
 def test_a_sequence_is_a_string() -> None:
     with pytest.raises(FormatError, match=r"general\.sampling\.sequence must be a string, not '3'"):
         generation_from_gguf({S + "sequence": 3}, 10)
+
+
+def test_what_a_directory_says_goes_into_its_gguf(
+    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = GOLDEN["cases"]["plain"]["ids"]
+    said = {"do_sample": False, "repetition_penalty": 1.3, "suppress_tokens": plain[:2], "eos_token_id": 2}
+    stories(data_dir, tmp_path / "model", {"generation_config": said}).close()
+    tinyllm.quantize(tmp_path / "model", tmp_path / "model.gguf", "f32")
+    assert not caplog.records
+    with tinyllm.load(tmp_path / "model", threads=1) as a, tinyllm.load(tmp_path / "model.gguf") as b:
+        assert a(PROMPT, max_tokens=150).tokens == b(PROMPT, max_tokens=150).tokens
+
+
+def test_what_gguf_cannot_say_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    none = {"typical_p": 1.0, "min_new_tokens": 0, "stop_strings": [], "do_sample": True}
+    generation_to_gguf(generation_from_json({}, none, 10), 512)
+    assert not caplog.records
+    lost = {
+        "typical_p": 0.5, "no_repeat_ngram_size": 2, "min_new_tokens": 1, "max_new_tokens": 2,
+        "min_length": 3, "max_length": 4, "stop_strings": ["a"], "bad_words_ids": [[1, 2]],
+        "begin_suppress_tokens": [1],
+    }  # fmt: skip
+    found = generation_from_json({}, {**lost, "do_sample": True}, 10)
+    assert generation_to_gguf(found, 512) == {}
+    (record,) = caplog.records
+    assert set(record.getMessage().split(": ")[1].split(", ")) == {
+        name for name, value in vars(found).items() if value not in (None, ())
+    }
 
 
 CONFIG = {**golden_spec("llama3").config, "vocab_size": 400}

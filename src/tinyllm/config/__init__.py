@@ -13,6 +13,7 @@ from tinyllm.config.generation import (
     GenerationDefaults,
     generation_from_gguf,
     generation_from_json,
+    generation_to_gguf,
 )
 from tinyllm.config.model import ModelConfig
 
@@ -27,4 +28,5 @@ __all__ = [
     "config_to_gguf",
     "generation_from_gguf",
     "generation_from_json",
+    "generation_to_gguf",
 ]

@@ -155,6 +155,31 @@ def _is_own_order(steps: list[str]) -> bool:
     )
 
 
+def generation_to_gguf(defaults: GenerationDefaults, context: int) -> dict[str, Any]:
+    """The keys of a GGUF file that say the same, but for eos_ids. context: the model's, in tokens. What GGUF
+    has no key for is warned of by name."""
+    window = defaults.penalty_window
+    values = {
+        "temp": defaults.temperature,
+        "top_k": defaults.top_k,
+        "top_p": defaults.top_p,
+        "min_p": defaults.min_p,
+        "xtc_probability": defaults.xtc_probability,
+        "xtc_threshold": defaults.xtc_threshold,
+        "penalty_repeat": defaults.repetition_penalty,
+        "penalty_last_n": context if window == -1 else window,  # no text is longer
+    }
+    keys: dict[str, Any] = {f"general.sampling.{key}": v for key, v in values.items() if v is not None}
+    if defaults.suppress_tokens:
+        keys["tokenizer.ggml.suppress_tokens"] = np.array(defaults.suppress_tokens, np.int32)
+    off = {"typical_p": 1.0, "no_repeat_ngram_size": 0, "min_tokens": 0, "min_length": 0}
+    names = (*off, "begin_suppress_tokens", "bad_words_ids", "stop", "max_tokens", "max_length")
+    lost = [name for name in names if getattr(defaults, name) not in (None, (), off.get(name))]
+    if lost:
+        log.warning("GGUF has no keys for these of the model's own settings: %s", ", ".join(lost))
+    return keys
+
+
 # ---- Hugging Face
 
 _NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllm.chat.templates import template_from_directory
-from tinyllm.config import GenerationDefaults, ModelConfig, config_from_gguf, config_to_gguf
+from tinyllm.config import ModelConfig, config_from_gguf, config_to_gguf, generation_to_gguf
 from tinyllm.config.families import family, gguf_architecture
 from tinyllm.errors import FormatError, UnsupportedError
 from tinyllm.files import F32, TensorInfo, find_model, read_json
@@ -93,7 +93,7 @@ def _of_directory(path: Path) -> Contents:
         "general.type": "model",
         "general.name": folder.resolve().name,
         **{f"{architecture}.{k}": v for k, v in (config_to_gguf(config, architecture) | rope).items()},
-        **_sampling_keys(files.defaults),
+        **generation_to_gguf(files.defaults, config.context),
         **(tokenizer_to_gguf(folder) or {"tokenizer.ggml.model": "none"}),
     }
     _check(folder, config, metadata, tensors, vectors)
@@ -235,17 +235,6 @@ def _rope(
         if config.rope_scale != usual:
             keys["rope.scaling.attn_factor"] = config.rope_scale / usual
     return keys, {}
-
-
-def _sampling_keys(d: GenerationDefaults) -> dict[str, Any]:
-    values = {
-        "temp": d.temperature,
-        "top_k": d.top_k,
-        "top_p": d.top_p,
-        "min_p": d.min_p,
-        "penalty_repeat": d.repetition_penalty,
-    }
-    return {f"general.sampling.{name}": value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
