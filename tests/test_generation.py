@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from helpers_gguf import small_tokenizer, write_gguf
 from helpers_models import GOLDEN_DIR, golden_spec, random_weights
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tinyllm
 from tinyllm.config import (
@@ -230,6 +232,10 @@ def test_refused(table: dict[str, Any], message: str) -> None:
 # ---- GGUF
 
 S = "general.sampling."
+OF_GGUF = (  # all that llama.cpp reads
+    "sequence", "top_k", "top_p", "min_p", "xtc_probability", "xtc_threshold", "temp", "penalty_last_n",
+    "penalty_repeat", "mirostat", "mirostat_tau", "mirostat_eta",
+)  # fmt: skip
 
 
 def of_gguf(caplog: pytest.LogCaptureFixture, **keys: Any) -> tuple[GenerationDefaults, list[str]]:
@@ -299,6 +305,39 @@ def test_sequences(
     assert all(f"general.sampling.sequence ('{sequence}'): " in m and warning in m for m in messages)
     given = SamplingParams(seed=1, top_p=0.1).resolve(vars(found))
     assert given.top_p == 0.1  # whatever the file leaves out
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=3), some, max_size=2),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*GOLDEN["keys"], "x"]), values, max_size=5), st.booleans())
+def test_any_json(table: dict[str, Any], is_config: bool) -> None:
+    """An answer that sampling takes, or an error that can be printed."""
+    try:
+        found = generation_from_json(*((table, None) if is_config else ({}, table)), vocab_size=10)
+    except tinyllm.Error as error:
+        str(error).encode()
+        return
+    SamplingParams().resolve(vars(found))
+    generation_to_gguf(found, 512)
+
+
+arrays = st.lists(st.integers(-5, 12), max_size=3).map(lambda ids: np.array(ids, np.int32))
+KEYS = ["tokenizer.ggml.suppress_tokens", *(S + k for k in OF_GGUF), S + "x"]
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), values | arrays, max_size=5))
+def test_any_metadata(metadata: dict[str, Any]) -> None:
+    try:
+        found = generation_from_gguf(metadata, vocab_size=10)
+    except tinyllm.Error as error:
+        str(error).encode()
+        return
+    SamplingParams().resolve(vars(found))
 
 
 def test_a_sequence_is_a_string() -> None:
@@ -379,10 +418,8 @@ def test_the_page_of_keys_has_them_all() -> None:
             fates[name] = fate
     ours = dict.fromkeys(JSON_OBEYED, "obeyed") | dict.fromkeys(JSON_WARNED, "warned")
     ours |= dict.fromkeys(HARMLESS, "harmless")
-    of_gguf = ("sequence", "top_k", "top_p", "min_p", "xtc_probability", "xtc_threshold", "temp",
-               "penalty_last_n", "penalty_repeat", "mirostat", "mirostat_tau", "mirostat_eta")  # fmt: skip
     assert {name for name in fates if name not in ours} == {
         "tokenizer.ggml.suppress_tokens",
-        *(S + name for name in of_gguf),
+        *(S + name for name in OF_GGUF),
     }
     assert {name: fates.get(name) for name in ours} == ours

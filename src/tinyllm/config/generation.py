@@ -107,7 +107,7 @@ def generation_from_gguf(metadata: Mapping[str, Any], vocab_size: int) -> Genera
     }
     ignored: dict[str, str] = {}
     off = _left_out(fields.get("sequence"), ignored)
-    if fields.get("mirostat"):
+    if fields.whole("mirostat", 0):
         ignored["mirostat"] = "tinyllm draws by the other settings instead"
     for key in ("mirostat_tau", "mirostat_eta"):
         fields.get(key)  # without mirostat they mean nothing
