@@ -27,6 +27,7 @@ from tinyllm.backends import CacheType
 from tinyllm.chat.reasoning import Plain, Splitter, splitter, visible_ids
 from tinyllm.chat.templates import ChatTemplate, require
 from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pooling
+from tinyllm.engine.breakers import breaker_ids
 from tinyllm.engine.embedding import vectors
 from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece, choose, require_finite
 from tinyllm.engine.kvcache import KVCache, Sequence, root_key
@@ -97,6 +98,7 @@ class LLM:
         self.eos_ids = frozenset(defaults.eos_ids) | (tokenizer.eos_ids if tokenizer else frozenset())
         self.defaults = asdict(defaults)
         self.embedding, self._said_long = embedding or EmbeddingDefaults(), False
+        self._breakers: tuple[SequenceOf[str], list[list[int]]] = ((), [])  # the last strings, and their ids
         n_pages = cache_pages(config)
         max_pages = max_pages or n_pages
         self._cache = KVCache(
@@ -499,19 +501,45 @@ class LLM:
         self, params: SamplingParams, prompt: list[int], sequence: Sequence | None, reasoning: bool = False
     ) -> _Request:
         """params: resolved. sequence: holds the prompt; None: will be forked from the first of its group."""
-        sampler = Sampler(params, self.config.vocab_size)
+        sampler = self._sampler(params, len(prompt))
+        context, end = self.context, self.defaults["max_length"]
+        if params.max_tokens is None and end is not None and end < context:
+            if len(prompt) >= end:
+                raise ContextError(
+                    f"the prompt has {len(prompt)} tokens, and the model's own max_length ends texts at "
+                    f"{end}; pass max_tokens"
+                )
+            context = end
         generation = Generation(
             sequence,
             sampler,
-            StopStrings(params.stop),
+            StopStrings(params.stop or ()),
             self._text_stream(prompt[-1], reasoning),
-            context=self.context,
+            context=context,
             n_candidates=sampler.n_candidates,
             max_tokens=params.max_tokens,
             eos_ids=self.eos_ids,
             split=self._splitter(prompt) if reasoning else Plain(),
         )
         return _Request(generation, params, prompt)
+
+    def _sampler(self, params: SamplingParams, start: int) -> Sampler:
+        """params: resolved. start: how many tokens are given."""
+        breakers: list[list[int]] = []
+        if params.dry_multiplier and self.tokenizer and (strings := params.dry_sequence_breakers):
+            kept, breakers = self._breakers
+            if kept != strings:
+                found, n = breaker_ids(self.tokenizer, strings), self.config.vocab_size
+                breakers = [ids for ids in found if max(ids) < n]
+                self._breakers = strings, breakers
+        return Sampler(
+            params,
+            self.config.vocab_size,
+            start=start,
+            eos_ids=self.eos_ids,
+            min_length=self.defaults["min_length"] or 0,
+            breakers=breakers,
+        )
 
     def _splitter(self, prompt: list[int]) -> Splitter:
         tokenizer = self.tokenizer
@@ -587,6 +615,7 @@ class Session:
         self._llm, self._sequence = llm, sequence
         self._logits: Logits | None = None
         self._n_logits = 0  # how many tokens they follow
+        self._n_given = 0  # how many tokens there were after the last `append`
         self._n_forks = 0
 
     @property
@@ -619,14 +648,16 @@ class Session:
         bos = False if tokens else None
         self._llm._fit(tokens + (ids := self._llm._ids(prompt, special, bos)))
         tokens += ids
+        self._n_given = len(tokens)
         self._evaluate()
 
     @takes_sampling
     def sample(self, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]) -> int:
-        """Chooses the next token, adds it and returns it. Fields of SamplingParams as in `LLM.__call__`."""
+        """Chooses the next token, adds it and returns it. Fields of SamplingParams as in `LLM.__call__`;
+        min_tokens and begin_suppress_tokens count from the last `append`."""
         tokens = self._sequence.tokens
         self._llm._fit(tokens, room=1)
-        sampler = Sampler(self._params(params, sampling), self._llm.config.vocab_size)
+        sampler = self._llm._sampler(self._params(params, sampling), self._n_given)
         token = choose(sampler, self._certain(), tokens).token
         tokens.append(token)
         return token
@@ -676,7 +707,7 @@ class Session:
         self._n_forks += 1
         llm = self._llm
         child = Session(llm, llm._engine.fork(self._sequence), stream_seed(self.seed, self._n_forks))
-        child._logits, child._n_logits = self._logits, self._n_logits
+        child._logits, child._n_logits, child._n_given = self._logits, self._n_logits, self._n_given
         return child
 
     def close(self) -> None:

@@ -135,7 +135,8 @@ def _read_directory(path: Path) -> ModelFiles:
     # Where there is none, the embedding stands in its place, and nothing asks for it.
     weights = map_tensors(tensors, config if has_output else replace(config, tied=True), "hf")
     config = weights.config
-    generation = read_json_if_any(folder / "generation_config.json")
+    advice = folder / "generation_config.json"
+    generation = read_json(advice) if is_there(advice) else None
     return ModelFiles(
         path,
         config,

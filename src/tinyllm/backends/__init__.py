@@ -40,7 +40,7 @@ PAGE = 64  # tokens of a KV page, TL_PAGE
 CACHE_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q8_0": 8}  # by name: the core's format id
 FORMAT_IDS: dict[str, int] = {name: id for id, name, *_ in _core.formats()}
 
-sample = _core.sample
+Sampling = _core.Sampling
 top_logprobs = _core.top_logprobs
 logprob = _core.logprob
 live_allocations = _core.live_allocations  # () -> (blocks, bytes) that the core holds now

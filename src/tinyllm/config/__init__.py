@@ -17,14 +17,17 @@ from tinyllm.config.embedding import (
 from tinyllm.config.from_gguf import GGUF_KEYS, config_from_gguf, config_to_gguf
 from tinyllm.config.from_json import config_from_json
 from tinyllm.config.generation import (
+    ADVISED_COUNTS,
     ADVISED_RANGES,
     GenerationDefaults,
     generation_from_gguf,
     generation_from_json,
+    generation_to_gguf,
 )
 from tinyllm.config.model import ModelConfig
 
 __all__ = [
+    "ADVISED_COUNTS",
     "ADVISED_RANGES",
     "GGUF_KEYS",
     "POOLINGS",
@@ -40,4 +43,5 @@ __all__ = [
     "embedding_to_gguf",
     "generation_from_gguf",
     "generation_from_json",
+    "generation_to_gguf",
 ]

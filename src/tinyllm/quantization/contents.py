@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from tinyllm.chat.templates import template_from_directory
 from tinyllm.config import (
-    GenerationDefaults,
     ModelConfig,
     config_from_gguf,
     config_to_gguf,
     embedding_to_gguf,
+    generation_to_gguf,
 )
 from tinyllm.config.families import family, gguf_architecture
 from tinyllm.errors import FormatError, UnsupportedError, located
@@ -106,7 +106,7 @@ def _of_directory(path: Path) -> Contents:
         "general.name": folder.resolve().name,
         **{f"{architecture}.{k}": v for k, v in (config_to_gguf(config, architecture) | rope).items()},
         **{f"{architecture}.{k}": v for k, v in embedding_to_gguf(files.embedding).items()},
-        **_sampling_keys(files.defaults),
+        **generation_to_gguf(files.defaults, config.context),
         **(tokenizer_to_gguf(folder) or {"tokenizer.ggml.model": "none"}),
     }
     _check(folder, config, metadata, tensors, vectors)
@@ -262,17 +262,6 @@ def _warn_of_unsaid(files: ModelFiles, architecture: str) -> None:
             "%s: its output matrix is not the embedding, and llama.cpp refuses such files of %s",
             files.path, architecture,
         )  # fmt: skip
-
-
-def _sampling_keys(d: GenerationDefaults) -> dict[str, Any]:
-    values = {
-        "temp": d.temperature,
-        "top_k": d.top_k,
-        "top_p": d.top_p,
-        "min_p": d.min_p,
-        "penalty_repeat": d.repetition_penalty,
-    }
-    return {f"general.sampling.{name}": value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
