@@ -3,7 +3,7 @@ they stream, and a grammar that lets it write nothing else.
 
     tools = as_tools([get_weather])                        # functions, or OpenAI's dicts
     format = format_of(template.source, special_tokens)    # a row of the table in formats.py
-    messages = conversation(messages, tools, format, template.source, shows_tools=...)
+    prompt = render(template, messages, tools, format)     # nothing of tools, calls and results left out
     split = CallSplitter(format, tools, n_before=count_calls(messages))
     for piece in ...:                                      # what the reasoning splitter calls text, with
         for part in split.feed(piece): ...                 # the special tokens format.visible_ids(...)
@@ -12,8 +12,8 @@ they stream, and a grammar that lets it write nothing else.
 
 Ids: the model's own where its format writes one, else one that counts the calls of the conversation
 (call_0, call_1; call00000 for Mistral, functions.NAME:0 for Kimi). Turns also end at format.end_ids(...).
-GENERIC is the format of a template that has none: warn, once. docs/tools.md has the rules in words. Imports
-errors.
+GENERIC is the format of a template that has none; `render` warns once where it shows no tools. docs/tools.md
+has the rules in words. Imports chat's templates and reasoning, errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tinyllm.chat.tools.calls import CallSplitter, Part
 from tinyllm.chat.tools.formats import FORMATS, GENERIC, Format, format_of
 from tinyllm.chat.tools.grammar import Rules
 from tinyllm.chat.tools.notations import Json, Tagged
-from tinyllm.chat.tools.prompt import as_message_call, conversation, count_calls, instructions
+from tinyllm.chat.tools.prompt import as_message_call, count_calls, instructions, render
 from tinyllm.chat.tools.schema import Tool, as_tools, schema_of
 from tinyllm.chat.tools.shapes import ToolCall
 from tinyllm.chat.tools.values import types_of
@@ -44,10 +44,10 @@ __all__ = [
     "as_message_call",
     "as_tools",
     "call_grammar",
-    "conversation",
     "count_calls",
     "format_of",
     "instructions",
+    "render",
     "schema_of",
 ]
 
@@ -97,7 +97,7 @@ def call_grammar(
         first = "".join(re.escape(mark[0]) for mark in dict.fromkeys(shape.starts))
         text = rules.terminal(rf"/[^\s{first}](?s:.*)/")
         return rules.source(f"({calls} | {text})?")
-    return rules.source(f"{rules.text(shape.opens)} ({calls})?")
+    return rules.source(rules.optional_after_text(shape.opens, calls))
 
 
 def _warn_of_bounds(format: Format, by_name: Mapping[str, Mapping[str, Any]]) -> None:

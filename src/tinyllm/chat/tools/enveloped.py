@@ -9,7 +9,7 @@ from typing import Any
 
 from tinyllm.chat.tools.grammar import Rules, Schema, closed, gathered, quoted
 from tinyllm.chat.tools.notations import Json
-from tinyllm.chat.tools.scan import Malformed, NotACall, Scan, Steps
+from tinyllm.chat.tools.scan import Malformed, NotACall, Scan, Steps, marks_of
 from tinyllm.chat.tools.shapes import Reader, ToolCall
 from tinyllm.chat.tools.values import loads
 
@@ -41,7 +41,7 @@ class Enveloped:
 
     @property
     def opens(self) -> tuple[str, ...]:
-        return (*self.open.split()[:1], *self.also)
+        return (*marks_of(self.open)[:1], *self.also)
 
     @property
     def literals(self) -> tuple[str, ...]:
@@ -53,10 +53,10 @@ class Enveloped:
 
     def read(self, scan: Scan, reader: Reader, mark: str) -> Steps[None]:
         bare = mark in self.starts
-        closes = self.close.split()
+        closes = marks_of(self.close)
         if bare and mark.startswith("`"):
             closes = ["```"]
-        for due in self.open.split()[1:] if mark not in self.also and not bare else ():
+        for due in marks_of(self.open)[1:] if mark not in self.also and not bare else ():
             yield from scan.space()
             yield from scan.expect(due)
         if mark not in ("{", "["):

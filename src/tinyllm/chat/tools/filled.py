@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tinyllm.chat.tools.grammar import Rules, Schema, either
 from tinyllm.chat.tools.notations import Json, Notation
-from tinyllm.chat.tools.scan import NotACall, Scan, Steps
+from tinyllm.chat.tools.scan import NotACall, Scan, Steps, marks_of
 from tinyllm.chat.tools.shapes import Reader, ToolCall
 
 
@@ -32,7 +32,7 @@ class Filled:
     @property
     def opens(self) -> tuple[str, ...]:
         """Where the text around all calls is missing, a call alone counts too."""
-        return tuple(dict.fromkeys([*self.open.split(), *self._pieces[0].split()]))
+        return tuple(dict.fromkeys([*marks_of(self.open), *marks_of(self._pieces[0])]))
 
     starts = ()
     has_late_ids = False
@@ -49,8 +49,8 @@ class Filled:
         return re.split(r"\{(\w+)\}", self.call)
 
     def read(self, scan: Scan, reader: Reader, mark: str) -> Steps[None]:
-        first = self._pieces[0].split()
-        for due in self.open.split()[1:] if self.open and mark == self.open.split()[0] else ():
+        first = marks_of(self._pieces[0])
+        for due in marks_of(self.open)[1:] if self.open and mark == marks_of(self.open)[0] else ():
             yield from scan.space()
             yield from scan.expect(due)
         inside = mark not in first  # the first mark of a call is still to come
@@ -78,17 +78,20 @@ class Filled:
         pieces, found = self._pieces, {}  # type: tuple[list[str], dict[str, str]]
         schema: Schema = {}
         for gap, text in zip(pieces[1::2], pieces[2::2], strict=True):
-            marks = text.split()
+            marks = marks_of(text)
             if gap == "arguments":
                 yield from scan.space()
                 yield from self.notation.read(scan, schema, reader.argument)
-                reader.complete()
-                for i, due in enumerate(marks):
+                if self.notation.closes_itself:
+                    reader.complete()
+                for due in marks[:1]:
                     yield from scan.space()
-                    if i == 0:
-                        yield from scan.expect(due)
-                    else:
-                        yield from scan.take(due)
+                    yield from scan.expect(due)
+                if not self.notation.closes_itself:
+                    reader.complete()
+                for due in marks[1:]:
+                    yield from scan.space()
+                    yield from scan.take(due)
                 return
             if marks:
                 found[gap] = yield from scan.word(marks[:1])
@@ -96,7 +99,7 @@ class Filled:
                     yield from scan.space()
                     yield from scan.expect(due)
             else:  # nothing but space until the arguments, or until what closes a call without any
-                stops = (*self.notation.begins, *pieces[-1].split()[:1])
+                stops = (*self.notation.begins, *marks_of(pieces[-1])[:1])
                 found[gap] = yield from scan.word(stops, keep=True)
             if pieces[1::2].index("arguments") == len(found):
                 schema = reader.name(found["name"], self._id(found))

@@ -21,7 +21,7 @@ from tinyllm.chat.tools.shapes import Shape
 class Format:
     """name: for messages and the table of docs/tools.md. signs: texts that all stand in the template;
     tokens: special tokens that say it as well, for templates that do not. end_tokens: what ends a turn of
-    calls beside the model's own ends. id: of a call that has none; {n} counts the conversation's calls, from 0.
+    calls beside the model's own ends. id: of a call that has none; {n} counts a conversation's calls from 0.
     is_single: a turn has one call at most.
     """
 
@@ -238,7 +238,7 @@ FORMATS = (
         tokens=("<|tool_call|>", "<|/tool_call|>"),
     ),
     Format("Granite 3", Enveloped("<|tool_call|>", listed=True), signs=("<|tool_call|>",)),
-    Format("FireFunction", Enveloped(" functools", listed=True), signs=("functools[",)),
+    Format("FireFunction", Enveloped("functools", listed=True), signs=("functools[",)),
     Format(
         "LFM2",
         Filled("{name}({arguments})", Python(), "<|tool_call_start|>[", "]<|tool_call_end|>", ", "),

@@ -13,7 +13,7 @@ from typing import Any
 
 Schema = Mapping[str, Any]
 
-_ANY = r"/(?s:.*)/"
+ANY = r"/(?s:.*)/"
 
 
 class Rules:
@@ -29,6 +29,7 @@ class Rules:
         longest_first = sorted(special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._names: dict[str, str] = {}
+        self._suffixes: dict[str, str] = {}  # rules that say more than a body
         self._n_forward = 0
 
     def mark(self, text: str) -> str:
@@ -42,11 +43,46 @@ class Rules:
         parts.append(quoted(text[at:]))
         return " ".join(part for part in parts if part != '""')
 
-    def text(self, stops: Collection[str]) -> str:
-        """Any text without these, which no special token is part of anyway."""
-        plain = [stop for stop in stops if not self._special.search(stop)]
-        body = " & ".join([_ANY, *(f"~/(?s:.*){regex(stop)}(?s:.*)/" for stop in plain)])
-        return self.terminal(body)
+    def text_before(self, marks: Collection[str]) -> str:
+        """Any text without these marks, one of which may follow.
+
+        A lexer takes the longest match, and would take the mark's beginning as the text's end. So the text
+        comes in chunks, each from one character that begins a mark up to the next. No text holds special
+        tokens, and a mark that has such a character inside is left out.
+        """
+        firsts, plain = "", []  # type: str, list[str]
+        for mark in marks:
+            chars = firsts + mark[0]
+            if not self._special.search(mark) and not any(c in m[1:] for m in [*plain, mark] for c in chars):
+                firsts, plain = chars, [*plain, mark]
+        if not plain:
+            return self.terminal(ANY)
+        first = re.escape("".join(dict.fromkeys(firsts)))
+        chunk = " & ".join([f"/[{first}][^{first}]*/", *(f"~/{regex(mark)}(?s:.*)/" for mark in plain)])
+        return f"{self.terminal(f'/[^{first}]*/')} {self.terminal(chunk)}*"
+
+    def optional_after_text(self, marks: Sequence[str], calls: str) -> str:
+        """A text, and calls after it that begin with the first of the marks, or none."""
+        special = self._special.search(marks[0])
+        lead = quoted(marks[0][: special.start()]) if special else ""
+        if lead in ("", '""'):
+            return f"{self.text_before(marks)} ({calls})?"
+        assert special is not None
+        text = self.terminal(f"/(?s:.*){regex(marks[0][: special.start()])}/")
+        return f"{self.terminal(ANY)} | {text} {calls.removeprefix(lead)}"
+
+    def text_until(self, mark: str) -> str:
+        """Any text up to the mark, and the mark. Space around the mark belongs to it."""
+        stop = mark.strip()
+        before, after = mark[: mark.index(stop)], mark[mark.index(stop) + len(stop) :]
+        found = self._special.search(stop)
+        if found is not None:
+            lead = before + stop[: found.start()]
+            return f"{self.terminal(f'/(?s:.*){regex(lead)}/')} {self.mark(mark[len(lead) :])}"
+        body = f"/(?s:.*){regex(before)}/ & ~/(?s:.*){regex(stop)}(?s:.*)/"
+        name = self._names.setdefault(f"suffix {stop} {body}", f"u{len(self._names)}")
+        self._suffixes[name] = f"{name}[suffix={quoted(stop)}]: {body}"
+        return " ".join(filter(None, [name, self.mark(after)]))
 
     def json(self, schema: Schema) -> str:
         """A value in JSON."""
@@ -68,7 +104,8 @@ class Rules:
         self._names[body] = name
 
     def source(self, start: str) -> str:
-        return "\n".join([f"start: {start}", *(f"{name}: {body}" for body, name in self._names.items()), ""])
+        rules = [self._suffixes.get(name, f"{name}: {body}") for body, name in self._names.items()]
+        return "\n".join([f"start: {start}", *rules, ""])
 
 
 def quoted(text: str) -> str:
@@ -76,8 +113,8 @@ def quoted(text: str) -> str:
 
 
 def regex(text: str) -> str:
-    """A pattern for exactly this text, between slashes."""
-    return re.sub(r"[^\w\s]", lambda c: "\\" + c[0], text, flags=re.ASCII).replace("\n", "\\n")
+    """A pattern for exactly this text, between slashes. To a Rust regex, \\< is more than an escaped <."""
+    return re.sub(r"[.^$*+?()\[\]{}|\\/&~-]", lambda c: "\\" + c[0], text).replace("\n", "\\n")
 
 
 def either(*choices: str) -> str:

@@ -39,7 +39,7 @@ class Literals:
                 sink(", ")
             quote = yield from scan.take(*self.quotes)
             if quote is None:
-                key = yield from scan.word([equals], keep=True)
+                key = yield from scan.word([equals, ",", end], keep=True)
                 sink(quoted(key))
             else:
                 yield from self.string(scan, quote, sink)
@@ -158,6 +158,7 @@ class Braces(Literals):
     """{city:<|"|>Paris<|"|>,days:3}, with a quote that is a token of its own."""
 
     begins = ("{",)
+    closes_itself = True
 
     def __init__(self, quote: str) -> None:
         self.quotes = (quote,)
@@ -187,7 +188,7 @@ class Braces(Literals):
 
     def string_grammar(self, rules: Rules) -> str:
         (quote,) = self.quotes
-        return rules.rule(f"{rules.mark(quote)} {rules.text([quote])} {rules.mark(quote)}")
+        return rules.rule(f"{rules.mark(quote)} {rules.text_until(quote)}")
 
     def key_grammar(self, rules: Rules, key: str | None) -> str:
         return rules.terminal(r"/[^:,{}\[\]\s]+/") if key is None else quoted(key)
@@ -213,6 +214,7 @@ class Python(Literals):
     """city="Paris", days=3: between the parentheses of a call."""
 
     begins = ()
+    closes_itself = False
     quotes = ("'''", '"""', "'", '"')
 
     def read(self, scan: Scan, schema: Schema, sink: Sink) -> Steps[None]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from tinyllm.chat.tools.grammar import Rules, Schema, closed, either, quoted
 from tinyllm.chat.tools.literals import Python
-from tinyllm.chat.tools.scan import Ended, Malformed, Scan, Sink, Steps, run
+from tinyllm.chat.tools.scan import Ended, Malformed, Scan, Sink, Steps, marks_of, run
 from tinyllm.chat.tools.values import (
     ANY_TYPE,
     WORDS,
@@ -30,10 +30,14 @@ _STRING = frozenset(["string"])
 
 
 class Notation(Protocol):
-    """begins: what arguments begin with, where that can tell where a name ends."""
+    """begins: what arguments begin with, where that can tell where a name ends. closes_itself: whether the
+    arguments tell where they end."""
 
     @property
     def begins(self) -> tuple[str, ...]: ...
+
+    @property
+    def closes_itself(self) -> bool: ...
 
     def read(self, scan: Scan, schema: Schema, sink: Sink) -> Steps[None]:
         """Takes the arguments, and nothing after them; the sink gets a JSON object's text."""
@@ -48,6 +52,7 @@ class Json:
     """{"city": "Paris", "days": 3}"""
 
     begins = ("{",)
+    closes_itself = True
 
     def read(self, scan: Scan, schema: Schema, sink: Sink) -> Steps[None]:
         if (yield from scan.peek()) != '"':
@@ -71,6 +76,8 @@ class Tagged:
     loses the line ends that set it off.
     """
 
+    closes_itself = False
+
     def __init__(self, parameter: str) -> None:
         self.parameter = parameter
         self._opens, after_key, *more, self._closes = re.split(r"\{\w+\}", parameter)
@@ -91,7 +98,7 @@ class Tagged:
 
     def _key(self, scan: Scan, schema: Schema) -> Steps[tuple[str, frozenset[str] | None]]:
         """The parameter's name and the types it may have."""
-        first, *others = [self._after_key] if self._after_flag else self._after_key.split()
+        first, *others = marks_of(self._after_key)
         key = yield from scan.word([first])
         for mark in others:
             yield from scan.space()
@@ -131,38 +138,34 @@ class Tagged:
         )
 
     def grammar(self, rules: Rules, schema: Schema) -> str:
-        stop = self._closes.strip()
         if not rules.strict or not schema.get("properties"):
             if rules.strict and schema.get("additionalProperties") is not True:
                 return '""'
             key = rules.terminal(r'/[^<>"\n]+/')
             flag = [rules.terminal("/true|false/"), rules.mark(self._after_flag)] if self._after_flag else []
             head = [rules.mark(self._opens), key, rules.mark(self._after_key), *flag]
-            return f"({' '.join([*head, rules.text([stop]), rules.mark(self._closes)])})*"
+            return f"({' '.join([*head, rules.text_until(self._closes)])})*"
         parts = []
         for key, value in schema["properties"].items():
             types = types_of(value, schema)
             is_text = str(types == _STRING).lower()
-            before, after = self.parameter.format(key=key, value="\0", string=is_text).split("\0")
-            body = self._value_grammar(rules, value, types, schema, stop)
+            before = self.parameter.format(key=key, value="\0", string=is_text).split("\0")[0]
             optional = "" if key in schema.get("required", ()) else "?"
-            parts.append(f"({rules.mark(before)} {body} {rules.mark(after)}){optional}")
+            parts.append(
+                f"({rules.mark(before)} {self._value_grammar(rules, value, types, schema)}){optional}"
+            )
         return " ".join(parts)
 
-    def _value_grammar(
-        self, rules: Rules, schema: Schema, types: frozenset[str] | None, root: Schema, stop: str
-    ) -> str:
-        if types is None or ("string" in types and not self._after_flag) or types == _STRING:
+    def _value_grammar(self, rules: Rules, schema: Schema, types: frozenset[str] | None, root: Schema) -> str:
+        """A value and what closes it."""
+        close = rules.mark(self._closes)
+        if types is None or types == _STRING or ("string" in types and not self._after_flag):
             choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
             texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in choices]
-            return either(*map(rules.mark, texts)) if texts else rules.text([stop])
-        words = [
-            w
-            for name, all in (("boolean", ('"True"', '"False"')), ("null", ('"None"',)))
-            for w in all
-            if name in types
-        ]
-        return either(rules.json(with_definitions(schema, root)), *words)
+            return f"{either(*map(rules.mark, texts))} {close}" if texts else rules.text_until(self._closes)
+        words = ['"True"', '"False"'] if "boolean" in types else []  # as Python's templates write them
+        words += ['"None"'] if "null" in types else []
+        return f"{either(rules.json(with_definitions(schema, root)), *words)} {close}"
 
 
 def value_of(text: str, types: frozenset[str] | None) -> Any:

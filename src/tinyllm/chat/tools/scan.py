@@ -98,7 +98,8 @@ class Scan:
         yield from self.match(SPACE)
 
     def take(self, *marks: str) -> Steps[str | None]:
-        """Takes the mark that comes next, the first of these; None: something else comes."""
+        """Takes the mark that comes next, the first of these; None: something else comes. Raises Ended where
+        it cannot be told."""
         while True:
             there = self._text[self._at : self._at + max(map(len, marks))]
             undecided = False
@@ -106,7 +107,7 @@ class Scan:
                 if there.startswith(mark) and (self._ended or not undecided):
                     return self._take(len(mark))
                 undecided = undecided or (len(there) < len(mark) and mark.startswith(there))
-            if there and (self._ended or not undecided):
+            if there and not undecided:
                 return None
             yield from self.more()
 
@@ -114,9 +115,6 @@ class Scan:
         """One of these, or Malformed."""
         mark = yield from self.take(*marks)
         if mark is None:
-            rest = self._text[self._at :]
-            if self._ended and any(mark.startswith(rest) for mark in marks):
-                raise Ended
             raise Malformed(f"{' or '.join(map(repr, marks))} is missing before {self._text[self._at]!r}")
         return mark
 
@@ -209,6 +207,11 @@ class Scan:
         parts: list[str] = []
         yield from self.json(parts.append)
         return "".join(parts)
+
+
+def marks_of(text: str) -> list[str]:
+    """A fixed text as marks between which space is free: its lines."""
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def run(steps: Steps[T]) -> T:
