@@ -946,12 +946,23 @@ def test_a_template_without_tools_is_told_of_them(caplog: pytest.LogCaptureFixtu
     assert (system, user, result) == (text, "Hi", "The function returned: noon")
     assert called(read(GENERIC, [assistant])) == [("now", {"a": 1})]
     (record,) = caplog.records
-    assert "the chat template shows no tools" in record.getMessage()
+    assert "the chat template calls tools in no format that is known" in record.getMessage()
     brief = render(template, [{"role": "system", "content": "Be brief."}], TOOLS, GENERIC)
     assert brief == f"<system>Be brief.\n\n{text}"
     refuses = "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     no_system = f"{{% for m in messages %}}{refuses}{{{{ m.content }}}}{{% endfor %}}"
     assert render(ChatTemplate(no_system), ANSWERED[:1], TOOLS, GENERIC) == f"{text}\n\nHi"
+
+
+def test_tools_that_only_some_words_are_missing_for(caplog: pytest.LogCaptureFixture) -> None:
+    """DeepSeek's templates write calls, but show no tools: the model is asked for its own format."""
+    format = BY_NAME["DeepSeek V3.1"]
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert render(template, ANSWERED[:1], TOOLS, format) == instructions(format, TOOLS) + "Hi"
+    assert "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>" in instructions(format, TOOLS)
+    (record,) = caplog.records
+    assert "the chat template shows no tools: a message tells the model of them" in record.getMessage()
+    assert render(template, ANSWERED[:1], [], format) == "Hi"
 
 
 def test_what_a_template_leaves_out_is_an_error() -> None:
@@ -1016,7 +1027,8 @@ def matches(grammar: str, vocabulary: Vocabulary, text: str) -> bool:
 
 def vocabularies(format: Format) -> list[Vocabulary]:
     """One in which the format's marks are special tokens, and one in which they are text."""
-    special = tuple(sorted(set(SPECIAL.findall("\0".join(format.shape.literals)))))
+    more = {"<|end|>", "<|start|>"} if format is HARMONY else set()
+    special = tuple(sorted({*SPECIAL.findall("\0".join(format.shape.literals)), *more}))
     return [vocabulary(special), *([vocabulary(())] if special and format is not HARMONY else [])]
 
 
@@ -1058,6 +1070,13 @@ def test_a_grammar_takes_the_formats_own_calls(format: Format, choice: str, stri
         assert matches(grammar, vocabulary, several) == (not format.is_single and choice != "get_weather")
         assert matches(grammar, vocabulary, written(format, ("now", {}))) == (choice != "get_weather")
         assert not matches(grammar, vocabulary, written(format, ("later", {})))
+        if format is HARMONY:
+            thoughts = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+            said_first = "<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant"
+            assert matches(grammar, vocabulary, thoughts + text)
+            assert matches(grammar, vocabulary, thoughts + said_first + text) == (choice == "auto")
+            assert matches(grammar, vocabulary, "<|channel|>final<|message|>Hi.") == (choice == "auto")
+            continue
         assert matches(grammar, vocabulary, "Hi.") == (choice == "auto")
         if choice == "auto" and format.shape.opens and format is not LLAMA:
             assert matches(grammar, vocabulary, "Hi <a> [b].\n" + text)

@@ -66,7 +66,8 @@ def call_grammar(
     strict: bool = False,
     special_tokens: Mapping[str, int],
 ) -> str | None:
-    """The grammar, in llguidance's Lark, of what a model may write after its reasoning; None: anything.
+    """The grammar, in llguidance's Lark, of what a model may write after its reasoning (gpt-oss: with it,
+    from its first channel on); None: anything.
 
     choice: "auto" (a text, or a text and calls), "none", "required" (calls alone) or a tool's name. strict:
     whether arguments have to follow their schema, properties in its order, and none that it does not name
@@ -89,15 +90,8 @@ def call_grammar(
     rules = Rules(special_tokens, strict, unwritten=format.end_tokens)
     if choice in by_name:
         by_name = {choice: by_name[choice]}
-    shape = format.shape
-    calls = shape.grammar(rules, by_name, format.is_single or choice in by_name)
-    if choice != "auto":
-        return rules.source(calls)
-    if shape.starts:
-        first = "".join(re.escape(mark[0]) for mark in dict.fromkeys(shape.starts))
-        text = rules.terminal(rf"/[^\s{first}](?s:.*)/")
-        return rules.source(f"({calls} | {text})?")
-    return rules.source(rules.optional_after_text(shape.opens, calls))
+    calls = format.shape.grammar(rules, by_name, format.is_single or choice in by_name)
+    return rules.source(format.shape.answer(rules, calls, with_text=choice == "auto"))
 
 
 def _warn_of_bounds(format: Format, by_name: Mapping[str, Mapping[str, Any]]) -> None:

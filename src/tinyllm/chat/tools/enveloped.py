@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,14 @@ class Enveloped:
             return call
         call, between = rules.rule(call), rules.terminal(r"/\n?/") if self.close else quoted("; ")
         return f"{call} ({between} {call})*"
+
+    def answer(self, rules: Rules, calls: str, with_text: bool) -> str:
+        if not with_text:
+            return calls
+        if not self.starts:
+            return rules.optional_after_text(self.opens, calls)
+        first = re.escape("".join(dict.fromkeys(mark[0] for mark in self.starts)))
+        return f"({calls} | {rules.terminal(rf'/[^{first}[:space:]](?s:.*)/')})?"
 
 
 class _Found:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tinyllm.chat.tools.grammar import Rules, Schema, either
+from tinyllm.chat.tools.grammar import ANY, Rules, Schema, either
 from tinyllm.chat.tools.notations import Json, Notation
 from tinyllm.chat.tools.scan import NotACall, Scan, Steps, marks_of
 from tinyllm.chat.tools.shapes import Reader, ToolCall
@@ -141,6 +141,9 @@ class Filled:
         more = "" if single else f"({between} {call})*"
         return " ".join(filter(None, [rules.mark(self.open), call, more, rules.mark(self.close)]))
 
+    def answer(self, rules: Rules, calls: str, with_text: bool) -> str:
+        return rules.optional_after_text(self.opens, calls) if with_text else calls
+
 
 class Harmony(Filled):
     """A message to a tool, as gpt-oss writes them: the header's parts come in more than one order."""
@@ -164,3 +167,16 @@ class Harmony(Filled):
     @property
     def opens(self) -> tuple[str, ...]:
         return ("<|channel|>", "to=functions.")
+
+    def answer(self, rules: Rules, calls: str, with_text: bool) -> str:
+        """With the messages before the last, of which each has a channel."""
+        text = rules.terminal(ANY)
+        heads = {
+            name: rules.mark(f"<|channel|>{name}<|message|>") for name in ("analysis", "commentary", "final")
+        }
+        next_message = rules.mark("<|end|><|start|>assistant")
+        thoughts = f"({heads['analysis']} {text} {next_message})*"
+        if not with_text:
+            return f"{thoughts} {calls}"
+        preamble = f"({heads['commentary']} {text} {next_message})?"
+        return f"{thoughts} ({preamble} {calls} | {heads['final']} {text})"

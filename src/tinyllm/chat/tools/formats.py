@@ -57,7 +57,7 @@ _DSML_CALL = '<｜DSML｜invoke name="{name}">\n{arguments}</｜DSML｜invoke>\n
 _CALLS_BEGIN, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 
 GENERIC = Format(
-    "JSON, asked for by tinyllm",
+    "JSON",
     Enveloped(starts=("{", "[", "```json", "```")),
 )
 

@@ -53,7 +53,8 @@ def render(
             shown = template.render(probe, tools=marked_tools, **variables)
             if not all(mark in shown for mark in marks):
                 continue
-            if all(f"zqt{i}zq" in shown for i in range(len(tools))):
+            shows_tools = all(f"zqt{i}zq" in shown for i in range(len(tools)))
+            if not tools or (shows_tools and format is not GENERIC):
                 return template.render(real, tools=tools, **variables)
             return _told(template, real, tools, format, variables)
         except TemplateError as e:
@@ -92,13 +93,16 @@ def _told(
     format: Format,
     variables: Mapping[str, Any],
 ) -> str:
-    """The prompt with the tools in a message, of a template that does not show them."""
+    """The prompt with the tools in a message, of a template that does not show them or says in no known
+    format how to call them."""
     if template not in _warned:
         _warned.add(template)
+        what = "calls tools in no format that is known" if format is GENERIC else "shows no tools"
         log.warning(
-            "the %s shows no tools: a message tells the model of them, and that it calls them as %s; it may "
-            "not have been trained for that",
+            "the %s %s: a message tells the model of them, and to call them by %s; it may not have been "
+            "trained for that",
             template.name,
+            what,
             format.name,
         )
     text = instructions(format, tools)

@@ -70,3 +70,6 @@ class Shape(Protocol):
 
     def grammar(self, rules: Rules, tools: Mapping[str, Schema], single: bool) -> str:
         """What matches one or more calls of these tools: name -> schema of the parameters."""
+
+    def answer(self, rules: Rules, calls: str, with_text: bool) -> str:
+        """What matches an answer of such calls, or with_text also one of text, or of text and calls."""
