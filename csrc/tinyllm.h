@@ -48,7 +48,7 @@ void tl_memory_live(size_t *n_blocks, size_t *n_bytes);
 // ---- formats -------------------------------------------------------------------------------------------------------
 // How a tensor's numbers are stored. `id` is the type number GGUF files use. A row of k numbers is k / block
 // blocks of block_bytes each. The core keeps matrices as panels of 16 rows: panel_bytes hold 16 rows x block
-// numbers (formats.h).
+// numbers (formats/formats.h).
 typedef struct tl_format {
     int id;
     const char *name; // lower case, as in "q4_k"
@@ -74,7 +74,8 @@ extern const tl_format tl_formats[];   // one row a format, ends with name == NU
 const tl_format *tl_format_of(int id); // NULL if unknown
 
 // Turns rows of a file's tensor into another format: blocks [rows, k] in both. `from` may be any format; what is in
-// blocks is unpacked first. importance [k] or NULL, as above. TL_ARGUMENT, TL_MEMORY. (quantize.c)
+// blocks is unpacked first. importance [k] or NULL, as above. TL_ARGUMENT, TL_MEMORY.
+// (cpu/quantize.c)
 tl_status tl_convert(uint8_t *to, const tl_format *format, const uint8_t *in, const tl_format *from, size_t rows,
                      size_t k, const float *importance, int threads, tl_message *message);
 
@@ -117,7 +118,7 @@ typedef struct tl_norm {
 
 // ---- the model -----------------------------------------------------------------------------------------------------
 // What families vary. The first of each, 0, is Llama's.
-// Of the gate; GELU in its tanh form (arXiv 1606.08415); gpt-oss's SwiGLU (rows.inc).
+// Of the gate; GELU in its tanh form (arXiv 1606.08415); gpt-oss's SwiGLU (kernels/rows.inc).
 typedef enum tl_activation { TL_SILU, TL_GELU, TL_CLAMPED_SWIGLU } tl_activation;
 typedef enum tl_norm_place { TL_NORM_BEFORE, TL_NORM_AFTER, TL_NORM_BOTH } tl_norm_place; // of attention and of FFN
 typedef enum tl_qk_norm {                                                                 // RMSNorm or LayerNorm of
@@ -358,18 +359,26 @@ int tl_isa_select(const char *name); // 0, or -1 if it is not usable here
 
 // How fast `threads` threads of the pool read n_bytes (at least 1 MB) of memory, in 1e9 bytes a second over all
 // repetitions: the limit of decoding. Takes the memory and writes it once before. TL_ARGUMENT, TL_MEMORY.
-// (bandwidth.c)
+// (cpu/bandwidth.c)
 tl_status tl_read_bandwidth(double *gb_s, size_t n_bytes, int threads, int repetitions, tl_message *message);
 
 // How fast `threads` threads multiply and add with the instruction set in use, in 1e9 a second, on data in the first
 // cache: int8 with int8 (what quantized weights take) or floats: the limit of reading a prompt. About 0.1 ms a
-// repetition where 16 floats are a register. TL_ARGUMENT. (bandwidth.c)
+// repetition where 16 floats are a register. TL_ARGUMENT. (cpu/bandwidth.c)
 tl_status tl_multiply_rate(double *gmac_s, int floats, int threads, int repetitions, tl_message *message);
 
 // ---- sampling ------------------------------------------------------------------------------------------------------
-// The steps, in this order: logit bias, penalties, temperature 0 stops here (greedy), top_k, typical_p,
-// top_p, min_p, temperature, draw. Filters look at the distribution at temperature 1. (sample.c,
-// docs/sampling.md)
+// The steps, in this order: logit bias, bans, penalties, n-grams, bad words, DRY, temperature 0 stops here (greedy),
+// top_k, typical_p, top_p, min_p, XTC, temperature, draw. Filters look at the distribution at temperature 1. (sample.c,
+// repetition.c, docs/sampling.md)
+
+// Sequences of tokens, one after another in ids: sequence i ends before ids[ends[i]], where the next one begins.
+typedef struct tl_sequences {
+    int n;
+    const int32_t *ids;
+    const int32_t *ends; // [n], ascending, as no sequence is empty
+} tl_sequences;
+
 typedef struct tl_sampling {
     float temperature;                         // 0: greedy
     int top_k;                                 // 0: off
@@ -377,9 +386,19 @@ typedef struct tl_sampling {
     float typical_p;                           // 1: off
     float repetition_penalty;                  // 1: off (arXiv 1909.05858)
     float presence_penalty, frequency_penalty; // 0: off
+    int penalty_window;                        // how many of the last tokens these three look at; -1: all
+    float xtc_probability, xtc_threshold;      // 0, more than 0.5: off
     int n_bias;
     const int32_t *bias_tokens; // [n_bias]
     const float *bias;          // [n_bias] added to the logits
+    int n_banned;
+    const int32_t *banned;                      // [n_banned] tokens that must not come
+    int no_repeat_ngram_size;                   // so many tokens in a row come once only; 0: off
+    tl_sequences bad_words;                     // that must not be completed
+    float dry_multiplier;                       // 0: off
+    float dry_base;                             // at least 1
+    int dry_allowed_length, dry_penalty_last_n; // tokens; -1: the whole text
+    tl_sequences breakers;                      // of DRY, ascending by their first token
 } tl_sampling;
 
 typedef struct tl_sampled {
@@ -387,17 +406,19 @@ typedef struct tl_sampled {
     float logprob; // of the model's own distribution: log softmax of the logits as given
 } tl_sampled;
 
-// Chooses the next token. logits [n] are left as they are. history [n_history]: the tokens penalties look at.
-// The draw depends on (seed, position) only. scratch: tl_sample_scratch(n) bytes, aligned to 4; what they
+// Chooses the next token. logits [n] are left as they are. history [n_history]: the tokens so far, or as many of the
+// last as the steps look at.
+// The draw depends on (seed, position) only. scratch: tl_sample_scratch(n, n_history) bytes, aligned to 4; what they
 // hold does not matter. A logit of -inf is a masked token. NaN or +inf among the logits, or nothing but -inf,
 // is TL_ARGUMENT. total: logits are only the largest of a row, in order, and this is the row's sum (tl_batch); NULL: they
-// are all. The largest top_k + 1 (of greedy choice: 1) give the same as all, if nothing is biased or penalized.
-size_t tl_sample_scratch(int n);
+// are all. The largest top_k + 1 (of greedy choice: 1) give the same as all, and one more for each that is banned, if
+// nothing else changes logits.
+size_t tl_sample_scratch(int n, int n_history);
 tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampling *sampling, const int32_t *history,
                     int n_history, uint64_t seed, uint64_t position, const double *total, void *scratch,
                     tl_message *message);
 // The k most likely tokens of the model's own distribution, most likely first (ties: lower id first): tokens
-// [k], logprobs [k], 1 <= k <= n. Errors and scratch as above.
+// [k], logprobs [k], 1 <= k <= n. Errors and scratch as above, without a history.
 tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, const double *total,
                           void *scratch, tl_message *message);
 // Uniform in [0, 1) from a counter-based generator.

@@ -25,14 +25,6 @@ from tinyllm.config.from_gguf import GGUF_HARMLESS
 from tinyllm.files.gguf import read_gguf
 
 PAGE = Path(__file__).parents[1] / "docs" / "keys.md"
-HEAD = """# Keys: what is obeyed, and what is not
-
-A model's files say more than any program reads. Here is what becomes of each key. **Obeyed**: the logits are
-those of transformers with that key. **Warned**: transformers does not read it, so it is not applied, and a
-warning of the logger `tinyllm` names it where it asks for something else than is computed. **Refused**: an
-error names it. **Harmless**: it says nothing of logits, for the reason beside it. Every other key that is set
-is refused, as is what only other families read; `null`, `false`, 0 and empty count as not set.
-"""
 
 
 def _keys(keys: Iterable[str]) -> str:
@@ -73,7 +65,10 @@ def config_json() -> str:
     lines = [
         "Each key of each family's class in transformers, and each that older files have, was set to other",
         "values, and left out, in a small random model; its logits were compared with transformers'",
-        "(tests/golden/sweep_keys.py, golden/keys.json).",
+        "(tests/golden/sweep_keys.py, golden/keys.json). What transformers does not read is not applied, and",
+        "a warning names it where it asks for something else than is computed. Every key that is not here is",
+        "refused where it is set, as is what only other families read; `null`, `false`, 0 and empty count as",
+        "not set.",
         "",
         "### In every family",
         "",
@@ -173,7 +168,7 @@ def gguf_metadata() -> str:
     keys = [key for key in GGUF_VALUES if key not in GGUF_HARMLESS]
     lines = [
         "The keys are written here without the architecture's name, which opens each in the file. Each was",
-        "set to another value in a small file of every architecture.",
+        "set to another value in a small file of every architecture. Others are refused where they are set.",
         "",
         *TABLE,
         _row((k for k in keys if obeyed[k] == names), "obeyed"),
@@ -200,16 +195,12 @@ def sections() -> dict[str, str]:
 
 
 def main() -> int:
-    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else HEAD
+    text = PAGE.read_text(encoding="utf-8")
     for title, section in sections().items():
-        whole = f"{title}\n\n{section}\n"
         pattern = re.compile(rf"^{re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-        found = pattern.search(text)
-        if found:
-            end = "\n" if found.end() < len(text) else ""
-            text = text[: found.start()] + whole + end + text[found.end() :]
-        else:
-            text = f"{text.rstrip()}\n\n{whole}"
+        text = pattern.sub("", text)
+        before, sampling, after = text.partition("## Sampling and generation\n")
+        text = f"{before}{title}\n\n{section}\n\n{sampling}{after}"
     PAGE.write_text(text, encoding="utf-8")
     return 0
 

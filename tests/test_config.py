@@ -638,7 +638,7 @@ def test_generation_from_json() -> None:
         "transformers_version": "5",
     }
     assert generation_from_json({"eos_token_id": 2}, generation_config, 10) == GenerationDefaults(
-        eos_ids=(7, 9, 2), temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.1
+        eos_ids=(7, 9, 2), temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.1, penalty_window=-1
     )
     assert generation_from_json({"eos_token_id": [1, 2]}, None, 10) == GenerationDefaults(eos_ids=(1, 2))
     assert generation_from_json({}, {"do_sample": False, "temperature": 0.6}, 10).temperature == 0.0

@@ -1,4 +1,4 @@
-"""What people get: the sdist, the wheel, an install without a compiler, and a README that tells the truth.
+"""What people get: the sdist, the wheel, an install without a compiler, and pages that tell the truth.
 
 The wheel is built once, from the sdist, with the scalar path only, which is quick and gives the same bits.
 TINYLLM_WHEEL names a wheel to test instead. Building and installing need a package index.
@@ -214,19 +214,41 @@ def test_readme_starts_from_nothing() -> None:
         assert command.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install ")
 
 
-def test_readme_counts_the_lines_that_there_are() -> None:
-    table = README.split("<!-- lines -->")[1].split("<!-- /lines -->")[0]
+def test_lines_are_counted_as_they_are() -> None:
+    page = (ROOT / "docs" / "size.md").read_text(encoding="utf-8")
+    table = page.split("<!-- lines -->")[1].split("<!-- /lines -->")[0]
     now = run(sys.executable, ROOT / "tests" / "count_lines.py")
-    assert table.strip() == now.strip(), "paste into README.md what `python tests/count_lines.py` prints"
+    assert table.strip() == now.strip(), "paste into docs/size.md what `python tests/count_lines.py` prints"
+    sentence = now.strip().splitlines()[-1].removesuffix(".")
+    assert sentence in " ".join(README.split()), "the README's sentence is the last that it prints"
 
 
-def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_example_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(example, page, "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
-def test_readme_names_every_environment_variable() -> None:
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, section = link.partition("#")
+        if "://" in link or "benchmarks/results" in link:  # the sdist comes without the results
+            continue
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if section:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
+            assert section in anchors, link
+
+
+def test_every_environment_variable_is_documented() -> None:
     read = re.compile(r"""(?:environ(?:\.get\(|\[)|getenv\()\s*["'](\w+)""")
     suffixes = {".py", ".c", ".h", ".cpp", ".cu", ".cuh", ".inc"}
     used: set[str] = set()
@@ -236,6 +258,7 @@ def test_readme_names_every_environment_variable() -> None:
             users = folder in ("src", "csrc", "cuda") and path.parent.name != "check"
             used |= names if users else {n for n in names if "TINYLLM" in n}
     assert used >= {"TINYLLM_ISA", "NO_COLOR", "TINYLLM_TEST_DATA"}, "the search finds what is there"
-    table = re.search(r"\| variable \| what it does \|\n(?:\|.*\n)+", README)
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    table = re.search(r"\| variable \| what it does \|\n(?:\|.*\n)+", page)
     assert table
     assert set(re.findall(r"`([A-Z_]{3,})\b", table[0])) == used

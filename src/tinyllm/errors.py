@@ -1,8 +1,9 @@
 """The exceptions of tinyllm: one base, one class a kind of cause; and what finds and words causes everywhere:
 whole numbers in a range, memory that ran out, whether an exception is a signal handler's own.
 
-Whatever a file, an argument or the machine causes is an `Error`; where Python has a built-in exception for
-the same cause, the class inherits it too. Wrong Python types stay `TypeError`. Imports nothing of ours.
+Whatever a file, the value of an argument or the machine causes is an `Error`; where Python has a built-in
+exception for the same cause, the class inherits it too. Wrong Python types and unknown keywords stay
+`TypeError`. Imports nothing of ours.
 """
 
 from __future__ import annotations

@@ -116,6 +116,7 @@ def load(
                 weights=weights,
                 progress=progress,
             )
+        model.has_output = files.has_output
         if context > (covered := files.config.covered_context):
             log.warning("context %d is more than the %d the model was trained for", context, covered)
         return LLM(
@@ -123,6 +124,7 @@ def load(
             files.tokenizer,
             files.template,
             files.defaults,
+            files.embedding,
             name=name,
             cache_type=cache_type,
             max_pages=max_pages,

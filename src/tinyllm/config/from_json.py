@@ -23,6 +23,7 @@ from tinyllm.config.families import (
     layer_windows,
 )
 from tinyllm.config.fields import Fields, agree, brief, ignored
+from tinyllm.config.generation import LEGACY_KEYS
 from tinyllm.config.json_rope import json_rope
 from tinyllm.config.model import ModelConfig, bounded
 from tinyllm.errors import FormatError, UnsupportedError
@@ -135,7 +136,7 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
     if row.optional_qk_norm and own_flag("use_qk_norm"):
         result = replace(result, qk_norm=row.optional_qk_norm)
     _warn_of_ignored(fields, row)
-    fields.refuse_unknown(JSON_HARMLESS)
+    fields.refuse_unknown((*JSON_HARMLESS, *LEGACY_KEYS))
     return result
 
 
