@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from tinyllm import backends
 from tinyllm.backends import CacheType
-from tinyllm.chat.prompts import prompt_ids
+from tinyllm.chat.prompts import Prompts
 from tinyllm.chat.reasoning import Plain, Splitter, hidden, splitter, visible_ids
 from tinyllm.chat.templates import ChatTemplate, require
 from tinyllm.config import GenerationDefaults
@@ -89,7 +89,7 @@ class LLM:
         config = model.config
         self.model, self.tokenizer, self.chat_template, self.config = model, tokenizer, chat_template, config
         self.name, self.cache_type, self.load_s = name, cache_type, load_s
-        self._last_template: ChatTemplate | None = None
+        self._prompts: dict[bool, Prompts] = {}  # by whether it is the model's own template
         self._said_special = False
         self.device, self.context = model.device, config.context
         self.chunk = call_tokens(config, model.weight_bytes)
@@ -333,25 +333,27 @@ class LLM:
     ) -> list[int]:
         """The ids of the prompt that `chat` makes of a conversation; its arguments and errors are those of
         `chat`."""
-        if self.tokenizer is None:
-            raise ArgumentError(f"{self.name} has no tokenizer: give token ids instead of messages")
-        return prompt_ids(
-            self._template(chat_template),
-            self.tokenizer,
+        return self._prompts_of(chat_template).ids(
             messages,
             tools=tools,
             special_in_messages=special_in_messages,
             template_args=template_args,
         )
 
-    def _template(self, source: str | None) -> ChatTemplate:
-        """The model's own, or one of this source, which is kept for the next call."""
-        own, last = self.chat_template, self._last_template
+    def _prompts_of(self, source: str | None) -> Prompts:
+        """Of the model's own template, or of one of this source; each is kept for the next call."""
+        own, tokenizer, last = self.chat_template, self.tokenizer, self._prompts.get(source is None)
         if source is None:
-            return require(own, self.name, self.tokenizer.special_tokens if self.tokenizer else ())
-        if last is None or last.source != source:
+            template = require(own, self.name, tokenizer.special_tokens if tokenizer else ())
+        elif last is not None and last.template.source == source:
+            return last
+        else:
             bos, eos = (own.bos_token, own.eos_token) if own else ("", "")
-            last = self._last_template = ChatTemplate(source, bos_token=bos, eos_token=eos)
+            template = ChatTemplate(source, bos_token=bos, eos_token=eos)
+        if tokenizer is None:
+            raise ArgumentError(f"{self.name} has no tokenizer: give token ids instead of messages")
+        if last is None or last.template is not template:
+            last = self._prompts[source is None] = Prompts(template, tokenizer)
         return last
 
     def session(self, *, seed: int | None = None) -> Session:

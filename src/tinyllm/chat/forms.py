@@ -9,6 +9,7 @@ never from a model's name. What it takes anyway reaches it as it came. Imports e
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any, Literal
@@ -59,20 +60,22 @@ class Forms:
 
     def __init__(self, render: Render) -> None:
         self._render = render
-        self.takes_parts = cache(self._takes_parts)
+        self.content = cache(self._content)
         self.arguments = cache(self._arguments)
         self.without_content = cache(self._without_content)
         self.writes_calls = cache(self._writes_calls)
 
-    def _takes_parts(self, role: str) -> bool:
-        """Whether the texts of a list of parts come out, as texts, where a message of `role` holds one."""
+    def _content(self, role: str) -> Literal["text", "parts", "either"]:
+        """What the content of a message of `role` is to be. "text" as well where it does not come out."""
         for conversation, tools in _conversations(role):
-            one = self._try(conversation("Qone Qtwo"), tools)
-            if one is not None and "Qone Qtwo" in one:
-                parts = [{"type": "text", "text": "Qone"}, {"type": "text", "text": "Qtwo"}]
-                prompt = self._try(conversation(parts), tools)
-                return prompt is not None and _has(prompt, "Qone", "Qtwo") and not _shows_parts(prompt, one)
-        return False
+            by_text = self._try(conversation("Qone Qtwo"), tools) or ""
+            by_parts = self._try(conversation(_parts("Qone", "Qtwo")), tools) or ""
+            takes_text = "Qone Qtwo" in by_text
+            if _has(by_parts, "Qone", "Qtwo") and not _shows_parts(by_parts, by_text):
+                return "either" if takes_text else "parts"
+            if takes_text:
+                return "text"
+        return "text"
 
     def _arguments(self) -> Literal["object", "text", "either"]:
         """What the arguments of a tool call are to be. "either": the prompt is the same, or neither comes
@@ -98,7 +101,7 @@ class Forms:
         prompts = [(self._prompts_of_a_call(content), content) for content in _NOTHING]
         for wanted in ((_NAME, _VALUE), ()):
             for found, content in prompts:
-                if any(_has(prompt, *wanted) and "None" not in prompt for prompt in found):
+                if any(_has(prompt, *wanted) and not re.search("None|null", prompt) for prompt in found):
                     return content
         return {}
 
@@ -134,6 +137,10 @@ def _shows_parts(prompt: str, one: str) -> bool:
     return any(prompt.count(sign) > one.count(sign) for sign in ("'type'", '"type"', "'text'", '"text"'))
 
 
+def _parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
 def _user(content: Any = _QUESTION) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
@@ -163,10 +170,12 @@ def _conversations(role: str) -> Iterator[tuple[_Conversation, list[dict[str, An
         for content, tools in _ways_to_call():
             for arguments in ({_KEY: _VALUE}, json.dumps({_KEY: _VALUE})):
                 yield partial(_called, arguments, content), tools
-    yield lambda content: [said(content)], None
-    yield lambda content: [said(content), _user()], None
-    yield lambda content: [_user(), said(content)], None
-    yield lambda content: [_user(), said(content), _user()], None
+    for question in (_QUESTION, _parts(_QUESTION)):
+        user = _user(question)
+        yield lambda content: [said(content)], None
+        yield partial(lambda content, user: [said(content), user], user=user), None
+        yield partial(lambda content, user: [user, said(content)], user=user), None
+        yield partial(lambda content, user: [user, said(content), user], user=user), None
 
 
 def as_taken(messages: Messages, forms: Forms) -> Messages:
@@ -184,8 +193,11 @@ def _message(message: dict[str, Any], forms: Forms, where: str) -> dict[str, Any
     thought = next((taken[name] for name in _REASONING if name in taken), None)
     if thought is not None:
         taken = {"thinking": thought, **taken, "reasoning_content": thought}
-    if isinstance(taken.get("content"), list):
-        taken["content"] = _content(taken["content"], taken["role"], forms, f"{where}['content']")
+    content = taken.get("content")
+    if isinstance(content, list):
+        taken["content"] = _content(content, taken["role"], forms, f"{where}['content']")
+    elif isinstance(content, str) and content and forms.content(taken["role"]) == "parts":
+        taken["content"] = _parts(content)
     calls = taken.get("tool_calls")
     if isinstance(calls, list) and calls:
         taken["tool_calls"] = [
@@ -202,7 +214,7 @@ def _content(parts: list[Any], role: str, forms: Forms, where: str) -> Any:
             raise UnsupportedError(
                 f"{where}[{i}] is of type {part['type']!r}; tinyllm reads text: leave it out, or describe it"
             )
-    if forms.takes_parts(role):
+    if forms.content(role) != "text":
         return parts
     texts = [_text_of(part) for part in parts]
     if None in texts:

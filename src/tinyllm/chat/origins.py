@@ -39,19 +39,20 @@ class Origins:
         self._tokens, self._reversed = tokens, sorted(token[::-1] for token in tokens)
         self._longest = min(_MOST, max(map(len, tokens), default=0))
 
-    def spans(self, text: str) -> Iterator[Span]:
+    def spans(self, text: str) -> list[Span]:
         """Where special tokens stand in a text, and where it begins or ends within one."""
         whole, start = [], 0
         while found := self._find(text, start):
             start = found[0] + len(found[1])
             whole.append((found[0], start))
-        first, last = whole[0][0] if whole else len(text), start
-        if n := self._begun(self._reversed, text[: min(first, _MOST)][::-1]):
-            yield 0, n
-            last = max(last, n)
-        yield from whole
-        if n := self._begun(self._tokens, text[max(last, len(text) - _MOST) :]):
-            yield len(text) - n, len(text)
+        first = whole[0][0] if whole else len(text)
+        n_before = self._begun(self._reversed, text[: min(first, _MOST)][::-1])
+        n_behind = self._begun(self._tokens, text[max(start, len(text) - _MOST) :])
+        if n_before + n_behind > len(text):
+            return [(0, len(text))]
+        begins = [(0, n_before)] if n_before else []
+        ends = [(len(text) - n_behind, len(text))] if n_behind else []
+        return [*begins, *whole, *ends]
 
     def _begun(self, tokens: list[str], text: str) -> int:
         """The length of the longest end of `text` that begins one of the sorted `tokens`, short of all."""
@@ -64,7 +65,7 @@ class Origins:
 
     def in_texts(self, given: Any) -> dict[str, list[Span]]:
         """The texts inside `given` that have spans, with these."""
-        return {text: found for text in set(texts(given)) if (found := list(self.spans(text)))}
+        return {text: found for text in set(texts(given)) if (found := self.spans(text))}
 
     def of_template(
         self, prompt: str, is_given: Callable[[int, int], bool] = lambda start, end: False

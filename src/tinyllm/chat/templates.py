@@ -75,8 +75,6 @@ class ChatTemplate:
         self.variables = dict(variables or {})
         self._compiled: dict[str, tuple[sandbox.Sandbox, Any]] = {}
         self._forms: dict[str, Forms] = {}
-        self.said: set[tuple[str, str]] = set()  # by prompts.py: what was warned of, and of which name
-        self.reads_tools = False  # as far as is known
 
     def render(
         self,
