@@ -219,8 +219,8 @@ CONFIGS = {
     "no heads": (TINY_CONFIG | {"num_attention_heads": 0}, "n_heads is 0"),
     "no layers": (TINY_CONFIG | {"num_hidden_layers": 0}, "n_layers is 0"),
     "more experts used": (
-        TINY_CONFIG | {"model_type": "qwen3_moe", "num_experts": 2, "num_key_value_heads": 2, "num_experts_per_tok": 3,
-                       "moe_intermediate_size": 4},
+        TINY_CONFIG | {"model_type": "qwen3_moe", "num_experts": 2, "num_key_value_heads": 2,
+                       "num_experts_per_tok": 3, "moe_intermediate_size": 4},
         "3 experts used of 2",
     ),
 }  # fmt: skip
