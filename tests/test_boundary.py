@@ -158,13 +158,18 @@ def test_a_new_folder_is_on_no_floor() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("model.c", "cache.c", "threads.c", "check.c", "memory.c", "source.c", "sample.c"),
+        *("model.c", "cache.c", "threads.c", "check.c", "memory.c", "source.c", "repetition.h"),
         "bindings.cpp",
     ],
 )
 def test_knows_the_interface_only(name: str) -> None:
     own, _ = includes(CSRC / name)
     assert own == {"tinyllm.h"}
+
+
+def test_sampling_is_two_files() -> None:
+    for name in ("sample.c", "repetition.c"):
+        assert includes(CSRC / name)[0] == {"repetition.h"}
 
 
 def test_the_forward_pass_includes_nothing_else_at_all() -> None:

@@ -121,8 +121,14 @@ class Forms:
     def _try(self, messages: Messages, tools: list[dict[str, Any]] | None) -> str | None:
         try:
             return self._render(messages, tools)
+        except StoppedError:  # as it would be with any messages
+            raise
         except TemplateError:
             return None
+
+
+class StoppedError(TemplateError):
+    """A template met a bound of the sandbox."""
 
 
 _NOTHING: list[dict[str, Any]] = [{}, {"content": None}, {"content": ""}]

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from tinyllm.chat import sandbox
-from tinyllm.chat.forms import Forms, as_taken, check_unicode, plain
+from tinyllm.chat.forms import Forms, StoppedError, as_taken, check_unicode, plain
 from tinyllm.errors import Error, FormatError, MemoryLimitError, TemplateError, comes_from
 from tinyllm.files import is_there, read_json_if_any, read_small, show, show_words
 
@@ -129,6 +129,8 @@ class ChatTemplate:
             "documents": _dicts(documents, "documents"),
             "add_generation_prompt": bool(add_generation_prompt),
         }
+        with self._reported():
+            self._compile(source)  # one that is broken is told at once, and not tried in several forms
         taken = as_taken(variables["messages"], self.forms(source))
         return Given(source, variables | {"messages": plain(taken, "messages")})
 
@@ -184,13 +186,13 @@ class ChatTemplate:
     def _as_ours(self, e: Exception) -> Error:
         match e:
             case sandbox.LimitError():
-                return self._error(f"was stopped: {e}", e)
+                return StoppedError(str(self._error(f"was stopped: {e}", e)))
             case sandbox.RefusedError():
                 return self._error(f"does not take these messages: {e}", e)
             case jinja2.TemplateSyntaxError():
                 return TemplateError(f"the {self.name} is not valid, line {e.lineno}: {_cut(e.message)}")
             case RecursionError():
-                return self._error("was stopped: it is nested too deeply", e)
+                return StoppedError(str(self._error("was stopped: it is nested too deeply", e)))
             case jinja2.TemplateError() | ArithmeticError() | LookupError() | TypeError() | ValueError():
                 return self._error(f"failed: {e}", e)
             case MemoryError():
