@@ -12,7 +12,7 @@ import operator
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Set
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
@@ -29,6 +29,7 @@ from tinyllm.config import GenerationDefaults
 from tinyllm.engine.embedding import means
 from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece, choose, require_finite
 from tinyllm.engine.kvcache import KVCache, Sequence, root_key
+from tinyllm.engine.loop import Inbox, Loop
 from tinyllm.engine.needs import cache_pages, call_tokens
 from tinyllm.engine.sampling import (
     Sampler,
@@ -48,7 +49,7 @@ from tinyllm.errors import (
     out_of_memory,
     size_text,
 )
-from tinyllm.results import Completion, Score, Stream, Timings, brief
+from tinyllm.results import AsyncStream, Completion, Score, Stream, Timings, brief
 from tinyllm.tokenizer import Tokenizer
 
 if sys.version_info >= (3, 11):
@@ -110,6 +111,7 @@ class LLM:
             chunk=self.chunk,
             call_s=call_s,
         )
+        self._loop = Loop(self._engine)
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is a sequence too
@@ -180,21 +182,10 @@ class LLM:
 
             llm("Once upon a time", max_tokens=50, temperature=0).text
         """
-        if n is not None:
-            n = integer("n", n, 1, backends.MOST_INT)
-        prompts = [prompt] if _is_prompt(prompt) else list(cast("SequenceOf[Prompt]", prompt))
-        given, thread = _merge(params, sampling), threading.get_ident()
-        requests: list[list[_Request]] = []
-        for one in prompts:
-            ids, resolved = self._prompt(one, special), given.resolve(self.defaults)
-            first = self._request(resolved, ids, self._engine.sequence(ids, thread), reasoning)
-            others = (_derive(resolved, i) for i in range(1, n or 1))
-            requests.append([first, *(self._request(other, ids, None, reasoning) for other in others)])
+        requests = self._requests(prompt, params, n, special, reasoning, sampling)
         for _ in self._engine.generate([[r.generation for r in group] for group in requests], cancel):
             pass
-        results = [[self._completion(request) for request in group] for group in requests]
-        shaped: list[Any] = [group[0] if n is None else group for group in results]
-        return shaped[0] if _is_prompt(prompt) else shaped
+        return self._results(prompt, n, requests)
 
     @takes_sampling
     def stream(
@@ -211,16 +202,59 @@ class LLM:
 
         for piece in llm.stream("Once upon a time"): print(piece, end="", flush=True)
         """
-        if not _is_prompt(prompt):
-            raise ArgumentError("stream takes one prompt; call the model with a list of them")
-        ids, resolved = self._prompt(prompt, special), _merge(params, sampling).resolve(self.defaults)
-        request = self._request(resolved, ids, self._engine.sequence(ids), reasoning)
+        request = self._streamed(prompt, params, special, reasoning, sampling)
 
         def pieces() -> Generator[Piece, None, None]:
             for _, piece in self._engine.generate([[request.generation]], cancel):
                 yield piece
 
         return Stream(pieces(), lambda: self._completion(request))
+
+    @takes_sampling
+    async def acall(
+        self,
+        prompt: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        special: bool = False,
+        reasoning: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Any:
+        """A call for a task of asyncio or trio: other tasks go on while it waits, and texts of all tasks and
+        threads share the model's calls. Cancelling the task ends the computation within a layer and frees its
+        pages. Processors run in a thread of the library's own. The rest is as in a call.
+
+            await llm.acall("Once upon a time", max_tokens=50)
+        """
+        requests = self._requests(prompt, params, n, special, reasoning, sampling)
+        inbox = Inbox(self._loop, [[r.generation for r in group] for group in requests], keeps_pieces=False)
+        try:
+            await inbox.next()
+        except BaseException:
+            inbox.request.cancel()
+            raise
+        return self._results(prompt, n, requests)
+
+    @takes_sampling
+    def astream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        special: bool = False,
+        reasoning: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> AsyncStream:
+        """Like `stream`, for a task of asyncio or trio; see `acall`.
+
+        async for piece in llm.astream("Once upon a time"): print(piece, end="", flush=True)
+        """
+        request = self._streamed(prompt, params, special, reasoning, sampling)
+        return AsyncStream(
+            lambda: Inbox(self._loop, [[request.generation]], keeps_pieces=True),
+            lambda: self._completion(request),
+        )
 
     @overload
     def chat(
@@ -294,9 +328,72 @@ class LLM:
         ids = self.chat_ids(messages, tools=tools, chat_template=chat_template, template_args=template_args)
         if not stream:
             return self(ids, params, n=n, reasoning=True, cancel=cancel, **sampling)
-        if n is not None:
-            raise ArgumentError("a stream is of one answer: leave out n, or stream=True")
+        _refuse_n(n)
         return self.stream(ids, params, reasoning=True, cancel=cancel, **sampling)
+
+    @overload
+    def achat(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        n: None = None,
+        params: SamplingParams | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, Completion]: ...
+
+    @overload
+    def achat(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        n: int,
+        params: SamplingParams | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, list[Completion]]: ...
+
+    @overload
+    def achat(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: Literal[True],
+        n: None = None,
+        params: SamplingParams | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> AsyncStream: ...
+
+    @takes_sampling
+    def achat(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        n: int | None = None,
+        params: SamplingParams | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Any:
+        """Like `chat`, for a task of asyncio or trio: `await` it, or with stream=True go through its pieces with
+        `async for`; see `acall`.
+        """
+        ids = self.chat_ids(messages, tools=tools, chat_template=chat_template, template_args=template_args)
+        if not stream:
+            return self.acall(ids, params, n=n, reasoning=True, **sampling)
+        _refuse_n(n)
+        return self.astream(ids, params, reasoning=True, **sampling)
 
     def chat_ids(
         self,
@@ -392,6 +489,7 @@ class LLM:
 
     def close(self) -> None:
         """Frees the weights and the cache. Waits for a running call; later ones raise ModelClosedError."""
+        self._loop.close()
         self._engine.close()
         self._cache.pool.close()
         self.model.close()
@@ -441,6 +539,47 @@ class LLM:
 
     def _prompt(self, prompt: Prompt, special: bool) -> list[int]:
         return self._fit(self._ids(prompt, special), room=1)
+
+    def _requests(
+        self,
+        prompt: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | None,
+        n: int | None,
+        special: bool,
+        reasoning: bool,
+        sampling: SamplingOptions,
+    ) -> list[list[_Request]]:
+        """What a call asks for, a group a prompt."""
+        if n is not None:
+            n = integer("n", n, 1, backends.MOST_INT)
+        prompts = [prompt] if _is_prompt(prompt) else list(cast("SequenceOf[Prompt]", prompt))
+        given, thread = _merge(params, sampling), threading.get_ident()
+        requests: list[list[_Request]] = []
+        for one in prompts:
+            ids, resolved = self._prompt(one, special), given.resolve(self.defaults)
+            first = self._request(resolved, ids, self._engine.sequence(ids, thread), reasoning)
+            others = (_derive(resolved, i) for i in range(1, n or 1))
+            requests.append([first, *(self._request(other, ids, None, reasoning) for other in others)])
+        return requests
+
+    def _results(self, prompt: object, n: int | None, requests: list[list[_Request]]) -> Any:
+        """What a call returns, in the shape it asked for."""
+        results = [[self._completion(request) for request in group] for group in requests]
+        shaped: list[Any] = [group[0] if n is None else group for group in results]
+        return shaped[0] if _is_prompt(cast("Prompt", prompt)) else shaped
+
+    def _streamed(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        special: bool,
+        reasoning: bool,
+        sampling: SamplingOptions,
+    ) -> _Request:
+        if not _is_prompt(prompt):
+            raise ArgumentError("stream takes one prompt; call the model with a list of them")
+        ids, resolved = self._prompt(prompt, special), _merge(params, sampling).resolve(self.defaults)
+        return self._request(resolved, ids, self._engine.sequence(ids), reasoning)
 
     def _request(
         self, params: SamplingParams, prompt: list[int], sequence: Sequence | None, reasoning: bool = False
@@ -678,6 +817,11 @@ def _is_prompt(prompt: Prompt | SequenceOf[Prompt]) -> TypeGuard[Prompt]:
     """Whether it is one prompt, not a list of them. An empty list is a list of no prompts."""
     _refuse_lookalikes(prompt)
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
+
+
+def _refuse_n(n: int | None) -> None:
+    if n is not None:
+        raise ArgumentError("a stream is of one answer: leave out n, or stream=True")
 
 
 def _refuse_lookalikes(prompt: object) -> None:

@@ -6,11 +6,12 @@ Data that outlives the model. Imports `engine` (what a piece is). llm.py makes t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
 from tinyllm.engine.engine import FinishReason, Piece
+from tinyllm.engine.loop import Inbox
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,61 @@ class Stream(Iterator[Piece]):
     def __repr__(self) -> str:
         made = self.completion
         return f"<Stream: {len(made.tokens)} tokens so far, {brief(made.text)}>"
+
+    @property
+    def completion(self) -> Completion:
+        """What there is so far, at the end all of it; a text that was left early counts as cancelled."""
+        return self._completion()
+
+
+class AsyncStream(AsyncIterator[Piece]):
+    """A text while it is made, for `async for`. It begins with the first piece that is asked for. Leaving
+    early, `aclose` or cancelling the task ends the computation and frees what it holds.
+    """
+
+    def __init__(self, start: Callable[[], Inbox], completion: Callable[[], Completion]) -> None:
+        self._start, self._completion = start, completion
+        self._inbox: Inbox | None = None
+        self._is_over = False
+
+    async def __anext__(self) -> Piece:
+        if self._is_over:
+            raise StopAsyncIteration
+        if self._inbox is None:
+            self._inbox = self._start()
+        try:
+            piece = await self._inbox.next()
+        except BaseException:
+            self._end()
+            raise
+        if piece is None:
+            self._is_over = True
+            raise StopAsyncIteration
+        return piece
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    async def aclose(self) -> None:
+        """Ends the text here."""
+        self._end()
+
+    def _end(self) -> None:
+        self._is_over = True
+        if self._inbox is not None:
+            self._inbox.request.cancel()
+
+    def __del__(self) -> None:
+        self._end()
+
+    def __repr__(self) -> str:
+        made = self.completion
+        return f"<AsyncStream: {len(made.tokens)} tokens so far, {brief(made.text)}>"
 
     @property
     def completion(self) -> Completion:

@@ -78,6 +78,7 @@ class Sequence:
         self.tables: list[list[int]] = [[] for _ in cache.windows]
         self.tokens = list(tokens)
         self.n_cached = 0
+        self.is_closed = False
         self.order = next(cache._orders)  # age: the lower, the older
         self.runner = runner  # the thread whose call closes it, or None: somebody does when it suits them
         self._cache = cache
@@ -107,6 +108,7 @@ class Sequence:
 
     def close(self) -> None:
         """Gives the pages back. Never waits: the next call collects them. So does the end of its life."""
+        self.is_closed = True
         self._cache._closed.append(self._ref)
 
 
