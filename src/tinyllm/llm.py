@@ -210,6 +210,42 @@ class LLM:
 
         return Stream(pieces(), lambda: self._completion(request))
 
+    @overload
+    def acall(  # type: ignore[overload-overlap]  # a str is a sequence too
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        special: bool = False,
+        reasoning: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, Completion]: ...
+
+    @overload
+    def acall(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        special: bool = False,
+        reasoning: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, list[Completion]]: ...
+
+    @overload
+    def acall(
+        self,
+        prompt: SequenceOf[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        special: bool = False,
+        reasoning: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, list[Any]]: ...
+
     @takes_sampling
     async def acall(
         self,
@@ -386,8 +422,8 @@ class LLM:
         template_args: Mapping[str, Any] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
-        """Like `chat`, for a task of asyncio or trio: `await` it, or with stream=True go through its pieces with
-        `async for`; see `acall`.
+        """Like `chat`, for a task of asyncio or trio: `await` it, or with stream=True go through its pieces
+        with `async for`; see `acall`.
         """
         ids = self.chat_ids(messages, tools=tools, chat_template=chat_template, template_args=template_args)
         if not stream:

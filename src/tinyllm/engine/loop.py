@@ -92,7 +92,8 @@ class Loop:
                 self._drop_cancelled(batch, live)
                 if batch.jobs:
                     self._step(batch, live)
-                self._end_what_is_over(live)
+                if not self._is_closed:  # else the step was broken off
+                    self._end_what_is_over(live)
         finally:
             batch.close()
             for request in (*live, *self._new):

@@ -1,10 +1,10 @@
 """How many tokens a call of the model takes. Changes no bit: a text may be cut into calls anywhere.
 
-Invariant: a call takes every text that is being written; beside them, prompts get only as many tokens as make
-the call STRETCH times as long as one without prompts, and at least one. So nobody's text stands still while
-another's long prompt is read, and every prompt is read to its end. Where no text is being written a call takes
-`most` tokens, or as many as a device that cannot stop within a call computes in `call_s`. What it knows of the
-machine it learns from calls that were made. Imports nothing of ours; engine.py asks it.
+Invariant: a call takes every text that is being written; beside those that somebody reads along, prompts get
+only as many tokens as make the call STRETCH times as long as one without prompts, and at least one. So no
+text stands still while another's long prompt is read, and every prompt is read to its end. Elsewhere a call
+takes `most` tokens, or as many as a device that cannot stop within a call computes in `call_s`. What it knows
+of the machine it learns from the calls that were made. Imports nothing of ours; engine.py asks it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ class Pace:
     def __init__(self, most: int, call_s: float = math.inf) -> None:
         self._most, self._call_s = most, call_s
         self._alone = min(most, LEAST) if call_s < math.inf else most
-        self._writing_s: dict[
-            int, float
-        ] = {}  # of a call without prompts, by the bits of the number of texts
+        self._writing_s: dict[int, float] = {}  # of a call without prompts, by n_writing.bit_length()
         self._token_s: float | None = None  # what a prompt's token adds to such a call
 
     def room(self, n_writing: int) -> int:

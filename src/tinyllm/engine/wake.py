@@ -1,7 +1,7 @@
-"""How a thread wakes a task that waits in an event loop: asyncio's (so anyio's and notebooks', too) or trio's.
+"""How a thread wakes a task that waits in an event loop: asyncio's (anyio's and notebooks', too) or trio's.
 
-Invariant: a `wake` between two `wait`s ends the second one; one whose event loop is over does nothing. Imports
-neither library before somebody uses it.
+Invariant: a `wake` between two `wait`s ends the second one; one whose event loop is over does nothing.
+Imports neither library before somebody uses it.
 """
 
 from __future__ import annotations
