@@ -138,7 +138,7 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"files"},
     {"backends", "chat", "tokenizer"},
-    {"engine"},
+    {"constraints", "engine"},
     {"modelfiles", "results", "sampling"},
     {"llm"},
     {"quantization"},
