@@ -1,5 +1,5 @@
 // cache.c: the memory of the paged KV cache: slabs, pages, copies, bounds. Which sequence owns a page is
-// Python's business (kvcache.py). Includes tinyllm.h only; attention.inc reads the layout that tinyllm.h
+// Python's business (kvcache.py). Includes tinyllm.h only; kernels/attention.inc reads the layout that tinyllm.h
 // describes.
 #include "tinyllm.h"
 #include <string.h>

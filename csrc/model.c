@@ -1,5 +1,5 @@
 // model.c: THE forward pass, the same page for every data type, instruction set and device: it knows only the
-// operations of a backend (tinyllm.h, "the seam"). Includes tinyllm.h only. Read backend_cpu.c next.
+// operations of a backend (tinyllm.h, "the seam"). Includes tinyllm.h only. Read cpu/backend.c next.
 #include "tinyllm.h"
 
 static tl_status forward(tl_model *model, tl_cache *cache, const tl_batch *batch, tl_message *message) {

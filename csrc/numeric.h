@@ -1,5 +1,5 @@
 // numeric.h: elementary functions of our own, in float64 and the same bits on every machine: libm's may
-// differ between versions. Includes nothing. For float32 vectors see isa/exp.inc.
+// differ between versions. Includes nothing. For float32 vectors see kernels/rows.inc.
 #ifndef TINYLLM_NUMERIC_H
 #define TINYLLM_NUMERIC_H
 

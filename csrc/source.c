@@ -1,4 +1,4 @@
-// source.c: rows of a file's tensor, read into memory. Includes tinyllm.h only. The CPU's loader (cpu_load.c) and the
+// source.c: rows of a file's tensor, read into memory. Includes tinyllm.h only. The CPU's loader (cpu/load.c) and the
 // GPU's (cuda/load.cuh) call it.
 #define _GNU_SOURCE
 #include "tinyllm.h"

@@ -48,7 +48,7 @@ void tl_memory_live(size_t *n_blocks, size_t *n_bytes);
 // ---- formats -------------------------------------------------------------------------------------------------------
 // How a tensor's numbers are stored. `id` is the type number GGUF files use. A row of k numbers is k / block
 // blocks of block_bytes each. The core keeps matrices as panels of 16 rows: panel_bytes hold 16 rows x block
-// numbers (formats.h).
+// numbers (formats/formats.h).
 typedef struct tl_format {
     int id;
     const char *name; // lower case, as in "q4_k"
@@ -74,7 +74,8 @@ extern const tl_format tl_formats[];   // one row a format, ends with name == NU
 const tl_format *tl_format_of(int id); // NULL if unknown
 
 // Turns rows of a file's tensor into another format: blocks [rows, k] in both. `from` may be any format; what is in
-// blocks is unpacked first. importance [k] or NULL, as above. TL_ARGUMENT, TL_MEMORY. (quantize.c)
+// blocks is unpacked first. importance [k] or NULL, as above. TL_ARGUMENT, TL_MEMORY.
+// (cpu/quantize.c)
 tl_status tl_convert(uint8_t *to, const tl_format *format, const uint8_t *in, const tl_format *from, size_t rows,
                      size_t k, const float *importance, int threads, tl_message *message);
 
@@ -117,7 +118,7 @@ typedef struct tl_norm {
 
 // ---- the model -----------------------------------------------------------------------------------------------------
 // What families vary. The first of each, 0, is Llama's.
-// Of the gate; GELU in its tanh form (arXiv 1606.08415); gpt-oss's SwiGLU (rows.inc).
+// Of the gate; GELU in its tanh form (arXiv 1606.08415); gpt-oss's SwiGLU (kernels/rows.inc).
 typedef enum tl_activation { TL_SILU, TL_GELU, TL_CLAMPED_SWIGLU } tl_activation;
 typedef enum tl_norm_place { TL_NORM_BEFORE, TL_NORM_AFTER, TL_NORM_BOTH } tl_norm_place; // of attention and of FFN
 typedef enum tl_qk_norm {                                                                 // RMSNorm or LayerNorm of
@@ -358,12 +359,12 @@ int tl_isa_select(const char *name); // 0, or -1 if it is not usable here
 
 // How fast `threads` threads of the pool read n_bytes (at least 1 MB) of memory, in 1e9 bytes a second over all
 // repetitions: the limit of decoding. Takes the memory and writes it once before. TL_ARGUMENT, TL_MEMORY.
-// (bandwidth.c)
+// (cpu/bandwidth.c)
 tl_status tl_read_bandwidth(double *gb_s, size_t n_bytes, int threads, int repetitions, tl_message *message);
 
 // How fast `threads` threads multiply and add with the instruction set in use, in 1e9 a second, on data in the first
 // cache: int8 with int8 (what quantized weights take) or floats: the limit of reading a prompt. About 0.1 ms a
-// repetition where 16 floats are a register. TL_ARGUMENT. (bandwidth.c)
+// repetition where 16 floats are a register. TL_ARGUMENT. (cpu/bandwidth.c)
 tl_status tl_multiply_rate(double *gmac_s, int floats, int threads, int repetitions, tl_message *message);
 
 // ---- sampling ------------------------------------------------------------------------------------------------------

@@ -85,7 +85,83 @@ def includes(path: Path) -> tuple[set[str], set[str]]:
     return {own for own, _ in found if own}, {system for _, system in found if system}
 
 
-@pytest.mark.parametrize("name", ["model.c", "cache.c", "threads.c", "check.c", "bindings.cpp"])
+# csrc/'s folders from the ground up ("." is its root), each with what the floors above may include of it.
+# Beside these a file includes headers of its own folder, and isa/target.inc every fragment (.inc) below it.
+FLOORS: dict[str, set[str]] = {
+    ".": {"tinyllm.h", "numeric.h"},
+    "formats": {"formats/formats.h"},
+    "kernels": set(),
+    "isa": {"isa/isa.h"},
+    "cpu": set(),
+}
+FRAGMENTS = {str(p.relative_to(CSRC)) for p in CSRC.rglob("*.inc")} - {"isa/target.inc"}
+
+
+def may_include(name: str) -> set[str]:
+    """What a file of csrc/ may include, all names with their folders from csrc/ on."""
+    folder = Path(name).parent.as_posix()
+    assert folder in FLOORS, f"csrc/{folder} is new: FLOORS says on what it stands"
+    floors = list(FLOORS)
+    below = floors[: floors.index(folder)]
+    own = {str(p.relative_to(CSRC)) for p in (CSRC / folder).iterdir() if p.suffix in (".h", ".inc")}
+    fragments = {f for f in FRAGMENTS if Path(f).parent.as_posix() in below}
+    allowed = (own - FRAGMENTS).union(*(FLOORS[floor] for floor in below))
+    return allowed | fragments if name == "isa/target.inc" else allowed
+
+
+@pytest.mark.parametrize("path", sources(CSRC), ids=lambda p: str(p.relative_to(CSRC)))
+def test_include_directions(path: Path) -> None:
+    name = str(path.relative_to(CSRC))
+    own, _ = includes(path)
+    assert own <= may_include(name)
+    assert not own or name not in FRAGMENTS, "isa/target.inc includes fragments; they include nothing"
+
+
+def test_every_floor_is_there() -> None:
+    assert {p.parent.relative_to(CSRC).as_posix() for p in sources(CSRC)} == set(FLOORS)
+
+
+@pytest.mark.parametrize(
+    ("name", "included"),
+    [
+        ("weights.c", "formats/formats.h"),
+        ("formats/pack.c", "isa/isa.h"),
+        ("isa/select.c", "cpu/cpu.h"),
+        ("isa/avx2.c", "kernels/matmul.inc"),
+        ("cpu/rows.c", "kernels/rows.inc"),
+        ("cpu/rows.c", "isa/avx2.h"),
+        ("cpu/rows.c", "cpu/run.c"),
+        ("cpu/rows.c", "cpu.h"),
+        ("cpu/rows.c", "../tinyllm.h"),
+    ],
+)
+def test_floors_forbid(name: str, included: str) -> None:
+    """The rule above is worth nothing if it allows everything."""
+    assert included not in may_include(name)
+
+
+def test_the_path_that_is_counted_is_whole() -> None:
+    """A new file of the CPU's is on a token's path (count_lines.BESIDE), or it is named here."""
+    path = {name.removeprefix("csrc/") for name in count_lines.path_lines()}
+    rounding = {"formats/quantize.inc", "formats/quantize_k.inc"}
+    there = {str(p.relative_to(CSRC)) for f in ("cpu", "formats", "kernels") for p in sources(CSRC / f)}
+    assert there - path == {"cpu/bandwidth.c", "cpu/quantize.c", "kernels/read.inc", *rounding}
+    included = set().union(*(includes(CSRC / name)[0] for name in path))
+    assert included - path == {"kernels/read.inc", *rounding}
+
+
+def test_a_new_folder_is_on_no_floor() -> None:
+    with pytest.raises(AssertionError, match="csrc/metal is new"):
+        may_include("metal/backend.c")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.c", "cache.c", "threads.c", "check.c", "memory.c", "source.c", "sample.c"),
+        "bindings.cpp",
+    ],
+)
 def test_knows_the_interface_only(name: str) -> None:
     own, _ = includes(CSRC / name)
     assert own == {"tinyllm.h"}
@@ -111,15 +187,6 @@ def test_intrinsics_are_in_isa_only() -> None:
             assert not call.search(path.read_text(encoding="utf-8")), path
 
 
-def test_instruction_sets_know_no_model() -> None:
-    """csrc/isa/ is arithmetic: of the rest it sees the interface, the formats and what it instantiates."""
-    for path in sources(CSRC / "isa"):
-        outside = {name for name in includes(path)[0] if "/" in name}
-        assert {name for name in outside if not name.endswith(".inc")} <= {"../tinyllm.h", "../formats.h"}, (
-            path
-        )
-
-
 def test_cuda_knows_the_interface_only() -> None:
     for path in sources(CUDA):
         for name in includes(path)[0]:
@@ -133,7 +200,7 @@ def test_cuda_knows_the_interface_only() -> None:
 
 # From the ground up: a room (a folder or a file of the package) imports what stands below it, nothing on its
 # own floor or above. "tinyllm" is the package itself (its __init__.py).
-FLOORS: list[set[str]] = [
+ROOMS: list[set[str]] = [
     {"errors"},
     {"config"},
     {"files"},
@@ -147,7 +214,7 @@ FLOORS: list[set[str]] = [
     {"measure"},
     {"cli"},
 ]
-FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+FLOOR = {room: number for number, floor in enumerate(ROOMS) for room in floor}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -203,7 +270,7 @@ def room_of(path: Path) -> str:
 @MODULES
 def test_import_directions(path: Path) -> None:
     room = room_of(path)
-    assert room in FLOOR, f"{room} is new: FLOORS says where it stands"
+    assert room in FLOOR, f"{room} is new: ROOMS says where it stands"
     imported = {part_of(name) for name in imports(path)} - {room}
     if room == "backends":
         imported.discard("_core")
@@ -224,7 +291,7 @@ def test_every_floor_is_built() -> None:
 
 
 def test_the_picture_shows_every_floor() -> None:
-    """CONTRIBUTING draws the rooms from the top down: in the order of FLOORS, none forgotten."""
+    """CONTRIBUTING draws the rooms from the top down: in the order of ROOMS, none forgotten."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     picture = text.split("```")[3]
     drawn = re.findall(r"^([a-z]+)(?:/|\.py)  ", picture, re.MULTILINE)

@@ -785,3 +785,15 @@ def test_what_measuring_refuses(llm: tinyllm.LLM) -> None:
     for error, message, call in wrong:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_results_and_parameters_can_be_pickled(llm: tinyllm.LLM) -> None:
+    """Also those that name the modules of before the package had folders."""
+    completion = llm([1, 2, 3], max_tokens=3, seed=1, logprobs=True)
+    for value in (completion, llm.score([1, 2, 3]), tinyllm.SamplingParams(seed=1, stop=["x"])):
+        pickled = pickle.dumps(value, 0)
+        assert pickle.loads(pickled) == value
+        for now, before in ((b"tinyllm.results", b"tinyllm.llm"), (b"tinyllm.engine.", b"tinyllm.")):
+            assert pickle.loads(pickled.replace(now, before)) == value
+    piece = next(llm.stream([1, 2, 3], max_tokens=1))
+    assert pickle.loads(pickle.dumps(piece, 0).replace(b"tinyllm.engine.engine", b"tinyllm.engine")) == piece

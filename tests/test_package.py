@@ -214,10 +214,13 @@ def test_readme_starts_from_nothing() -> None:
         assert command.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install ")
 
 
-def test_readme_counts_the_lines_that_there_are() -> None:
-    table = README.split("<!-- lines -->")[1].split("<!-- /lines -->")[0]
+def test_lines_are_counted_as_they_are() -> None:
+    page = (ROOT / "docs" / "size.md").read_text(encoding="utf-8")
+    table = page.split("<!-- lines -->")[1].split("<!-- /lines -->")[0]
     now = run(sys.executable, ROOT / "tests" / "count_lines.py")
-    assert table.strip() == now.strip(), "paste into README.md what `python tests/count_lines.py` prints"
+    assert table.strip() == now.strip(), "paste into docs/size.md what `python tests/count_lines.py` prints"
+    sentence = now.strip().splitlines()[-1].removesuffix(".")
+    assert sentence in " ".join(README.split()), "the README's sentence is the last that it prints"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])

@@ -1,6 +1,6 @@
-// avx2.c: AVX2 with FMA and F16C (Haswell and later, Zen).
+// isa/avx2.c: AVX2 with FMA and F16C (Haswell and later, Zen).
 
-#include "avx2.h"
+#include "isa/avx2.h"
 #include <cpuid.h>
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
@@ -15,4 +15,4 @@ static int usable(void) {
            (c & bit_F16C);
 }
 
-#include "target.inc"
+#include "isa/target.inc"

@@ -1,4 +1,4 @@
-// avx2.h: the primitives (see scalar.h for what each means) on pairs of 256-bit registers: lanes 0..7
+// isa/avx2.h: the primitives (see scalar.h for what each means) on pairs of 256-bit registers: lanes 0..7
 // and 8..15. Needs FMA and F16C beside AVX2. With TINYLLM_AVX_VNNI the dot product is the VEX-coded VPDPBUSD.
 #ifndef TINYLLM_AVX2_H
 #define TINYLLM_AVX2_H

@@ -1,6 +1,6 @@
-// avx2vnni.c: AVX2 with AVX-VNNI (Alder Lake and later, Zen 5).
+// isa/avx2vnni.c: AVX2 with AVX-VNNI (Alder Lake and later, Zen 5).
 #define TINYLLM_AVX_VNNI
-#include "avx2.h"
+#include "isa/avx2.h"
 #include <cpuid.h>
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
@@ -15,4 +15,4 @@ static int usable(void) {
            (a & bit_AVXVNNI);
 }
 
-#include "target.inc"
+#include "isa/target.inc"

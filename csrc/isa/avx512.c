@@ -1,5 +1,5 @@
-// avx512.c: AVX-512 F, BW, DQ, VL without VNNI (Skylake-X).
-#include "avx512.h"
+// isa/avx512.c: AVX-512 F, BW, DQ, VL without VNNI (Skylake-X).
+#include "isa/avx512.h"
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(6, 2) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
@@ -12,4 +12,4 @@ static int usable(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-#include "target.inc"
+#include "isa/target.inc"

@@ -1,4 +1,4 @@
-// avx512.h: the primitives (see scalar.h for what each means) on 512-bit registers; one register a vector.
+// isa/avx512.h: the primitives (see scalar.h for what each means) on 512-bit registers; one register a vector.
 // With TINYLLM_VNNI the dot product is VPDPBUSD; without it, pairs in VPMADDUBSW, which saturates only above
 // 6-bit weights.
 #ifndef TINYLLM_AVX512_H

@@ -1,6 +1,6 @@
-// avx512vnni.c: AVX-512 with VNNI (Ice Lake, Zen 4 and later).
+// isa/avx512vnni.c: AVX-512 with VNNI (Ice Lake, Zen 4 and later).
 #define TINYLLM_VNNI
-#include "avx512.h"
+#include "isa/avx512.h"
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(6, 2) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
@@ -14,4 +14,4 @@ static int usable(void) {
            __builtin_cpu_supports("avx512vnni");
 }
 
-#include "target.inc"
+#include "isa/target.inc"

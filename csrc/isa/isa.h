@@ -1,11 +1,10 @@
-// isa.h: what an instruction set provides to the CPU backend: one table of kernels. Each target's .c defines
-// one, from its primitives (scalar.h, avx2.h, ...) and the code written once in matmul.inc, attention.inc, kv.inc and
-// rows.inc.
+// isa/isa.h: what an instruction set provides to the CPU backend: one table of kernels. Each target's .c defines
+// one, from its primitives (scalar.h, avx2.h, ...) and the code written once in kernels/ and in formats/'s fragments.
 #ifndef TINYLLM_ISA_H
 #define TINYLLM_ISA_H
 
-#include "../formats.h"
-#include "../tinyllm.h"
+#include "formats/formats.h"
+#include "tinyllm.h"
 
 // What goes with 32 activations rounded to int8: x = scale * q; sum and half are q's sums (whole, first 16, last 16).
 typedef struct tl_q_group {
@@ -84,7 +83,7 @@ typedef struct tl_kernels {
                      int type);
     // Reads n bytes (a multiple of 256) and little else: returns their 8-byte words or-ed together.
     uint64_t (*read)(const uint8_t *p, size_t n_bytes);
-    // Multiplies and little else: see read.inc.
+    // Multiplies and little else: see kernels/read.inc.
     uint32_t (*multiply_bytes)(const uint8_t *p, size_t n_bytes, int times);
     float (*multiply_floats)(const float *p, size_t n, int times);
     void (*layernorm)(float *out, const float *x, const float *weight, float eps, int n);

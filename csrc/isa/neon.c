@@ -1,5 +1,5 @@
-// neon.c: NEON as every ARMv8-A has it (Cortex-A53, A57, A72).
-#include "neon.h"
+// isa/neon.c: NEON as every ARMv8-A has it (Cortex-A53, A57, A72).
+#include "isa/neon.h"
 
 // A vector is four of the 32 registers: the integer sums of 4 tokens take 16, a weight 4, its activations one or two, and
 // their float sums (16 more, touched once in 32 k) half fit.
@@ -11,4 +11,4 @@
 
 static int usable(void) { return 1; }
 
-#include "target.inc"
+#include "isa/target.inc"

@@ -1,4 +1,4 @@
-// neon.h: the primitives (see scalar.h for what each means) on fours of 128-bit registers: lanes 0..3, 4..7,
+// isa/neon.h: the primitives (see scalar.h for what each means) on fours of 128-bit registers: lanes 0..3, 4..7,
 // 8..11 and 12..15. Needs what every ARMv8-A has, half-precision conversion included. With TINYLLM_DOTPROD the
 // dot product is SDOT.
 #ifndef TINYLLM_NEON_H

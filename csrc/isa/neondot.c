@@ -1,6 +1,6 @@
-// neondot.c: NEON with SDOT (Cortex-A55 and A76 and later, Neoverse, Apple silicon).
+// isa/neondot.c: NEON with SDOT (Cortex-A55 and A76 and later, Neoverse, Apple silicon).
 #define TINYLLM_DOTPROD
-#include "neon.h"
+#include "isa/neon.h"
 #ifdef __linux__
 #include <sys/auxv.h>
 #endif
@@ -21,4 +21,4 @@ static int usable(void) {
 #endif
 }
 
-#include "target.inc"
+#include "isa/target.inc"

@@ -1,5 +1,5 @@
-// scalar.c: the plain C target, usable everywhere: the reference.
-#include "scalar.h"
+// isa/scalar.c: the plain C target, usable everywhere: the reference.
+#include "isa/scalar.h"
 
 #define V_UNROLL
 #define V_TILES(X) X(1, 1) // (tokens, panels at once), widest first
@@ -11,4 +11,4 @@
 
 static int usable(void) { return 1; }
 
-#include "target.inc"
+#include "isa/target.inc"

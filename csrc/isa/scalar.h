@@ -1,9 +1,9 @@
-// scalar.h: the vector primitives in plain C: the reference every other instruction set must equal bit for
+// isa/scalar.h: the vector primitives in plain C: the reference every other instruction set must equal bit for
 // bit. A vf is 16 floats, a vi 16 int32, a vb 64 bytes: 16 lanes (rows) of 4 consecutive k each.
 #ifndef TINYLLM_SCALAR_H
 #define TINYLLM_SCALAR_H
 
-#include "../formats.h"
+#include "formats/formats.h"
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -136,7 +136,7 @@ static inline vq vq_load(const int8_t *p) { return (vq){{p[0], p[1], p[2], p[3]}
 // Adds to each row's lane its 4 weights times a token's 4 activations. vi_dot: weights 0..63.
 // vi_dot_offset: weights -128..127 stored +128, for accumulators that started at -V_OFFSET x (sum of the
 // activations). Both add to a part: some instruction sets keep it in 16 bits, which hold so many dot products as
-// formats.inc says of a format (FIT_NAME). vi_open starts one, vi_close adds it to the sum.
+// formats/formats.inc says of a format (FIT_NAME). vi_open starts one, vi_close adds it to the sum.
 static inline vi vi_open(vi sum) { return sum; }
 static inline vi vi_close(vi sum, vi part) {
     (void)sum;

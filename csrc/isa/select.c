@@ -1,5 +1,5 @@
-// select.c: the one place that knows which instruction sets there are and which one is in use. Best first.
-#include "isa.h"
+// isa/select.c: the one place that knows which instruction sets there are and which one is in use. Best first.
+#include "isa/isa.h"
 #include <string.h>
 
 #if defined __x86_64__ && !defined TL_SCALAR_ONLY // an option of the build

@@ -1,5 +1,5 @@
-// kernels/numeric.cuh: exp, gates, caps, sin and cos from explicit operations, as csrc/rows.inc and csrc/numeric.c have them:
-// the same numbers on every device, and on the CPU that runs these kernels. Includes primitives.cuh.
+// kernels/numeric.cuh: exp, gates, caps, sin and cos from explicit operations, as csrc/kernels/rows.inc and csrc/numeric.c
+// have them: the same numbers on every device, and on the CPU that runs these kernels. Includes primitives.cuh.
 #ifndef TINYLLM_CUDA_NUMERIC_CUH
 #define TINYLLM_CUDA_NUMERIC_CUH
 
@@ -22,7 +22,7 @@ DEVICE float exponential(float x) {
 }
 
 // What a gate makes of itself and of up, g / (1 + e^(slope (g + cubic g^3))) (u + shift), g and u no larger than limit: any
-// activation (csrc/rows.inc) is four numbers, and no branch.
+// activation (csrc/kernels/rows.inc) is four numbers, and no branch.
 struct gating {
     float slope, cubic, limit, shift;
 };

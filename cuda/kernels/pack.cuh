@@ -9,7 +9,7 @@
 
 DEVICE uint32_t half_at(const uint8_t *p) { return (uint32_t)p[0] | (uint32_t)p[1] << 8; }
 
-// Element i's code, without a sign: what pack.c on the CPU calls the code, too.
+// Element i's code, without a sign: what formats/pack.c on the CPU calls the code, too.
 DEVICE uint32_t file_code(int format, const uint8_t *b, int i) {
     const int j = i / 32, e = i % 32; // group of a block of 256, element of the group
     switch (format) {

@@ -2,7 +2,7 @@
 // with what weights, how visits are grouped, and that a batch reads every panel of the experts it uses once and nothing of
 // the others. What the operation computes, and that its bits depend on nothing else, is test_model.c's.
 #include "check.h"
-#include "cpu.h"
+#include "cpu/cpu.h"
 #include <math.h>
 #include <string.h>
 

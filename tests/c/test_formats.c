@@ -1,8 +1,9 @@
-// test_formats.c: every fragment of formats.inc, on the plain C primitives, against unpack of pack.c. Blocks are random;
-// products of a format's scales and codes fit 24 bits, so the comparison is exact. Returns 1 and says where it differs.
+// test_formats.c: every fragment of formats/formats.inc, on the plain C primitives, against unpack of formats/pack.c.
+// Blocks are random; products of a format's scales and codes fit 24 bits, so the comparison is exact. Returns 1 and says
+// where it differs.
 #include "isa/scalar.h"
 #define V_UNROLL
-#include "formats.inc"
+#include "formats/formats.inc"
 #include "tinyllm.h"
 #include <stdio.h>
 

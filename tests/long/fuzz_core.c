@@ -2,8 +2,8 @@
 // model is made of, batches, caches, sampling. Buffers are of exactly the size that the header promises, so that
 // AddressSanitizer sees one byte too far. Built and run by fuzz_core.py.
 #define _GNU_SOURCE
-#include "../../csrc/formats.h"
-#include "../../csrc/tinyllm.h"
+#include "formats/formats.h"
+#include "tinyllm.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>

@@ -34,18 +34,17 @@ def build() -> Path:
     """The fuzzer, in plain C: vector instructions are compared with it bit by bit in the ordinary tests."""
     BUILD.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"
-    isa = [csrc / "isa" / "select.c", csrc / "isa" / "scalar.c"]
+    kernels = csrc / "isa" / "scalar.c"
+    others = [c for c in sorted(csrc.rglob("*.c")) if c.parent != kernels.parent or c.name == "select.c"]
 
     def compiled(source: Path) -> Path:
-        to = BUILD / f"{source.stem}.o"
-        checks = KERNELS if source.stem == "scalar" else ALL
-        subprocess.run(["clang", *FLAGS, *checks, "-c", source, "-o", to], check=True)
+        to = BUILD / f"{source.parent.name}_{source.stem}.o"
+        checks = KERNELS if source == kernels else ALL
+        subprocess.run(["clang", *FLAGS, *checks, "-I", csrc, "-c", source, "-o", to], check=True)
         return to
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # the kernels take as long as all others
-        objects = list(
-            pool.map(compiled, [*isa, *sorted(csrc.glob("*.c")), Path(__file__).with_suffix(".c")])
-        )
+        objects = list(pool.map(compiled, [kernels, *others, Path(__file__).with_suffix(".c")]))
     fuzzer = BUILD / "fuzz_core"
     link = ["clang", "-fsanitize=fuzzer,address,undefined", *objects, "-lm", "-lpthread", "-o", fuzzer]
     subprocess.run(link, check=True)

@@ -1,4 +1,4 @@
-// pack.c: the formats. Half and bfloat16 conversions, the table of formats and, for each format, the way from
+// formats/pack.c: the formats. Half and bfloat16 conversions, the table of formats and, for each format, the way from
 // the file's blocks into panels (pack) and from panels back to floats (unpack, the slow truth). Includes
 // tinyllm.h and formats.h. Read formats.inc next: it takes the same panels apart in registers.
 //
@@ -10,7 +10,7 @@
 //   blocks of 256: [16 f16 d][16 f16 min] and 8 groups of [low slice][high slice][16 bytes of scales]...
 // Minimums are kept with the sign that makes them something to add. Machines are little-endian, as the files
 // are.
-#include "formats.h"
+#include "formats/formats.h"
 #include "tinyllm.h"
 #include <string.h>
 

@@ -1,6 +1,6 @@
-// formats.h: the one table of formats. A row here is a format everywhere: its numbers in the file (pack.c),
+// formats/formats.h: the one table of formats. A row here is a format everywhere: its numbers in the file (pack.c),
 // its panel layout (pack.c), its fragment (formats.inc) and its instantiation of the matrix product
-// (matmul.inc).
+// (kernels/matmul.inc).
 #ifndef TINYLLM_FORMATS_H
 #define TINYLLM_FORMATS_H
 
@@ -64,8 +64,8 @@ static inline float tl_e8m0_half(uint8_t e) {
     return x;
 }
 
-// quantize.c: k floats (a multiple of the format's block) -> blocks of the file, as tl_format.quantize; and n numbers of
-// F32, F16 or BF16 -> floats.
+// cpu/quantize.c: k floats (a multiple of the format's block) -> blocks of the file, as tl_format.quantize; and n numbers
+// of F32, F16 or BF16 -> floats.
 #define X(name, ...) void tl_quantize_##name(uint8_t *blocks, const float *x, size_t k, const float *importance);
 TL_FORMATS(X)
 #undef X

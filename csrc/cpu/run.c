@@ -1,6 +1,5 @@
-// cpu_run.c: a call's state on the CPU: its buffers in one arena, its rotations.
-// Includes cpu.h, numeric.h.
-#include "cpu.h"
+// cpu/run.c: a call's state on the CPU: its buffers in one arena, its rotations. Includes cpu.h, numeric.h.
+#include "cpu/cpu.h"
 #include "numeric.h"
 #include <string.h>
 

@@ -1,6 +1,5 @@
-// cpu.h: what the CPU backend's files share: backend_cpu.c (the operations), cpu_products.c, cpu_attend.c and
-// cpu_experts.c (how their work is cut up), cpu_rows.c (single tokens), cpu_run.c (a call's buffers), cpu_load.c (weights
-// in). Includes tinyllm.h, isa/isa.h.
+// cpu/cpu.h: what the CPU backend's files share: backend.c (the operations), products.c, attend.c and experts.c (how their
+// work is cut up), rows.c (single tokens), run.c (a call's buffers), load.c (weights in). Includes tinyllm.h, isa/isa.h.
 #ifndef TINYLLM_CPU_H
 #define TINYLLM_CPU_H
 
@@ -50,27 +49,27 @@ typedef struct tl_cpu_run {
     int n_splits; // segments computed apart from each other, or 1
 } tl_cpu_run;
 
-// cpu_load.c
+// load.c
 tl_status tl_cpu_upload(tl_matrix *matrix, const tl_source *source, int threads, tl_message *message);
 tl_status tl_cpu_upload_floats(float **to, const tl_source *source, int n, tl_message *message);
 void tl_cpu_unpack_row(const tl_matrix *matrix, int row, float *out);
 tl_status tl_cpu_unpack(const tl_matrix *matrix, float *out);
-// cpu_run.c
+// run.c
 tl_status tl_cpu_begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *batch, tl_message *message);
 tl_status tl_cpu_end(tl_run *run, tl_message *message);
 void tl_cpu_release(tl_run *run);
 
-// cpu_products.c: rows of x (the chosen ones, or the first n), normed where there is a norm, times each product's matrix.
+// products.c: rows of x (the chosen ones, or the first n), normed where there is a norm, times each product's matrix.
 void tl_cpu_products(tl_cpu_run *run, const float *x, const int32_t *rows, int n, const tl_norm *norm,
                      tl_product *products, int n_products);
-// cpu_rows.c: what happens to a token between the products.
+// rows.c: what happens to a token between the products.
 void tl_cpu_norm(const tl_norm *norm, float *out, const float *x, int n);
 void tl_cpu_rotate_and_store(tl_cpu_run *run, int layer);
 void tl_cpu_add(tl_cpu_run *run, float *add, const tl_norm *norm);
 void tl_cpu_finish_logits(tl_cpu_run *run);
 // Adds n rows x [n, k] to what the matrix has seen, where somebody asked. On one thread, in order: the same bits always.
 void tl_cpu_observe(const tl_matrix *w, const float *x, int n);
-// cpu_experts.c
+// experts.c
 void tl_cpu_route(tl_routing *routing, const tl_config *config, int n, int threads); // from scores to the rest
 // A unit of the experts' work: panels [first, last) of one expert's matrices times all its rows [from, to), so that a
 // batch reads a weight once. Units of one call: n_active * ceil(n_panels / block).
@@ -83,7 +82,7 @@ void tl_cpu_moe(tl_run *run, int layer);
 void tl_cpu_multiply(const tl_product *p, int first, int last, int from, int to);
 // Panels a unit takes: as many as stay in L2, at most `share`, whole groups, at least one.
 int tl_cpu_block(const tl_matrix *w, int share);
-// cpu_attend.c
+// attend.c
 void tl_cpu_tiles(tl_cpu_run *run);
 void tl_cpu_attend(tl_run *run, int layer);
 

@@ -1,5 +1,5 @@
-// quantize.c: floats -> a file's blocks, on any number of threads. How a row is rounded is quantize.inc's, with the
-// instruction set in use. Includes isa.h. pack.c reads what is written here.
+// cpu/quantize.c: floats -> a file's blocks, on any number of threads. How a row is rounded is
+// formats/quantize.inc's, with the instruction set in use. Includes isa/isa.h. formats/pack.c reads what is written here.
 #include "isa/isa.h"
 #include <math.h>
 

@@ -1,6 +1,6 @@
-// cpu_load.c: weights on their way in: read in bounded chunks (source.c), put into row order, quantized where asked,
-// packed into panels (pack.c); and back out row by row. Includes cpu.h.
-#include "cpu.h"
+// cpu/load.c: weights on their way in: read in bounded chunks (source.c), put into row order, quantized where asked,
+// packed into panels (formats/pack.c); and back out row by row. Includes cpu.h.
+#include "cpu/cpu.h"
 
 #define COPY_UNIT (TL_GROUP * TL_ROWS) // rows packed at a time: panels that stand side by side
 

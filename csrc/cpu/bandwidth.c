@@ -1,5 +1,5 @@
-// bandwidth.c: how fast this machine reads memory and multiplies now, with the pool's threads: the limits that decoding
-// and reading a prompt run against (docs/roofline.md). Includes tinyllm.h, isa/isa.h.
+// cpu/bandwidth.c: how fast this machine reads memory and multiplies now, with the pool's threads: the limits that
+// decoding and reading a prompt run against (docs/roofline.md). Includes tinyllm.h, isa/isa.h.
 #define _GNU_SOURCE
 #include "isa/isa.h"
 #include "tinyllm.h"

@@ -1,7 +1,7 @@
-// cpu_attend.c: who computes which part of attention: queries in tiles, positions in segments, and the segments' results
+// cpu/attend.c: who computes which part of attention: queries in tiles, positions in segments, and the segments' results
 // put together in ascending order, so that the bits do not depend on who did what. Includes cpu.h; the arithmetic is in
-// attention.inc.
-#include "cpu.h"
+// kernels/attention.inc.
+#include "cpu/cpu.h"
 #include <math.h>
 #include <string.h>
 

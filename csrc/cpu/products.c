@@ -1,6 +1,7 @@
-// cpu_products.c: rows of activations times packed matrices: norm and rounding first, then the products cut into units of
-// (panels x tokens) that belong to one thread each. Includes cpu.h; the arithmetic is in matmul.inc and rows.inc.
-#include "cpu.h"
+// cpu/products.c: rows of activations times packed matrices: norm and rounding first, then the products cut into units of
+// (panels x tokens) that belong to one thread each. Includes cpu.h; the arithmetic is in kernels/matmul.inc
+// and kernels/rows.inc.
+#include "cpu/cpu.h"
 
 #define BLOCK_BYTES  (512 << 10) // weights a unit reads: about half of L2, so that they stay there for all its tokens
 #define MOST_TOKENS  96          // of a unit: what it writes and reads again (gate and up) stays in L2, too

@@ -1,6 +1,6 @@
-// backend_cpu.c: the CPU's operations, each a page or less: products (cpu_products.c), attention (cpu_attend.c),
-// experts (cpu_experts.c), and what lies between them. A call's buffers are cpu_run.c's, loading is cpu_load.c's. Includes cpu.h.
-#include "cpu.h"
+// cpu/backend.c: the CPU's operations, each a page or less: products (products.c), attention (attend.c), experts
+// (experts.c), and what lies between them. A call's buffers are run.c's, loading is load.c's. Includes cpu.h.
+#include "cpu/cpu.h"
 #include <string.h>
 
 static void embed_token(void *data, int t, int thread) {

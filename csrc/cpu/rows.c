@@ -1,6 +1,7 @@
-// cpu_rows.c: what happens to one token at a time between the products: norms, RoPE and the way into the cache, what is
-// added to x, the logits' last steps. Includes cpu.h; the arithmetic is in rows.inc and kv.inc.
-#include "cpu.h"
+// cpu/rows.c: what happens to one token at a time between the products: norms, RoPE and the way into the cache, what is
+// added to x, the logits' last steps. Includes cpu.h, numeric.h; the arithmetic is in kernels/rows.inc
+// and kernels/kv.inc.
+#include "cpu/cpu.h"
 #include "numeric.h"
 
 void tl_cpu_norm(const tl_norm *norm, float *out, const float *x, int n) {

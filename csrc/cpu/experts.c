@@ -1,7 +1,7 @@
-// cpu_experts.c: the feed-forward of a mixture of experts. A router scores the experts and a token visits those it scores
+// cpu/experts.c: the feed-forward of a mixture of experts. A router scores the experts and a token visits those it scores
 // highest; visits are grouped by expert, so that a batch reads an expert's weights once; what they give is added to x in
 // ascending expert index, so that a token's bits do not depend on the batch. Includes cpu.h, numeric.h.
-#include "cpu.h"
+#include "cpu/cpu.h"
 #include "numeric.h"
 #include <string.h>
 
