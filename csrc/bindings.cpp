@@ -514,6 +514,22 @@ PYBIND11_MODULE(_core, m) {
         .def(
             "copy_page", [](Cache &c, int to, int from, int n) { c.run(tl_cache_copy_page, to, from, n); },
             py::arg("to"), py::arg("source"), py::arg("n_tokens"))
+        .def(
+            "read_page",
+            [](Cache &c, int page) {
+                py::array_t<uint8_t> bytes(static_cast<py::ssize_t>(c.get()->page_bytes));
+                c.run(tl_cache_read_page, page, static_cast<void *>(bytes.mutable_data()));
+                return bytes;
+            },
+            py::arg("page"))
+        .def(
+            "write_page",
+            [](Cache &c, int page, const Bytes &bytes) {
+                if (static_cast<size_t>(bytes.size()) != c.get()->page_bytes)
+                    raise_argument("a page has " + std::to_string(c.get()->page_bytes) + " bytes");
+                c.run(tl_cache_write_page, page, static_cast<const void *>(bytes.data()));
+            },
+            py::arg("page"), py::arg("bytes"))
         .def_property_readonly("n_pages", [](Cache &c) { return c.get()->n_pages; })
         .def_property_readonly("max_pages", [](Cache &c) { return c.get()->max_pages; })
         .def_property_readonly("page_bytes", [](Cache &c) { return c.get()->page_bytes; })

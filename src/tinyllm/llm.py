@@ -7,8 +7,10 @@ engine/ does the work. Imports what stands below: `engine`, `chat`, `tokenizer`,
 
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
+import os
 import sys
 import threading
 import time
@@ -26,6 +28,7 @@ from tinyllm.backends import CacheType
 from tinyllm.chat.reasoning import Plain, Splitter, splitter, visible_ids
 from tinyllm.chat.templates import ChatTemplate, require
 from tinyllm.config import GenerationDefaults
+from tinyllm.engine import saved
 from tinyllm.engine.embedding import means
 from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece, choose, require_finite
 from tinyllm.engine.kvcache import KVCache, Sequence, root_key
@@ -112,6 +115,7 @@ class LLM:
             call_s=call_s,
         )
         self._loop = Loop(self._engine)
+        self._fingerprint: str | None = None
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is a sequence too
@@ -461,6 +465,36 @@ class LLM:
         assert resolved.seed is not None
         return Session(self, self._engine.sequence(), resolved.seed)
 
+    def restore(self, path: str | os.PathLike[str]) -> Session:
+        """The session that `Session.save` wrote, to go on with the very same bits; nothing of it is computed
+        again.
+
+        Raises FormatError for a file that is damaged, or of another model, cache type, device or version,
+        which it names; NotFoundError; MemoryLimitError.
+        """
+        sequence, logits, header = saved.restore(path, self._cache, self.config.vocab_size, self._facts())
+        self._fit(sequence.tokens)
+        session = Session(self, sequence, header["seed"])
+        session._n_forks = header["n_forks"]
+        session._logits, session._n_logits = logits, 0 if logits is None else len(sequence.tokens)
+        return session
+
+    def _facts(self) -> dict[str, str]:
+        """What the numbers in the pages depend on. The model is known by what it computes: a hash of the
+        bits of some logits, which every weight has a part in."""
+        if self._fingerprint is None:
+            ids = [i * 7919 % self.config.vocab_size for i in range(min(16, self.context))]
+            hashed = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+            for rows in self._rows(ids):
+                hashed.update(rows.tobytes())
+            self._fingerprint = hashed.hexdigest()
+        return {
+            "tinyllm": backends.version,
+            "device": self.device.split(":")[0],
+            "cache_type": self.cache_type,
+            "model": self._fingerprint,
+        }
+
     def score(self, prompt: Prompt, *, special: bool = False) -> Score:
         """How likely a text (or ids) is, token by token. Raises ContextError when it is longer than the
         context, FormatError where a broken model computes what is not finite.
@@ -800,6 +834,19 @@ class Session:
         child = Session(llm, llm._engine.fork(self._sequence), stream_seed(self.seed, self._n_forks))
         child._logits, child._n_logits = self._logits, self._n_logits
         return child
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the session to a file, tokens and what is computed of them, which `LLM.restore` reads. The
+        file appears when it is complete. Raises WriteError.
+
+            session.append(long_prompt); session.save("prompt.session")
+        """
+        facts = {**self._llm._facts(), "seed": self.seed, "n_forks": self._n_forks}
+        logits = self._evaluate() if self._sequence.tokens else None
+        while (kept := saved.snapshot(self._llm._cache, self._sequence)) is None:
+            self._n_logits = 0  # somebody older took its pages meanwhile
+            self._evaluate()
+        saved.save(path, kept, logits, facts)
 
     def close(self) -> None:
         """Frees the session's part of the cache."""

@@ -123,7 +123,8 @@ def main() -> int:
             try:
                 validator.validate(json.loads(text))
             except Exception as error:
-                invalid.append(f"{json.dumps(schema)}\n    {text!r}\n    {type(error).__name__}: {error}"[:900])
+                what = f"{type(error).__name__}: {error}"
+                invalid.append(f"{json.dumps(schema)}\n    {text!r}\n    {what}"[:900])
     print("| | |\n| --- | ---: |")
     print(f"| schemas | {len(all_schemas)} |")
     print(f"| accepted | {n_accepted} |")
