@@ -161,9 +161,10 @@ def test_json_without_logprobs_has_none(cli: Cli) -> None:
 
 
 def test_prompts_are_one_batch_in_order(cli: Cli, tmp_path: Path) -> None:
-    texts = ["Once upon a time", "Lily had a dog", "The cat"]
+    """Line by line: an empty one is the prompt of a text from nothing, so that results stay beside prompts."""
+    texts = ["Once upon a time", "", "The cat"]
     file = tmp_path / "prompts.txt"
-    file.write_text("\n\n".join(texts) + "\n")
+    file.write_text("\r\n".join(texts) + "\n")
     options = ("stories", "-n", "8", "--seed", "9")
     result = cli(*options, "--prompts", file)
     values = [json.loads(line) for line in result.out.splitlines()]
@@ -418,7 +419,9 @@ def test_prompts_file_with_something_else(cli: Cli, tmp_path: Path) -> None:
     file.write_text('"good"\n{"prompt": 3}\n')
     result = cli("stories", "--prompts", file)
     assert_one_line(result, 2)
-    assert "prompt 2" in result.err
+    assert "line 2" in result.err
+    file.write_text('"good"\n\n"also good"\n')
+    assert "line 2: not a JSON string" in cli("stories", "--prompts", file).err
 
 
 @pytest.mark.parametrize(

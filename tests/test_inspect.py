@@ -285,7 +285,14 @@ def test_tokens_of_a_message_in_its_template(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "text"),
-    [(b" a", "·a"), (b"\n\t", "⏎⇥"), (b"\xe2\x82", "<e2><82>"), (b"\x1b[1m", "<1b>[1m"), ("é".encode(), "é")],
+    [
+        (b" a", "·a"),
+        (b"\n\t", "⏎⇥"),
+        (b"\xe2\x82", "<e2><82>"),
+        (b"\x1b[1m", "<1b>[1m"),
+        ("é".encode(), "é"),
+        ("\u200d".encode(), "<e2><80><8d>"),  # a joiner, which nobody would see
+    ],
 )
 def test_visible(data: bytes, text: str) -> None:
     assert visible(data) == text

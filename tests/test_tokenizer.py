@@ -159,7 +159,7 @@ def test_ids_around_a_text(data_dir: Path) -> None:
     assert vocabulary(data_dir, "llama-spm").encode("") == [1]
     assert vocabulary(data_dir, "qwen2").eos_ids == {151643, 151645}
     phi = vocabulary(data_dir, "phi-3")
-    assert phi.eos_ids == {2, 32000, 32007}
+    assert phi.eos_ids == {32000, 32007}
     assert phi.vocab_size == 32064
 
 
@@ -364,10 +364,38 @@ SPLITS: dict[str, tuple[str, list[str]]] = {
     "deepseek-coder": ("x += 12\n你好", ["x", " += ", "1", "2", "\n", "你好"]),
     "deepseek-v3": ("it's 12345你好 !", ["it", "'s", " ", "123", "45", "你好", " !"]),
     "seed-coder": ("a!\n12", ["a", "!", "\n", "1", "2"]),
+    "hy_v4": ("it's 12345你好 !", ["it", "'s", " ", "123", "45", "你好", " !"]),
+    "jina-v5-nano": ("IT'S 12345\n\n x", ["IT", "'S", " ", "123", "45", "\n\n", " x"]),
+    "chatglm-bpe": ("IT'S 12345", ["IT", "'S", " ", "123", "45"]),
+    "glm4": ("IT'S 12345", ["IT", "'S", " ", "123", "45"]),
+    "glm5": ("(a)1234", ["(a", ")", "123", "4"]),
+    "jais-2": ("a" + " " * 7 + "b\n c", ["a", " " * 4, " " * 2, " b", "\n", " c"]),
+    "minicpm5": ("IT'S x12345", ["IT", "'S", " x", "123", "45"]),
+    "ufakzeka": ("Ankara'da it's 12", ["Ankara", "'da", " it", "'s", " ", "1", "2"]),
+    "laguna": ("a \n\nb 12", ["a", " ", "\n\n", "b", " ", "1", "2"]),
+    "bailingmoe": ("IT'LL a\r\nb 12", ["IT", "'LL", " a", "\r\n", "b", " ", "1", "2"]),
+    "bailingmoe2": ("a \n\n b", ["a", " \n\n", " b"]),
+    "llada-moe": ("a \n\n b", ["a", " \n\n", " b"]),
+    "exaone-moe": ("가 나 ab c 12!/\n\n", ["가 나 ab c", " ", "1", "2", "!/\n", "\n"]),
+    "granite-embed-multi-97m": ("HelloWorld's 1234 /\n", ["Hello", "World's", " ", "123", "4", " /\n"]),
+    "tiny_aya": ("ÉtéHiver 1234567 12ab/", ["Été", "Hiver", " ", "1", "234", "567", " ", "12", "ab", "/"]),
+    "cohere2moe": ("1234 a", ["1", "234", " a"]),
+    "youtu": ("한글，abC12 漢字ㄅ", ["한글", "，", "ab", "C", "1", "2", " ", "漢字", "ㄅ"]),
+    "kimi-k2": ("GoTo漢字ab's 1234", ["Go", "To", "漢字", "ab's", " ", "123", "4"]),
+    "spark2_5": ("a!\n\n b 1234", ["a", "!", "\n", "\n", " b", " ", "1", "2", "3", "4"]),
+    "afmoe": ("a1234567 ไทย漢字!b", ["a", "1", "234", "567", " ", "ไทย漢字", "!b"]),
+    "superbpe": ("of the 1234567 x", ["of the ", "1", "234", "567", " x"]),
+    "bloom": ("a b,c (d) 12", ["a", " b", ",", "c", " (", "d", ")", " 12"]),
+    "poro-chat": ("a b.", ["a", " b", "."]),
+    "gpt3-finnish": ("a b.", ["a", " b", "."]),
+    "viking": ("a b, 12", ["a", " b", ",", " ", "1", "2"]),
+    "chameleon": ("a\tb  c,12 IMGIMGABZ", ["a", "\t", "b", "  ", "c", ",", "1", "2", " ", "IMGIMGABZ"]),
+    "roberta-bpe": ("it's 12345 ok!!", ["it", "'s", " 12345", " ok", "!!"]),
+    "modern-bert": ("it's 12345 ok!!", ["it", "'s", " 12345", " ok", "!!"]),
 }
 
 
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+@pytest.mark.parametrize("name", [name for name, rule in PRE_TOKENIZERS.items() if rule.is_byte_level])
 def test_every_pre_tokenizer_splits_and_loses_nothing(name: str) -> None:
     rule = PRE_TOKENIZERS[name]
     spell = tokenizer_from_gguf(tiny_bpe()).token_bytes
@@ -586,8 +614,6 @@ def test_what_the_config_files_add(tmp_path: Path) -> None:
     write_json(
         tmp_path,
         tokenizer_config={
-            "add_bos_token": False,
-            "add_eos_token": True,
             "eos_token": "<|im_end|>",
             "added_tokens_decoder": {"261": {"content": "<|im_end|>", "special": True}},
         },
@@ -596,7 +622,7 @@ def test_what_the_config_files_add(tmp_path: Path) -> None:
         generation_config={"eos_token_id": [259, 261, 999], "bos_token_id": None},
     )
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("ab") == [256, 261]
+    assert tokenizer.encode("ab") == [258, 256]
     assert tokenizer.encode("ab<|im_end|>", bos=False, special=True) == [256, 261]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (258, 261, frozenset({259, 261}))
     assert tokenizer.vocab_size == 300  # the model's, padded
@@ -626,10 +652,10 @@ def test_a_sentencepiece_like_tokenizer_json(tmp_path: Path) -> None:
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     backend.save(str(tmp_path / "tokenizer.json"))
-    write_json(tmp_path, tokenizer_config={"bos_token": "<s>", "add_bos_token": True})
+    write_json(tmp_path, tokenizer_config={"bos_token": "<s>"})
     tokenizer = load_tokenizer(tmp_path)
     ids = backend.encode("a é  b🦙").ids
-    assert tokenizer.encode("a é  b🦙") == [1, *ids]
+    assert tokenizer.encode("a é  b🦙", bos=True) == [1, *ids]
     assert tokenizer.decode([1, *ids]) == backend.decode([1, *ids]) == "a é  b🦙"
     pieces = streamed(tokenizer, ids)
     assert "".join(pieces) == "a é  b🦙"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tinyllm import _core
+import tinyllm._core as _core
 from tinyllm.backends import cuda
 from tinyllm.config import ModelConfig
 from tinyllm.errors import ArgumentError, UnsupportedError, comes_from, integer, located, size_text

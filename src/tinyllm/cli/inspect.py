@@ -254,7 +254,10 @@ def _shape(shape: tuple[int, ...]) -> str:
 def visible(data: bytes) -> str:
     """The bytes of a token with nothing hidden: ·⏎⇥ for white space, <e2> for bytes that are no character."""
     text = data.decode("utf-8", "surrogateescape").translate(_VISIBLE)
-    return "".join(c if c.isprintable() else f"<{ord(c) & 0xFF:02x}>" for c in text)
+    return "".join(
+        c if c.isprintable() else "".join(f"<{byte:02x}>" for byte in c.encode("utf-8", "surrogateescape"))
+        for c in text
+    )
 
 
 def _print_tokens(args: argparse.Namespace) -> int:

@@ -134,7 +134,8 @@ def _parser() -> Parser:
     text.add_argument(
         "--prompts",
         metavar="FILE",
-        help="one prompt a line (a .jsonl file: one JSON string a line), all as one batch; - for a pipe. "
+        help="one prompt a line, empty ones too (a .jsonl file: one JSON string a line), all as one batch; - "
+        "for a pipe. "
         "The results are JSON lines, in that order",
     )
 
@@ -236,9 +237,11 @@ def _read_prompt(args: argparse.Namespace) -> str | None:
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
-    lines = [line for line in read_text(args.prompts).splitlines() if line.strip()]
-    if not lines:
+    text = read_text(args.prompts)
+    if not text.strip():
         raise UsageError(f"{args.prompts} has no prompts")
+    lines = text.removesuffix("\n").split("\n")  # an empty line is a prompt, so that results stay in line
+    lines = [line.removesuffix("\r") for line in lines]
     if not args.prompts.endswith(".jsonl"):
         return [unescaped(line) if args.escapes else line for line in lines]
     prompts = []
@@ -248,7 +251,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
         except ValueError:
             value = None
         if not isinstance(value, str):
-            raise UsageError(f"{args.prompts}, prompt {number}: not a JSON string")
+            raise UsageError(f"{args.prompts}, line {number}: not a JSON string")
         prompts.append(value)
     return prompts
 

@@ -1,9 +1,9 @@
 """Text to token ids and back, with the vocabulary that a model's own files hold.
 
 `load_tokenizer(path)` is what users call. core.py has `Tokenizer` itself, from_gguf.py and from_directory.py
-build one from what people have, pretokenizers.py is the table of BPE splitting rules, patterns.py bounds the
-rules that files bring, spm.py is the SentencePiece side. Imports errors and the GGUF reader; the `tokenizers`
-and `sentencepiece` packages do the merging.
+build one from what people have, pretokenizers.py is the table of BPE splitting rules, markers.py knows which
+tokens end a turn, patterns.py bounds the rules that files bring, spm.py is the SentencePiece side. Imports
+errors and the GGUF reader; the `tokenizers` and `sentencepiece` packages do the merging.
 """
 
 from __future__ import annotations

@@ -29,6 +29,20 @@ def need_for_vocabulary(
     need_memory(n_bytes, "building a tokenizer")
 
 
+def with_added_tokens(
+    tokenizer: tokenizers.Tokenizer, tokens: list[tokenizers.AddedToken]
+) -> tokenizers.Tokenizer:
+    """Another tokenizer that encodes as this one does, with these added tokens, in order, in place of its
+    own, which the package does not let one change."""
+    other = tokenizers.Tokenizer(tokenizer.model)
+    if tokenizer.normalizer is not None:
+        other.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        other.pre_tokenizer = tokenizer.pre_tokenizer
+    other.add_tokens(tokens)
+    return other
+
+
 class BPEEncoder:
     """Text to ids.
 
@@ -38,12 +52,9 @@ class BPEEncoder:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         with refused("the tokenizers package fails with the model's tokenizer"):
-            plain = tokenizers.Tokenizer(tokenizer.model)
-            if tokenizer.normalizer is not None:
-                plain.normalizer = tokenizer.normalizer
-            if tokenizer.pre_tokenizer is not None:
-                plain.pre_tokenizer = tokenizer.pre_tokenizer
-            plain.add_tokens([token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())])
+            plain = with_added_tokens(
+                tokenizer, [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+            )
             plain.encode_special_tokens, tokenizer.encode_special_tokens = True, False
         self._plain, self._tokenizer = plain, tokenizer
 

@@ -14,6 +14,7 @@ import mmap
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from tinyllm.errors import ArgumentError, Error, FormatError, MemoryLimitError, comes_from, size_text
@@ -23,6 +24,16 @@ Encoder = Callable[[str, bool], list[int]]
 Speller = Callable[[str], bytes]
 
 SPACE = "▁"  # how SentencePiece spells a space inside a token
+
+
+@dataclass(frozen=True)
+class TokenFlags:
+    """What a token that is looked for in a text takes with it: the white space before it (lstrip) and behind
+    it (rstrip); `single_word`: it counts only where no word goes on at either side."""
+
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """A tokenizer from a Hugging Face directory, as people have it: tokenizer.json, else tokenizer.model, with
 what tokenizer_config.json, special_tokens_map.json, added_tokens.json and the model's own config files add.
 
+Where the files disagree, the ids are those of transformers 5: a tokenizer.json's post-processor says what
+goes around a text, tokenizer_config.json says the flags of an added token and which tokens are special.
 Imports errors, files and the siblings core, bpe, spm, patterns.
 """
 
@@ -21,9 +23,10 @@ from tokenizers import AddedToken
 
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError, located
 from tinyllm.files import is_there, parse_json, read_json_if_any, read_small, show, show_some, user_path
-from tinyllm.tokenizer.bpe import PER_JSON, BPEEncoder
+from tinyllm.tokenizer.bpe import PER_JSON, BPEEncoder, with_added_tokens
 from tinyllm.tokenizer.core import (
     SPACE,
+    TokenFlags,
     Tokenizer,
     need_memory,
     refused,
@@ -45,7 +48,8 @@ _COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _MODELS = ("BPE", "Unigram", "WordLevel")
 _MAX_AFFIX = 64  # characters of what stands before or after parts of words; models have up to 5
 _MAX_AROUND = 1000  # ids that a post-processor may put around a text; models have one or two
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_ENDS = ("bos_token", "eos_token")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def tokenizer_from_directory(path: str | os.PathLike[str]) -> Tokenizer | None:
@@ -75,7 +79,9 @@ class _Settings:
     """What the JSON files next to a vocabulary say."""
 
     values: dict[str, Any]  # tokenizer_config.json over special_tokens_map.json
-    added: dict[int, AddedToken]  # tokens outside the vocabulary file
+    added: dict[int, AddedToken]  # by added_tokens.json and tokenizer_config.json
+    flagged: dict[str, AddedToken]  # those of tokenizer_config.json, which says their flags
+    named: frozenset[str]  # the texts of bos_token, mask_token...: special tokens
     model: dict[str, Any]  # generation_config.json over config.json
     ends: list[int]  # eos_token_id of both
 
@@ -83,29 +89,29 @@ class _Settings:
     def read(cls, folder: Path) -> _Settings:
         values = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
         config, generation = _read_json(folder / "config.json"), _read_json(folder / "generation_config.json")
-        extra = values.get("additional_special_tokens")
-        named = {_content(values.get(name)) for name in _NAMES}
-        named |= {_content(token) for token in extra} if isinstance(extra, list) else set()
+        extra, kinds = values.get("additional_special_tokens"), values.get("extra_special_tokens")
+        named = [token for name, token in values.items() if name.endswith("_token")]
+        named += kinds.values() if isinstance(kinds, dict) else ()
+        names = frozenset(text for token in named if (text := _content(token)))
+        special = names | {_content(token) for token in extra} if isinstance(extra, list) else names
         added: dict[int, AddedToken] = {}
+        flagged: dict[str, AddedToken] = {}
         decoder = values.get("added_tokens_decoder") or {}
         for text, token in _read_json(folder / "added_tokens.json").items():
             if type(token) is not int:
                 raise FormatError(
                     f"{folder / 'added_tokens.json'}: the id of {show(text)} is no whole number"
                 )
-            added[token] = AddedToken(text, special=text in named, normalized=False)
+            added[token] = AddedToken(text, special=text in special, normalized=text not in special)
         for key, token in decoder.items() if isinstance(decoder, dict) else ():
             content = _content(token)
             if not (key.isdecimal() and len(key) < 10 and content and isinstance(token, dict)):
                 raise FormatError(
                     f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no token at {show(key)}"
                 )
-            flags = {
-                name: bool(token.get(name, False))
-                for name in ("lstrip", "rstrip", "single_word", "normalized")
-            }
-            added[int(key)] = AddedToken(
-                content, special=bool(token.get("special")) or content in named, **flags
+            flags = {name: bool(token.get(name, False)) for name in _FLAGS}
+            added[int(key)] = flagged[content] = AddedToken(
+                content, special=bool(token.get("special")) or content in special, **flags
             )
         if added and not 0 <= min(added) <= max(added) < _MAX_VOCABULARY:
             raise FormatError(
@@ -113,7 +119,7 @@ class _Settings:
             )
         ends = [i for source in (config, generation) for i in _as_list(source.get("eos_token_id"))]
         model = config | {key: value for key, value in generation.items() if value is not None}
-        return cls(values, added, model, ends)
+        return cls(values, added, flagged, names, model, ends)
 
     def named_id(self, name: str, id_of: Callable[[str], int | None]) -> int | None:
         """The id of bos_token, eos_token...: by its text, else by the model's config."""
@@ -150,11 +156,9 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
     before, after = _around(backend, file)
     with refused(f"{file}: the tokenizers package fails with it"):
         backend.encode("a", add_special_tokens=False)
-        added_here = sorted(settings.added.items())
-        missing = [(i, token) for i, token in added_here if backend.token_to_id(token.content) is None]
-        backend.add_tokens([token for _, token in missing])
     speller, leading_space = _read_decoder(backend, file)
-
+    with refused(f"{file}: the tokenizers package fails with it"):
+        backend, missing = _with_settings(backend, settings)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     size = settings.n_ids(max(vocabulary.values(), default=-1), folder)
     if outside := [i for i in (*before, *after) if i >= size]:
@@ -174,22 +178,55 @@ def _from_json(folder: Path, settings: _Settings) -> Tokenizer:
                 "%s: the added token %s has the id %d, not %d", file, show(text), vocabulary[text], i
             )
     added = backend.get_added_tokens_decoder()
-    named = {_content(settings.values.get(name)) for name in _NAMES}
-    special = {t.content: i for i, t in added.items() if t.special or t.content in named}
-    bos_id, eos_id = (_in_range(settings.named_id(name, backend.token_to_id), size) for name in _NAMES[:2])
+    special = {token.content: i for i, token in added.items() if token.special}
+    bos_id, eos_id = (_in_range(settings.named_id(name, backend.token_to_id), size) for name in _ENDS)
+    for side, token, around in (("bos", bos_id, before), ("eos", eos_id, after)):
+        wanted = settings.values.get(f"add_{side}_token")
+        if isinstance(wanted, bool) and wanted != (token in around):
+            _log.warning(
+                "%s: tokenizer_config.json says add_%s_token = %s, but the post-processor of tokenizer.json "
+                "adds %s; the post-processor counts, as in transformers 5 (unlike 4)",
+                folder,
+                side,
+                str(wanted).lower(),
+                "none" if wanted else "one",
+            )
     return Tokenizer(
         BPEEncoder(backend),
         speller,
         tokens,
         special_tokens=special,
         literal=added,
-        prefix=settings.around("add_bos_token", bos_id, before),
-        suffix=settings.around("add_eos_token", eos_id, after),
+        prefix=before,
+        suffix=after,
         bos_id=bos_id,
         eos_id=eos_id,
         eos_ids=[i for i in settings.ends if i < size],
         leading_space=leading_space,
     )
+
+
+def _with_settings(
+    backend: tokenizers.Tokenizer, settings: _Settings
+) -> tuple[tokenizers.Tokenizer, list[tuple[int, AddedToken]]]:
+    """The tokenizer with the flags that tokenizer_config.json says, with every token special that it names as
+    one, and with the tokens that tokenizer.json lacks: these as (id, token)."""
+    own = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    missing = [(i, t) for i, t in sorted(settings.added.items()) if backend.token_to_id(t.content) is None]
+    wanted = [settings.flagged.get(token.content, token) for token in own]
+    wanted = [_special(token) if token.content in settings.named else token for token in wanted]
+    # A token for padding may be any ("!"), and is no marker for that.
+    others = settings.named - {token.content for token in own} - {_content(settings.values.get("pad_token"))}
+    wanted += [_special(AddedToken(text)) for text in sorted(others) if backend.token_to_id(text) is not None]
+    wanted += [token for _, token in missing]
+    changed = list(map(repr, wanted)) != list(map(repr, own))
+    return with_added_tokens(backend, wanted) if changed else backend, missing
+
+
+def _special(token: AddedToken) -> AddedToken:
+    """The same token, special; a special one is looked for before the text is normalized."""
+    flags = {name: getattr(token, name) for name in _FLAGS if name != "normalized"}
+    return AddedToken(token.content, special=True, normalized=False, **flags)
 
 
 def _check_file(data: bytes, file: Path) -> list[tuple[str, int]]:
@@ -362,18 +399,17 @@ def _from_sentencepiece(folder: Path, settings: _Settings) -> Tokenizer:
             raise FormatError(f"{file}: the score of its piece {show(tokens[i])} is no number")
     special = {tokens[i]: i for i in range(n_pieces) if processor.is_control(i) or processor.is_unknown(i)}
     always: dict[str, int] = {}
-    rstrip = set()
+    flags: dict[str, TokenFlags] = {}
     for i, token in settings.added.items():
         tokens[i] = token.content
         (special if token.special else always)[token.content] = i
-        if token.rstrip:
-            rstrip.add(token.content)
+        flags[token.content] = TokenFlags(token.lstrip, token.rstrip, token.single_word)
     ids = {text: i for i, text in enumerate(tokens) if text}
-    bos_id, eos_id = (_in_range(settings.named_id(name, ids.get), size) for name in _NAMES[:2])
+    bos_id, eos_id = (_in_range(settings.named_id(name, ids.get), size) for name in _ENDS)
     bos_id = bos_id if bos_id is not None else _in_range(processor.bos_id(), size)
     eos_id = eos_id if eos_id is not None else _in_range(processor.eos_id(), size)
     return Tokenizer(
-        SentencePieceEncoder(processor, always, special, rstrip, inner),
+        SentencePieceEncoder(processor, always, special, flags, inner),
         spell_sentencepiece,
         tokens,
         special_tokens=special,

@@ -1,33 +1,37 @@
 """A tokenizer from the metadata of a GGUF file: tokens, scores or merges, token types and a handful of ids.
 
 Metadata is untrusted: wrong types, lengths and ids are FormatErrors; kinds of tokenizer that are not known,
-UnsupportedErrors. Imports errors and the siblings core, bpe, spm, pretokenizers.
+UnsupportedErrors. A token is what its type says, unless an id of the file or markers.py says that it begins
+or ends a text. Imports errors and the siblings core, bpe, spm, pretokenizers, markers.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, models, normalizers
 
 from tinyllm.errors import FormatError, UnsupportedError
 from tinyllm.files import show
 from tinyllm.tokenizer.bpe import BPEEncoder, need_for_vocabulary
 from tinyllm.tokenizer.core import (
+    SPACE,
     Encoder,
     Speller,
+    TokenFlags,
     Tokenizer,
     byte_of,
     refused,
     spell_byte_level,
     spell_sentencepiece,
 )
-from tinyllm.tokenizer.pretokenizers import PRE_TOKENIZERS
+from tinyllm.tokenizer.markers import CONTROL_ENDS, TURN_ENDS, is_end_of_message, token_flags
+from tinyllm.tokenizer.pretokenizers import PRE_TOKENIZERS, PreTokenizerRule
 from tinyllm.tokenizer.spm import (
     BYTE,
     CONTROL,
@@ -45,26 +49,13 @@ _log = logging.getLogger(__name__)
 _KEY = "tokenizer.ggml."
 _NO_TOKEN = 0xFFFFFFFF
 
-# Tokens that end a text or a turn in the chat formats that are around; files name only one or two of them by
-# id.
-_END_TOKENS = [
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<EOT>",
-    "[EOT]",
-    "[EOS]",
-    "<eos>",
-    "<end_of_utterance>",
-    "<｜end▁of▁sentence｜>",
-]
+# What files may ask for and tinyllm does not do, and what to do about it.
+_NOT_DONE = {
+    "suppress_tokens": "tokens that must never be sampled; pass a logit_bias that excludes them",
+    "normalizer.lowercase": "text in lower case",
+    "normalizer.strip_accents": "text without accents",
+    "precompiled_charsmap": "text rewritten by a compiled table",
+}
 
 
 def tokenizer_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
@@ -80,15 +71,21 @@ def tokenizer_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
     if kind == "llama":
         return _sentencepiece(metadata)
     if kind == "gpt2":
-        return _bpe(metadata)
+        return _bpe(metadata, _rule(metadata))
+    if kind == "gemma4":  # says no tokenizer.ggml.pre
+        if not _flag(metadata, "add_bos_token", True):
+            _log.warning("%sadd_bos_token is false by a mistake of early converters; a BOS is added", _KEY)
+            metadata = metadata | {_KEY + "add_bos_token": True}
+        return _bpe(metadata, PRE_TOKENIZERS[kind])
     raise UnsupportedError(
-        f"{_KEY}model is {show(kind)}; tinyllm reads 'llama' (SentencePiece BPE) and 'gpt2' (byte-level BPE)"
+        f"{_KEY}model is {show(kind)}; tinyllm reads 'llama' (SentencePiece BPE), 'gpt2' (byte-level BPE) "
+        "and 'gemma4'"
     )
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """What both kinds share. Types are corrected: tokens that begin or end a text are control tokens."""
+    """What all kinds share. Types are corrected: tokens that begin or end a text are control tokens."""
 
     tokens: list[str]
     types: list[int]
@@ -103,9 +100,14 @@ class _Vocabulary:
 
 
 def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
+    for name, what in _NOT_DONE.items():
+        value = metadata.get(_KEY + name)
+        if value is not None and value is not False and np.size(value):
+            _log.warning("%s%s asks for %s, which is not done", _KEY, name, what)
     tokens = _strings(metadata, "tokens")
-    types = _numbers(metadata, "token_type", len(tokens), "iu")
-    if types is None:
+    stated = _numbers(metadata, "token_type", len(tokens), "iu")
+    types = list(stated or ())
+    if stated is None:
         types = [NORMAL if byte_of(text) is None else BYTE for text in tokens]
     for i, text in enumerate(tokens):
         if not text:  # files have them where a vocabulary was padded; they can stand for nothing
@@ -119,15 +121,27 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
         _token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")
     )
     if metadata[_KEY + "model"] == "llama":  # without ids, the names that SentencePiece gives them
+        known = {text: i for text, i in ids.items() if stated is None or types[i] in (CONTROL, UNKNOWN)}
         bos_id, eos_id, unk_id = (
-            ids.get(text) if i is None else i
+            known.get(text) if i is None else i
             for i, text in ((bos_id, "<s>"), (eos_id, "</s>"), (unk_id, "<unk>"))
         )
-    ends = {i for i in (eos_id, eot_id, eom_id) if i is not None}
-    ends |= {ids[text] for text in _END_TOKENS if text in ids and types[ids[text]] in (CONTROL, USER_DEFINED)}
-    if {"<|return|>", "<|call|>", "<|end|>"} <= ids.keys():
-        ends.discard(ids["<|end|>"])  # there it ends a message, not the turn
-    for i in ends | ({bos_id} if bos_id is not None else set()):
+    ends = {ids[text] for text in TURN_ENDS if text in ids and types[ids[text]] != UNUSED}
+    ends |= {ids[text] for text in CONTROL_ENDS if text in ids and types[ids[text]] == CONTROL}
+    ends |= {i for i in (eot_id, eom_id) if i is not None}
+    if is_end_of_message(ids):
+        ends.discard(ids["<|end|>"])
+    ends |= {eos_id} if eos_id is not None else set()
+    for i in sorted(ends | ({bos_id} if bos_id is not None else set())):
+        # Added tokens of type USER_DEFINED are a converter's habit; an ordinary one is worth a word.
+        if stated is not None and types[i] == NORMAL:
+            _log.warning(
+                "%stoken_type says that %s, the token %d, is ordinary text; it begins or ends texts, and is "
+                "read as a control token",
+                _KEY,
+                show(tokens[i]),
+                i,
+            )
         types[i] = CONTROL
     if unk_id is not None:
         types[unk_id] = UNKNOWN
@@ -171,7 +185,7 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
         metadata,
         vocabulary,
         SentencePieceEncoder(
-            load_processor(model, _KEY + "tokens"), always, special, _rstrip(metadata, always, special)
+            load_processor(model, _KEY + "tokens"), always, special, token_flags({*always, *special})
         ),
         spell_sentencepiece,
         add_bos=True,
@@ -179,16 +193,7 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     )
 
 
-def _rstrip(metadata: dict[str, Any], always: dict[str, int], special: dict[str, int]) -> set[str]:
-    """Phi-3's special tokens swallow the white space behind them; a GGUF says so by the model's name
-    alone."""
-    name = str(metadata.get("general.name", "")).lower()
-    if "phi-3" not in name and "phi3" not in name:
-        return set()
-    return (always.keys() | special.keys()) - {"<unk>", "<s>", "<|endoftext|>"}
-
-
-def _bpe(metadata: dict[str, Any]) -> Tokenizer:
+def _rule(metadata: dict[str, Any]) -> PreTokenizerRule:
     name = metadata.get(_KEY + "pre")
     if name is None:
         raise UnsupportedError(
@@ -198,8 +203,14 @@ def _bpe(metadata: dict[str, Any]) -> Tokenizer:
     rule = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if rule is None:
         raise UnsupportedError(
-            f"the pre-tokenizer {show(str(name))} ({_KEY}pre) is not one of: {', '.join(PRE_TOKENIZERS)}"
+            f"the pre-tokenizer {show(str(name))} ({_KEY}pre) is none of the {len(PRE_TOKENIZERS)} that "
+            "tinyllm knows, and another rule would give wrong ids; 'default' is what converters that did not "
+            "know the rule wrote"
         )
+    return rule
+
+
+def _bpe(metadata: dict[str, Any], rule: PreTokenizerRule) -> Tokenizer:
     vocabulary = _read_vocabulary(metadata)
     merges = [merge.partition(" ")[::2] for merge in _strings(metadata, "merges")]
     for i, (left, right) in enumerate(merges):
@@ -207,17 +218,67 @@ def _bpe(metadata: dict[str, Any]) -> Tokenizer:
             raise FormatError(
                 f"{_KEY}merges: entry {i}, {show(left or right)}, is not two tokens with a space between"
             )
+    if _flag(metadata, "add_space_prefix", False):
+        _log.warning("%sadd_space_prefix is set, which means nothing to this kind of vocabulary", _KEY)
     always = vocabulary.of_type(USER_DEFINED)
+    if not rule.is_byte_level:  # their own tokenizers look for these as a whole, whatever the merges say
+        always |= {text: i for text, i in vocabulary.of_type(NORMAL).items() if text.strip("\n") == ""}
     special = vocabulary.of_type(CONTROL, UNKNOWN)
     need_for_vocabulary(vocabulary.tokens, merges, [*always, *special])
+    flags = {
+        **{token: TokenFlags(lstrip=True) for token in rule.lstrip},
+        **token_flags({*always, *special}),
+    }
     with refused(f"{_KEY}merges do not fit {_KEY}tokens"):
-        bpe = tokenizers.Tokenizer(
-            models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=rule.ignore_merges)
-        )
+        bpe = _byte_level(vocabulary, merges, rule) if rule.is_byte_level else _spelled(vocabulary, merges)
+    bpe.add_tokens([_added(text, flags) for text in always])
+    bpe.add_special_tokens([_added(text, flags, special=True) for text in special])
+    return _tokenizer(
+        metadata,
+        vocabulary,
+        BPEEncoder(bpe),
+        spell_byte_level if rule.is_byte_level else spell_sentencepiece,
+        add_bos=rule.add_bos,
+    )
+
+
+def _byte_level(
+    vocabulary: _Vocabulary, merges: list[tuple[str, str]], rule: PreTokenizerRule
+) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=rule.ignore_merges)
+    )
     bpe.pre_tokenizer = rule.build()
-    bpe.add_tokens([AddedToken(text, normalized=False) for text in always])
-    bpe.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    return _tokenizer(metadata, vocabulary, BPEEncoder(bpe), spell_byte_level, add_bos=rule.add_bos)
+    return bpe
+
+
+def _spelled(vocabulary: _Vocabulary, merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """A vocabulary in the spelling of SentencePiece, with merges: Gemma's tokenizer.json, in a GGUF."""
+    unknown = vocabulary.of_type(UNKNOWN)
+    unk_id = vocabulary.unk_id if vocabulary.unk_id is not None else next(iter(unknown.values()), None)
+    missing = [f"<0x{i:02X}>" for i in range(256) if f"<0x{i:02X}>" not in vocabulary.ids]
+    if missing and unk_id is None:
+        raise FormatError(
+            f"{_KEY}tokens has no token for the byte {missing[0]} and none for what is unknown: it cannot "
+            "spell every text"
+        )
+    # Some converters write runs of spaces as spaces, and merges with "▁".
+    spaces = {text.replace(" ", SPACE): i for text, i in vocabulary.ids.items() if " " in text}
+    bpe = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={**spaces, **vocabulary.ids},
+            merges=merges,
+            unk_token=None if unk_id is None else vocabulary.tokens[unk_id],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    bpe.normalizer = normalizers.Replace(" ", SPACE)
+    return bpe
+
+
+def _added(text: str, flags: Mapping[str, TokenFlags], special: bool = False) -> AddedToken:
+    return AddedToken(text, normalized=False, special=special, **asdict(flags.get(text, TokenFlags())))
 
 
 def _tokenizer(

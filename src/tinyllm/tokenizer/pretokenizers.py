@@ -1,9 +1,11 @@
-"""How each byte-level BPE vocabulary splits text before it merges: one table, keyed by `tokenizer.ggml.pre`.
+"""How each BPE vocabulary splits text before it merges: one table, keyed by `tokenizer.ggml.pre`.
 
-The rules are facts of the vocabularies, as their own tokenizer.json files state them; the names are those
-that GGUF files carry. A name that is not here is refused, because a wrong rule gives wrong ids and no error.
+The rules are facts of the vocabularies, as their own tokenizer.json files (Kimi's, Bailing's: Python files)
+state them; the names are those that GGUF files carry, and the comment at each entry says the model whose file
+the rule comes from. A name that is not here is refused, because a wrong rule gives wrong ids and no error:
+"default" is what converters wrote where they did not know the rule, and "whitespace" drops what it splits at.
 Normalizers (the NFC of Qwen2 and of the GPT-NeoX family) are not part of a GGUF and, as in llama.cpp, not
-applied to one. Imports nothing of tinyllm. Used by from_gguf.py.
+applied to one. Imports nothing of tinyllm. Used by from_gguf.py and to_gguf.py.
 """
 
 from __future__ import annotations
@@ -31,7 +33,31 @@ _QWEN35 = (
     rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 )
 _SEED_CODER = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
+_UFAKZEKA = rf"{_WORD}|\p{{N}}|{_SYMBOLS}|{_SPACES}"  # Qwen2's, where ' begins a suffix and no contraction
+_MINICPM5 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}+|{_SYMBOLS}|{_SPACES}"
+_JAIS2 = (  # runs of spaces in powers of two
+    rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|\s*[\r\n]+"
+    + "".join(rf"|\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4))
+    + r"|\s{1,2}(?!\S)|\s{1}"
+)
+_BAILING = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
+    r"|\s+(?!\S)|\s+"
+)
+# For words the file has (?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+, the same texts, which it can read in one way only.
+_EXAONE_MOE = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}(?:[\p{{L}}\p{{M}}]| \p{{L}})*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 _GPT4O = rf"{_CASED % (_CONTRACTIONS + '?', _CONTRACTIONS + '?')}|\p{{N}}{{1,3}}|{_PATHS}|{_SPACES}"
+_YOUTU = rf"{_CASED % (_CONTRACTIONS + '?', _CONTRACTIONS + '?')}|\p{{N}}|{_PATHS}|{_SPACES}"
+_KIMI = (  # GPT-4o's words without Chinese characters, which are a word by themselves
+    r"\p{Han}+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+    rf"{_CONTRACTIONS}?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+    rf"{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SYMBOLS}|{_SPACES}"
+)
 _TEKKEN = rf"{_CASED % ('', '')}|\p{{N}}|{_PATHS}|{_SPACES}"
 
 # The cased letters that DeepSeek LLM lists one range after the other.
@@ -53,16 +79,37 @@ _DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
+_SPARK = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+"
+)
+_CJK_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+_YOUTU_SCRIPTS = (  # Korean; punctuation of Chinese texts; Bopomofo; Chinese and Japanese
+    "[\uac00-\ud7a3\u3131-\u318e]+"
+    "|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+    f"|[\u3105-\u312f]+|{_CJK_AND_KANA}"
+)
+_AFMOE_SCRIPTS = (  # Chinese, Japanese, Thai, Lao, Khmer, Burmese, Korean
+    "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e00-\u0e7f"
+    "\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
+)
+# Digits by three from the right, 1|234|567, in steps that take a time that grows with the text and no faster.
+_THREES = (r"\p{N}+", r"\A\p{N}{1,2}(?=(?:\p{N}{3})+\z)", r"\p{N}{3}")
+_BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 
 
 @dataclass(frozen=True)
 class PreTokenizerRule:
     """`build` makes the splitter. `ignore_merges`: a piece that is itself a token is that token, whatever the
-    merges say. `add_bos`: a BOS is due where the file does not say."""
+    merges say. `add_bos`: a BOS is due where the file does not say. `is_byte_level` False: the vocabulary
+    spells characters as they are, a space as "▁", and bytes that no token has as "<0x0A>"; it is not split.
+    `lstrip`: tokens that take the white space before them."""
 
     build: Callable[[], PreTokenizer]
     ignore_merges: bool = False
     add_bos: bool = False
+    is_byte_level: bool = True
+    lstrip: tuple[str, ...] = ()
 
 
 def _gpt2() -> PreTokenizer:
@@ -71,6 +118,14 @@ def _gpt2() -> PreTokenizer:
 
 def _bytes() -> PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def _whole() -> PreTokenizer:
+    return pre_tokenizers.Sequence([])
+
+
+def _punctuation() -> PreTokenizer:
+    return pre_tokenizers.Punctuation(behavior="isolated")
 
 
 def _split(pattern: str) -> PreTokenizer:
@@ -99,10 +154,10 @@ def _falcon() -> PreTokenizer:
 
 _FAMILIES: list[tuple[str, PreTokenizerRule]] = [
     (
-        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
         PreTokenizerRule(_sequence(_LLAMA3, _bytes), ignore_merges=True, add_bos=True),
     ),
-    ("dbrx smaug-bpe", PreTokenizerRule(_sequence(_LLAMA3, _bytes))),
+    ("dbrx smaug-bpe chatglm-bpe", PreTokenizerRule(_sequence(_LLAMA3, _bytes))),
     (
         "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
         PreTokenizerRule(_sequence(_QWEN2, _bytes)),
@@ -139,11 +194,74 @@ _FAMILIES: list[tuple[str, PreTokenizerRule]] = [
         PreTokenizerRule(_sequence("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, _digits, _bytes)),
     ),
     (
-        "deepseek-v3 hunyuan-dense joyai-llm",
+        "deepseek-v3 hunyuan-dense joyai-llm hy_v4",
+        PreTokenizerRule(_sequence(r"\p{N}{1,3}", _CJK_AND_KANA, _DEEPSEEK_V3, _bytes)),
+    ),
+    ("glm4 glm5", PreTokenizerRule(_sequence(_LLAMA3, _bytes), ignore_merges=True)),  # THUDM/glm-4-9b-hf
+    # inceptionai/Jais-2-8B-Chat
+    ("jais-2", PreTokenizerRule(_sequence(_JAIS2, _bytes))),
+    # openbmb/MiniCPM5-1B
+    ("minicpm5", PreTokenizerRule(_sequence(r"\p{N}{1,3}", _MINICPM5, _bytes), ignore_merges=True)),
+    # ufakai/ufakzeka-1
+    ("ufakzeka", PreTokenizerRule(_sequence(_UFAKZEKA, _bytes))),
+    # poolside/Laguna-XS.2
+    ("laguna", PreTokenizerRule(_sequence(r"[^\n]+|[\n]+", _QWEN2, _bytes))),
+    # inclusionAI/Ling-lite
+    ("bailingmoe bailingmoe2 llada-moe", PreTokenizerRule(_sequence(_BAILING, _bytes))),
+    # LGAI-EXAONE/K-EXAONE-236B-A23B
+    ("exaone-moe", PreTokenizerRule(_sequence(_EXAONE_MOE, _bytes))),
+    # ibm-granite/granite-embedding-97m-multilingual-r2
+    ("granite-embed-multi-97m", PreTokenizerRule(_sequence(_GPT4O, _bytes), ignore_merges=True)),
+    # CohereLabs/tiny-aya-base, CohereLabs/North-Mini-Code-1.0
+    (
+        "tiny_aya cohere2moe",
+        PreTokenizerRule(_sequence(r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O, _bytes)),
+    ),
+    # tencent/Youtu-LLM-2B
+    ("youtu", PreTokenizerRule(_sequence(_YOUTU_SCRIPTS, _YOUTU, _bytes), ignore_merges=True)),
+    # moonshotai/Kimi-K2-Base, tokenization_kimi.py
+    ("kimi-k2", PreTokenizerRule(_sequence(_KIMI, _bytes))),
+    # XHToken/Spark-X2.5-1.7B
+    (
+        "spark2_5",
+        PreTokenizerRule(_sequence(r"\p{N}{1,3}", _CJK_AND_KANA, _SPARK, r"\p{N}", _bytes)),
+    ),
+    # arcee-ai/Trinity-Tokenizer
+    ("afmoe", PreTokenizerRule(_sequence(*_THREES, _AFMOE_SCRIPTS, _DEEPSEEK_V3, _bytes))),
+    # UW/OLMo2-8B-SuperBPE-t180k: words run on over spaces
+    ("superbpe", PreTokenizerRule(_sequence(r"\p{N}+", r"(?=(\d{3})+(?!\d))", _bytes))),
+    # bigscience/bloom, LumiOpen/Poro-34B-chat, TurkuNLP/gpt3-finnish-small
+    ("bloom poro-chat gpt3-finnish", PreTokenizerRule(_sequence(_BLOOM, _bytes))),
+    # LumiOpen/Viking-7B
+    ("viking", PreTokenizerRule(_sequence(_BLOOM, _digits, _bytes))),
+    # facebook/chameleon-7b: sentinels and images are tokens of their own
+    (
+        "chameleon",
         PreTokenizerRule(
-            _sequence(r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK_V3, _bytes)
+            _sequence(
+                "<sentinel:[0-9]+>",
+                "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
+                r"([\t\n]|    |  )",
+                _digits,
+                _punctuation,
+                _gpt2,
+            ),
+            add_bos=True,
         ),
     ),
+    # Encoders: jinaai/jina-embeddings-v2-base-es, jinaai/jina-reranker-v1-tiny-en,
+    # sentence-transformers/stsb-roberta-base; answerdotai/ModernBERT-base
+    (
+        "jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe",
+        PreTokenizerRule(_gpt2, lstrip=("<mask>",)),
+    ),
+    ("modern-bert", PreTokenizerRule(_gpt2, lstrip=("[MASK]",))),
+    # google/gemma-4-31B-it, ibm-granite/granite-embedding-311m-multilingual-r2
+    (
+        "gemma4 granite-embed-multi-311m",
+        PreTokenizerRule(_whole, add_bos=True, is_byte_level=False),
+    ),
+    ("sarvam-moe", PreTokenizerRule(_whole, is_byte_level=False)),  # sarvamai/sarvam-30b
 ]
 
 PRE_TOKENIZERS: dict[str, PreTokenizerRule] = {

@@ -14,16 +14,22 @@ import re
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
 
 from sentencepiece import SentencePieceProcessor
 
-from tinyllm.tokenizer.core import refused
+from tinyllm.tokenizer.core import TokenFlags, refused
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, and of GGUF tokens
 
 _BPE = 2  # TrainerSpec.model_type
-_WHITE_SPACE = re.compile(r"\s*")
+_PLAIN = TokenFlags()
+# White space and characters of words as the tokenizers package has them (Unicode's; Python's differ).
+_WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | frozenset(
+    map(chr, range(0x2000, 0x200B))
+)
+_WORD = ("L", "M", "Nd", "Nl", "Pc")
 
 
 class _Door:
@@ -64,8 +70,8 @@ class SentencePieceEncoder:
 
     Each part is encoded as a text of its own, so it gets a space prefix if the model has one: llama.cpp does
     the same, and Hugging Face with its default `legacy` tokenizers. `inner`, where given, is the processor
-    for the parts that do not begin the text (Hugging Face with legacy=False). White space after a token in
-    `rstrip` goes.
+    for the parts that do not begin the text (Hugging Face with legacy=False). `flags` says which tokens take
+    white space with them or stand alone.
     """
 
     def __init__(
@@ -73,27 +79,33 @@ class SentencePieceEncoder:
         processor: SentencePieceProcessor,
         always: Mapping[str, int],
         special: Mapping[str, int],
-        rstrip: Collection[str] = (),
+        flags: Mapping[str, TokenFlags] | None = None,
         inner: SentencePieceProcessor | None = None,
     ) -> None:
         self._first = processor
         self._inner = inner or processor
         self._ids = {**always, **special}
         self._find = {False: _any_of(always), True: _any_of(self._ids)}
-        self._rstrip = frozenset(rstrip)
+        self._flags = dict(flags or {})
 
     def __call__(self, text: str, special: bool) -> list[int]:
         find = self._find[bool(special)]
         ids: list[int] = []
-        at = 0
+        done = at = 0  # what is encoded, what is searched
         while found := find(text, at):
             start, token = found
-            ids += self._part(text, at, start)
-            ids.append(self._ids[token])
             at = start + len(token)
-            if token in self._rstrip:
-                at = _WHITE_SPACE.match(text, at).end()  # type: ignore[union-attr]
-        return ids + self._part(text, at, len(text))
+            flags = self._flags.get(token, _PLAIN)
+            if flags.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[at : at + 1])):
+                continue
+            while flags.lstrip and start > done and text[start - 1] in _WHITE_SPACE:
+                start -= 1
+            while flags.rstrip and text[at : at + 1] in _WHITE_SPACE:
+                at += 1
+            ids += self._part(text, done, start)
+            ids.append(self._ids[token])
+            done = at
+        return ids + self._part(text, done, len(text))
 
     def _part(self, text: str, start: int, end: int) -> list[int]:
         if start == end:
@@ -102,6 +114,13 @@ class SentencePieceEncoder:
         with _door, refused("the model's tokenizer cannot encode this text"):
             ids: list[int] = processor.encode(text[start:end])
         return ids
+
+
+def _is_word(character: str) -> bool:
+    """Whether a character, or none at all, is part of a word."""
+    if not character:
+        return False
+    return character in "\u200c\u200d" or unicodedata.category(character).startswith(_WORD)
 
 
 def _any_of(tokens: Iterable[str]) -> Callable[[str, int], tuple[int, str] | None]:

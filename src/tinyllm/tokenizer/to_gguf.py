@@ -1,13 +1,14 @@
 """The tokenizer of a Hugging Face directory as GGUF metadata, the way llama.cpp's converter writes it.
 
 What comes out is read back by from_gguf.py and must give the ids that the directory's own tokenizer gives,
-on a battery of texts: a tokenizer that GGUF cannot express is refused, not approximated. Imports errors and
-siblings.
+on a battery of texts: a tokenizer that GGUF cannot express is refused, not approximated. What it cannot say
+of single tokens is logged. Imports errors and siblings.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ import tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.files import is_there
+from tinyllm.files import is_there, show, show_some
 from tinyllm.tokenizer.core import Tokenizer, byte_of
 from tinyllm.tokenizer.from_directory import tokenizer_from_directory
 from tinyllm.tokenizer.from_gguf import tokenizer_from_gguf
+from tinyllm.tokenizer.markers import TURN_ENDS
 from tinyllm.tokenizer.pretokenizers import PRE_TOKENIZERS
 from tinyllm.tokenizer.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, load_processor
+
+_log = logging.getLogger(__name__)
 
 _KEY = "tokenizer.ggml."
 
@@ -34,7 +38,7 @@ BATTERY = (
     "!!! ... ?!\n --- ===\n\n (a) [b] {c}",
     "日本語のテキスト 한국어 中文字符。，「」 ไทย हिन्दी עברית العربية",
     "emoji 🙂👍🏽 e\u0308 \u00a0nbsp\u3000wide", "def f(x):\n    return x**2  # ok\n\t\tif x_1 != 'y':",
-    "$5 €6.70 50% #tag @me", "   leading", "ﬁ ½ Ⅷ ① x² H₂O",
+    "$5 €6.70 50% #tag @me", "   leading", "x  12   3", "ﬁ ½ Ⅷ ① x² H₂O",
 )  # fmt: skip
 
 
@@ -61,8 +65,11 @@ def _ids(tokenizer: Tokenizer) -> dict[str, Any]:
         _KEY + "add_bos_token": tokenizer.bos_id is not None and prefix[:1] == [tokenizer.bos_id],
         _KEY + "add_eos_token": tokenizer.eos_id is not None and suffix[-1:] == [tokenizer.eos_id],
     }
-    others = sorted(tokenizer.eos_ids - {tokenizer.eos_id})
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "eot": others[0] if others else None}
+    # There is room for three; those that are known by their names need none.
+    named = {tokenizer.id_of(text) for text in TURN_ENDS}
+    others = sorted(tokenizer.eos_ids - {tokenizer.eos_id}, key=lambda i: (i in named, i))
+    eot, eom = [*others, None, None][:2]
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "eot": eot, "eom": eom}
     return entries | {f"{_KEY}{name}_token_id": i for name, i in ids.items() if i is not None}
 
 
@@ -151,7 +158,8 @@ def _rule(file: Path, model: Mapping[str, Any]) -> str:
     backend = tokenizers.Tokenizer.from_file(str(file))
     wanted = _splits(backend.pre_tokenizer)
     ignore_merges = bool(model.get("ignore_merges", False))
-    fitting = [name for name, rule in PRE_TOKENIZERS.items() if _splits(rule.build()) == wanted]
+    rules = {name: rule for name, rule in PRE_TOKENIZERS.items() if rule.is_byte_level}
+    fitting = [name for name, rule in rules.items() if _splits(rule.build()) == wanted]
     exact = [name for name in fitting if PRE_TOKENIZERS[name].ignore_merges == ignore_merges]
     if not exact:
         raise UnsupportedError(
@@ -178,3 +186,22 @@ def _verify(folder: Path, tokenizer: Tokenizer, entries: dict[str, Any]) -> None
                 f"{folder}: this tokenizer cannot be written as GGUF: {text!r} would become {ours[:12]}, not "
                 f"{theirs[:12]}"
             )
+    if lost := sorted(tokenizer.eos_ids - written.eos_ids):
+        _log.warning(
+            "%s: a GGUF file names three tokens that end a text; %s will not end one in the file written",
+            folder,
+            show_some([show(tokenizer.token_text(i)) for i in lost]),
+        )
+    around = {text: f"x {text} y" for i in sorted(tokenizer._literal) if (text := tokenizer.token_text(i))}
+    if not _agree(tokenizer, written, "".join(around.values())):
+        others = [show(token) for token, text in around.items() if not _agree(tokenizer, written, text)]
+        _log.warning(
+            "%s: a GGUF file cannot say what becomes of the space beside %s: prompts with them will have "
+            "other ids in the file written",
+            folder,
+            show_some(others or ["added tokens"]),
+        )
+
+
+def _agree(a: Tokenizer, b: Tokenizer, text: str) -> bool:
+    return a.encode(text, bos=False, special=True) == b.encode(text, bos=False, special=True)
