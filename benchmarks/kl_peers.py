@@ -6,7 +6,7 @@ The truth is the float file run by tinyllm with a float32 cache: float32 activat
 other file is run by both engines with the same cache type. Printed are the KL divergence of each from the
 truth, the mean difference of the two token by token, and llama.cpp's divergence from its own run of the
 float file. Windows are llama-perplexity's. Needs llama-cpp-python (PYTHONPATH may say where its modules
-are). Imports tinyllm.quality.
+are). Imports tinyllm.measure.quality.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/quantize_peers.py model-f16.gguf q4_0 q4_k_m
 
 Both write the same types with the same number of threads, in alternating turns; printed are medians. Needs
-llama-cpp-python (PYTHONPATH may say where its modules are). Imports tinyllm.mixes.
+llama-cpp-python (PYTHONPATH may say where its modules are). Imports tinyllm.quantization.mixes.
 """
 
 from __future__ import annotations

@@ -419,43 +419,96 @@ Bytes convert(const Bytes &data, int source_format, int format, size_t rows, siz
     return out;
 }
 
-py::tuple sample(const Floats &logits, float temperature, int top_k, float top_p, float min_p, float typical_p,
-                 float repetition_penalty, float presence_penalty, float frequency_penalty, const Ints &bias_tokens,
-                 const Floats &bias, const Ints &history, uint64_t seed, uint64_t position,
-                 const std::optional<double> &total) {
-    Call call;
-    if (bias_tokens.size() != bias.size()) raise_argument("bias_tokens and bias must be of one length");
-    tl_sampling sampling{temperature,
-                         top_k,
-                         top_p,
-                         min_p,
-                         typical_p,
-                         repetition_penalty,
-                         presence_penalty,
-                         frequency_penalty,
-                         static_cast<int>(bias.size()),
-                         bias_tokens.data(),
-                         bias.data()};
-    int n = static_cast<int>(logits.size());
-    std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n)]); // uninitialized on purpose: it is large
-    tl_sampled sampled{};
-    tl_message message;
-    tl_status status;
-    {
-        Released released(call);
-        status = tl_sample(&sampled, logits.data(), n, &sampling, history.data(), static_cast<int>(history.size()),
-                           seed, position, total ? &*total : nullptr, scratch.get(), &message);
+using Sequences = std::vector<std::vector<int32_t>>;
+
+// Sequences one after another, as C takes them.
+struct Flat {
+    std::vector<int32_t> ids, ends;
+
+    explicit Flat(const Sequences &sequences) {
+        for (const std::vector<int32_t> &sequence : sequences) {
+            ids.insert(ids.end(), sequence.begin(), sequence.end());
+            ends.push_back(static_cast<int32_t>(ids.size()));
+        }
     }
-    if (status != TL_OK) raise(status, message);
-    return py::make_tuple(sampled.token, sampled.logprob);
-}
+    tl_sequences view() const { return {static_cast<int>(ends.size()), ids.data(), ends.data()}; }
+};
+
+// What a text asks of sampling: made once, used for each of its tokens, by any thread.
+class Sampling {
+  public:
+    Sampling(float temperature, int top_k, float top_p, float min_p, float typical_p, float repetition_penalty,
+             float presence_penalty, float frequency_penalty, int penalty_window, float xtc_probability,
+             float xtc_threshold, std::vector<int32_t> bias_tokens, std::vector<float> bias, int no_repeat_ngram_size,
+             const Sequences &bad_words, float dry_multiplier, float dry_base, int dry_allowed_length,
+             int dry_penalty_last_n, Sequences breakers, uint64_t seed)
+        : bias_tokens(std::move(bias_tokens)), bias(std::move(bias)), bad_words(bad_words),
+          breakers(sorted(std::move(breakers))), seed(seed) {
+        if (this->bias_tokens.size() != this->bias.size()) raise_argument("bias_tokens and bias must be of one length");
+        settings.temperature = temperature;
+        settings.top_k = top_k;
+        settings.top_p = top_p;
+        settings.min_p = min_p;
+        settings.typical_p = typical_p;
+        settings.repetition_penalty = repetition_penalty;
+        settings.presence_penalty = presence_penalty;
+        settings.frequency_penalty = frequency_penalty;
+        settings.penalty_window = penalty_window;
+        settings.xtc_probability = xtc_probability;
+        settings.xtc_threshold = xtc_threshold;
+        settings.n_bias = static_cast<int>(this->bias.size());
+        settings.bias_tokens = this->bias_tokens.data();
+        settings.bias = this->bias.data();
+        settings.no_repeat_ngram_size = no_repeat_ngram_size;
+        settings.bad_words = this->bad_words.view();
+        settings.dry_multiplier = dry_multiplier;
+        settings.dry_base = dry_base;
+        settings.dry_allowed_length = dry_allowed_length;
+        settings.dry_penalty_last_n = dry_penalty_last_n;
+        settings.breakers = this->breakers.view();
+    }
+    Sampling(const Sampling &) = delete;
+
+    py::tuple sample(const Floats &logits, const Ints &history, uint64_t position, const Ints &banned,
+                     const std::optional<double> &total) const {
+        Call call;
+        tl_sampling s = settings;
+        s.n_banned = static_cast<int>(banned.size());
+        s.banned = banned.data();
+        int n = static_cast<int>(logits.size()), n_history = static_cast<int>(history.size());
+        // Uninitialized on purpose: it is large.
+        std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n, n_history)]);
+        tl_sampled sampled{};
+        tl_message message;
+        tl_status status;
+        {
+            Released released(call);
+            status = tl_sample(&sampled, logits.data(), n, &s, history.data(), n_history, seed, position,
+                               total ? &*total : nullptr, scratch.get(), &message);
+        }
+        if (status != TL_OK) raise(status, message);
+        return py::make_tuple(sampled.token, sampled.logprob);
+    }
+
+  private:
+    static Sequences sorted(Sequences sequences) {
+        std::sort(sequences.begin(), sequences.end());
+        return sequences;
+    }
+
+    const std::vector<int32_t> bias_tokens;
+    const std::vector<float> bias;
+    const Flat bad_words, breakers;
+    const uint64_t seed;
+    tl_sampling settings{};
+};
 
 py::tuple top_logprobs(const Floats &logits, int k, const std::optional<double> &total) {
     int n = static_cast<int>(logits.size());
     if (k < 0 || k > n) raise_argument("k must be in 0.." + std::to_string(n));
     Ints tokens(k);
     Floats logprobs(k);
-    std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n)]); // uninitialized on purpose: it is large
+    std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n, 0)]); // uninitialized on purpose: it is large
     tl_message message;
     tl_status status = tl_top_logprobs(tokens.mutable_data(), logprobs.mutable_data(), k, logits.data(), n,
                                        total ? &*total : nullptr, scratch.get(), &message);
@@ -560,10 +613,17 @@ PYBIND11_MODULE(_core, m) {
     m.def("pack_unpack", &pack_unpack, py::arg("data"), py::arg("format"), py::arg("rows"), py::arg("k"));
     m.def("convert", &convert, py::arg("data"), py::arg("source_format"), py::arg("format"), py::arg("rows"),
           py::arg("k"), py::arg("importance"), py::arg("threads"));
-    m.def("sample", &sample, py::arg("logits"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-          py::arg("min_p"), py::arg("typical_p"), py::arg("repetition_penalty"), py::arg("presence_penalty"),
-          py::arg("frequency_penalty"), py::arg("bias_tokens"), py::arg("bias"), py::arg("history"), py::arg("seed"),
-          py::arg("position"), py::arg("total") = py::none());
+    py::class_<Sampling>(m, "Sampling")
+        .def(py::init<float, int, float, float, float, float, float, float, int, float, float, std::vector<int32_t>,
+                      std::vector<float>, int, const Sequences &, float, float, int, int, Sequences, uint64_t>(),
+             py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("typical_p"),
+             py::arg("repetition_penalty"), py::arg("presence_penalty"), py::arg("frequency_penalty"),
+             py::arg("penalty_window"), py::arg("xtc_probability"), py::arg("xtc_threshold"), py::arg("bias_tokens"),
+             py::arg("bias"), py::arg("no_repeat_ngram_size"), py::arg("bad_words"), py::arg("dry_multiplier"),
+             py::arg("dry_base"), py::arg("dry_allowed_length"), py::arg("dry_penalty_last_n"), py::arg("breakers"),
+             py::arg("seed"))
+        .def("sample", &Sampling::sample, py::arg("logits"), py::arg("history"), py::arg("position"), py::arg("banned"),
+             py::arg("total") = py::none());
     m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"), py::arg("total") = py::none());
     m.def("logprob", &logprob, py::arg("logits"), py::arg("token"));
     m.def("random", &tl_random, py::arg("seed"), py::arg("position"));

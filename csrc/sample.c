@@ -1,5 +1,6 @@
-// sample.c: from a row of logits to the next token, and the random numbers for it. Includes tinyllm.h only;
-// docs/sampling.md describes the steps to users, src/tinyllm/sampling.py is the caller.
+// sample.c: from a row of logits to the next token, and the random numbers for it. What the text so far does to
+// the logits is repetition.c; docs/sampling.md describes the steps to users, src/tinyllm/engine/sampling.py is the
+// caller.
 //
 // The same inputs give the same token on every machine: nothing here but + - * / of IEEE numbers in a written
 // order, with exp and log of our own. Every filter after typical_p keeps a prefix of the candidates in
@@ -8,7 +9,7 @@
 #include <float.h>
 #include <math.h>
 #include <string.h>
-#include "tinyllm.h"
+#include "repetition.h"
 
 #define LANES 16
 #define BLOCK 64 // logits that share a maximum in workspace.block_max
@@ -21,18 +22,21 @@ typedef struct ranked {
 } ranked;
 
 typedef struct workspace {
-    float *logits;        // [n] after bias and penalties
+    float *logits;        // [n] after bias, bans and penalties
     float *block_max;     // [n / 64, rounded up]
     float *weights;       // [n] of the candidates
-    int32_t *ids;         // [n] of the candidates; before that, counts of the history
+    int32_t *ids;         // [n] of the candidates; before that, repetition.c's
     ranked *list, *spare; // [n] each
+    int32_t *matches;     // [n_history]
 } workspace;
 
 static size_t block_count(int n) { return ((size_t)n + BLOCK - 1) / BLOCK; }
 
-size_t tl_sample_scratch(int n) {
+size_t tl_sample_scratch(int n, int n_history) {
     if (n <= 0) return 0;
-    return block_count(n) * sizeof(float) + (size_t)n * (2 * sizeof(float) + sizeof(int32_t) + 2 * sizeof(ranked));
+    size_t of_history = n_history > 0 ? (size_t)n_history * sizeof(int32_t) : 0;
+    return block_count(n) * sizeof(float) + (size_t)n * (2 * sizeof(float) + sizeof(int32_t) + 2 * sizeof(ranked)) +
+           of_history;
 }
 
 static workspace workspace_in(void *scratch, int n) {
@@ -43,16 +47,17 @@ static workspace workspace_in(void *scratch, int n) {
     w.ids = (int32_t *)(w.weights + n);
     w.list = (ranked *)(w.ids + n);
     w.spare = w.list + n;
+    w.matches = (int32_t *)(w.spare + n);
     return w;
 }
 
 // ---- numbers ------------------------------------------------------------------------------------------
 
 // Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): key = seed,
-// counter = position.
-double tl_random(uint64_t seed, uint64_t position) {
+// counter = position. 128 bits, of which the draw takes the first 64 and XTC the others.
+static void philox(uint32_t c[4], uint64_t seed, uint64_t position) {
     uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
-    uint32_t c[4] = {(uint32_t)position, (uint32_t)(position >> 32), 0, 0};
+    c[0] = (uint32_t)position, c[1] = (uint32_t)(position >> 32), c[2] = 0, c[3] = 0;
     for (int round = 0; round < 10; round++) {
         uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
         c[0] = (uint32_t)(b >> 32) ^ c[1] ^ key[0];
@@ -62,7 +67,14 @@ double tl_random(uint64_t seed, uint64_t position) {
         key[0] += 0x9E3779B9u;
         key[1] += 0xBB67AE85u;
     }
-    return (double)(((uint64_t)c[1] << 32 | c[0]) >> 11) * 0x1p-53;
+}
+
+static double uniform(uint32_t low, uint32_t high) { return (double)(((uint64_t)high << 32 | low) >> 11) * 0x1p-53; }
+
+double tl_random(uint64_t seed, uint64_t position) {
+    uint32_t c[4];
+    philox(c, seed, position);
+    return uniform(c[0], c[1]);
 }
 
 // Where exponents stop: e^-87 next to the 1 of the maximum is nothing, even in double, and no number is
@@ -232,24 +244,26 @@ static tl_status check(int n, const tl_sampling *s, const int32_t *history, int 
         return tl_fail(message, TL_ARGUMENT, "min_p is %g, expected 0 to 1", (double)s->min_p);
     if (!(s->typical_p >= 0 && s->typical_p <= 1))
         return tl_fail(message, TL_ARGUMENT, "typical_p is %g, expected 0 to 1", (double)s->typical_p);
-    if (!(s->repetition_penalty > 0 && s->repetition_penalty <= FLT_MAX))
-        return tl_fail(message, TL_ARGUMENT, "repetition_penalty is %g, expected more than 0",
-                       (double)s->repetition_penalty);
-    if (!isfinite(s->presence_penalty) || !isfinite(s->frequency_penalty))
-        return tl_fail(message, TL_ARGUMENT, "presence_penalty is %g and frequency_penalty %g, expected finite numbers",
-                       (double)s->presence_penalty, (double)s->frequency_penalty);
-    if (s->n_bias < 0 || n_history < 0)
-        return tl_fail(message, TL_ARGUMENT, "there are %d biases and %d tokens of history, expected 0 or more",
-                       s->n_bias, n_history);
+    if (!(s->xtc_probability >= 0 && s->xtc_probability <= 1))
+        return tl_fail(message, TL_ARGUMENT, "xtc_probability is %g, expected 0 to 1", (double)s->xtc_probability);
+    if (!(s->xtc_threshold >= 0 && s->xtc_threshold <= 1))
+        return tl_fail(message, TL_ARGUMENT, "xtc_threshold is %g, expected 0 to 1", (double)s->xtc_threshold);
+    if (s->n_bias < 0 || s->n_banned < 0 || n_history < 0)
+        return tl_fail(message, TL_ARGUMENT,
+                       "there are %d biases, %d banned tokens and %d tokens of history, expected 0 or more", s->n_bias,
+                       s->n_banned, n_history);
     for (int i = 0; i < s->n_bias; i++)
         if (s->bias_tokens[i] < 0 || s->bias_tokens[i] >= n)
             return tl_fail(message, TL_ARGUMENT, "the logit bias names token %d, expected 0 to %d", s->bias_tokens[i],
                            n - 1);
+    for (int i = 0; i < s->n_banned; i++)
+        if (s->banned[i] < 0 || s->banned[i] >= n)
+            return tl_fail(message, TL_ARGUMENT, "the banned tokens name %d, expected 0 to %d", s->banned[i], n - 1);
     for (int i = 0; i < n_history; i++)
         if (history[i] < 0 || history[i] >= n)
             return tl_fail(message, TL_ARGUMENT, "token %d of the history is %d, expected 0 to %d", i, history[i],
                            n - 1);
-    return TL_OK;
+    return tl_check_repetition(n, s, message);
 }
 
 static tl_status check_total(const double *total, tl_message *message) {
@@ -257,25 +271,11 @@ static tl_status check_total(const double *total, tl_message *message) {
     return tl_fail(message, TL_ARGUMENT, "among the logits is NaN or +inf, or all are -inf: leave a token to choose");
 }
 
-static int penalizes(const tl_sampling *s) {
-    return s->repetition_penalty != 1 || s->presence_penalty != 0 || s->frequency_penalty != 0;
-}
-
-// Logit bias, then penalties: x / r above 0 and x * r below (arXiv 1909.05858, its extension to negative
-// logits as commonly done), then x - presence - count * frequency.
-static void adjust(float *x, int32_t *counts, const tl_sampling *s, const int32_t *history, int n_history) {
-    for (int i = 0; i < s->n_bias; i++) x[s->bias_tokens[i]] += s->bias[i];
-    if (!penalizes(s)) return;
-    for (int i = 0; i < n_history; i++) counts[history[i]] = 0;
-    for (int i = 0; i < n_history; i++) counts[history[i]]++;
-    for (int i = 0; i < n_history; i++) {
-        float *logit = &x[history[i]];
-        int32_t count = counts[history[i]];
-        if (!count) continue;
-        counts[history[i]] = 0;
-        *logit = *logit > 0 ? *logit / s->repetition_penalty : *logit * s->repetition_penalty;
-        *logit -= s->presence_penalty + (float)count * s->frequency_penalty;
-    }
+// Logit bias, then bans, then what the text so far asks for.
+static void adjust(const workspace *w, const tl_sampling *s, const int32_t *history, int n_history) {
+    for (int i = 0; i < s->n_bias; i++) w->logits[s->bias_tokens[i]] += s->bias[i];
+    for (int i = 0; i < s->n_banned; i++) w->logits[s->banned[i]] = -INFINITY;
+    tl_mind_history(w->logits, s, history, n_history, w->ids, w->matches);
 }
 
 static double sum(const float *weights, int count) {
@@ -325,6 +325,15 @@ static int keep_min_p(const float *weights, int count, float min_p) {
     return kept;
 }
 
+// Exclude top choices (XTC of p-e-w, text-generation-webui, pull request 6335): of the candidates with at least
+// the probability threshold all but the least likely go. Returns how many; they come first.
+static int n_excluded(const float *weights, int count, double threshold) {
+    double least = threshold * sum(weights, count);
+    int n = 0;
+    while (n + 1 < count && (double)weights[n + 1] >= least) n++;
+    return n;
+}
+
 // No token below this survives min_p or, as the tokens under (1 - top_p) / n hold less than 1 - top_p
 // together, top_p. Half of each, as the comparisons that decide are rounded.
 static float mass_threshold(const tl_sampling *s, int n, float max, double total) {
@@ -335,8 +344,11 @@ static float mass_threshold(const tl_sampling *s, int n, float max, double total
     return share > 0 ? (float)((double)max + log_positive(share / 2)) : -FLT_MAX;
 }
 
-// top_k, typical_p, top_p, min_p, temperature, draw. x [n] has its maxima in w->block_max.
-static int32_t draw(const workspace *w, const float *x, int n, float max, const tl_sampling *s, double u) {
+// top_k, typical_p, top_p, min_p, XTC, temperature, draw. x [n] has its maxima in w->block_max.
+static int32_t draw(const workspace *w, const float *x, int n, float max, const tl_sampling *s, uint64_t seed,
+                    uint64_t position) {
+    uint32_t random[4];
+    philox(random, seed, position);
     int by_rank = s->top_k > 0 && s->top_k < n;
     double total = by_rank ? 0 : exp_sum(x, n, max);
     float threshold = by_rank ? kth_threshold(w, n, s->top_k) : mass_threshold(s, n, max, total);
@@ -352,17 +364,23 @@ static int32_t draw(const workspace *w, const float *x, int n, float max, const 
     if (s->top_p < 1) count = keep_top_p(w->weights, count, total, (double)s->top_p);
     if (s->min_p > 0) count = keep_min_p(w->weights, count, s->min_p);
 
-    float most = x[w->ids[0]];
-    for (int i = 0; i < count; i++) w->weights[i] = exp_of(exponent((x[w->ids[i]] - most) / s->temperature));
-    double target = u * sum(w->weights, count), reached = 0;
+    const int32_t *ids = w->ids;
+    if (s->xtc_threshold <= 0.5f && uniform(random[2], random[3]) < (double)s->xtc_probability) {
+        int n_gone = n_excluded(w->weights, count, (double)s->xtc_threshold);
+        ids += n_gone, count -= n_gone;
+    }
+
+    float most = x[ids[0]];
+    for (int i = 0; i < count; i++) w->weights[i] = exp_of(exponent((x[ids[i]] - most) / s->temperature));
+    double target = uniform(random[0], random[1]) * sum(w->weights, count), reached = 0;
     int last = 0; // the end, where rounding leaves the target unreached
     for (int i = 0; i < count; i++) {
         double before = reached;
         reached += (double)w->weights[i];
-        if (reached > target) return w->ids[i];
+        if (reached > target) return ids[i];
         if (reached > before) last = i;
     }
-    return w->ids[last];
+    return ids[last];
 }
 
 static int32_t first_of(const float *x, const float *block_max, float value) {
@@ -385,15 +403,15 @@ tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampli
     status = scan_checked(&own_max, logits, n, w.block_max, "", message);
     if (status) return status;
     max = own_max;
-    if (sampling->n_bias || (n_history && penalizes(sampling))) {
+    if (sampling->n_bias || sampling->n_banned || tl_minds_history(sampling)) {
         memcpy(w.logits, logits, (size_t)n * sizeof(float));
-        adjust(w.logits, w.ids, sampling, history, n_history);
+        adjust(&w, sampling, history, n_history);
         x = w.logits;
-        status = scan_checked(&max, x, n, w.block_max, " after logit bias and penalties", message);
+        status = scan_checked(&max, x, n, w.block_max, " after logit bias, bans and penalties", message);
         if (status) return status;
     }
-    out->token = sampling->temperature > 0 ? draw(&w, x, n, max, sampling, tl_random(seed, position))
-                                           : first_of(x, w.block_max, max);
+    out->token =
+        sampling->temperature > 0 ? draw(&w, x, n, max, sampling, seed, position) : first_of(x, w.block_max, max);
     out->logprob = (float)((double)logits[out->token] - (double)own_max -
                            log_positive(total ? *total : exp_sum(logits, n, own_max)));
     return TL_OK;

@@ -374,9 +374,17 @@ tl_status tl_read_bandwidth(double *gb_s, size_t n_bytes, int threads, int repet
 tl_status tl_multiply_rate(double *gmac_s, int floats, int threads, int repetitions, tl_message *message);
 
 // ---- sampling ------------------------------------------------------------------------------------------------------
-// The steps, in this order: logit bias, penalties, temperature 0 stops here (greedy), top_k, typical_p,
-// top_p, min_p, temperature, draw. Filters look at the distribution at temperature 1. (sample.c,
-// docs/sampling.md)
+// The steps, in this order: logit bias, bans, penalties, n-grams, bad words, DRY, temperature 0 stops here (greedy),
+// top_k, typical_p, top_p, min_p, XTC, temperature, draw. Filters look at the distribution at temperature 1. (sample.c,
+// repetition.c, docs/sampling.md)
+
+// Sequences of tokens, one after another in ids: sequence i ends before ids[ends[i]], where the next one begins.
+typedef struct tl_sequences {
+    int n;
+    const int32_t *ids;
+    const int32_t *ends; // [n], ascending, as no sequence is empty
+} tl_sequences;
+
 typedef struct tl_sampling {
     float temperature;                         // 0: greedy
     int top_k;                                 // 0: off
@@ -384,9 +392,19 @@ typedef struct tl_sampling {
     float typical_p;                           // 1: off
     float repetition_penalty;                  // 1: off (arXiv 1909.05858)
     float presence_penalty, frequency_penalty; // 0: off
+    int penalty_window;                        // how many of the last tokens these three look at; -1: all
+    float xtc_probability, xtc_threshold;      // 0, more than 0.5: off
     int n_bias;
     const int32_t *bias_tokens; // [n_bias]
     const float *bias;          // [n_bias] added to the logits
+    int n_banned;
+    const int32_t *banned;                      // [n_banned] tokens that must not come
+    int no_repeat_ngram_size;                   // so many tokens in a row come once only; 0: off
+    tl_sequences bad_words;                     // that must not be completed
+    float dry_multiplier;                       // 0: off
+    float dry_base;                             // at least 1
+    int dry_allowed_length, dry_penalty_last_n; // tokens; -1: the whole text
+    tl_sequences breakers;                      // of DRY, ascending by their first token
 } tl_sampling;
 
 typedef struct tl_sampled {
@@ -394,17 +412,19 @@ typedef struct tl_sampled {
     float logprob; // of the model's own distribution: log softmax of the logits as given
 } tl_sampled;
 
-// Chooses the next token. logits [n] are left as they are. history [n_history]: the tokens penalties look at.
-// The draw depends on (seed, position) only. scratch: tl_sample_scratch(n) bytes, aligned to 4; what they
+// Chooses the next token. logits [n] are left as they are. history [n_history]: the tokens so far, or as many of the
+// last as the steps look at.
+// The draw depends on (seed, position) only. scratch: tl_sample_scratch(n, n_history) bytes, aligned to 4; what they
 // hold does not matter. A logit of -inf is a masked token. NaN or +inf among the logits, or nothing but -inf,
 // is TL_ARGUMENT. total: logits are only the largest of a row, in order, and this is the row's sum (tl_batch); NULL: they
-// are all. The largest top_k + 1 (of greedy choice: 1) give the same as all, if nothing is biased or penalized.
-size_t tl_sample_scratch(int n);
+// are all. The largest top_k + 1 (of greedy choice: 1) give the same as all, and one more for each that is banned, if
+// nothing else changes logits.
+size_t tl_sample_scratch(int n, int n_history);
 tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampling *sampling, const int32_t *history,
                     int n_history, uint64_t seed, uint64_t position, const double *total, void *scratch,
                     tl_message *message);
 // The k most likely tokens of the model's own distribution, most likely first (ties: lower id first): tokens
-// [k], logprobs [k], 1 <= k <= n. Errors and scratch as above.
+// [k], logprobs [k], 1 <= k <= n. Errors and scratch as above, without a history.
 tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, const double *total,
                           void *scratch, tl_message *message);
 // Uniform in [0, 1) from a counter-based generator.

@@ -43,20 +43,11 @@ def error(spec: Spec, path: Path) -> float:
     raise KeyError(spec.name)
 
 
-def written(spec: Spec, folder: Path) -> Path:
-    """The model in float32, as safetensors where they can be."""
-    if spec.in_float_hf:
-        return golden_model(spec, folder)
-    write_gguf(folder / "model.gguf", spec.config, random_weights(spec.config, spec.seed))
-    return folder / "model.gguf"
-
-
-def errors(spec: Spec) -> tuple[float | None, float | None]:
+def errors(spec: Spec) -> tuple[float, float | None]:
     """From safetensors, and from GGUF, where there are such."""
-    from_hf = from_gguf = None
+    from_gguf = None
     with tempfile.TemporaryDirectory() as folder:
-        if spec.in_float_hf:
-            from_hf = error(spec, golden_model(spec, Path(folder) / "hf"))
+        from_hf = error(spec, golden_model(spec, Path(folder) / "hf"))
         if spec.in_gguf:
             path = Path(folder) / "model.gguf"
             write_gguf(path, spec.config, random_weights(spec.config, spec.seed))
@@ -74,7 +65,7 @@ def table() -> str:
         if kind in found:
             columns = [[e for e in column if e is not None] for column in zip(*found[kind], strict=True)]
             hf, gguf = (f"{max(column):.0e}" if column else "" for column in columns)
-            rows.append(f"| {family.title} | {kind} | {hf or 'MXFP4 only'} | {gguf} |")
+            rows.append(f"| {family.title} | {kind} | {hf} | {gguf} |")
         elif family.text_of:
             rows.append(f"| {family.title} | {kind} | as {family.text_of} | |")
     return "\n".join(rows)

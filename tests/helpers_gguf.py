@@ -339,7 +339,7 @@ def write_gguf(
                multiple of the block size is F16, as llama.cpp falls back
     formats    exceptions, by Hugging Face's tensor name (a Q4_K_M file has Q6_K matrices); no fallback here
     tokenizer  see `small_tokenizer` (a "chat_template" may be added), None for ids in, ids out
-    metadata   further keys with strings, bools, ints or floats, such as {"general.sampling.temp": 0.5}
+    metadata   further keys with strings, bools, ints, floats or lists, such as {"general.sampling.temp": 0.5}
 
     Returns float32 weights under Hugging Face's names, in Hugging Face's row order: exactly the numbers that
     the file holds, for `reference.logits`. Formats of RANDOM_BLOCKS take nothing but its deviation from a
@@ -369,7 +369,10 @@ def write_gguf(
     _write_rope(writer, config)
     _write_tokenizer(writer, tokenizer)
     for key, value in (metadata or {}).items():
-        writer.add_key_value(key, value, METADATA_TYPES[type(value)])
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, METADATA_TYPES[type(value)])
 
     held: dict[str, F32] = {}
     stacks: dict[str, list[Array]] = {}  # a tensor's parts: one, or one an expert

@@ -257,11 +257,10 @@ def miniatures() -> dict[str, tuple[bytes | None, dict[str, bytes] | None]]:
         weights = random_weights(config, spec.seed)
         if spec.in_gguf:
             write_gguf(gguf, config, weights, format="F16")
-        if spec.in_float_hf:
-            write_hf_directory(hf, config, weights, dtype="F16")
+        write_hf_directory(hf, config, weights, dtype="F16")
         return (
             gguf.read_bytes() if spec.in_gguf else None,
-            {path.name: path.read_bytes() for path in hf.iterdir()} if spec.in_float_hf else None,
+            {path.name: path.read_bytes() for path in hf.iterdir()},
         )
 
     made = {}

@@ -31,7 +31,6 @@ class Spec(NamedTuple):
     config: dict[str, Any]  # Hugging Face's config.json
     context: int | None = None  # to load it with, where that matters
     in_gguf: bool = True  # whether llama.cpp's files can say all of it
-    in_float_hf: bool = True  # whether safetensors of floats are read; else only GGUF holds it in float32
 
 
 def golden_specs(file: str = "specs") -> list[Spec]:

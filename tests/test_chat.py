@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers_hostile import peak_below
 
-from tinyllm.chat.sandbox import MAX_SECONDS
+from tinyllm.chat import sandbox
 from tinyllm.chat.templates import ChatTemplate, require, template_from_directory, template_from_gguf
 from tinyllm.errors import ArgumentError, FormatError, TemplateError
 
@@ -147,7 +148,7 @@ def test_one_template_serves_many_threads() -> None:
 
 
 def test_a_long_conversation_is_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyllm.chat.sandbox.MAX_SECONDS", 60.0)  # it takes two, on a busy machine more
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 60.0)  # it takes two, on a busy machine more
     messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 500} for i in range(2000)]
     source = (
         "{% set ns = namespace(text='', seen=[]) %}{% for m in messages %}{% set ns.seen = ns.seen + [m] %}"
@@ -214,7 +215,7 @@ def test_directory_order(tmp_path: Path) -> None:
         ("tokenizer_config.json", b"[]"),
         ("tokenizer_config.json", b'{"chat_template": 3}'),
         ("tokenizer_config.json", b"\xff\xfe"),
-        ("tokenizer_config.json", b"[" * 100_000),
+        ("tokenizer_config.json", b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}"),
         ("chat_template.jinja", b"\xff"),
     ],
 )
@@ -244,7 +245,7 @@ def test_no_template_says_what_to_pass() -> None:
         ("{{ 1 / 0 }}", "division"),
         ("{{ messages | nosuchfilter }}", "nosuchfilter"),
         ("{{ 1 + 'a' }}", "failed"),
-        ("{% for a in range(3) %}" * 30 + "{% endfor %}" * 30, "failed|not valid"),
+        ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "failed|not valid"),
     ],
 )
 def test_errors_say_what_and_where(source: str, message: str) -> None:
@@ -279,203 +280,301 @@ def test_only_plain_data_reaches_a_template() -> None:
 
 
 # --- templates that mean harm -------------------------------------------------------------------------------
+#
+# None of these does any harm without the sandbox, either: the bounds are lowered, and small templates meet
+# them.
 
-DOUBLE = "{% for i in range(99) %}"
-LONG = "{% set s = 'a' * 450000 %}"
+LOWERED = {
+    "MAX_WORK": 100_000,
+    "MAX_VALUE": 10_000,
+    "MAX_SOURCE": 8_000,
+    "MAX_NODES": 1_000,
+    "MAX_HELD": 5_000,
+}
+
+
+@pytest.fixture
+def lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth of what the sandbox allows, and of what it needs no more than an eighth."""
+    for name, bound in LOWERED.items():
+        assert getattr(sandbox, name) >= 8 * bound
+        monkeypatch.setattr(sandbox, name, bound)
+
+
+DOUBLE = "{% for i in range(14) %}"
+AGAIN = "{% for i in range(500) %}"
+LONG = "{% set s = 'a' * 4500 %}"
+PART = LONG + "{% set b = s[:2000] ~ 'b' ~ s[:2000] %}{% for i in range(9) %}"
+SET = LONG + "{% set b = 'b' * 4000 ~ 'a' %}{% for i in range(9) %}"
+END = "{% endfor %}"
 VIEWS = (
     "{% set ns = namespace(d={'a': 1}, e={'a': 1}) %}"
-    + "{% for i in range(60) %}{% set ns.d = {'a': ns.d.items(), 'b': ns.d.items()} %}"
+    + "{% for i in range(14) %}{% set ns.d = {'a': ns.d.items(), 'b': ns.d.items()} %}"
     + "{% set ns.e = {'a': ns.e.items(), 'b': ns.e.items()} %}{% endfor %}"
 )
-NUMBERS = "{% set n = [" + "9" * 1200 + "] * 400000 %}"
-MACRO = "{% macro " + "m" * 30_000 + "() %}{% endmacro %}"
-# Texts of a character have an object of 80 bytes in memory, those of two one of 51; what a namespace holds
-# has no length of its own.
-KEEP = (
-    "{%% set ns = namespace(a=0) %%}{%% set s = %s %%}"
-    "{%% for i in range(3000) %%}{%% set ns.a = namespace(before=ns.a, v=%s) %%}{%% endfor %%}"
+NUMBERS = "{% set n = [" + ", ".join(["9" * 1200] * 6) + "] %}{% set n = n * 400 %}"
+MACRO = "{% macro " + "m" * 900 + "() %}{% endmacro %}"
+
+
+def doubled(start: str, step: str) -> str:
+    return "{% set ns = namespace(s=" + start + ") %}" + DOUBLE + "{% set ns.s = " + step + " %}" + END
+
+
+WORK = "does more work than a chat template may"
+SIZE = "a text or list that is too large"
+WIDE = "1000 is the most|a width that is too large"
+NUMBER = "makes a number that is too large"
+DEEP = "deeper than 100"
+HOSTILE: dict[str, dict[str, str]] = {
+    # Nothing to reach: without the sandbox each of these prints nothing, or a word.
+    "failed": {
+        "class": "{{ ''.__class__.x }}",
+        "class by item": "{{ ''['__class__'].x }}",
+        "class by map": "{{ ([''] | map(attribute='__class__') | first).x }}",
+        "hidden of a function": "{{ raise_exception.__doc__.x }}",
+        "hidden of a method": "{{ namespace.__doc__.x }}",
+        "an attribute of a number": "{{ (1).real.x }}",
+        "hidden of a block": "{{ self.__doc__.x }}",
+        "hidden of a macro": "{% macro m() %}{% endmacro %}{{ m._func.x }}",
+        "of a generator": "{{ (messages | select).gi_running.x }}",
+        "change a list": "{{ messages.append(1) }}",
+        "change a dict": "{{ messages[0].update({}) }}",
+        "a function that templates need not": "{{ lipsum.x }}",
+        "a method that templates need not": "{{ 'a'.expandtabs(1) }}{{ 'a'.encode() }}",
+        "of a number": "{{ (1).bit_length() }}",
+        "filters of ours": "{{ [[1]] | map('(turns)') | list }}",
+        "empty cycler": "{{ cycler() }}",
+        "division by nothing": "{{ 1 is divisibleby(0) }}",
+        "a namespace as JSON": "{{ namespace() | tojson }}",
+    },
+    "No filter named": {
+        "class by filter": "{{ ('' | attr('__class__')).x }}",
+        "a filter that templates need not": "{{ 'a' | center(3) }}",
+    },
+    "an attribute or element of a value": {
+        "attribute in format": "{{ '{0.real}'.format(1) }}",
+        "element in format": "{{ '{0[0]}'.format('ab') }}",
+        "format of attributes": "{% set ns = namespace(s=1) %}{{ ('{0.s}').format(ns) }}",
+    },
+    "cannot load another": {
+        "import": "{% import 'a' as a %}",
+        "from": "{% from 'a' import b %}",
+        "include": "{% include 'a' ignore missing %}",
+        "extends": "{% extends 'a' %}",
+    },
+    "without {% autoescape %}": {"autoescape": "{% autoescape true %}{% endautoescape %}"},
+    "stands outside a loop": {
+        "jump": "{% break %}",
+        "jump out of a macro": "{% for i in [1] %}{% macro m() %}{% break %}{% endmacro %}{% endfor %}",
+    },
+    "Python says: .*not properly in loop": {
+        "jump out of else": "{% for i in [1] %}{% else %}{% continue %}{% endfor %}",
+    },
+    "half a surrogate pair": {"half a surrogate pair": "{{ '\\ud800' }}"},
+    "which no chat template needs": {"a set": "{{ {'a': 1}.keys() - {}.keys() }}"},
+    "something other than numbers": {"sum of lists": "{{ ([['a'] * 9] * 9) | sum(start=[]) | length }}"},
+    "a name that has brackets": {"percent, a name": "{{ '%(a(b))s' % {'a(b)': 1} }}"},
+    WORK: {
+        "turns": "{% for i in range(4000) %}{% endfor %}",
+        "nested ranges": "{% for i in range(99) %}" * 2 + END * 2,
+        "nested text loops": "{% set s = 'a' * 90 %}{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}",
+        "filters in a loop": LONG + "{% for i in range(30) %}{% set t = s | upper %}" + END,
+        "macro calls itself twice": "{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(11) }}",
+        "literal text": "{% for i in range(99) %}" + "a" * 1999 + END,
+        "literal text in a block": "{% set t %}{% for i in range(4) %}" + "a" * 1999 + END + "{% endset %}"
+        "{% for i in range(20) %}{% set u %}{{ t }}{% endset %}" + END,
+        "compared lists": "{% set x = [[1] * 60] * 60 %}{% set y = [[1] * 60] * 60 %}"
+        + AGAIN + "{% if x == y %}{% endif %}" + END,
+        "in a list": "{% set x = [0] * 4500 %}{% for i in range(99) %}{% if 1 in x %}{% endif %}" + END,
+        "tests of a long text": LONG + AGAIN + "{% if s is lower %}{% endif %}" + END,
+        "methods of a long text": LONG + AGAIN + "{% set x = s.isalpha() %}" + END,
+        "searched from the end": PART + "{% set x = s.rfind(b) %}" + END,
+        "split from the end": PART + "{% set x = s.rsplit(sep=b) %}" + END,
+        "stripped of many": SET + "{% set x = s.strip(b) %}" + END,
+        "trimmed of many": SET + "{% set x = s | trim(chars=b) %}" + END,
+    },
+    "it makes long lists": {
+        "lists that are dropped": "{% set s = 'xy,' * 2200 %}"
+        + "{% for i in range(60) %}{% if s.split(',') %}{% endif %}" + END,
+    },
+    SIZE: {
+        "text times": "{{ 'a' * 3000000 }}",
+        "times text": "{{ 3000000 * 'a' }}",
+        "list times": "{{ ([0] * 400000) | length }}",
+        "list times, step by step": "{% set n = 400 %}{% set x = ['a' * 10] * n * n %}",
+        "doubled by ~": doubled("'ab'", "ns.s ~ ns.s"),
+        "doubled by +": doubled("'ab'", "ns.s + ns.s"),
+        "doubled by a list": doubled("[1]", "[ns.s, ns.s]"),
+        "doubled by a dict": doubled("1", "{'a': ns.s, 'b': ns.s}"),
+        "doubled by dict()": doubled("1", "dict(a=ns.s, b=ns.s)"),
+        "doubled by a tuple": doubled("1", "(ns.s, ns.s)"),
+        "doubled by a block": "{% set ns = namespace(s='ab') %}"
+        + DOUBLE + "{% set t %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = t %}" + END,
+        "doubled by join": doubled("'ab'", "[1, 2, 3] | join(ns.s)"),
+        "doubled by replace": doubled("'ab'", "ns.s.replace('b', 'bb') ~ ns.s"),
+        "doubled by a cycler": "{% set ns = namespace(c=cycler(1)) %}"
+        + DOUBLE + "{% set ns.c = cycler(ns.c.items, ns.c.items) %}" + END,
+        "doubled by arguments": "{% set ns = namespace(v=1) %}"
+        + "{% macro m() %}{% set ns.v = varargs %}{% endmacro %}" + DOUBLE + "{{ m(ns.v, ns.v) }}" + END,
+        "join": "{{ range(900) | join('a' * 4000) }}",
+        "str.join": "{{ ('a' * 4000).join(['a'] * 900) }}",
+        "replace": "{{ ('a' * 1800) | replace('a', 'a' * 1800) }}",
+        "str.replace": "{{ ('a' * 1800).replace('', 'a' * 1800) }}",
+        "indent lines": "{{ ('\n' * 3000) | indent('a' * 900, true, true) }}",
+        "indented JSON": "{{ ([1] * 3000) | tojson(indent=900) }}",
+        "joined lists": "{% set x = [['a' * 900] * 9] * 300 %}{{ x }}",
+        "percent, the same again": LONG + "{{ '%(a)s' * 900 % {'a': s} }}",
+        "percent, many": LONG + "{{ '%s' * 90 % ((s[:100],) * 90) }}",
+        "format, the same again": LONG + "{{ ('{0}' * 900).format(s) }}",
+        "format, by name": LONG + "{{ ('{a}' * 900).format(a=s) }}",
+        "compared views": VIEWS + "{{ ns.d == ns.e }}",
+        "printed views": VIEWS + "{{ ns.d }}",
+        "large numbers as JSON": NUMBERS + "{{ n | tojson }}",
+        "large numbers joined": NUMBERS + "{{ n | join }}",
+        "~ of many": LONG + "{{ s" + " ~ s" * 900 + " }}",
+        "a macro's name": MACRO + "{{ ([" + "m" * 900 + "] * 3000) | string }}",
+        "a macro's name, formatted": MACRO + "{{ ('{0}' * 2400).format(" + "m" * 900 + ") }}",
+        "widths": "{{ ('{0:>999}' * 1100).format('') }}",
+        "widths of percent": "{{ '%(a)999s' * 1100 % {'a': ''} }}",
+        "joined attributes": LONG + "{% set ns = namespace(s=s) %}{{ ([ns] * 900) | join(attribute='s') }}",
+    },
+    WIDE: {
+        "indent": "{{ 'a' | indent(2000, true) }}",
+        "tojson": "{{ [1] | tojson(indent=2000) }}",
+        "tojson separators": "{{ [1, 2] | tojson(separators=('a' * 2000, '')) }}",
+        "round": "{{ 1.5 | round(2000, 'floor') }}",
+        "ljust": "{{ 'a'.ljust(2000) }}",
+        "format": "{{ '{:>2000}'.format(1) }}",
+        "format, nested": "{{ '{:>{}}'.format(1, 2000) }}",
+        "percent": "{{ '%2000d' % 1 }}",
+        "percent star": "{{ '%*d' % (2000, 1) }}",
+        "strftime": "{{ strftime_now('%c' * 600) }}",
+    },
+    NUMBER: {
+        "power": "{{ 1 ** 5000 }}",
+        "power, step by step": "{% set ns = namespace(n=9) %}"
+        + "{% for i in range(11) %}{% set ns.n = ns.n * ns.n %}" + END,
+    },
+    "not valid, line 1: a number is too large": {
+        "infinite number": "{{ 1e999 }}",
+        "long number": "{{ " + "1" * 1300 + " }}",
+        "long number in hexadecimal": "{{ 0x" + "f" * 1100 + " }}",
+    },
+    DEEP: {
+        "macro calls itself": "{% macro m(n) %}{{ m(n - 1) if n }}{% endmacro %}{{ m(120) }}",
+        "block calls itself": "{% set ns = namespace(n=0) %}"
+        + "{% block b %}{% set ns.n = ns.n + 1 %}{{ self.b() if ns.n < 120 }}{% endblock %}",
+        "recursive loop": "{% set ns = namespace(n=0) %}{% for x in [[1]] recursive %}"
+        + "{% set ns.n = ns.n + 1 %}{{ loop([x]) if ns.n < 120 }}" + END,
+        "nested tuples as a key": "{% set ns = namespace(t=()) %}{% for i in range(120) %}"
+        + "{% set ns.t = (ns.t,) %}{% endfor %}{{ {ns.t: 1} | length }}",
+        "long sum": "{{ " + "1 + " * 120 + "1 }}",
+        "long denial": "{{ " + "not " * 120 + "1 }}",
+    },
+    "8000 is the most": {"huge source": "{# " + "a" * 9000 + " #}"},
+    "parts .*1000 is the most": {
+        "many names": "".join(f"{{%if a%}}{{%set b{i}=1%}}{{%endif%}}" for i in range(220))
+    },
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("lowered")
+@pytest.mark.parametrize(
+    ("message", "source"),
+    [(message, source) for message, cases in HOSTILE.items() for source in cases.values()],
+    ids=[name for cases in HOSTILE.values() for name in cases],
 )
-KEPT = {
-    "split": ("'xy,' * 220000", "s.split(',')"),
-    "split at a name": ("'xy,' * 220000", "s.split(sep=',')"),
-    "words": ("'xy ' * 220000", "s.split()"),
-    "from the end": ("'xy ' * 220000", "s.rsplit(' ')"),
-    "lines": ("'\U0001f600\n' * 220000", "s.splitlines()"),
-    "unique": ("'xy,' * 220000", "s.split(',') | unique | list"),
-    "characters": ("'\U0001f600' * 490000", "s | list"),
-    "sorted": ("'\U0001f600' * 490000", "s | sort"),
-    "selected": ("'\U0001f600' * 490000", "s | select | list"),
-    "joined": ("'\U0001f600' * 490000", "s | join"),
-    "numbers": ("0", "range(100000) | list"),
-    "cyclers": ("range(100000) | list", "cycler(*s)"),
-}
-
-HOSTILE = {
-    "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "class by item": "{{ ''['__class__'].x }}",
-    "class by filter": "{{ '' | attr('__class__') }}",
-    "class by map": "{{ ([''] | map(attribute='__class__') | first).x }}",
-    "class in format": "{{ '{0.__class__.__mro__}'.format(messages) }}",
-    "globals of a function": "{{ raise_exception.__globals__.x }}",
-    "globals of a method": "{{ namespace.__init__.__globals__.x }}",
-    "globals without underscores": "{{ strftime_now.func_globals.x }}",
-    "environment": "{{ self._TemplateReference__context.environment }}",
-    "macro": "{% macro m() %}{% endmacro %}{{ m._environment.x }}",
-    "generator frame": "{{ (messages | select).gi_frame.f_globals.x }}",
-    "change a list": "{{ messages.append(1) }}",
-    "change a dict": "{{ messages[0].update({}) }}",
-    "import": "{% import 'os' as os %}",
-    "from": "{% from 'os' import path %}",
-    "include": "{% include '/etc/passwd' %}",
-    "extends": "{% extends 'base' %}",
-    "lipsum": "{{ lipsum.__globals__ }}",
-    "range": "{% for i in range(10 ** 12) %}{% endfor %}",
-    "nested ranges": DOUBLE * 6 + "{% endfor %}" * 6,
-    "nested text loops": "{% set s = 'a' * 9000 %}{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}",
-    "filters in a loop": "{% set s = 'a' * 900000 %}{% for i in range(999) %}{{ s | upper }}{% endfor %}",
-    "macro calls itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "macro calls itself twice": "{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n }}{% endmacro %}{{ m(60) }}",
-    "block calls itself": "{% block b %}{{ self.b() }}{% endblock %}",
-    "recursive loop": "{% for x in [[1]] recursive %}{{ loop([x]) }}{% endfor %}",
-    "text times": "{{ 'a' * 10 ** 10 }}",
-    "times text": "{{ 10 ** 10 * 'a' }}",
-    "list times": "{{ [0] * 10 ** 10 }}",
-    "list times, step by step": "{% set x = ['a' * 1000] * 1000 * 1000 %}",
-    "power": "{{ 9 ** (9 ** 9) }}",
-    "power, step by step": "{% set ns = namespace(n=9) %}"
-    + DOUBLE
-    + "{% set ns.n = ns.n * ns.n %}{% endfor %}",
-    "doubled by ~": "{% set ns = namespace(s='ab') %}" + DOUBLE + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "doubled by +": "{% set ns = namespace(s='ab') %}" + DOUBLE + "{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "doubled by a list": "{% set ns = namespace(s=[1]) %}"
-    + DOUBLE
-    + "{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}",
-    "doubled by a dict": "{% set ns = namespace(s=1) %}"
-    + DOUBLE
-    + "{% set ns.s = {'a': ns.s, 'b': ns.s} %}{% endfor %}",
-    "doubled by dict()": "{% set ns = namespace(s=1) %}"
-    + DOUBLE
-    + "{% set ns.s = dict(a=ns.s, b=ns.s) %}{% endfor %}",
-    "doubled by a tuple": "{% set ns = namespace(s=1) %}"
-    + DOUBLE
-    + "{% set ns.s = (ns.s, ns.s) %}{% endfor %}",
-    "doubled by a block": "{% set ns = namespace(s='ab') %}"
-    + DOUBLE
-    + "{% set t %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = t %}{% endfor %}",
-    "doubled by join": "{% set ns = namespace(s='ab') %}"
-    + DOUBLE
-    + "{% set ns.s = [1, 2, 3] | join(ns.s) %}{% endfor %}",
-    "doubled by replace": "{% set ns = namespace(s='ab') %}"
-    + DOUBLE
-    + "{% set ns.s = ns.s.replace('b', 'bb') ~ ns.s %}{% endfor %}",
-    "literal text in a block": "{% set t %}{% for i in range(99999) %}"
-    + "a" * 9999
-    + "{% endfor %}{% endset %}",
-    "literal text": "{% for i in range(99999) %}" + "a" * 9999 + "{% endfor %}",
-    "join": "{{ range(90000) | join('a' * 90000) }}",
-    "str.join": "{{ ('a' * 90000).join(['a'] * 90000) }}",
-    "replace": "{{ ('a' * 90000) | replace('a', 'a' * 90000) }}",
-    "str.replace": "{{ ('a' * 90000).replace('', 'a' * 90000) }}",
-    "indent": "{{ 'a' | indent(10 ** 9, true) }}",
-    "indent lines": "{{ ('\n' * 90000) | indent('a' * 1000, true, true) }}",
-    "tojson": "{{ [1] | tojson(indent=10 ** 9) }}",
-    "tojson separators": "{{ [1, 2] | tojson(separators=('a' * 90000, '')) }}",
-    "round": "{{ 1.5 | round(10 ** 9, 'floor') }}",
-    "sum of lists": "{{ ([['a'] * 900] * 900) | sum(start=[]) | length }}",
-    "ljust": "{{ 'a'.ljust(10 ** 9) }}",
-    "format": "{{ '{:>999999999}'.format(1) }}",
-    "format, nested": "{{ '{:>{}}'.format(1, 999999999) }}",
-    "percent": "{{ '%999999999d' % 1 }}",
-    "percent star": "{{ '%*d' % (999999999, 1) }}",
-    "expandtabs": "{{ '\t'.expandtabs(10 ** 9) }}",
-    "to_bytes": "{{ (1).to_bytes(10 ** 9, 'big') }}",
-    "strftime": "{{ strftime_now('%c' * 90000) }}",
-    "namespace in itself": "{% set a = namespace() %}{% set a.a = [a, a] %}{{ a.a }}{{ a.a | tojson }}",
-    "joined lists": "{% set x = [['a' * 900000] * 9] * 9 %}{{ x }}",
-    "huge source": "{# " + "a" * 300_000 + " #}",
-    "nested brackets": "{{ " + "(" * 5000 + ")" * 5000 + " }}",
-    "nested lists": "{{ " + "[" * 5000 + "]" * 5000 + " }}",
-    "long sum": "{{ " + "1 + " * 20000 + "1 }}",
-    "autoescape": "{% autoescape 'a' | upper %}{% endautoescape %}",
-    "constant": "{{ ('a' * 999999) | replace('a', 'a' * 999999) }}",
-    "percent, the same again": LONG + "{{ '%(a)s' * 9000 % {'a': s} }}",
-    "percent, many": LONG + "{{ '%s' * 9000 % ((s[:1000],) * 9000) }}",
-    "format, the same again": LONG + "{{ ('{0}' * 9000).format(s) }}",
-    "format, by name": LONG + "{{ ('{a}' * 9000).format(a=s) }}",
-    "compared lists": "{% set x = [[1] * 700] * 700 %}{% set y = [[1] * 700] * 700 %}"
-    + "{% if x == y %}{% endif %}" * 3000,
-    "in a list": "{% set x = [0] * 450000 %}" + "{% if 1 in x %}{% endif %}" * 3000,
-    "tests of a long text": LONG + "{% if s is lower %}{% endif %}" * 3000,
-    "methods of a long text": LONG + "{{ " + "s.isalpha() ~ " * 2000 + "1 }}",
-    "searched from the end": LONG + "{{ s.rfind(s[:200000] ~ 'b' ~ s[:200000]) }}",
-    "split from the end": LONG + "{{ s.rsplit(sep=s[:200000] ~ 'b' ~ s[:200000]) }}",
-    "stripped of many": LONG + "{{ s.strip('b' * 400000 ~ 'a') }}",
-    "trimmed of many": LONG + "{{ s | trim(chars='b' * 400000 ~ 'a') }}",
-    "empty cycler": "{{ cycler() }}",
-    "infinite number": "{{ 1e999 }}",
-    "long number": "{{ " + "1" * 200_000 + " }}",
-    "long number in hexadecimal": "{{ 0x" + "f" * 200_000 + " }}",
-    "quotes": "{{ " + "'\\" * 130_000,
-    "opened often": "{{" * 130_000,
-    "not a template": "{%" * 130_000,
-    "division by nothing": "{{ 1 is divisibleby(0) }}",
-    "compared views": VIEWS + "{{ ns.d == ns.e }}",
-    "printed views": VIEWS + "{{ ns.d }}",
-    "large numbers as JSON": NUMBERS + "{{ n | tojson }}",
-    "large numbers joined": NUMBERS + "{{ n | join }}",
-    "~ of many": LONG + "{{ s" + " ~ s" * 8000 + " }}",
-    "a macro's name": MACRO + "{{ ([" + "m" * 30_000 + "] * 20000) | string }}",
-    "a macro's name, formatted": MACRO + "{{ ('{0}' * 9000).format(" + "m" * 30_000 + ") }}",
-    "widths": "{{ ('{0:\U0001f600>999}' * 80000).format('') }}",
-    "widths of percent": "{{ '\U0001f600%(a)999s' * 60000 % {'a': ''} }}",
-    "format of attributes": LONG + "{% set ns = namespace(s=s) %}{{ ('{0.s}' * 9000).format(ns) }}",
-    "joined attributes": LONG + "{% set ns = namespace(s=s) %}{{ ([ns] * 9000) | join(attribute='s') }}",
-    "doubled by a cycler": "{% set ns = namespace(c=cycler(1)) %}"
-    + DOUBLE
-    + "{% set ns.c = cycler(ns.c.items, ns.c.items) %}{% endfor %}{{ ns.c.items }}",
-    "doubled by arguments": "{% set ns = namespace(v=1) %}"
-    + "{% macro m() %}{% set ns.v = varargs %}{% endmacro %}"
-    + DOUBLE
-    + "{{ m(ns.v, ns.v) }}{% endfor %}{{ ns.v }}",
-    "nested tuples as a key": "{% set ns = namespace(t=()) %}{% for i in range(99999) %}"
-    + "{% set ns.t = (ns.t,) %}{% endfor %}{{ {ns.t: 1} | length }}",
-    "a set": "{{ {'a': 1}.keys() - {}.keys() }}",
-    "filters of ours": "{{ [[1]] | map('(turns)') | list }}",
-    "many names": "".join(f"{{%if a%}}{{%set b{i}=1%}}{{%endif%}}" for i in range(7500)),
-    "half a surrogate pair": "{{ '\\ud800' }}",
-    **{f"lists that are kept: {name}": KEEP % (source, value) for name, (source, value) in KEPT.items()},
-    "lists that are dropped": "{% set s = 'xy,' * 220000 %}"
-    + "{% for i in range(60) %}{% if s.split(',') %}{% endif %}{% endfor %}",
-    "jump": "{% break %}",
-    "jump out of a macro": "{% for i in [1] %}{% macro m() %}{% break %}{% endmacro %}{% endfor %}",
-    "jump out of else": "{% for i in [1] %}{% else %}{% continue %}{% endfor %}",
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_are_stopped(name: str) -> None:
-    # The sandbox stops at a fixed amount of work (about a second on a slow machine) and at five seconds
-    # whatever happens; processor time, so that a busy machine cannot make this fail.
+def test_hostile_templates_are_stopped(message: str, source: str) -> None:
     start = time.process_time()
-    with peak_below(120), pytest.raises(TemplateError) as caught:  # the worst takes 72 MB
-        render(HOSTILE[name])
-    assert time.process_time() - start < MAX_SECONDS + 1
-    assert ("kept" in name) <= ("does more work" in str(caught.value))
+    stopped(source, message)
+    assert time.process_time() - start < 1
+
+
+def stopped(source: str, message: str) -> None:
+    """A unit of work stands for 8 bytes of memory at most: of all that is allowed that is 80 MB."""
+    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    with pytest.raises(TemplateError, match=message):  # which compiles it
+        template.render(HELLO)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TemplateError, match=message) as caught:
+            template.render(HELLO)
+        assert tracemalloc.get_traced_memory()[1] < 8 * LOWERED["MAX_WORK"] + 50_000
+    finally:
+        tracemalloc.stop()
     assert str(caught.value).startswith("the chat template ")
     assert len(str(caught.value)) < 500
 
 
+# Texts of a character have an object of 80 bytes in memory, those of two one of 51; what a namespace holds
+# has no length of its own.
+KEPT = {
+    "split": ("'xy,' * 2200", "s.split(',')"),
+    "split at a name": ("'xy,' * 2200", "s.split(sep=',')"),
+    "words": ("'xy ' * 2200", "s.split()"),
+    "from the end": ("'xy ' * 2200", "s.rsplit(' ')"),
+    "lines": ("'\U0001f600\n' * 2200", "s.splitlines()"),
+    "unique": ("'xy,' * 2200", "s.split(',') | unique | list"),
+    "characters": ("'\U0001f600' * 4900", "s | list"),
+    "sorted": ("'\U0001f600' * 4900", "s | sort"),
+    "selected": ("'\U0001f600' * 4900", "s | select | list"),
+    "joined": ("'\U0001f600' * 4900", "s | join"),
+    "numbers": ("0", "range(1000) | list"),
+    "cyclers": ("range(1000) | list", "cycler(*s)"),
+}
+
+
+@pytest.mark.usefixtures("lowered")
+@pytest.mark.parametrize("name", KEPT)
+def test_lists_that_are_kept(name: str) -> None:
+    source, value = KEPT[name]
+    stopped(
+        f"{{% set ns = namespace(a=0) %}}{{% set s = {source} %}}"
+        f"{{% for i in range(30) %}}{{% set ns.a = namespace(before=ns.a, v={value}) %}}{{% endfor %}}",
+        WORK,
+    )
+
+
+def test_bounds_of_time_and_of_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "MAX_SECONDS", 0.0)
+        with pytest.raises(TemplateError, match="it takes longer than 0 seconds"):
+            render("{% for i in range(300) %}{% endfor %}")
+    monkeypatch.setattr("jinja2.sandbox.MAX_RANGE", 100)
+    assert render("{{ range(100) | length }}") == "100"
+    with pytest.raises(TemplateError, match="Range too big"):
+        render("{{ range(101) }}")
+
+
+def test_what_is_nested_too_deeply_for_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own refusals, while Jinja reads a template and while Python compiles what Jinja made of it."""
+    with pytest.raises(TemplateError, match="not valid, line 1: it is nested too deeply"):
+        render("{{ " + "(" * 100 + "1" + ")" * 100 + " }}")
+    for error in (RecursionError, MemoryError):
+
+        def fail(*args: object, error: type[Exception] = error) -> None:
+            raise error
+
+        monkeypatch.setattr(sandbox.Sandbox, "_compile", fail)
+        with pytest.raises(TemplateError, match="nested too deeply, or has too many"):
+            render("{{ 1 }}")
+
+
+def test_a_namespace_prints_without_what_it_holds() -> None:
+    assert render("{% set a = namespace(b=[1]) %}{{ a }}{{ [a] }}") == "<namespace>[<namespace>]"
+
+
 def test_a_failure_names_the_line() -> None:
     """Whatever went wrong while rendering, and what is known of a template that cannot be compiled."""
-    for source in ("1 / 0", "cycler()", "1e999", "range(10 ** 9)", "'%999999d' % 1", "x.y", "[] | first.x"):
+    for source in ("1 / 0", "cycler()", "1e999", "range(10 ** 6)", "'%2000d' % 1", "x.y", "[] | first.x"):
         with pytest.raises(TemplateError, match=r"line 3"):
             render("a\n\n{{ " + source + " }}")
-    for source in ("{% break %}", "{% include 'a' %}", "{{ 0x" + "f" * 9999 + " }}", "{{ ''.nothing.x }}"):
+    for source in ("{% break %}", "{% include 'a' %}", "{{ 0x" + "f" * 1100 + " }}", "{{ ''.nothing.x }}"):
         with pytest.raises(TemplateError, match=r"line 3"):
             render("a\n\n" + source)
     for_, if_ = "{% for a in [1] %}", "{% if 1 %}"
     for source in (
-        *(for_ * 25 + "{% endfor %}" * 25, if_ * 120 + "{% endif %}" * 120, "{{ " + "(" * 5000 + " }}"),
+        *(for_ * 25 + "{% endfor %}" * 25, if_ * 120 + "{% endif %}" * 120, "{{ " + "(" * 100 + " }}"),
         *("{{ " + "9" * 5000 + " }}", "{{ 1" + " + 1" * 200 + " }}", "{% macro m(a, a) %}{% endmacro %}"),
     ):
         with pytest.raises(TemplateError, match=r"is not valid, line 3: [^ ]+ [^ ]+"):
@@ -483,17 +582,16 @@ def test_a_failure_names_the_line() -> None:
     for source in ("\ud800", "{{ strftime_now('\ud800') }}", "{{ 'a\ud800' }}", "{{ 'a\\n\\ud800' }}"):
         with pytest.raises(TemplateError, match=r"not valid, line 3: U\+D800 is half a surrogate pair"):
             render("a\n\n" + source)
-    with pytest.raises(TemplateError, match="nested too deeply, or has too many"):
-        render("{%if a%}" + "{%elif a%}" * 4000 + "{%endif%}")
 
 
 def test_the_slowest_to_compile() -> None:
-    """As many names as fit, set in as many branches as fit, inside as many loops as fit."""
-    branches = "".join(f"{{%if a%}}{{%set b{i}=1%}}{{%endif%}}" for i in range(1600))
+    """Half as many names as fit, set in half as many branches as fit, inside as many loops as fit: half
+    of what the longest takes."""
+    branches = "".join(f"{{%if a%}}{{%set b{i}=1%}}{{%endif%}}" for i in range(800))
     start = time.process_time()
-    with peak_below(120):  # it takes 40 MB
+    with peak_below(60):  # it takes 20 MB
         assert render("{% for x in [1] %}" * 15 + branches + "{% endfor %}" * 15) == ""
-    assert time.process_time() - start < MAX_SECONDS  # it takes one
+    assert time.process_time() - start < sandbox.MAX_SECONDS / 2
 
 
 def test_texts_are_unicode() -> None:

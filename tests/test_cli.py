@@ -6,6 +6,7 @@ tests/test_terminal.py has the conversation and everything else that needs a ter
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -24,6 +25,7 @@ import tinyllm
 from tinyllm.cli import common
 from tinyllm.cli.run import main, print_stream, unescaped
 from tinyllm.engine.engine import Piece
+from tinyllm.engine.sampling import SamplingParams
 
 RUN = [sys.executable, "-m", "tinyllm.cli.run"]
 TEMPLATE = (
@@ -161,7 +163,7 @@ def test_json_without_logprobs_has_none(cli: Cli) -> None:
 
 
 def test_prompts_are_one_batch_in_order(cli: Cli, tmp_path: Path) -> None:
-    """Line by line: an empty one is the prompt of a text from nothing, so that results stay beside prompts."""
+    """An empty line is the prompt of a text from nothing, so that results stay beside prompts."""
     texts = ["Once upon a time", "", "The cat"]
     file = tmp_path / "prompts.txt"
     file.write_text("\r\n".join(texts) + "\n")
@@ -463,12 +465,45 @@ def assert_one_line(result: Result, code: int) -> None:
 # --- about itself -------------------------------------------------------------------------------------------
 
 
+def test_options_of_sampling_reach_the_call() -> None:
+    parser = argparse.ArgumentParser()
+    common.add_sampling_options(parser)
+    assert common.sampling_fields(parser.parse_args([])) == {}
+    line = """-n 9 --temp 0.5 --top-k 3 --top-p 0.5 --min-p 0.25 --repeat-penalty 1.5 --seed 7 --stop x
+        --stop y --min-tokens 2 --repeat-last-n -1 --no-repeat-ngram-size 4 --dry-multiplier 0.75 --dry-base 2
+        --dry-allowed-length 3 --dry-penalty-last-n 99 --dry-sequence-breaker , --dry-sequence-breaker none
+        --xtc-probability 0.5 --xtc-threshold 0.2 --suppress-tokens 5,6 --begin-suppress-tokens 7
+        --bad-words-ids 1,2 --bad-words-ids 3"""
+    fields = common.sampling_fields(parser.parse_args(line.split()))
+    assert fields == {
+        "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.25, "seed": 7,
+        "repetition_penalty": 1.5, "stop": ["x", "y"], "min_tokens": 2, "penalty_window": -1,
+        "no_repeat_ngram_size": 4,
+        "dry_multiplier": 0.75, "dry_base": 2.0, "dry_allowed_length": 3, "dry_penalty_last_n": 99,
+        "dry_sequence_breakers": [",", "none"], "xtc_probability": 0.5, "xtc_threshold": 0.2,
+        "suppress_tokens": [5, 6], "begin_suppress_tokens": [7], "bad_words_ids": [[1, 2], [3]],
+    }  # fmt: skip
+    SamplingParams(**fields)
+    none = common.sampling_fields(parser.parse_args(["--dry-sequence-breaker", "none"]))
+    assert none == {"dry_sequence_breakers": []}
+
+
+def test_bans_on_the_command_line(cli: Cli) -> None:
+    options = ("stories", "Once upon a time", "-n", "6", "--temp", "0", "--json")
+    plain = json.loads(cli(*options).out)["tokens"]
+    banned = json.loads(cli(*options, "--suppress-tokens", f"{plain[0]},{plain[1]}").out)["tokens"]
+    assert not {plain[0], plain[1]} & set(banned)
+    assert_one_line(cli(*options, "--suppress-tokens", "a"), 2)
+    assert "token 99999" in cli(*options, "--suppress-tokens", "99999").err
+
+
 def test_help_teaches(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli("--help")
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     options = """-n -t -c --temp --top-k --top-p --min-p --repeat-penalty --seed --stop --system --chat
+        --min-tokens --dry-multiplier --xtc-probability --suppress-tokens
         --no-chat --device --cache-type --weights --logprobs -f -e --prompts --json --replay --version
         --info"""
     for option in options.split():

@@ -638,7 +638,7 @@ def test_generation_from_json() -> None:
         "transformers_version": "5",
     }
     assert generation_from_json({"eos_token_id": 2}, generation_config, 10) == GenerationDefaults(
-        eos_ids=(7, 9, 2), temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.1
+        eos_ids=(7, 9, 2), temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.1, penalty_window=-1
     )
     assert generation_from_json({"eos_token_id": [1, 2]}, None, 10) == GenerationDefaults(eos_ids=(1, 2))
     assert generation_from_json({}, {"do_sample": False, "temperature": 0.6}, 10).temperature == 0.0
@@ -733,18 +733,8 @@ def test_longrope_may_say_its_type_twice(key: str) -> None:
         assert config_from_json({**rest, key: {**table, **types}}) == expected
 
 
-def test_a_base_among_the_parameters_is_that_of_windowed_layers_too() -> None:
-    spec = next(spec for spec in golden_specs("families") if spec.name == "olmo3")
-    rest = {
-        name: v
-        for name, v in spec.config.items()
-        if name not in ("rope_theta", "rope_scaling", "rope_parameters")
-    }
-    config = config_from_json({**rest, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
-    assert config.rope_theta == config.local_rope_theta == 5e5
-
-
-def test_a_base_of_the_file_goes_before_its_familys() -> None:
+def test_a_familys_own_parameters_go_before_a_base_of_the_file() -> None:
+    """As in transformers, whose defaults have a base in them; test_keys.py has its logits."""
     spec = next(spec for spec in golden_specs("families") if spec.name == "ministral3")
     rest = {name: v for name, v in spec.config.items() if name != "rope_parameters"}
-    assert config_from_json({**rest, "rope_theta": 2e8}).rope_theta == 2e8
+    assert config_from_json({**rest, "rope_theta": 2e8}).rope_theta == 1e6

@@ -8,6 +8,7 @@ tests/c/test_experts.c."""
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,21 @@ import numpy.typing as npt
 import pytest
 import reference
 from helpers_gguf import dequantize, quantize, write_gguf
-from helpers_models import F32, golden_spec, golden_specs, random_ids, random_weights, write_hf_directory
+from helpers_models import (
+    F32,
+    golden_spec,
+    golden_specs,
+    random_ids,
+    random_weights,
+    rounded,
+    write_hf_directory,
+)
 from safetensors.numpy import save_file
 
 import tinyllm
 from tinyllm import backends
 from tinyllm.config import config_from_gguf, config_from_json
-from tinyllm.errors import ArgumentError, FormatError, UnsupportedError
+from tinyllm.errors import ArgumentError, FormatError, MemoryLimitError, UnsupportedError
 from tinyllm.files import FORMATS, FileReader, TensorInfo
 from tinyllm.files.gguf import read_gguf
 from tinyllm.files.names import map_tensors
@@ -361,10 +370,53 @@ def test_gpt_oss_configs(changes: dict[str, Any], error: Any, message: str) -> N
     assert plain.original_context == 4096, "transformers' default is YaRN"
 
 
-def test_stacks_of_floats_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_gpt_oss_in_floats_is_read(dtype: str, tmp_path: Path) -> None:
+    """Stacks of floats lie transposed, gate and up column by column: every number is where it belongs, and
+    a GGUF of the same numbers computes the same bits. (transformers' logits: test_families.py.)"""
+    weights = rounded(random_weights(OSS.config, OSS.seed), dtype)
+    directory = write_hf_directory(tmp_path / "hf", OSS.config, weights, dtype=dtype)
+    write_gguf(tmp_path / "model.gguf", OSS.config, weights, format=dtype)
+    ids = random_ids(OSS.config, OSS.seed, 60)
+    with tinyllm.load(directory, device="cpu") as a, tinyllm.load(tmp_path / "model.gguf", device="cpu") as b:
+        for layer, expert in ((0, 0), (2, 5)):
+            at = f"model.layers.{layer}.mlp.experts."
+            gate_up, down = weights[at + "gate_up_proj"][expert], weights[at + "down_proj"][expert]
+            np.testing.assert_array_equal(a.model.unpack(f"w_gate.{expert}", layer), gate_up.T[0::2])
+            np.testing.assert_array_equal(a.model.unpack(f"w_up.{expert}", layer), gate_up.T[1::2])
+            np.testing.assert_array_equal(a.model.unpack(f"w_down.{expert}", layer), down.T)
+        np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
+
+
+def test_gpt_oss_in_floats_is_quantized_to_the_same_bits(tmp_path: Path) -> None:
     weights = random_weights(OSS.config, OSS.seed)
-    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj' is F32: .* only those in MXFP4"):
-        read_model(write_hf_directory(tmp_path, OSS.config, weights))
+    directory = write_hf_directory(tmp_path / "hf", OSS.config, weights, dtype="BF16")
+    ids = random_ids(OSS.config, OSS.seed, 60)
+    for type in ("mxfp4", "q8_0"):
+        tinyllm.quantize(directory, tmp_path / "out.gguf", type)
+        with tinyllm.load(directory, weights=type) as a, tinyllm.load(tmp_path / "out.gguf") as b:
+            np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
+
+
+def test_no_room_to_turn_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_hf_directory(tmp_path, OSS.config, random_weights(OSS.config, OSS.seed))
+    before = backends.live_allocations()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(
+        MemoryLimitError, match=r"no room in .*missing for .*gate_up_proj.* \(No such.*TMPDIR"
+    ):
+        tinyllm.load(path, device="cpu")
+    assert backends.live_allocations() == before
+
+
+def test_misshapen_stacks_of_floats_are_named(tmp_path: Path) -> None:
+    weights = random_weights(OSS.config, OSS.seed)
+    odd = {**weights, (name := "model.layers.1.mlp.experts.gate_up_proj"): weights[name][..., :-1]}
+    with pytest.raises(FormatError, match=r"gate_up_proj\[0\]' has 191 columns, .* 2 matrices in turn"):
+        read_model(write_hf_directory(tmp_path / "odd", OSS.config, odd))
+    turned = {**weights, name: weights[name].transpose(0, 2, 1)}
+    with pytest.raises(FormatError, match=r"experts\.0\.gate_proj\.weight has shape \(32, 192\), expected"):
+        read_model(write_hf_directory(tmp_path / "turned", OSS.config, turned))
 
 
 @pytest.mark.parametrize(

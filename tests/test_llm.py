@@ -17,6 +17,7 @@ from helpers_models import golden_model, golden_spec, random_ids, random_weights
 
 import tinyllm
 from tinyllm import backends, errors, loading
+from tinyllm.engine.breakers import breaker_ids
 from tinyllm.engine.needs import call_bytes
 from tinyllm.engine.sampling import SamplingParams, stream_seed
 
@@ -573,3 +574,129 @@ def test_a_damaged_file_gives_everything_back(path: Path, tmp_path: Path) -> Non
     with pytest.raises(errors.FormatError, match="truncated"):
         tinyllm.load(cut)
     assert backends.live_allocations() == before
+
+
+# ---- what the text so far forbids
+
+
+class Letters:
+    """A tokenizer of a vocabulary that fits on a line; encodes with the longest token that fits."""
+
+    texts = (
+        b"a",
+        b"b",
+        b"ab",
+        b"\n",
+        b"b\n\n",
+        b": ",
+        b"x:",
+        b"x",
+        b"\xc3",
+        b"\xa9",
+        b"\xc3\xa9c",
+        b" ",
+        b":",
+    )
+    vocab_size = len(texts)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.texts[token]
+
+    def encode(self, text: str, bos: bool | None = None) -> list[int]:
+        assert bos is False
+        data, ids = text.encode(), []
+        while data:
+            i = max(
+                (i for i, t in enumerate(self.texts) if data.startswith(t)), key=lambda i: len(self.texts[i])
+            )
+            ids.append(i)
+            data = data[len(self.texts[i]) :]
+        return ids
+
+
+@pytest.mark.parametrize(
+    ("strings", "ids"),
+    [
+        (["\n"], [[3], [4]]),
+        ([":"], [[5], [6], [12]]),
+        (["b:"], [[1, 12], [2, 12]]),  # ends with b, then what is left
+        (["x: "], [[6, 11], [7, 5]]),
+        (["ab"], [[2], [0, 1]]),
+        (["é"], [[10], [8, 9]]),  # a character in pieces
+        (["xé"], [[7, 8, 9]]),
+        (["\n", "\n"], [[3], [4]]),
+        (["é:", ": "], [[8, 9, 12], [5], [6, 11], [12, 11]]),
+        ([], []),
+    ],
+)
+def test_breakers_are_all_ways_to_spell_them(strings: list[str], ids: list[list[int]]) -> None:
+    found = breaker_ids(Letters(), strings)  # type: ignore[arg-type]
+    assert sorted(found) == sorted(ids)
+
+
+def test_repetitions_end_at_breakers(model: tinyllm.LLM) -> None:
+    """With three tokens to choose from there are repetitions, which DRY makes shorter; where every token is a
+    breaker there are none to it."""
+    assert model.tokenizer is not None
+    few = [i for i in range(400) if i not in (70, 80, 90)]
+    options: dict[str, Any] = {"suppress_tokens": few, "temperature": 0, "max_tokens": 40}
+    dry = {**options, "dry_multiplier": 100.0, "dry_penalty_last_n": -1}
+
+    def longest(tokens: list[int]) -> int:
+        n = len(tokens)
+        return max(
+            k for k in range(n) for i in range(n - k) if tokens[i : i + k] in pieces(tokens[i + 1 :], k)
+        )
+
+    def pieces(tokens: list[int], k: int) -> list[list[int]]:
+        return [tokens[i : i + k] for i in range(len(tokens) - k + 1)]
+
+    plain = model("a", **options).tokens
+    varied = model("a", **dry, dry_sequence_breakers=()).tokens
+    assert longest(varied) < longest(plain)
+    everything = [chr(i) for i in range(1, 256)]
+    assert model("a", **dry, dry_sequence_breakers=everything).tokens == plain
+    assert model("a", **dry, dry_sequence_breakers=()).tokens == varied
+    with pytest.raises(errors.ArgumentError, match="all 400 logits are -inf after logit bias, bans"):
+        model("a", suppress_tokens=range(400))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"suppress_tokens": range(3, 200, 2), "min_tokens": 5},
+        {"no_repeat_ngram_size": 2, "bad_words_ids": [[5, 6], [7]]},
+        {"dry_multiplier": 0.8, "dry_penalty_last_n": -1},
+        {"xtc_probability": 0.5, "xtc_threshold": 0.01},
+        {"begin_suppress_tokens": [5], "repetition_penalty": 1.2, "penalty_window": -1},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_a_batch_of_bans_equals_a_loop(model: tinyllm.LLM, options: dict[str, Any]) -> None:
+    both = {**options, "seed": 5, "max_tokens": 20, "logprobs": True}
+    batch = model(PROMPTS, n=2, **both)
+    for prompt, samples in zip(PROMPTS, batch, strict=True):
+        for sample in samples:
+            assert same(sample, model(prompt, **{**both, "seed": sample.seed}))
+    with model.session(seed=5) as session:
+        session.append(PROMPTS[0])
+        tokens = [session.sample(**{k: v for k, v in both.items() if k != "max_tokens"}) for _ in range(9)]
+    assert tokens == batch[0][0].tokens[:9]
+
+
+def test_a_session_counts_from_what_was_appended(model: tinyllm.LLM) -> None:
+    def is_first(session: tinyllm.Session) -> bool:
+        """Whether the next token is what begin_suppress_tokens looks at."""
+        with session.fork() as plain, session.fork() as other:
+            token = plain.sample(temperature=0)
+            return other.sample(temperature=0, begin_suppress_tokens=[token]) != token
+
+    with model.session(seed=1) as session:
+        session.append([5, 6])
+        assert is_first(session)
+        session.sample(temperature=0)
+        assert not is_first(session)
+        session.append([7])
+        assert is_first(session)
+        session.generate(temperature=0, max_tokens=2)
+        assert not is_first(session)

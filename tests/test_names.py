@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 import tracemalloc
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+import reference
+from helpers_gguf import write_gguf
+from helpers_models import (
+    F32,
+    Spec,
+    golden_spec,
+    golden_specs,
+    random_ids,
+    random_weights,
+    write_hf_directory,
+    write_safetensors,
+)
 
+import tinyllm
 from tinyllm.config import ModelConfig, config_from_gguf, config_from_json
 from tinyllm.errors import FormatError, UnsupportedError
 from tinyllm.files import BF16, FORMATS, TensorInfo, read_json
 from tinyllm.files.gguf import read_gguf
 from tinyllm.files.names import MAX_PROBLEMS, TABLE, Key, Source, Weights, half_split_order, map_tensors
 from tinyllm.files.safetensors import read_safetensors
+from tinyllm.modelfiles import read_model
 
 CONFIG = ModelConfig(
     architecture="llama",
@@ -175,9 +195,7 @@ def test_harmless_extras() -> None:
         name: tensor(name, (5,))
         for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
     }
-    tied = replace(CONFIG, tied=True)
-    output = {"lm_head.weight": tensor("lm_head.weight", (50, 24))}
-    assert len(map_tensors({**make(tied, "hf"), **old, **output}, tied, "hf")) == 20
+    assert len(map_tensors({**make(CONFIG, "hf"), **old}, CONFIG, "hf")) == 21
     freqs = {"rope_freqs.weight": tensor("rope_freqs.weight", (5,))}
     assert len(map_tensors({**make(CONFIG, "gguf"), **freqs}, CONFIG, "gguf")) == 21
 
@@ -264,3 +282,217 @@ def test_both_files_of_one_model_hold_the_same_weights(data_dir: Path) -> None:
     assert not np.array_equal(a["wq", 0].read_f32(), b["wq", 0].read_f32())
     for key in b:
         assert np.array_equal(values(a, key), values(b, key)), key
+
+
+# ---- an output matrix of its own beside tie_word_embeddings
+
+UNTIED = golden_spec("llama3").config | {"tie_word_embeddings": False, "num_hidden_layers": 1}
+TIED = UNTIED | {"tie_word_embeddings": True}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+IDS = random_ids(UNTIED, 5, 20)
+
+
+def near(values: npt.NDArray[Any], expected: npt.NDArray[Any]) -> bool:
+    """Within what float32 models are promised, 1e-4 of the largest logit."""
+    return float(np.abs(values - expected).max()) < 1e-4 * float(np.abs(expected).max())
+
+
+def test_a_head_of_its_own_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As transformers 5.24 does, whatever tie_word_embeddings says, and as a GGUF file of it holds it."""
+    weights = random_weights(UNTIED, 3)
+    expected = reference.logits(UNTIED, weights, IDS)
+    directory = write_hf_directory(tmp_path / "hf", TIED, weights)
+    with caplog.at_level(logging.WARNING), tinyllm.load(directory, device="cpu", cache_type="f32") as llm:
+        assert not llm.config.tied
+        assert near(llm.logits(IDS), expected)
+        bits = llm.logits(IDS)
+    [record] = caplog.records
+    assert record.getMessage().startswith("config.json says tie_word_embeddings, but lm_head.weight differs")
+    tinyllm.quantize(directory, tmp_path / "out.gguf", "f32")
+    assert "output.weight" in read_gguf(tmp_path / "out.gguf").tensors
+    with tinyllm.load(tmp_path / "out.gguf", device="cpu", cache_type="f32") as llm:
+        np.testing.assert_array_equal(llm.logits(IDS), bits)
+
+
+def test_one_number_makes_a_head_of_its_own(tmp_path: Path) -> None:
+    """The last, so that all of both is looked at; of another format as well."""
+    weights = random_weights(TIED, 3)
+    head = weights[EMBEDDING].copy()
+    head[-1, -1] += 1
+    assert not read_model(write_hf_directory(tmp_path / "a", TIED, weights | {HEAD: head})).config.tied
+    equal = write_hf_directory(tmp_path / "b", TIED, weights | {HEAD: weights[EMBEDDING]})
+    files = read_model(equal)
+    assert files.config.tied
+    assert ("output", None) not in files.weights
+    # Beside numbers that bfloat16 holds, a copy in it is no other matrix.
+    for name, values in (("c", weights[EMBEDDING]), ("d", np.round(8 * weights[EMBEDDING]) / 8)):
+        folder = write_hf_directory(tmp_path / name, TIED, weights | {EMBEDDING: values.astype(np.float32)})
+        write_safetensors(folder / "head.safetensors", {HEAD: values.astype(np.float32)}, "BF16")
+        index = dict.fromkeys(weights, "first.safetensors") | {HEAD: "head.safetensors"}
+        (folder / "model.safetensors").rename(folder / "first.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        assert read_model(folder).config.tied is (name == "d")
+
+
+def test_a_head_alone_is_the_embedding_too(tmp_path: Path) -> None:
+    """What of two tied tensors some tools save; transformers ties either way."""
+    weights = random_weights(TIED, 3)
+    expected = reference.logits(TIED, weights, IDS)
+    weights[HEAD] = weights.pop(EMBEDDING)
+    with tinyllm.load(write_hf_directory(tmp_path, TIED, weights), device="cpu", cache_type="f32") as llm:
+        assert near(llm.logits(IDS), expected)
+
+
+# ---- names with more or fewer prefixes
+
+
+def renamed(weights: Mapping[str, F32], rename: Callable[[str], str]) -> dict[str, F32]:
+    return {rename(name): w for name, w in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("model."),  # as AutoModel saves it
+        lambda name: f"model.{name}",
+        lambda name: f"model.{name}" if name.startswith("model.") else name,
+        lambda name: f"language_model.{name}",
+        lambda name: f"model.language_model.{name}",
+        lambda name: re.sub(r"^model\.", "language_model.", name),
+    ],
+    ids=["none", "doubled", "doubled but for the head", "wrapped", "wrapped twice", "replaced"],
+)
+def test_prefixes_of_names(rename: Callable[[str], str], tmp_path: Path) -> None:
+    weights = random_weights(UNTIED, 3)
+    with tinyllm.load(write_hf_directory(tmp_path / "plain", UNTIED, weights), device="cpu") as llm:
+        expected = llm.logits(IDS)
+    other = write_hf_directory(tmp_path / "other", UNTIED, renamed(weights, rename))
+    with tinyllm.load(other, device="cpu") as llm:
+        np.testing.assert_array_equal(llm.logits(IDS), expected)
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    weights = random_weights(UNTIED, 3)
+    weights["norm.weight"] = weights["model.norm.weight"]
+    with pytest.raises(FormatError, match=r"'norm\.weight' and 'model\.norm\.weight' both hold"):
+        read_model(write_hf_directory(tmp_path, UNTIED, weights))
+
+
+# ---- fused tensors of GGUF files, and factors beside matrices
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a GGUF file with other tensors. They come to `change` by name as gguf's arrays (of blocks:
+    uint8), with their types in `types`."""
+    reader = gguf.GGUFReader(path)
+    tensors: dict[str, Any] = {t.name: (np.array(t.data), t.tensor_type) for t in reader.tensors}
+    change(tensors)
+    copy = path.with_name("rewritten.gguf")
+    writer = gguf.GGUFWriter(copy, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind, *inner = field.types
+            writer.add_key_value(name, field.contents(), kind, inner[0] if inner else None)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return copy
+
+
+def fuse(tensors: dict[str, Any], whole: str, parts: list[str], axis: int) -> bool:
+    """Parts on top of each other, where they are there and of one type, as llama.cpp's converter has them."""
+    if any(part not in tensors for part in parts) or len({tensors[part][1] for part in parts}) > 1:
+        return False
+    kind = tensors[parts[0]][1]
+    tensors[whole] = np.concatenate([tensors.pop(part)[0] for part in parts], axis=axis), kind
+    return True
+
+
+FUSABLE = [spec for spec in golden_specs("families") if spec.in_gguf and spec.config["model_type"] != "phi3"]
+
+
+@pytest.mark.parametrize("format", ["F32", "Q8_0"])
+@pytest.mark.parametrize(
+    "spec", [golden_spec("attention_bias"), golden_spec("llama3"), *FUSABLE], ids=lambda spec: spec.name
+)
+def test_fused_tensors_of_any_family(spec: Spec, format: str, tmp_path: Path) -> None:
+    """Queries, keys and values, their biases, and gates with ups of experts: the same bits."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, spec.config, random_weights(spec.config, spec.seed), format=format)
+    n_fused = {"qkv.weight": 0, "qkv.bias": 0, "gate_up_exps": 0}
+
+    def change(tensors: dict[str, Any]) -> None:
+        for layer in range(spec.config["num_hidden_layers"]):
+            at = f"blk.{layer}."
+            for kind in ("weight", "bias"):
+                qkv = [f"{at}attn_{part}.{kind}" for part in "qkv"]
+                n_fused[f"qkv.{kind}"] += fuse(tensors, f"{at}attn_qkv.{kind}", qkv, 0)
+                experts = [f"{at}ffn_{part}_exps.{kind}" for part in ("gate", "up")]
+                n_fused["gate_up_exps"] += fuse(tensors, f"{at}ffn_gate_up_exps.{kind}", experts, 1)
+
+    fused = rewritten(path, change)
+    n_layers = spec.config["num_hidden_layers"]
+    has_bias = spec.config["model_type"] == "qwen2" or spec.config.get("attention_bias", False)
+    n_stacks = 0 if "num_experts_per_tok" not in spec.config else 1 + (spec.name == "gpt_oss")
+    assert list(n_fused.values()) == [n_layers, n_layers * has_bias, n_layers * n_stacks]
+    ids = random_ids(spec.config, spec.seed, 40)
+    with tinyllm.load(path, device="cpu") as a, tinyllm.load(fused, device="cpu") as b:
+        np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
+
+
+@pytest.mark.parametrize("type", ["q2_k", "q4_k_m", "q8_0"])
+@pytest.mark.parametrize("name", ["phi3", "qwen2", "mixtral"])
+def test_fused_tensors_are_quantized_alike_in_memory_and_in_a_file(
+    name: str, type: str, tmp_path: Path
+) -> None:
+    """phi3's are always fused. Its heads share no keys here, which the shape of the fused tensor says."""
+    specs = {spec.name: spec for spec in (*golden_specs(), *golden_specs("families"))}
+    spec = next(spec for key, spec in specs.items() if key.startswith(name))
+    config = spec.config | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4, "sliding_window": None}
+    config |= {"max_position_embeddings": 64, "head_dim": 64}
+    config = {key: value for key, value in config.items() if key not in ("rope_scaling", "layer_types")}
+    path = tmp_path / "model.gguf"
+    write_gguf(path, config, random_weights(config, 5))
+
+    def change(tensors: dict[str, Any]) -> None:
+        fuse(tensors, "blk.0.attn_qkv.weight", [f"blk.0.attn_{part}.weight" for part in "qkv"], 0)
+        fuse(tensors, "blk.0.attn_qkv.bias", [f"blk.0.attn_{part}.bias" for part in "qkv"], 0)
+        experts = [f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up")]
+        fuse(tensors, "blk.0.ffn_gate_up_exps.weight", experts, 1)
+
+    fused = rewritten(path, change)
+    tinyllm.quantize(fused, tmp_path / "out.gguf", type)
+    ids = random_ids(config, 5, 20)
+    with tinyllm.load(fused, device="cpu", weights=type) as a, tinyllm.load(tmp_path / "out.gguf") as b:
+        np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
+
+
+def test_a_factor_of_one_beside_a_matrix_changes_nothing(tmp_path: Path) -> None:
+    """What files with NVFP4 have beside their matrices, and keep when they are quantized again."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, UNTIED, random_weights(UNTIED, 3))
+
+    def with_scale(name: str, *values: float) -> Path:
+        return rewritten(
+            path,
+            lambda tensors: tensors.update(
+                {name: (np.array(values, np.float32), gguf.GGMLQuantizationType.F32)}
+            ),
+        )
+
+    with tinyllm.load(path, device="cpu") as llm:
+        expected = llm.logits(IDS)
+    for name, value in (("blk.0.attn_q.scale", 1.0), ("blk.0.ffn_up.input_scale", 0.37)):
+        with tinyllm.load(with_scale(name, value), device="cpu") as llm:
+            np.testing.assert_array_equal(llm.logits(IDS), expected)
+    for values in ([0.5], [1.0, 1.0, np.nan]):
+        with pytest.raises(
+            UnsupportedError, match=r"'blk\.0\.attn_q\.scale' is a factor on what blk\.0\.attn_q"
+        ):
+            read_model(with_scale("blk.0.attn_q.scale", *values))
+    with pytest.raises(FormatError, match=r"'blk\.0\.nothing\.scale' of shape \(1,\) is not expected"):
+        read_model(with_scale("blk.0.nothing.scale", 1.0))

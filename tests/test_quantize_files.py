@@ -38,7 +38,7 @@ from tinyllm.quantization.imatrix import Imatrix, read_imatrix, write_imatrix
 MASTER = Path(__file__).resolve().parents[1] / "benchmarks" / "stories-f16.gguf"
 # What no GGUF file can say, of the golden models.
 UNSAID = {"ministral": "windows", "qwen2_window": "windows", "qwen3_moe_not_renormalized": "norm_topk_prob"}
-GOLDEN = [spec for spec in golden_specs() + golden_specs("families") if spec.in_float_hf]
+GOLDEN = golden_specs() + golden_specs("families")
 SPECS = [spec for spec in GOLDEN if spec.name not in UNSAID]
 
 
@@ -359,6 +359,16 @@ def test_older_imatrix_files(tmp_path: Path) -> None:
     found = imatrix.importance("blk.0.ffn_up.weight", 1, 3)
     assert found is not None
     np.testing.assert_allclose(found, [[0.5, 1, 1.5]])
+    # Of a mixture all experts in one entry, also where llama.cpp turned such a file into a GGUF.
+    path.write_bytes(dat({"blk.0.ffn_up_exps.weight": (4, [4.0, 8.0, 12.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0])}))
+    mixture = read_imatrix(path)
+    write_imatrix(tmp_path / "i.gguf", mixture)
+    for imatrix in (mixture, read_imatrix(tmp_path / "i.gguf")):
+        found = imatrix.importance("blk.0.ffn_up_exps.weight", 3, 3)
+        assert found is not None
+        np.testing.assert_allclose(found, [[0.5, 1, 1.5], [1, 1, 1], [1, 1, 1]])
+        with pytest.raises(errors.FormatError, match=r"is \(1, 9\), but the model's is \(4, 3\)"):
+            imatrix.importance("blk.0.ffn_up_exps.weight", 4, 3)
     good = dat({"blk.0.ffn_up.weight": (4, [4.0, 8.0])})
     for cut in range(len(good)):
         path.write_bytes(good[:cut])
@@ -367,6 +377,22 @@ def test_older_imatrix_files(tmp_path: Path) -> None:
     path.write_bytes(dat({"a": (1, [-1.0])}))
     with pytest.raises(errors.FormatError, match="negative"):
         read_imatrix(path)
+
+
+def test_matrices_that_meet_the_same_are_known_by_either_name(tmp_path: Path) -> None:
+    """A file may have them fused, and the imatrix be of one that has not."""
+    one, two = np.array([[1.0, 3.0]], np.float32), np.array([[1.0, 3.0], [3.0, 1.0]], np.float32)
+    sums = {"blk.0.attn_q.weight": one, "blk.1.attn_qkv.weight": one, "blk.0.ffn_up_exps.weight": two}
+    imatrix = Imatrix(sums, {name: np.ones(len(values), np.float32) for name, values in sums.items()})
+    for name, n in (
+        ("blk.0.attn_qkv.weight", 1), ("blk.1.attn_q.weight", 1), ("blk.1.attn_k.weight", 1),
+        ("blk.1.attn_v.weight", 1), ("blk.0.ffn_gate_up_exps.weight", 2),
+    ):  # fmt: skip
+        found = imatrix.importance(name, n, 2)
+        assert found is not None, name
+        np.testing.assert_array_equal(found, two[:n] / 2)
+    for name in ("blk.0.attn_k.weight", "blk.0.attn_v.weight", "blk.0.ffn_gate_exps.weight", "attn_q"):
+        assert imatrix.importance(name, 1, 2) is None, name
 
 
 def test_quantizing_with_an_imatrix(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -465,6 +491,38 @@ def test_wrong_places(path: Path, tmp_path: Path) -> None:
     with pytest.raises(errors.NotFoundError):
         tinyllm.quantize(tmp_path / "missing.gguf", tmp_path / "x.gguf", "q4_0")
     assert main([str(path), str(tmp_path / "x.gguf"), "q9"]) == 2
+
+
+def test_what_fell_back_and_what_grew_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of 160 fit no block of 256, rows of 80 none of 32 either, as the file itself shows."""
+    config = CONFIG | {"hidden_size": 160, "intermediate_size": 80, "num_attention_heads": 4}
+    path, out = tmp_path / "plain.gguf", tmp_path / "out.gguf"
+    write_gguf(path, config, random_weights(config, seed=3), format="F16")
+    done = tinyllm.quantize(path, out, "q4_k_m")
+    got = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors}
+    matrices = {name for name, tensor in read_gguf(path).tensors.items() if len(tensor.shape) > 1}
+    assert set(done.fallbacks) == matrices
+    assert {name: found for name, (_, found) in done.fallbacks.items()} == {
+        name: got[name] for name in matrices
+    }
+    assert done.fallbacks["blk.0.attn_q.weight"] == ("Q4_K", "Q5_0")
+    assert done.fallbacks["blk.2.attn_v.weight"] == ("Q6_K", "Q8_0")
+    assert done.fallbacks["blk.2.ffn_down.weight"] == ("Q6_K", "F16")
+    assert (done.source_bytes, done.n_bytes) == (path.stat().st_size, out.stat().st_size)
+
+    assert main([str(path), str(out), "q4_k_m"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    counts = [(pair, list(done.fallbacks.values()).count(pair)) for pair in set(done.fallbacks.values())]
+    assert len(lines) == 2
+    assert lines[1].startswith(
+        f"{len(matrices)} of {len(got)} tensors got another type, as their rows fit no"
+    )
+    assert all(f"{n} {found} instead of {wanted}" in lines[1] for (wanted, found), n in counts)
+    assert main([str(path), str(out), "f32"]) == 0
+    *_, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"the file is larger than the [0-9.]+ [kM]B that it was made of", last)
+    assert main([str(path), str(out), "q8_0"]) == 0
+    assert "larger" not in capsys.readouterr().err
 
 
 def test_what_is_no_file_is_not_replaced(

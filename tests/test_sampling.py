@@ -22,8 +22,13 @@ OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.
 Floats = npt.NDArray[np.float32]
 
 
+BREAKERS = [[4], [6, 1], [6, 1, 3], [6]]
+SAMPLER = {"start", "eos_ids", "min_length", "breakers"}
+
+
 def sampler_for(logits: Floats, **params: Any) -> Sampler:
-    return Sampler(SamplingParams(**{**OFF, **params}), len(logits))
+    own = {name: params.pop(name) for name in SAMPLER & params.keys()}
+    return Sampler(SamplingParams(**{**OFF, **params}), len(logits), **own)
 
 
 def draws(logits: Floats, n: int, history: list[int] | None = None, **params: Any) -> list[int]:
@@ -49,12 +54,39 @@ def philox_words(counter: list[int], key: list[int]) -> list[int]:
     return [c0, c1, c2, c3]
 
 
-def uniform(seed: int, position: int) -> float:
-    words = philox_words([position % 2**32, position >> 32, 0, 0], [seed % 2**32, seed >> 32])
+def uniform(seed: int, position: int, which: int = 0) -> float:
+    """Which: 0 is the draw's, 1 is XTC's."""
+    words = philox_words([position % 2**32, position >> 32, 0, 0], [seed % 2**32, seed >> 32])[2 * which :]
     return ((words[1] << 32 | words[0]) >> 11) / 2**53
 
 
-def adjusted(logits: Floats, params: SamplingParams, history: list[int]) -> npt.NDArray[np.float64]:
+def common_end(a: list[int], b: list[int]) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
+        n += 1
+    return n
+
+
+def dry_lengths(history: list[int], allowed: int, breakers: list[list[int]]) -> dict[int, int]:
+    """By token: how long the repetition is that it would make longer, from the definition: the longest end of
+    the text that also stands before an earlier place where the token came, and does not go over a breaker."""
+    most = len(history)
+    for start in reversed(range(len(history))):
+        here = [b for b in breakers if history[start : start + len(b)] == b]
+        if here:
+            most = len(history) - start - max(map(len, here))
+            break
+    found: dict[int, int] = {}
+    for place in range(1, len(history)):
+        length = min(most, common_end(history[:place], history))
+        if length >= allowed and len(history) > allowed and [history[place]] not in breakers:
+            found[history[place]] = max(length, found.get(history[place], 0))
+    return found
+
+
+def adjusted(
+    logits: Floats, params: SamplingParams, history: list[int], breakers: list[list[int]] | None = None
+) -> npt.NDArray[np.float64]:
     x = logits.astype(np.float64)
     for token, bias in params.logit_bias.items():
         x[token] += np.float32(bias)
@@ -66,11 +98,35 @@ def adjusted(logits: Floats, params: SamplingParams, history: list[int]) -> npt.
         x[token] -= np.float32(params.presence_penalty) + count * np.float64(
             np.float32(params.frequency_penalty)
         )
+    x[list(params.suppress_tokens or ())] = -np.inf
+    ngrams = params.no_repeat_ngram_size or 0
+    for i in range(len(history) - ngrams + 1 if ngrams else 0):  # transformers 5.24, by its definition
+        if history[i : i + ngrams - 1] == history[len(history) - ngrams + 1 :]:
+            x[history[i + ngrams - 1]] = -np.inf
+    for word in map(list, params.bad_words_ids or ()):
+        if len(history) >= len(word) - 1 and history[len(history) - len(word) + 1 :] == word[:-1]:
+            x[word[-1]] = -np.inf
+    if params.dry_multiplier:
+        assert params.dry_base is not None
+        assert params.dry_allowed_length is not None
+        assert params.dry_penalty_last_n is not None
+        n = params.dry_penalty_last_n
+        last = history if n < 0 else history[max(0, len(history) - n) :]
+        lengths = dry_lengths(last, params.dry_allowed_length, breakers or [])
+        for token, length in lengths.items():
+            power = float(np.float32(params.dry_base)) ** (length - params.dry_allowed_length)
+            x[token] -= float(np.float32(params.dry_multiplier)) * power
     return x
 
 
 def reference(
-    logits: Floats, params: SamplingParams, history: list[int], clear: float = 5e-6
+    logits: Floats,
+    params: SamplingParams,
+    history: list[int],
+    clear: float = 5e-6,
+    *,
+    breakers: list[list[int]] | None = None,
+    excluding: bool = False,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Ids of the survivors in descending order of probability, and their probabilities.
 
@@ -78,7 +134,7 @@ def reference(
     epsilon relatively, its sums of 64 by 64 more, together under 5e-6 for logits that differ by up to 15.
     """
     params = params.resolve()
-    x = adjusted(logits, params, history)
+    x = adjusted(logits, params, history, breakers)
     ids = np.argsort(-x, kind="stable")
     ids = ids[np.isfinite(x[ids])]
     if params.top_k:
@@ -104,6 +160,10 @@ def reference(
         ratio = probabilities() / probabilities()[0]
         assert np.abs(ratio[1:] / params.min_p - 1).min(initial=1) >= clear, "choose another case"
         ids = ids[ratio >= params.min_p]
+    if excluding:
+        p, threshold = probabilities(), float(np.float32(params.xtc_threshold))
+        assert np.abs(p / threshold - 1).min(initial=1) >= clear, "choose another case"
+        ids = ids[max(0, int(np.sum(p >= threshold)) - 1) :]
     return ids, probabilities(float(np.float32(params.temperature)))
 
 
@@ -134,6 +194,14 @@ CASES: list[dict[str, Any]] = [
     {"presence_penalty": 0.9, "frequency_penalty": 0.4, "top_p": 0.9},
     {"repetition_penalty": 1.3, "presence_penalty": -0.5, "frequency_penalty": 0.7, "penalty_window": 5},
     {"repetition_penalty": 2.0, "logit_bias": {1: 6.0, 2: 5.0}, "min_p": 0.02},
+    {"suppress_tokens": [2, 8, 2], "top_k": 6},
+    {"bad_words_ids": [[7], [4, 1], [4, 4, 2], [4, 4, 4, 9], [3, 6]]},
+    {"no_repeat_ngram_size": 1},
+    {"no_repeat_ngram_size": 2, "min_p": 0.02},
+    {"dry_multiplier": 0.8, "dry_penalty_last_n": -1, "breakers": []},
+    {"dry_multiplier": 0.4, "dry_allowed_length": 0, "breakers": BREAKERS},
+    {"dry_multiplier": 0.5, "dry_allowed_length": 1, "dry_base": 1.0, "dry_penalty_last_n": 4},
+    {"dry_multiplier": 1.5, "no_repeat_ngram_size": 3, "frequency_penalty": 0.1, "top_p": 0.9},
 ]
 HISTORY = [1, 2, 3, 2, 1, 2, 9, 4, 4, 4]
 
@@ -148,7 +216,7 @@ def test_every_draw_is_the_references(case: dict[str, Any], n: int) -> None:
     """
     logits = random_logits(n + 2, n, 2.0)
     sampler = sampler_for(logits, **case)
-    ids, p = reference(logits, sampler.params, HISTORY)
+    ids, p = reference(logits, sampler.params, HISTORY, breakers=case.get("breakers"))
     edges = np.cumsum(p)
     exponents = 200 if len(p) < 2 else float(np.log(p.max() / p.min()))
     tolerance = 2 * (4 + 2 * exponents) * EPSILON
@@ -171,15 +239,52 @@ def test_survivors_are_the_references(case: dict[str, Any], n: int) -> None:
     below m (1 - p)^N <= e^-20. Filters look at temperature 1, so the set is the same.
     """
     logits = random_logits(n + 1, n, 2.0)
-    ids, p = reference(logits, SamplingParams(**{**OFF, **case, "temperature": 1000.0}), HISTORY)
+    hot = {**case, "temperature": 1000.0}
+    params = sampler_for(logits, **hot).params
+    ids, p = reference(logits, params, HISTORY, breakers=case.get("breakers"))
     n_draws = math.ceil((math.log(len(ids)) + 20) / p.min())
-    found = draws(logits, n_draws, HISTORY, **{**case, "temperature": 1000.0})
+    found = draws(logits, n_draws, HISTORY, **hot)
     assert set(found) == set(ids.tolist())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"xtc_probability": 0.5, "xtc_threshold": 0.02},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.011, "temperature": 2.0},
+        {"xtc_probability": 0.3, "xtc_threshold": 0.05, "top_k": 8, "min_p": 0.02},
+        {"xtc_probability": 0.7, "xtc_threshold": 0.03, "typical_p": 0.9, "suppress_tokens": [3]},
+    ],
+    ids=lambda case: "+".join(case),
+)
+def test_excluded_top_choices_are_the_references(case: dict[str, Any]) -> None:
+    """As test_every_draw_is_the_references, with a random number of its own that says whether they go."""
+    logits = random_logits(7, 60, 2.0)
+    sampler = sampler_for(logits, **case)
+    kinds = [reference(logits, sampler.params, [], excluding=excluding) for excluding in (False, True)]
+    assert len(kinds[1][0]) < len(kinds[0][0])
+    decided = 0
+    for position in range(400):
+        ids, p = kinds[int(uniform(5, position, 1) < np.float32(case["xtc_probability"]))]
+        edges, u = np.cumsum(p), uniform(5, position)
+        if np.abs(edges[:-1] - u).min() <= 2 * (4 + 2 * np.log(p.max() / p.min())) * EPSILON:
+            continue
+        decided += 1
+        assert sampler(logits, [], position).token == ids[np.searchsorted(edges[:-1], u, side="right")]
+    assert decided >= 300
 
 
 @pytest.mark.parametrize(
     ("params", "survivors"),
     [
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.15}, {0, 1}),  # 0.4 0.3 0.2 are above, 0.2 stays
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.25}, {0, 1, 2}),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.35}, {0, 1, 2, 3}),  # one alone stays
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.0}, {0}),
+        ({"xtc_probability": 0.0, "xtc_threshold": 0.15}, {0, 1, 2, 3}),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.51}, {0, 1, 2, 3}),  # more than half: off
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.4, "top_k": 2}, {2}),  # of 0.57 0.43
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.25, "temperature": 50.0}, {0, 1, 2}),  # at temperature 1
         ({"top_k": 2}, {3, 2}),
         ({"top_p": 0.35}, {3}),
         ({"top_p": 0.65}, {3, 2}),
@@ -258,6 +363,23 @@ def test_draws_depend_on_seed_and_position_only() -> None:
     assert len(set(forward)) > 25
 
 
+def test_xtc_draws_a_number_of_its_own() -> None:
+    """Whether the top goes says nothing of which of the others comes, and changes no draw where it stays."""
+    logits = of_probabilities(0.4, 0.3, 0.1, 0.1, 0.1)
+    plain = draws(logits, 4000)
+    some = draws(logits, 4000, xtc_probability=0.5, xtc_threshold=0.2)
+    stays = [uniform(5, position, 1) >= 0.5 for position in range(4000)]
+    assert [a for a, kept in zip(some, stays, strict=True) if kept] == [
+        a for a, kept in zip(plain, stays, strict=True) if kept
+    ]
+    gone = [a for a, kept in zip(some, stays, strict=True) if not kept]
+    assert 0 not in gone
+    # Of 2000 the share of 0.5 errs by sqrt(0.25 / 2000) = 0.011; 5 of these.
+    assert abs(gone.count(1) / len(gone) - 0.5) < 0.056
+    sampler = sampler_for(logits, xtc_probability=0.5, xtc_threshold=0.2)
+    assert [sampler(logits, [], position).token for position in reversed(range(50))] == some[:50][::-1]
+
+
 def test_stream_seed() -> None:
     assert stream_seed(1234, 0) == 1234
     derived = [stream_seed(seed, i) for seed in (0, 1, 1234, 2**64 - 1) for i in range(1, 50)]
@@ -325,6 +447,156 @@ def test_penalties_and_bias(
     kept = row.copy()
     assert sampler_for(row, temperature=0, **params)(row, history, 0).token == token
     np.testing.assert_array_equal(row, kept)
+
+
+# ---- bans and repetitions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "history", "token"),
+    [
+        ({"suppress_tokens": [0]}, [], 1),
+        ({"bad_words_ids": [[0]]}, [], 1),
+        ({"bad_words_ids": [[3, 0]]}, [3], 1),
+        ({"bad_words_ids": [[3, 0]]}, [3, 2], 0),
+        ({"bad_words_ids": [[3, 2, 0], [2, 1]]}, [3, 2], 2),
+        ({"bad_words_ids": [[3, 2, 0]]}, [2], 0),  # longer than the text
+        ({"no_repeat_ngram_size": 1}, [0, 2], 1),
+        ({"no_repeat_ngram_size": 2}, [3, 0, 3], 1),
+        ({"no_repeat_ngram_size": 2}, [3, 0, 2], 0),
+        ({"no_repeat_ngram_size": 3}, [3, 3, 0, 3, 3], 1),
+        ({"no_repeat_ngram_size": 3}, [3, 0, 3], 0),
+        ({"no_repeat_ngram_size": 4}, [3, 0], 0),  # longer than the text
+        ({"no_repeat_ngram_size": 2}, [3, 0] + [2] * 500 + [3], 1),  # at any distance
+        ({"dry_multiplier": 3.0}, [2, 3, 0, 3, 2, 3], 1),  # 2 3 came before 0
+        ({"dry_multiplier": 3.0}, [1, 3, 0, 3, 2, 3], 0),  # 3 alone is allowed
+        ({"dry_multiplier": 3.0, "dry_allowed_length": 1}, [1, 3, 0, 3, 2, 3], 1),
+        ({"dry_multiplier": 3.0, "dry_penalty_last_n": 3}, [2, 3, 0, 3, 2, 3], 0),
+        ({"dry_multiplier": 3.0, "dry_penalty_last_n": 0}, [2, 3, 0, 3, 2, 3], 0),
+        ({"dry_multiplier": 3.0}, [2, 3, 0] + [1] * 60 + [2, 3], 0),  # the last 64
+        ({"dry_multiplier": 3.0, "dry_penalty_last_n": -1}, [2, 3, 0] + [1] * 60 + [2, 3], 1),
+        ({"dry_multiplier": 3.0, "breakers": [[2]]}, [2, 3, 0, 3, 2, 3], 0),
+        ({"dry_multiplier": 3.0, "breakers": [[0]]}, [2, 3, 0, 3, 2, 3], 0),  # a breaker itself is free
+        ({"dry_multiplier": 3.0, "breakers": [[2, 3]]}, [2, 3, 0, 3, 2, 3], 0),
+        ({"dry_multiplier": 3.0, "breakers": [[3, 2]]}, [2, 3, 0, 3, 2, 3], 0),
+        ({"dry_multiplier": 3.0, "breakers": [[2, 2], [0, 1]]}, [2, 3, 0, 3, 2, 3], 1),
+        ({"dry_multiplier": 1.5, "dry_base": 1.0}, [2] * 9 + [0] + [2] * 9, 0),  # 1.5 whatever the length
+        ({"dry_multiplier": 0.5, "dry_base": 4.0}, [2, 2, 2, 0, 2, 2, 2], 1),  # 0.5 x 4
+        ({"dry_multiplier": 1e3, "dry_base": 1e3, "dry_penalty_last_n": -1}, [0] * 300, 1),  # no overflow
+    ],
+)
+def test_what_the_text_forbids(params: dict[str, Any], history: list[int], token: int) -> None:
+    logits = np.array([2.0, 0.4, 0.2, 0.1], dtype=np.float32)
+    kept = logits.copy()
+    assert sampler_for(logits, temperature=0, **params)(logits, history, len(history)).token == token
+    np.testing.assert_array_equal(logits, kept)
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    history=st.lists(st.integers(0, 4), max_size=40),
+    ngrams=st.integers(0, 5),
+    words=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), max_size=3),
+    dry=st.tuples(st.integers(0, 4), st.integers(-1, 40), st.sampled_from([1.0, 1.5, 2.0])),
+    breakers=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=3), max_size=3),
+)
+def test_repetitions_are_the_references(
+    history: list[int],
+    ngrams: int,
+    words: list[list[int]],
+    dry: tuple[int, int, float],
+    breakers: list[list[int]],
+) -> None:
+    """Each token's logit after all steps, by the choice between it and one that nothing changes, lifted to a
+    little below and a little above: they are multiples of powers of 2, or are rounded by 2^-24 of 1000."""
+    allowed, last_n, base = dry
+    logits = np.array([3.0, 2.5, 2.0, 1.5, 1.0, 0.0], dtype=np.float32)
+    options: dict[str, Any] = {
+        "no_repeat_ngram_size": ngrams,
+        "bad_words_ids": words,
+        "dry_multiplier": 0.25,
+        "dry_base": base,
+        "dry_allowed_length": allowed,
+        "dry_penalty_last_n": last_n,
+        "breakers": breakers,
+    }
+    params = sampler_for(logits, **options).params
+    for token, expected in enumerate(adjusted(logits, params, history, breakers)[:5]):
+        bias = {other: -math.inf for other in range(5) if other != token}
+        choices = {-1000.0: 5} if expected < -1001 else {expected - 2.0**-10: token, expected + 2.0**-10: 5}
+        for level, chosen in choices.items():
+            sampler = sampler_for(logits, temperature=0, logit_bias={**bias, 5: level}, **options)
+            assert sampler(logits, history, 0).token == chosen
+
+
+def test_tokens_that_may_not_end_or_begin() -> None:
+    logits = np.array([3.0, 2.0, 1.0, 0.0], dtype=np.float32)
+
+    def chosen(position: int, **params: Any) -> int:
+        own = {"start": 10, "eos_ids": [0, 9], "temperature": 0, **params}
+        return sampler_for(logits, **own)(logits, [], position).token
+
+    assert [chosen(p, min_tokens=2) for p in (10, 11, 12, 13)] == [1, 1, 0, 0]
+    assert [chosen(p, min_length=12) for p in (10, 11, 12)] == [1, 1, 0]
+    assert [chosen(p, min_length=12, min_tokens=0) for p in (10, 11)] == [0, 0]
+    assert [chosen(p, begin_suppress_tokens=[0, 1]) for p in (10, 11)] == [2, 0]
+    both = {"begin_suppress_tokens": [1], "min_tokens": 2, "suppress_tokens": [2]}
+    assert [chosen(p, **both) for p in (10, 11, 12)] == [3, 1, 0]
+    with pytest.raises(ArgumentError, match="all 4 logits are -inf after logit bias, bans and penalties"):
+        chosen(11, suppress_tokens=[1, 2, 3], min_tokens=5)
+
+
+def candidates(logits: Floats, n: int) -> backends.Candidates:
+    """What a device gives of a row."""
+    tokens = np.argsort(-logits, kind="stable")[:n].astype(np.int32)
+    total = math.exp(-backends.logprob(logits, int(tokens[0])))
+    return backends.Candidates(tokens[None], logits[tokens][None], np.array([total]))[0]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"temperature": 0},
+        {"suppress_tokens": "the largest"},
+        {"suppress_tokens": "the largest", "temperature": 0, "top_logprobs": 3},
+        {"bad_words_ids": [[5]], "begin_suppress_tokens": "the largest", "min_tokens": 3},
+        {"xtc_probability": 0.5, "xtc_threshold": 0.05},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.01, "suppress_tokens": "the largest", "min_p": 0.05},
+    ],
+    ids=lambda case: "+".join(case),
+)
+def test_the_largest_logits_are_enough(case: dict[str, Any]) -> None:
+    for seed in range(20):
+        logits = random_logits(seed, 300, 2.0)
+        order = np.argsort(-logits).tolist()
+        params = {name: order[:3] if value == "the largest" else value for name, value in case.items()}
+        sampler = sampler_for(logits, **{"top_k": 8, "start": 0, "eos_ids": order[2:5], **params})
+        assert sampler.n_candidates is not None
+        assert sampler.n_candidates < 30
+        few = candidates(logits, sampler.n_candidates)
+        for position in range(6):
+            all, some = sampler(logits, [], position), sampler(few, [], position)
+            assert (all.token, [i for i, _ in all.top]) == (some.token, [i for i, _ in some.top])
+            # The core's own sum, in its own order, is in tests of the backends.
+            assert all.logprob == pytest.approx(some.logprob, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("params", "are_all_needed"),
+    [
+        ({"no_repeat_ngram_size": 2}, True),
+        ({"bad_words_ids": [[1, 2]]}, True),
+        ({"dry_multiplier": 0.5}, True),
+        ({"dry_multiplier": 0.5, "dry_penalty_last_n": 0}, False),
+        ({"repetition_penalty": 1.5, "penalty_window": 0}, False),
+        ({"xtc_probability": 0.5}, False),
+        ({"suppress_tokens": [1]}, False),
+    ],
+)
+def test_what_changes_logits_needs_all_of_them(params: dict[str, Any], are_all_needed: bool) -> None:
+    sampler = Sampler(SamplingParams(top_k=5, **params), 100)
+    assert (sampler.n_candidates is None) == are_all_needed
 
 
 @settings(deadline=None, max_examples=200)
@@ -475,6 +747,19 @@ def test_processor_errors() -> None:
         ({"logit_bias": {3: math.inf}}, "logit_bias of token 3 is inf, expected -inf to 1000"),
         ({"stop": ""}, "empty string"),
         ({"stop": ["a", ""]}, "empty string"),
+        ({"min_tokens": -1}, r"min_tokens is -1, expected 0 to \d+ \(0 turns it off\)"),
+        ({"suppress_tokens": [-1]}, "a token id in suppress_tokens is -1, expected 0 to"),
+        ({"begin_suppress_tokens": [2**31]}, "a token id in begin_suppress_tokens is 2147483648, expected 0"),
+        ({"bad_words_ids": [[3, -2]]}, "a token id in bad_words_ids is -2, expected 0 to"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids has an empty sequence"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1, expected 0 to"),
+        ({"dry_multiplier": -0.5}, r"dry_multiplier is -0.5, expected 0 to 1000 \(0 turns it off\)"),
+        ({"dry_base": 0.5}, r"dry_base is 0.5, expected 1 to 1000 \(dry_multiplier=0 turns it off\)"),
+        ({"dry_allowed_length": -1}, "dry_allowed_length is -1, expected 0 to"),
+        ({"dry_penalty_last_n": -2}, r"dry_penalty_last_n is -2, expected -1 .*whole text"),
+        ({"dry_sequence_breakers": ""}, "dry_sequence_breakers has an empty string"),
+        ({"xtc_probability": 1.5}, "xtc_probability is 1.5, expected 0 to 1"),
+        ({"xtc_threshold": math.nan}, "xtc_threshold is nan, expected 0 to 1"),
     ],
 )
 def test_values_out_of_range(params: dict[str, Any], message: str) -> None:
@@ -499,6 +784,16 @@ def test_values_out_of_range(params: dict[str, Any], message: str) -> None:
         {"stop": ["a", 1]},
         {"stop": 3},
         {"processors": [3]},
+        {"min_tokens": 1.5},
+        {"suppress_tokens": 3},
+        {"suppress_tokens": "3"},
+        {"suppress_tokens": ["3"]},
+        {"begin_suppress_tokens": {3: 1.0}},
+        {"bad_words_ids": [3]},
+        {"bad_words_ids": "ab"},
+        {"bad_words_ids": ["ab"]},
+        {"dry_sequence_breakers": [3]},
+        {"no_repeat_ngram_size": True},
     ],
 )
 def test_wrong_types(params: dict[str, Any]) -> None:
@@ -542,8 +837,14 @@ def test_calls_with_wrong_inputs() -> None:
             sampler(wrong, [], 0)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="token 1 of the history is 4, expected 0 to 3"):
         sampler(logits, [0, 4], 0)
-    with pytest.raises(ArgumentError, match="logit_bias names token 4, expected 0 to 3"):
-        Sampler(SamplingParams(logit_bias={4: 1.0}), 4)
+    for name, value in (
+        ("logit_bias", {4: 1.0}),
+        ("suppress_tokens", [4]),
+        ("begin_suppress_tokens", [4]),
+        ("bad_words_ids", [[1, 2], [4, 1]]),
+    ):
+        with pytest.raises(ArgumentError, match=f"{name} names token 4, expected 0 to 3"):
+            Sampler(SamplingParams(**{name: value}), 4)
     for value, name in ((math.nan, "NaN"), (math.inf, r"\+inf")):
         logits[2] = value
         with pytest.raises(ArgumentError, match=f"the logit of token 2 is {name}"):
@@ -554,7 +855,7 @@ def test_calls_with_wrong_inputs() -> None:
     with pytest.raises(ArgumentError, match="all 4 logits are -inf: leave"):
         sampler(logits, [], 0)
     logits[:] = 0
-    with pytest.raises(ArgumentError, match="all 4 logits are -inf after logit bias and penalties"):
+    with pytest.raises(ArgumentError, match="all 4 logits are -inf after logit bias, bans and penalties"):
         sampler_for(logits, logit_bias=dict.fromkeys(range(4), -math.inf))(logits, [], 0)
 
 

@@ -411,7 +411,7 @@ def write_small(path: Path) -> None:
 
 NO_IMPORTS = """
 import sys, tinyllm
-from tinyllm.chat import ChatTemplate
+from tinyllm.chat.templates import ChatTemplate
 llm = tinyllm.load("stories", threads=2)
 known = set(sys.modules)
 llm.chat([{"role": "user", "content": "x"}], chat_template="{{ messages[0].content }}", max_tokens=2)

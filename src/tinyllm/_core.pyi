@@ -1,6 +1,6 @@
 """The built module's types (csrc/bindings.cpp). tests/test_boundary.py compares this file with the module."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,42 @@ class Model:
     def token_bytes(self) -> int: ...
     def close(self) -> None: ...
 
+class Sampling:
+    """What a text asks of sampling."""
+
+    def __init__(
+        self,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        typical_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        penalty_window: int,
+        xtc_probability: float,
+        xtc_threshold: float,
+        bias_tokens: Sequence[int],
+        bias: Sequence[float],
+        no_repeat_ngram_size: int,
+        bad_words: Sequence[Sequence[int]],
+        dry_multiplier: float,
+        dry_base: float,
+        dry_allowed_length: int,
+        dry_penalty_last_n: int,
+        breakers: Sequence[Sequence[int]],
+        seed: int,
+    ) -> None: ...
+    def sample(
+        self,
+        logits: NDArray[np.float32],
+        history: NDArray[np.int32],
+        position: int,
+        banned: NDArray[np.int32],
+        total: float | None = None,
+    ) -> tuple[int, float]: ...
+
 def formats() -> list[tuple[int, str, int, int, int]]:
     """(id, name, numbers a block, bytes a block, bytes of 16 rows' blocks when packed)."""
 
@@ -86,23 +122,6 @@ def convert(
     importance: NDArray[np.float32] | None,
     threads: int,
 ) -> NDArray[np.uint8]: ...
-def sample(
-    logits: NDArray[np.float32],
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    typical_p: float,
-    repetition_penalty: float,
-    presence_penalty: float,
-    frequency_penalty: float,
-    bias_tokens: NDArray[np.int32],
-    bias: NDArray[np.float32],
-    history: NDArray[np.int32],
-    seed: int,
-    position: int,
-    total: float | None = None,
-) -> tuple[int, float]: ...
 def top_logprobs(
     logits: NDArray[np.float32], k: int, total: float | None = None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...

@@ -8,6 +8,7 @@ engine/ does the work. Imports what stands below: `engine`, `chat`, `tokenizer`,
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import operator
 import os
@@ -27,9 +28,10 @@ from tinyllm import backends
 from tinyllm.backends import CacheType
 from tinyllm.chat.reasoning import Plain, Splitter, splitter, visible_ids
 from tinyllm.chat.templates import ChatTemplate, require
-from tinyllm.config import GenerationDefaults
+from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pooling
 from tinyllm.engine import saved
-from tinyllm.engine.embedding import means
+from tinyllm.engine.breakers import breaker_ids
+from tinyllm.engine.embedding import vectors
 from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece, choose, require_finite
 from tinyllm.engine.kvcache import KVCache, Sequence, root_key
 from tinyllm.engine.loop import Inbox, Loop
@@ -47,6 +49,7 @@ from tinyllm.errors import (
     ContextError,
     MemoryLimitError,
     TemplateError,
+    UnsupportedError,
     integer,
     number_text,
     out_of_memory,
@@ -64,13 +67,16 @@ Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
 Cancel = Callable[[], bool]
 
+log = logging.getLogger(__name__)
+
 
 class LLM:
     """A loaded model. Made by `load`; any number of threads may use one.
 
     model: the layer below, with `model.forward`. tokenizer: None for a model that takes and gives ids only.
-    chat_template: None for a base model. defaults: the model's own sampling parameters, by name. context: how
-    many tokens a sequence may hold. chunk: tokens of a call of the model at most. load_s: seconds of loading.
+    chat_template: None for a base model. defaults: the model's own sampling parameters, by name. embedding:
+    what its files say of vectors of texts. context: how many tokens a sequence may hold. chunk: tokens of a
+    call of the model at most. load_s: seconds of loading.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         chat_template: ChatTemplate | None = None,
         defaults: GenerationDefaults | None = None,
+        embedding: EmbeddingDefaults | None = None,
         *,
         name: str = "the model",
         cache_type: CacheType = "f16",
@@ -94,6 +101,8 @@ class LLM:
         defaults = defaults or GenerationDefaults()
         self.eos_ids = frozenset(defaults.eos_ids) | (tokenizer.eos_ids if tokenizer else frozenset())
         self.defaults = asdict(defaults)
+        self.embedding, self._said_long = embedding or EmbeddingDefaults(), False
+        self._breakers: tuple[SequenceOf[str], list[list[int]]] = ((), [])  # the last strings, and their ids
         n_pages = cache_pages(config)
         max_pages = max_pages or n_pages
         self._cache = KVCache(
@@ -531,31 +540,77 @@ class LLM:
         return out
 
     def embed(
-        self, prompts: Prompt | SequenceOf[Prompt], *, normalize: bool = False, special: bool = False
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        instruction: str | None = None,
+        special: bool = False,
     ) -> npt.NDArray[np.float32]:
         """What the model makes of whole texts, as vectors: float32 [n, dim], or [dim] for one text.
 
-        A text's vector is the mean over its tokens (BOS included) of what the output matrix reads, the last
-        layer's activations after the final norm. normalize: to length 1, so that a product of two is their
-        cosine. Texts share calls; the bits are those of each text alone. Raises ArgumentError, ContextError,
-        and MemoryLimitError with the numbers, before anything is computed; ModelClosedError; FormatError for
-        a broken model, which computes what is not finite.
+        A text has the ids that the tokenizer gives it with what its files put around (BOS, and EOS where they
+        say add_eos_token). Of each token it takes what the output matrix reads, the last layer's activations
+        after the final norm. pooling: "mean" of all tokens, "last" or "cls" (the first); None: what the
+        model's files say (GGUF's pooling_type, sentence-transformers' modules.json), "mean" where they say
+        nothing. normalize: to length 1, so that a product of two is their cosine; None: whether the files
+        have such a step. instruction: put in front of every text; None: what the files put there unasked.
+        `embedding.prompts` has those that the makers name. Texts share calls; the bits are those of each text
+        alone.
+
+        Raises UnsupportedError where the files ask for vectors that are not made here (a reranker's scores, a
+        Dense step, ...) and `pooling` does not say otherwise; ArgumentError, ContextError, and
+        MemoryLimitError with the numbers, before anything is computed; ModelClosedError; FormatError for a
+        broken model, which computes what is not finite.
 
             a, b = llm.embed(["A cat sat.", "A dog ran."], normalize=True); a @ b
         """
+        said = self.embedding
+        if pooling is None:
+            if said.refused:
+                raise UnsupportedError(f"{self.name}: {said.refused}")
+            pooling = said.pooling or "mean"
+        elif pooling not in POOLINGS:
+            raise ArgumentError(f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}")
         texts = [prompts] if _is_prompt(prompts) else list(cast("SequenceOf[Prompt]", prompts))
+        texts = self._instructed(texts, instruction)
+        normalize = said.normalize if normalize is None else normalize
         with out_of_memory(f"computing vectors of {len(texts)} texts"):
             out = np.empty((len(texts), self.config.dim), np.float32)
             ids = [self._fit(self._ids(text, special)) for text in texts]
+            longest = max(map(len, ids), default=0)
+            if said.max_tokens and longest > said.max_tokens and not self._said_long:
+                self._said_long = True
+                log.warning(
+                    "%s: a text of %d tokens is taken whole; its makers cut texts after %d (max_seq_length)",
+                    self.name, longest, said.max_tokens,
+                )  # fmt: skip
             with np.errstate(over="ignore", invalid="ignore"):  # said in our words
-                of_texts = means(self.model, ids, cache_type=self.cache_type, chunk=self.chunk)
-                for i, mean in enumerate(of_texts):
-                    out[i] = mean
+                of_texts = vectors(self.model, ids, pooling, cache_type=self.cache_type, chunk=self.chunk)
+                for i, vector in enumerate(of_texts):
+                    out[i] = vector
             require_finite(out)
             if normalize:
                 length = np.sqrt((out.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
                 out = (out / np.maximum(length, 1e-30)).astype(np.float32)
         return out[0] if _is_prompt(prompts) else out
+
+    def _instructed(self, texts: list[Prompt], instruction: str | None) -> list[Prompt]:
+        """Ids are taken as they are, and an instruction for them is refused."""
+        before = self.embedding.instruction if instruction is None else instruction
+        if not isinstance(before, str):
+            raise TypeError(f"instruction must be str, not {type(before).__name__}")
+        if instruction and not all(isinstance(text, str) for text in texts):
+            raise ArgumentError(
+                "an instruction goes before texts: leave it out for token ids, or put it in them"
+            )
+        if before and not self.embedding.pools_instruction:
+            raise UnsupportedError(
+                f"{self.name}: its files leave the instruction out of the pooling (include_prompt), which is "
+                'not supported; pass instruction="" for vectors without one'
+            )
+        return [before + text if isinstance(text, str) else text for text in texts]
 
     def close(self) -> None:
         """Frees the weights and the cache. Waits for a running call; later ones raise ModelClosedError."""
@@ -655,19 +710,45 @@ class LLM:
         self, params: SamplingParams, prompt: list[int], sequence: Sequence | None, reasoning: bool = False
     ) -> _Request:
         """params: resolved. sequence: holds the prompt; None: will be forked from the first of its group."""
-        sampler = Sampler(params, self.config.vocab_size)
+        sampler = self._sampler(params, len(prompt))
+        context, end = self.context, self.defaults["max_length"]
+        if params.max_tokens is None and end is not None and end < context:
+            if len(prompt) >= end:
+                raise ContextError(
+                    f"the prompt has {len(prompt)} tokens, and the model's own max_length ends texts at "
+                    f"{end}; pass max_tokens"
+                )
+            context = end
         generation = Generation(
             sequence,
             sampler,
-            StopStrings(params.stop),
+            StopStrings(params.stop or ()),
             self._text_stream(prompt[-1], reasoning),
-            context=self.context,
+            context=context,
             n_candidates=sampler.n_candidates,
             max_tokens=params.max_tokens,
             eos_ids=self.eos_ids,
             split=self._splitter(prompt) if reasoning else Plain(),
         )
         return _Request(generation, params, prompt)
+
+    def _sampler(self, params: SamplingParams, start: int) -> Sampler:
+        """params: resolved. start: how many tokens are given."""
+        breakers: list[list[int]] = []
+        if params.dry_multiplier and self.tokenizer and (strings := params.dry_sequence_breakers):
+            kept, breakers = self._breakers
+            if kept != strings:
+                found, n = breaker_ids(self.tokenizer, strings), self.config.vocab_size
+                breakers = [ids for ids in found if max(ids) < n]
+                self._breakers = strings, breakers
+        return Sampler(
+            params,
+            self.config.vocab_size,
+            start=start,
+            eos_ids=self.eos_ids,
+            min_length=self.defaults["min_length"] or 0,
+            breakers=breakers,
+        )
 
     def _splitter(self, prompt: list[int]) -> Splitter:
         tokenizer = self.tokenizer
@@ -743,6 +824,7 @@ class Session:
         self._llm, self._sequence = llm, sequence
         self._logits: Logits | None = None
         self._n_logits = 0  # how many tokens they follow
+        self._n_given = 0  # how many tokens there were after the last `append`
         self._n_forks = 0
 
     @property
@@ -775,14 +857,16 @@ class Session:
         bos = False if tokens else None
         self._llm._fit(tokens + (ids := self._llm._ids(prompt, special, bos)))
         tokens += ids
+        self._n_given = len(tokens)
         self._evaluate()
 
     @takes_sampling
     def sample(self, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]) -> int:
-        """Chooses the next token, adds it and returns it. Fields of SamplingParams as in `LLM.__call__`."""
+        """Chooses the next token, adds it and returns it. Fields of SamplingParams as in `LLM.__call__`;
+        min_tokens and begin_suppress_tokens count from the last `append`."""
         tokens = self._sequence.tokens
         self._llm._fit(tokens, room=1)
-        sampler = Sampler(self._params(params, sampling), self._llm.config.vocab_size)
+        sampler = self._llm._sampler(self._params(params, sampling), self._n_given)
         token = choose(sampler, self._certain(), tokens).token
         tokens.append(token)
         return token
@@ -832,7 +916,7 @@ class Session:
         self._n_forks += 1
         llm = self._llm
         child = Session(llm, llm._engine.fork(self._sequence), stream_seed(self.seed, self._n_forks))
-        child._logits, child._n_logits = self._logits, self._n_logits
+        child._logits, child._n_logits, child._n_given = self._logits, self._n_logits, self._n_given
         return child
 
     def save(self, path: str | os.PathLike[str]) -> None:

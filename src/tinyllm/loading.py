@@ -116,11 +116,15 @@ def load(
                 weights=weights,
                 progress=progress,
             )
+        model.has_output = files.has_output
+        if context > (covered := files.config.covered_context):
+            log.warning("context %d is more than the %d the model was trained for", context, covered)
         return LLM(
             model,
             files.tokenizer,
             files.template,
             files.defaults,
+            files.embedding,
             name=name,
             cache_type=cache_type,
             max_pages=max_pages,
@@ -202,8 +206,6 @@ def _fit_memory(
         context = min(usual, fitting)
         if context < usual:
             log.warning("context %d instead of %d: more does not fit into %s", context, usual, memory)
-    elif context > config.context:
-        log.warning("context %d is more than the %d the model was trained for", context, config.context)
     config = config.with_context(context)
     most = budget // backends.page_bytes(config, cache_type)
     return context, min(max(cache_pages(config), most), MAX_PAGES)

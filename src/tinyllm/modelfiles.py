@@ -8,20 +8,34 @@ uploads the weights.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tinyllm.chat.templates import ChatTemplate, template_from_directory, template_from_gguf
 from tinyllm.config import (
+    EmbeddingDefaults,
     GenerationDefaults,
     ModelConfig,
     config_from_gguf,
     config_from_json,
+    embedding_from_gguf,
+    embedding_from_modules,
     generation_from_gguf,
     generation_from_json,
 )
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
-from tinyllm.files import find_model, read_json, read_json_if_any, user_path
+from tinyllm.files import (
+    adapter_text,
+    find_model,
+    is_there,
+    parse_json,
+    read_json,
+    read_json_if_any,
+    read_small,
+    user_path,
+)
 from tinyllm.files.gguf import read_gguf
 from tinyllm.files.names import Weights, map_tensors
 from tinyllm.files.safetensors import read_safetensors
@@ -32,7 +46,9 @@ BUNDLED = {"stories": Path(__file__).parent / "data" / "stories.gguf"}
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files, read but for the weights. tokenizer None: ids in, ids out. template None: no chat."""
+    """A model's files, read but for the weights. tokenizer None: ids in, ids out. template None: no chat.
+    has_output: False for a model that was saved without its output matrix, which gives vectors of texts, but
+    no logits."""
 
     path: Path
     config: ModelConfig
@@ -40,6 +56,8 @@ class ModelFiles:
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     defaults: GenerationDefaults
+    embedding: EmbeddingDefaults = field(default_factory=EmbeddingDefaults)
+    has_output: bool = True
 
 
 def model_path(path: str | os.PathLike[str]) -> Path:
@@ -72,8 +90,26 @@ def read_model(path: str | os.PathLike[str]) -> ModelFiles:
         raise type(error)(f"{where}: {error}") from error
 
 
+# What general.type says of GGUF files that are no models.
+_OTHER_TYPES = {
+    "adapter": adapter_text("general.type is 'adapter'"),
+    "imatrix": "is an importance matrix (general.type is 'imatrix'), for tinyllm-quantize --imatrix",
+    "mmproj": "is what reads images for a model (general.type is 'mmproj'); name the model's own file",
+}
+
+
+def require_model(metadata: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError for a GGUF file that says it is something else."""
+    kind = metadata.get("general.type")
+    if isinstance(kind, str) and kind in _OTHER_TYPES:
+        raise UnsupportedError(_OTHER_TYPES[kind])
+
+
 def _read_gguf(path: Path) -> ModelFiles:
     file = read_gguf(path)
+    require_model(file.metadata)
+    if "cls.output.weight" in file.tensors:
+        raise UnsupportedError("a reranker (it has cls.output.weight), whose scores are not supported")
     config = config_from_gguf(file.metadata, file.tensors)
     # "none" is llama.cpp's word for a model without a vocabulary.
     has_tokenizer = str(file.metadata.get("tokenizer.ggml.model", "none")) != "none"
@@ -84,19 +120,39 @@ def _read_gguf(path: Path) -> ModelFiles:
         tokenizer_from_gguf(file.metadata) if has_tokenizer else None,
         template_from_gguf(file.metadata),
         generation_from_gguf(file.metadata, config.vocab_size),
+        embedding_from_gguf(file.metadata),
     )
 
 
 def _read_directory(path: Path) -> ModelFiles:
     folder = path if path.is_dir() else path.parent
     json = read_json(folder / "config.json")
-    config = config_from_json(json)
-    generation = read_json_if_any(folder / "generation_config.json")
+    tensors = read_safetensors(path).tensors
+    names = json.get("architectures")
+    is_bare = isinstance(names, list) and bool(names) and all(str(name).endswith("Model") for name in names)
+    config = config_from_json({**json, "architectures": None} if is_bare else json)
+    has_output = not is_bare or config.tied or any(name.endswith("lm_head.weight") for name in tensors)
+    # Where there is none, the embedding stands in its place, and nothing asks for it.
+    weights = map_tensors(tensors, config if has_output else replace(config, tied=True), "hf")
+    config = weights.config
+    advice = folder / "generation_config.json"
+    generation = read_json(advice) if is_there(advice) else None
     return ModelFiles(
         path,
         config,
-        map_tensors(read_safetensors(path).tensors, config, "hf"),
+        weights,
         tokenizer_from_directory(folder),
         template_from_directory(folder),
         generation_from_json(json, generation, config.vocab_size),
+        _embedding(folder),
+        has_output,
     )
+
+
+def _embedding(folder: Path) -> EmbeddingDefaults:
+    """What sentence-transformers wrote beside a model."""
+    modules = folder / "modules.json"
+    if not is_there(modules):
+        return EmbeddingDefaults()
+    value = parse_json(read_small(modules), str(modules))
+    return embedding_from_modules(value, lambda name: read_json_if_any(folder / name))

@@ -1,14 +1,14 @@
-"""Computes golden/logits.npz and families.npz: what Hugging Face transformers says of the models in
-specs.json and families.json.
+"""Computes golden/logits.npz, families.npz and config_keys.npz: what Hugging Face transformers says of the
+models in specs.json, families.json and config_keys.json.
 
 Run from anywhere, with an interpreter that has torch and transformers (the tests need neither):
     python tests/golden/make_goldens.py [NAME...]     with names only these; the others stay as they are
 
 transformers runs unmodified with weights in float64, except where it goes to float32 by itself (norms, the
 attention's softmax, rotary angles); `test_reference.py` derives its tolerance from that. The files hold, for
-each model, `NAME.positions` int64 [m] and `NAME.logits` [m, vocab_size], float64 (families.npz: float32), and
-`NAME.mean` float32 [hidden_size], the mean over all positions of what the output matrix reads. The prompt is
-`random_ids(config, seed, n_tokens)`."""
+each model, `NAME.positions` int64 [m] and `NAME.logits` [m, vocab_size], float64 (float32 but in logits.npz),
+and `NAME.mean` float32 [hidden_size], the mean over all positions of what the output matrix reads. The prompt
+is `random_ids(config, seed, n_tokens)`."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def make(specs: str, file: str, dtype: Any) -> None:
 def main() -> None:
     make("specs", "logits.npz", np.float64)
     make("families", "families.npz", np.float32)
+    make("config_keys", "config_keys.npz", np.float32)
 
 
 if __name__ == "__main__":

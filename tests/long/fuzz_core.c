@@ -323,16 +323,36 @@ static void sample(input *in) {
         if (!(logits[i] > -1e30f && logits[i] < 1e30f)) logits[i] = (float)(i % 7);
     int32_t *history = exactly((size_t)n_history * 4);
     for (int i = 0; i < n_history; i++) history[i] = oddly(in, 8) || !n ? any_int(in) : (int32_t)below(in, (unsigned)n);
-    tl_sampling s = {.temperature = 1, .top_p = 1, .typical_p = 1, .repetition_penalty = 1};
-    float *numbers[] = {
-        &s.temperature,      &s.top_p, &s.min_p, &s.typical_p, &s.repetition_penalty, &s.presence_penalty,
-        &s.frequency_penalty};
+    tl_sampling s = {.temperature = 1, .top_p = 1, .typical_p = 1, .repetition_penalty = 1, .dry_base = 1.75f};
+    float *numbers[] = {&s.temperature,
+                        &s.top_p,
+                        &s.min_p,
+                        &s.typical_p,
+                        &s.xtc_probability,
+                        &s.xtc_threshold,
+                        &s.repetition_penalty,
+                        &s.dry_multiplier,
+                        &s.dry_base,
+                        &s.presence_penalty,
+                        &s.frequency_penalty};
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) switch (below(in, 8)) {
         case 1: *numbers[i] = any_float(in); break;
         case 2: *numbers[i] = (float)below(in, 1000) / 1000; break;
         default: break;
         }
     s.top_k = size_like(in, (int)below(in, 50));
+    s.penalty_window = size_like(in, (int)below(in, 20) - 1);
+    s.no_repeat_ngram_size = size_like(in, (int)below(in, 5));
+    s.dry_penalty_last_n = size_like(in, (int)below(in, 20) - 1);
+    s.dry_allowed_length = size_like(in, (int)below(in, 4));
+    s.n_banned = (int)below(in, 4);
+    int32_t *banned = exactly((size_t)s.n_banned * 4), *words = exactly(6 * 4), *ends = exactly(3 * 4);
+    for (int i = 0; i < s.n_banned; i++) banned[i] = oddly(in, 8) || !n ? any_int(in) : (int32_t)below(in, (unsigned)n);
+    for (int i = 0; i < 6; i++) words[i] = oddly(in, 8) || !n ? any_int(in) : (int32_t)below(in, (unsigned)n);
+    for (int i = 0; i < 3; i++) ends[i] = (int32_t)below(in, 2) + 1 + (i ? ends[i - 1] : 0);
+    s.banned = banned;
+    s.bad_words = (tl_sequences){(int)below(in, 4), words, ends};
+    s.breakers = (tl_sequences){(int)below(in, 4), words, ends}; // not in order: less is found
     s.n_bias = (int)below(in, 4);
     int32_t *bias_tokens = exactly((size_t)s.n_bias * 4);
     float *bias = exactly((size_t)s.n_bias * 4);
@@ -342,7 +362,7 @@ static void sample(input *in) {
     }
     s.bias_tokens = bias_tokens;
     s.bias = bias;
-    void *scratch = exactly(tl_sample_scratch(n));
+    void *scratch = exactly(tl_sample_scratch(n, n_history));
     const double row = oddly(in, 8) ? (double)any_float(in) : 1 + (double)below(in, 1000);
     const double *total = oddly(in, 4) ? &row : NULL; // with it, logits that are not in order are a lie
     tl_sampled sampled;
@@ -361,6 +381,9 @@ static void sample(input *in) {
     free(history);
     free(bias_tokens);
     free(bias);
+    free(banned);
+    free(words);
+    free(ends);
     free(scratch);
     free(top);
     free(logprobs);

@@ -7,7 +7,9 @@ one JSON object with what it saw; ends with 1 where something crashes.
     python tests/long/fuzz_loaders.py --keep            # writes tests/corpus anew from what was found
 
 It needs `pip install atheris`. What crashes is kept in build/fuzz/crashes-TARGET as raw-HASH; put such a
-file into tests/corpus/KIND, and the ordinary tests replay it."""
+file into tests/corpus/KIND, and the ordinary tests replay it. No file there may do harm in other packages
+that read its kind (end the process, hang, take memory without end; errors that they raise are no harm): of
+such a one keep a harmless sibling that comes as far in tinyllm, or lower a bound in a test of its own."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryFile, gettempdir
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,16 @@ import numpy.typing as npt
 import tinyllm._core as _core
 from tinyllm.backends import cuda
 from tinyllm.config import ModelConfig
-from tinyllm.errors import ArgumentError, UnsupportedError, comes_from, integer, located, size_text
-from tinyllm.files import FORMATS, TensorInfo, show
+from tinyllm.errors import (
+    ArgumentError,
+    MemoryLimitError,
+    UnsupportedError,
+    comes_from,
+    integer,
+    located,
+    size_text,
+)
+from tinyllm.files import FORMATS, TensorInfo, read_rows, show
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -31,7 +40,7 @@ PAGE = 64  # tokens of a KV page, TL_PAGE
 CACHE_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q8_0": 8}  # by name: the core's format id
 FORMAT_IDS: dict[str, int] = {name: id for id, name, *_ in _core.formats()}
 
-sample = _core.sample
+Sampling = _core.Sampling
 top_logprobs = _core.top_logprobs
 logprob = _core.logprob
 live_allocations = _core.live_allocations  # () -> (blocks, bytes) that the core holds now
@@ -381,7 +390,12 @@ class PagePool:
 
 
 class Model:
-    """One model's packed weights on one device. Not a text interface: see `tinyllm.load`."""
+    """One model's packed weights on one device. Not a text interface: see `tinyllm.load`.
+
+    has_output: False where the output matrix only fills a place; asking for logits is then refused.
+    """
+
+    has_output = True
 
     def __init__(self, config: ModelConfig, *, device: str = "auto", threads: int | None = None) -> None:
         self.config, self.cache_groups = config, cache_groups(config)
@@ -440,14 +454,17 @@ class Model:
             return
         scales = info.scales
         with ExitStack() as files:
-            file = files.enter_context(info.open())
+            if info.columns:
+                fd, offset = files.enter_context(_turned(info)).fileno(), 0
+            else:
+                fd, offset = files.enter_context(info.open()).fileno(), info.offset
             scales_file = files.enter_context(scales.open()) if scales else None
             files.enter_context(located(info.path))
             self._core.upload(
                 name,
                 -1 if layer is None else layer,
-                file.fileno(),
-                info.offset,
+                fd,
+                offset,
                 info.format,
                 info.format if format is None else format,
                 row_order,
@@ -575,6 +592,11 @@ class Model:
         between = integers("layers", (0, self.config.n_layers) if layers is None else layers, 1).tolist()
         if len(between) != 2:
             raise ArgumentError(f"layers is {between}, expected (first, last)")
+        wants_logits = between[1] == self.config.n_layers if logits is None else bool(logits)
+        if wants_logits and not self.has_output:
+            raise UnsupportedError(
+                "this model was saved without its output matrix: it gives vectors of texts (embed), no logits"
+            )
         return self._core.forward(
             cache._core,
             tokens,
@@ -585,7 +607,7 @@ class Model:
             chosen,
             between[0],
             between[1],
-            between[1] == self.config.n_layers if logits is None else bool(logits),
+            wants_logits,
             n_candidates,
             self.threads,
             should_stop,
@@ -619,6 +641,25 @@ class Model:
             "a loaded model cannot be pickled or copied: load it in the process that uses it, or fork after "
             "loading"
         )
+
+
+def _turned(info: TensorInfo) -> IO[bytes]:
+    """A file without a name that holds the rows of a matrix which lies transposed in its own."""
+    rows = read_rows(info, 0, info.shape[0])
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(TemporaryFile())
+            file.write(rows.data)
+            file.flush()
+        except OSError as error:
+            if not comes_from(error):
+                raise
+            raise MemoryLimitError(
+                f"no room in {gettempdir()} for {size_text(info.n_bytes)}, where {show(info.name)} is turned "
+                f"while loading ({error.strerror}); set TMPDIR to a folder with room"
+            ) from None
+        opened.pop_all()
+    return file
 
 
 def _weight(name: str, layer: int | None) -> tuple[str, int]:

@@ -237,14 +237,77 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end the text before this string; may be given several times",
     )
+    _add_repetition_options(parser)
 
 
-_SAMPLING = "max_tokens temperature top_k top_p min_p repetition_penalty seed stop"
+def _add_repetition_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "repetition and bans", "Names are llama-cli's where it has one; docs/sampling.md says what each does."
+    )
+    for option, kind, metavar, text in (
+        ("--min-tokens", int, "N", "do not let the text end before N tokens (0)"),
+        (
+            "--repeat-last-n",
+            int,
+            "N",
+            "how many of the last tokens --repeat-penalty looks at; -1 for all (64)",
+        ),
+        ("--no-repeat-ngram-size", int, "N", "let no N tokens in a row come twice; 0 for any (0)"),
+        (
+            "--dry-multiplier",
+            float,
+            "X",
+            "make what would go on with a repetition less likely; 0 for none (0)",
+        ),
+        ("--dry-base", float, "X", "how much more so with each token that the repetition has (1.75)"),
+        ("--dry-allowed-length", int, "N", "leave repetitions of fewer tokens alone (2)"),
+        ("--dry-penalty-last-n", int, "N", "how many of the last tokens DRY looks at; -1 for all (64)"),
+        ("--xtc-probability", float, "P", "how often to leave out the likeliest tokens (0)"),
+        ("--xtc-threshold", float, "P", "of tokens at least so likely, leave out all but one (0.1)"),
+    ):
+        name = option.removeprefix("--").replace("-", "_").replace("repeat_last_n", "penalty_window")
+        group.add_argument(option, dest=name, type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--dry-sequence-breaker",
+        dest="dry_sequence_breakers",
+        action="append",
+        metavar="TEXT",
+        help="no repetition goes over this string; may be given several times, none for none "
+        '(the line break, :, " and *)',
+    )
+    for option, text in (
+        ("--suppress-tokens", "never choose these tokens"),
+        ("--begin-suppress-tokens", "do not begin with one of these tokens"),
+    ):
+        group.add_argument(option, type=_token_ids, metavar="ID,ID", help=text)
+    group.add_argument(
+        "--bad-words-ids",
+        type=_token_ids,
+        action="append",
+        metavar="ID,ID",
+        help="do not let these tokens come one after the other; may be given several times",
+    )
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids such as 13,198") from None
+
+
+_SAMPLING = (
+    "max_tokens temperature top_k top_p min_p repetition_penalty seed stop min_tokens penalty_window "
+    "no_repeat_ngram_size dry_multiplier dry_base dry_allowed_length dry_penalty_last_n "
+    "dry_sequence_breakers xtc_probability xtc_threshold suppress_tokens begin_suppress_tokens bad_words_ids"
+)
 
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of SamplingParams that were given."""
     fields = {name: getattr(args, name) for name in _SAMPLING.split()}
+    if fields["dry_sequence_breakers"] == ["none"]:
+        fields["dry_sequence_breakers"] = []
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -1,7 +1,7 @@
 """tinyllm-bench compare: size, memory, speed and quality of several models, side by side.
 
 Called by bench.py. The table goes to stdout, progress to stderr, on a terminal. Imports common.py, and once
-the options make sense tinyllm.compare, which measures, and plot.py, which draws.
+the options make sense tinyllm.measure.compare, which measures, and plot.py, which draws.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """tinyllm-quantize: a model as a GGUF file in another quantization, smaller or for other tools.
 
-What it did goes to stderr, one line. Imports common.py, and quantization when it is needed.
+What it did goes to stderr, one line, and one for each thing to know about it. Imports common.py, and
+quantization when it is needed.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from tinyllm.cli.common import (
     EXIT_CODES,
@@ -106,6 +108,13 @@ def _run(argv: list[str]) -> int:
         f"{done.path}: {size(done.n_bytes)}, {done.bits:.2f} bits a weight ({formats}), "
         f"{seconds(time.perf_counter() - start)}"
     )
+    if done.fallbacks:
+        pairs = Counter(done.fallbacks.values()).most_common()
+        some = ", ".join(f"{n} {got} instead of {wanted}" for (wanted, got), n in pairs)
+        n, n_all = len(done.fallbacks), sum(done.formats.values())
+        note(f"{n} of {n_all} tensors got another type, as their rows fit no block of its own: {some}")
+    if done.n_bytes > done.source_bytes:
+        note(f"the file is larger than the {size(done.source_bytes)} that it was made of")
     if done.without_importance:
         some = ", ".join(done.without_importance[:4])
         note(f"the imatrix says nothing of {counted(len(done.without_importance), 'tensor')}: {some}")

@@ -1,9 +1,9 @@
 """The families of models that are read: what sets each apart from Llama, as its files spell it.
 
 A row says how a family's config.json and GGUF differ; what the arithmetic needs becomes fields of
-`ModelConfig`. Keys of config.json that a family's row does not know are refused when they are set,
-never ignored. Imports only `errors`. Read next: from_json.py and from_gguf.py, which
-read the files by these rows.
+`ModelConfig`. Keys of config.json that a family's row does not know are refused when they are set, and what
+says nothing of logits has its reason beside it; docs/keys.md is made of both. Imports only `errors`. Read
+next: from_json.py and from_gguf.py, which read the files by these rows.
 """
 
 from __future__ import annotations
@@ -24,21 +24,27 @@ class Family:
     title: str  # the family's name, and models that belong to it
     interleaved: tuple[Source, ...] = ()  # files that hold q and k rows pair by pair instead of half-split
     json_defaults: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json of its own, defaults
-    json_known: tuple[str, ...] = ()  # keys of config.json that say nothing about the arithmetic here
+    # Keys that its class does not read, and the values that say what is computed anyway; others are warned of
+    json_ignored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    json_twice: Mapping[str, str] = field(default_factory=dict)  # likewise: what another key says as well
+    rope_by_kind: bool = False  # its class has the RoPE of windowed layers apart, in rope_parameters too
+    rope_kinds: tuple[str, ...] = ()  # scalings of RoPE that its class takes; (): all
     features: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig that no file states
     gguf_defaults: Mapping[str, Any] = field(
         default_factory=dict
     )  # keys of GGUF metadata of its own, defaults
-    window_period: int = 1  # where there is a window: every so-many-th layer attends to everything; 1: none
+    window_period: int = 0  # where there is a window: every so-many-th layer attends to everything; 0: none
+    windows_without_rope: bool = False  # its windowed layers are those without RoPE, where nothing lists them
     local_rope: bool = False  # windowed layers have a RoPE of their own, without scaling
     rope_in_windows: bool = False  # only windowed layers have RoPE
     no_rope_interval: int = 0  # every so-many-th layer has no RoPE; 0: all have
+    rope_switch: bool = False  # GGUF's rope.scaling.finetuned says whether there is RoPE at all
     scaled_embedding: bool = False  # embeddings are multiplied by the root of their width
     divides_logits: bool = False  # by GGUF's logit_scale, which others multiply by
     optional_qk_norm: Literal["heads"] | None = None  # some of its models have q/k norms of this kind
     norms_minus_one: bool = False  # safetensors hold the norms' weights minus 1
     fused: bool = False  # q, k and v are one matrix, gate and up another
-    qkv_bias: bool | None = False  # biases of q, k and v alone, whatever attention_bias says
+    qkv_bias: bool = False  # biases of q, k and v alone, whatever attention_bias says
     experts_in: tuple[Source, ...] = ()  # files whose models are mixtures of experts (GGUF: may be)
     renamed: Mapping[Source, Mapping[str, str]] = field(default_factory=dict)  # parts of tensors' names
     stacked: bool = False  # safetensors hold a layer's experts on top of each other, gate and up row by row
@@ -48,44 +54,49 @@ class Family:
 
 
 _LLAMA_LIKE: tuple[Source, ...] = ("gguf",)
+_BIAS = {"attention_bias": False}
+_BIASES = {**_BIAS, "mlp_bias": False}
 _GEMMA = {"activation": "gelu"}
 _GEMMA_JSON = {
-    "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256,
+    **_BIAS, "tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 8192,
 }  # fmt: skip
 _GEMMA2_JSON = {
-    **_GEMMA_JSON, "query_pre_attn_scalar": 256, "sliding_window": 4096, "max_position_embeddings": 8192,
+    **_GEMMA_JSON, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "layer_types": None, "num_attention_heads": 8, "num_key_value_heads": 4,
 }  # fmt: skip
+_TANH = ("gelu_pytorch_tanh",)
 _COHERE = {"norm_kind": "layer", "parallel": True}
 _COHERE_JSON = {
-    "tie_word_embeddings": True, "logit_scale": 0.0625, "layer_norm_eps": 1e-5,
+    **_BIAS, "tie_word_embeddings": True, "logit_scale": 0.0625, "layer_norm_eps": 1e-5,
     "max_position_embeddings": 8192,
 }  # fmt: skip
-_QWEN_JSON = {
-    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
-    "max_window_layers": 28,
+_MISTRAL_JSON = {
+    "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
 }  # fmt: skip
+_QWEN_JSON = {
+    "max_position_embeddings": 32768, "num_key_value_heads": 32, "use_sliding_window": False,
+    "sliding_window": 4096,
+}  # fmt: skip
+_QWEN_WINDOWS = {"max_window_layers": 28, "layer_types": None}
 _OLMO = {"norm_place": "after", "qk_norm": "all"}
+_OLMO_JSON = {**_BIAS, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+_NORMALIZED = {"norm_topk_prob": (True,)}
 
 # By config.json's model_type and GGUF's general.architecture.
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "Llama 1 to 3.3, Vicuna, Vigogne, Yi, TinyLlama, SmolLM 1 and 2, DeepSeek-R1 distills of Llama",
         _LLAMA_LIKE,
-        {"max_position_embeddings": 2048},
+        {**_BIASES, "max_position_embeddings": 2048},
         experts_in=("gguf",),  # Mixtral's files say llama
     ),
-    "mistral": Family(
-        "Mistral 7B, Zephyr, Mistral Nemo and Small",
-        _LLAMA_LIKE,
-        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    ),
+    "mistral": Family("Mistral 7B, Zephyr, Mistral Nemo and Small", _LLAMA_LIKE, _MISTRAL_JSON),
     "mixtral": Family(
         "Mixtral 8x7B and 8x22B",
         json_defaults={
-            "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": None,
-            "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+            **_MISTRAL_JSON, "sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
         },
-        json_known=("router_aux_loss_coef", "router_jitter_noise"),
+        json_ignored=_NORMALIZED,
         experts_in=("hf",),
         renamed={
             "hf": {
@@ -99,8 +110,8 @@ FAMILIES: dict[str, Family] = {
         "Ministral 3, Devstral 2",
         _LLAMA_LIKE,
         {
-            "max_position_embeddings": 262144, "num_key_value_heads": 8, "sliding_window": None,
-            "head_dim": 128, "rms_norm_eps": 1e-5,
+            **_MISTRAL_JSON, "max_position_embeddings": 262144, "sliding_window": None, "head_dim": 128,
+            "rms_norm_eps": 1e-5,
             "rope_parameters": {
                 "rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "beta_fast": 32.0,
                 "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
@@ -110,30 +121,24 @@ FAMILIES: dict[str, Family] = {
         gguf_defaults={"attention.temperature_scale": 0.0, "rope.scaling.yarn_log_multiplier": 0.0},
         growing_queries=True,
     ),
-    "ministral": Family(
-        "Ministral 8B",
-        json_defaults={
-            "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
-        },
-    ),
+    "ministral": Family("Ministral 8B", json_defaults={**_MISTRAL_JSON, "layer_types": None}),
     "qwen2": Family(
         "Qwen 2, Qwen 2.5, QwQ, DeepSeek-R1 distills of Qwen",
-        json_defaults={**_QWEN_JSON, "attention_bias": False},
-        json_known=("use_mrope",),
+        json_defaults={**_QWEN_JSON, **_QWEN_WINDOWS},
+        json_ignored={"attention_bias": (True,), "use_mrope": (False,)},
         qkv_bias=True,
     ),
     "qwen3": Family(
         "Qwen 3",
-        json_defaults={**_QWEN_JSON, "head_dim": 128},
+        json_defaults={**_BIAS, **_QWEN_JSON, **_QWEN_WINDOWS, "head_dim": 128},
         features={"qk_norm": "head"},
     ),
     "qwen3_moe": Family(
         "Qwen 3 30B-A3B and 235B-A22B, Qwen3-Coder",
         json_defaults={
-            **_QWEN_JSON, "head_dim": None, "norm_topk_prob": False, "moe_intermediate_size": 768,
-            "decoder_sparse_step": 1, "mlp_only_layers": None,
+            **_BIAS, **_QWEN_JSON, "num_key_value_heads": 4, "norm_topk_prob": False,
+            "moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": None,
         },
-        json_known=("router_aux_loss_coef",),
         features={"qk_norm": "head"},
         experts_in=("gguf", "hf"),
     ),
@@ -141,16 +146,18 @@ FAMILIES: dict[str, Family] = {
         "gpt-oss 20b and 120b",
         json_defaults={
             "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64,
-            "sliding_window": 128, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "attention_bias": True,
-            "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
+            "sliding_window": 128, "layer_types": None, "rms_norm_eps": 1e-5, "rope_theta": 150000.0,
+            "attention_bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "quantization_config": None,
             "rope_parameters": {
                 "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
                 "original_max_position_embeddings": 4096,
             },
         },
-        json_known=(
-            "router_aux_loss_coef", "experts_per_token", "initial_context_length", "quantization_config",
-        ),
+        json_ignored=_NORMALIZED,
+        json_twice={
+            "experts_per_token": "num_experts_per_tok",
+            "initial_context_length": "original_max_position_embeddings",
+        },
         features={"activation": "clamped_swiglu", "sinks": True, "expert_bias": True},
         window_period=2,
         experts_in=("gguf", "hf"),
@@ -164,53 +171,59 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
         json_defaults={
-            "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+            "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
             "partial_rotary_factor": 1.0, "sliding_window": None,
         },
-        json_known=("full_attn_mod", "interpolate_factor"),
+        json_ignored={"full_attn_mod": (1,), "interpolate_factor": (1,)},
+        rope_kinds=("default", "longrope"),
         fused=True,
     ),
     "smollm3": Family(
         "SmolLM3",
         _LLAMA_LIKE,
         {
-            "max_position_embeddings": 32768, "tie_word_embeddings": True, "rope_theta": 2000000.0,
-            "no_rope_layer_interval": 4, "num_key_value_heads": 4, "use_sliding_window": False,
-            "sliding_window": None, "no_rope_layers": None,
+            **_BIASES, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+            "rope_theta": 2000000.0, "no_rope_layer_interval": 4, "num_key_value_heads": 4,
+            "use_sliding_window": False, "sliding_window": None, "layer_types": None, "no_rope_layers": None,
         },
-        ("max_window_layers",),
+        windows_without_rope=True,
         no_rope_interval=4,
     ),
     "granite": Family(
         "Granite 3",
         _LLAMA_LIKE,
         {
-            "max_position_embeddings": 2048, "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
-            "residual_multiplier": 1.0, "logits_scaling": 1.0,
+            **_BIASES, "max_position_embeddings": 2048, "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
         },
         gguf_defaults={
             "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "attention.scale": 0.0,
         },
+        rope_switch=True,
         divides_logits=True,
     ),
     "olmo2": Family(
         "OLMo 2",
-        json_defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        json_defaults=_OLMO_JSON,
         features=_OLMO,
+        gguf_defaults={"rope.freq_base_swa": None},  # OLMo 3's files say olmo2
         window_period=4,
         local_rope=True,
     ),
     "olmo3": Family(
         "OLMo 3",
-        json_defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096},
+        json_defaults={
+            **_OLMO_JSON, "sliding_window": 4096, "layer_types": None, "rope_theta": 500000.0,
+        },
+        rope_by_kind=True,
         features=_OLMO,
         window_period=4,
         local_rope=True,
     ),
     "gemma": Family(
         "Gemma",
-        json_defaults={**_GEMMA_JSON, "max_position_embeddings": 8192},
-        json_known=("hidden_act",),
+        json_defaults={**_GEMMA_JSON, "hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 16},
+        json_ignored={"hidden_activation": _TANH},
         features=_GEMMA,
         scaled_embedding=True,
         norms_minus_one=True,
@@ -218,7 +231,8 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         "Gemma 2",
         json_defaults={**_GEMMA2_JSON, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        json_known=("hidden_act", "cache_implementation", "sliding_window_size"),
+        json_ignored={"hidden_act": _TANH},
+        json_twice={"sliding_window_size": "sliding_window"},
         features={**_GEMMA, "norm_place": "both"},
         gguf_defaults={
             "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 4096,
@@ -231,14 +245,14 @@ FAMILIES: dict[str, Family] = {
         "Gemma 3",
         json_defaults={
             **_GEMMA2_JSON, "max_position_embeddings": 131072, "rope_theta": 1000000.0,
-            "rope_local_base_freq": 10000.0, "attn_logit_softcapping": None, "final_logit_softcapping": None,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208,
+            "rope_local_base_freq": 10000.0, "sliding_window_pattern": None, "final_logit_softcapping": None,
+            "vocab_size": 262208,
         },
-        json_known=("hidden_act", "cache_implementation"),
+        json_ignored={"hidden_act": _TANH, "attn_logit_softcapping": ()},
+        rope_by_kind=True,
         features={**_GEMMA, "norm_place": "both", "qk_norm": "head"},
         gguf_defaults={
-            "rope.freq_base": 1000000.0, "rope.freq_base_swa": 10000.0, "attn_logit_softcapping": 0.0,
-            "final_logit_softcapping": 0.0,
+            "rope.freq_base": 1000000.0, "rope.freq_base_swa": 10000.0, "final_logit_softcapping": 0.0,
         },
         window_period=6,
         local_rope=True,
@@ -257,14 +271,14 @@ FAMILIES: dict[str, Family] = {
     "cohere2": Family(
         "Command R7B, Command A",
         ("gguf", "hf"),
-        {**_COHERE_JSON, "sliding_window": 4096, "head_dim": 128},
-        (
-            "rotary_pct", "position_embedding_type", "order_of_interleaved_layers", "cache_implementation",
-            "layer_switch", "use_embedding_sharing", "use_gated_activation", "use_parallel_block",
-            "use_parallel_embedding",
-        ),
-        _COHERE,
-        {"logit_scale": 1.0},
+        {**_COHERE_JSON, "sliding_window": 4096, "layer_types": None, "sliding_window_pattern": None},
+        {
+            "rotary_pct": (1.0,), "position_embedding_type": ("rope_gptj",), "layer_switch": (4,),
+            "order_of_interleaved_layers": ("local_attn_first",), "use_embedding_sharing": (True,),
+            "use_gated_activation": (True,), "use_parallel_block": (True,), "use_parallel_embedding": (True,),
+        },
+        features=_COHERE,
+        gguf_defaults={"logit_scale": 1.0},
         window_period=4,
         rope_in_windows=True,
     ),
@@ -282,20 +296,52 @@ _GGUF_NAMES = {
 _WRITTEN_AS = {"mistral": "llama", "ministral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
 SUPPORTED = tuple(dict.fromkeys((*FAMILIES, *_GGUF_NAMES)))
 
-# What says nothing about the arithmetic in any family's config.json.
-JSON_HARMLESS = (
-    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path",
-    "name_or_path", "auto_map", "use_cache", "initializer_range", "bos_token_id", "eos_token_id",
-    "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "attention_dropout",
-    "hidden_dropout", "resid_pdrop", "embd_pdrop", "pretraining_tp", "output_attentions",
-    "output_hidden_states", "output_router_logits", "return_dict", "chunk_size_feed_forward",
-    "problem_type", "id2label", "label2id", "attn_implementation", "_attn_implementation",
-    "_attn_implementation_autoset", "use_flash_attn", "_flash_attn_2_enabled", "torchscript",
-    "tokenizer_class", "model_max_length", "unsloth_fixed", "unsloth_version", "task_specific_params",
-    "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p",
-    "repetition_penalty", "length_penalty", "num_beams", "num_beam_groups", "num_return_sequences",
-    "diversity_penalty", "no_repeat_ngram_size", "max_sequence_length", "finetuning_task",
-    "is_llama_config", "transformers.js_config",
+# What says nothing about logits in any family's config.json, by the reason why.
+_JSON_HARMLESS: dict[str, tuple[str, ...]] = {
+    "names the class, the model or what wrote the file": (
+        "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path",
+        "is_llama_config", "unsloth_fixed", "unsloth_version", "tokenizer_class",
+    ),
+    "names code of the model's makers, which nobody runs unasked": ("auto_map",),
+    "numbers stay as the file's tensors hold them": ("torch_dtype", "dtype"),
+    "matters to training alone": (
+        "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop",
+        "router_aux_loss_coef", "router_jitter_noise",
+    ),
+    "how it is computed, not what": (
+        "use_cache", "pretraining_tp", "chunk_size_feed_forward", "attn_implementation", "torchscript",
+        "_attn_implementation", "_attn_implementation_autoset", "use_flash_attn", "_flash_attn_2_enabled",
+        "cache_implementation",
+    ),
+    "what a call returns beside logits": (
+        "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+    ),
+    "for models that classify": ("problem_type", "id2label", "label2id", "finetuning_task"),
+    "for other programs or tasks": ("task_specific_params", "transformers.js_config"),
+    "ids of tokens: the tokenizer's and the sampling's": (
+        "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+        "decoder_start_token_id",
+    ),
+    "a limit of the training's texts; max_position_embeddings is the model's": (
+        "model_max_length", "max_sequence_length",
+    ),
+    "about sampling, not logits": (
+        "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p",
+        "repetition_penalty", "length_penalty", "num_beams", "num_beam_groups", "num_return_sequences",
+        "diversity_penalty", "no_repeat_ngram_size",
+    ),
+}  # fmt: skip
+JSON_HARMLESS: dict[str, str] = {key: why for why, keys in _JSON_HARMLESS.items() for key in keys}
+
+# Likewise outside of the text_config of a model that also reads images; a language model leaves those alone.
+OUTER_HARMLESS: dict[str, str] = dict.fromkeys(
+    (
+        "text_config", "vision_config", "image_token_index", "image_token_id", "boi_token_index",
+        "boi_token_id", "eoi_token_index", "eoi_token_id", "mm_tokens_per_image", "projector_hidden_act",
+        "vision_feature_layer", "vision_feature_select_strategy", "multimodal_projector_bias",
+        "spatial_merge_size",
+    ),
+    "about images",
 )  # fmt: skip
 
 
@@ -317,12 +363,12 @@ def gguf_architecture(model_type: str) -> str:
 
 
 def layer_windows(n_layers: int, window: int, period: int | list[bool]) -> tuple[int, ...]:
-    """Windows by layer; () where there are none. With a period every period-th layer has none (period 1: all
-    have one), as with a list of whether a layer has one."""
+    """Windows by layer; () where there are none. With a period every period-th layer has none (period 1: none
+    has one; 0: all have), or by a list of whether a layer has one."""
     if isinstance(period, int):
         if not 0 <= period <= 1024:
             raise FormatError(f"a sliding window pattern of {period} is absurd")
-        period = [period <= 1 or (layer + 1) % period != 0 for layer in range(n_layers)]
+        period = [not period or (layer + 1) % period != 0 for layer in range(n_layers)]
     windows = tuple(window if windowed else 0 for windowed in period)
     return windows if any(windows) else ()
 

@@ -1,11 +1,12 @@
 """Typed access to what a file says of a model, key by key, which remembers the keys that were asked for.
 
-A key that nobody asked for and that switches something on is refused, never ignored. Imports `errors`. Read
-next: from_json.py and from_gguf.py, which ask.
+A key that nobody asked for and that switches something on is refused, never ignored; one that transformers
+does not read is warned of. Imports `errors`. Read next: from_json.py and from_gguf.py, which ask.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -13,10 +14,28 @@ import numpy as np
 
 from tinyllm.errors import FormatError, UnsupportedError
 
+log = logging.getLogger(__name__)
+
 
 def brief(value: Any) -> str:
     """A value from a file for a message: its start, quoted, unprintable characters escaped."""
     return repr(str(value)[:80])
+
+
+def ignored(key: str, value: Any, where: str) -> None:
+    """Warns of a key that transformers does not read where it is, and that is not applied here either."""
+    log.warning(
+        "config.json: %s is %s, which transformers does not read in a %s; it is ignored here too",
+        key,
+        brief(value),
+        where,
+    )
+
+
+def agree(what: str, one: Any, other: Any) -> None:
+    """Refuses what a config.json says twice, in an old and a new place, and says differently."""
+    if one is not None and other is not None and one != other:
+        raise FormatError(f"{what} is both {brief(one)} and {brief(other)}; delete the one that is wrong")
 
 
 class Fields:

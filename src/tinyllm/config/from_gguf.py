@@ -19,13 +19,15 @@ from tinyllm.config.model import ModelConfig, bounded
 from tinyllm.config.rope import as_float32, linear, yarn, yarn_scale
 from tinyllm.errors import FormatError, UnsupportedError
 
-_GGUF_HARMLESS = (
-    "tensor_data_layout",
-    "vocab_size",
-    "expert_used_count",
-    "pooling_type",
-    "rope.scaling.finetuned",
-)
+_FINETUNED = "rope.scaling.finetuned"
+
+# What says nothing about logits, and why.
+GGUF_HARMLESS: dict[str, str] = {
+    "tensor_data_layout": "names the layout that a converter found, not the one it wrote",
+    "vocab_size": "where there are tokens, they are counted",
+    "pooling_type": "how embeddings are made of the hidden states",
+    _FINETUNED: "llama.cpp shows it and does no more; a Granite is asked for its RoPE by it, which is obeyed",
+}
 
 # The keys of GGUF metadata, behind the architecture's name, that hold a field of ModelConfig as it is. Some
 # families alone know those of GGUF_OWN: the keys among their row's gguf_defaults.
@@ -116,6 +118,11 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         return fields.number(key, default) if key in row.gguf_defaults else default
 
     logit_scale, local_theta = own("logit_scale", 1.0) or 1.0, own("local_rope_theta", theta)
+    if not row.local_rope and fields.number(GGUF_OWN["local_rope_theta"], theta) != theta:
+        raise UnsupportedError(
+            f"{prefix}{GGUF_OWN['local_rope_theta']}, a RoPE of windowed layers, is not supported for this "
+            "architecture"
+        )
     windows = layer_windows(
         n_layers,
         fields.whole("attention.sliding_window", 0),
@@ -148,11 +155,15 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         windows=windows,
         long_rope_factors=long_factors,
         **_gguf_feed_forward(fields, row),
-        **{**layer_ropes(row, windows, n_layers, local_theta), **_no_ropes(row, n_layers), **row.features},
+        **{
+            **layer_ropes(row, windows, n_layers, local_theta),
+            **_no_ropes(fields, row, n_layers),
+            **row.features,
+        },
     )
     if row.optional_qk_norm and "blk.0.attn_q_norm.weight" in tensors:
         config = replace(config, qk_norm=row.optional_qk_norm)
-    fields.refuse_unknown(_GGUF_HARMLESS)
+    fields.refuse_unknown(GGUF_HARMLESS)
     return config
 
 
@@ -180,7 +191,9 @@ def config_to_gguf(config: ModelConfig, architecture: str) -> dict[str, Any]:
     }
 
 
-def _no_ropes(row: Family, n_layers: int) -> dict[str, Any]:
+def _no_ropes(fields: Fields, row: Family, n_layers: int) -> dict[str, Any]:
+    if row.rope_switch and not fields.flag(_FINETUNED, True):
+        return {"ropes": ("none",) * n_layers}
     if not row.no_rope_interval:
         return {}
     skipped = [(layer + 1) % row.no_rope_interval == 0 for layer in range(n_layers)]
@@ -235,22 +248,22 @@ def _gguf_rope(
     factor = fields.number("rope.scaling.factor", 0.0) or fields.number("rope.scale_linear", 0.0) or 1.0
     given = fields.get("rope.scaling.original_context_length") is not None
     original = fields.whole("rope.scaling.original_context_length", context)
-    # The complete factor on cos and sin where given; converters write transformers' attention_factor here.
-    attention_factor = fields.number("rope.scaling.yarn_attn_factor", 0.0) or None
     multiplier = fields.number("rope.scaling.attn_factor", 0.0) or 1.0
-    beta_fast = fields.number("rope.scaling.yarn_beta_fast", 0.0) or 32.0
-    beta_slow = fields.number("rope.scaling.yarn_beta_slow", 0.0) or 1.0
-    extrapolation = fields.number("rope.scaling.yarn_ext_factor", -1.0)
     if not isinstance(kind, str) or kind not in ("none", "linear", "yarn", "longrope"):
         raise UnsupportedError(
             f"rope.scaling.type {brief(kind)} is not supported; supported: none, linear, yarn, longrope"
         )
     if kind == "none":
-        return None, 1.0, None
+        return None, multiplier, None
     if kind == "longrope":  # its factors are two tensors
         return None, multiplier, original
     if kind == "linear":
         return linear(factor, rope_dim), multiplier, original if given else None
+    # The complete factor on cos and sin where given: converters write transformers' attention_factor here.
+    attention_factor = fields.number("rope.scaling.yarn_attn_factor", 0.0) or None
+    beta_fast = fields.number("rope.scaling.yarn_beta_fast", 0.0) or 32.0
+    beta_slow = fields.number("rope.scaling.yarn_beta_slow", 0.0) or 1.0
+    extrapolation = fields.number("rope.scaling.yarn_ext_factor", -1.0)
     if extrapolation >= 0 and extrapolation != 1:
         raise UnsupportedError(f"YaRN with yarn_ext_factor {extrapolation:g} is not supported, only 1")
     factors = yarn(factor, rope_dim, theta, original, beta_fast, beta_slow, row.yarn_truncate)

@@ -167,6 +167,17 @@ class ModelConfig:
         where a longer one has other RoPE factors."""
         return (self.long_rope_factors and self.original_context) or self.context
 
+    @property
+    def covered_context(self) -> int:
+        """The longest text that the model was trained for, or that a scaling of RoPE stretches it to: some
+        files have the length before it as their context, as Qwen 2.5's with YaRN and Vicuna's for 16k."""
+        factors = self.rope_factors or (1.0,)
+        if self.long_rope_factors or self.local_rope_theta is not None:  # theirs is the length after it
+            return self.context
+        if self.original_context:
+            return max(self.context, int(self.original_context * max(factors)))
+        return int(self.context * max(factors[0], 1.0)) if min(factors) == max(factors) else self.context
+
     def with_context(self, context: int) -> ModelConfig:
         """The same model for sequences of at most `context` tokens, which choose between short and long RoPE
         factors."""

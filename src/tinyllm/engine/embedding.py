@@ -1,29 +1,43 @@
-"""Vectors of whole texts: the mean of what a model's last layer makes of their tokens.
+"""Vectors of whole texts: the mean, the last or the first of what a model's last layer makes of their tokens.
 
-Texts share calls, and a text's bits are those of it alone. Imports `backends`, `kvcache` (the size of a page)
-and `errors`. llm.py's `embed` is the door.
+Texts share calls, and a text's bits are those of it alone. Imports `backends`, `config` (what poolings there
+are), `kvcache` (the size of a page) and `errors`. llm.py's `embed` is the door.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from tinyllm import backends
+from tinyllm.config import Pooling
 from tinyllm.engine.kvcache import PAGE
 from tinyllm.errors import MemoryLimitError, size_text
 
 EMBED = 32  # texts that share a call, each with pages of its own
 
+Rows = npt.NDArray[np.float64]
+# Of the rows of positions start, start + 1, ... of a text of n tokens those whose mean is its vector.
+POOLED: dict[Pooling, Callable[[Rows, int, int], Rows]] = {
+    "mean": lambda rows, start, n: rows,
+    "last": lambda rows, start, n: rows[n - 1 - start :],
+    "cls": lambda rows, start, n: rows[: int(start == 0)],
+}
 
-def means(
-    model: backends.Model, texts: list[list[int]], *, cache_type: backends.CacheType, chunk: int
-) -> Iterator[npt.NDArray[np.float64]]:
-    """The mean of each text's normed activations, [dim]. A call takes up to EMBED texts and `chunk`
-    tokens, or one longer text in pieces.
+
+def vectors(
+    model: backends.Model,
+    texts: list[list[int]],
+    pooling: Pooling,
+    *,
+    cache_type: backends.CacheType,
+    chunk: int,
+) -> Iterator[Rows]:
+    """What `pooling` makes of each text's normed activations, [dim]. A call takes up to EMBED texts and
+    `chunk` tokens, or one longer text in pieces.
     """
     calls: list[list[list[int]]] = []
     for ids in texts:
@@ -46,7 +60,7 @@ def means(
         pool.grow(n_pages)
         for call, shape in zip(calls, shapes, strict=True):
             tables = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-            sums = np.zeros((len(call), model.config.dim))
+            sums, n_pooled = np.zeros((len(call), model.config.dim)), [0] * len(call)
             for start in range(0, max(map(len, call)), chunk):
                 parts = [ids[start : start + chunk] for ids in call]
                 sizes = [len(part) for part in parts]
@@ -61,8 +75,10 @@ def means(
                 normed = model.output_norm(x)
                 ends = np.cumsum(sizes)
                 for i, (n, end) in enumerate(zip(sizes, ends, strict=True)):
-                    sums[i] += normed[end - n : end].sum(axis=0)
-            for total, ids in zip(sums, call, strict=True):
-                yield total / len(ids)
+                    rows = POOLED[pooling](normed[end - n : end], start, len(call[i]))
+                    sums[i] += rows.sum(axis=0)
+                    n_pooled[i] += len(rows)
+            for total, n in zip(sums, n_pooled, strict=True):
+                yield total / n
     finally:
         pool.close()

@@ -1,8 +1,8 @@
 """How the next token is chosen: parameters and their defaults, one sampler a sequence, seeds, stop strings.
 
-The arithmetic is csrc/sample.c, reached through `backends`; docs/sampling.md describes every step to users.
-Imports config (ranges of what files may advise), errors, backends and chat's `overlap`. Read engine.py
-next: it calls a `Sampler` for each row of logits.
+The arithmetic is csrc/sample.c and repetition.c, reached through `backends`; docs/sampling.md describes every
+step to users. Imports config (ranges of what files may advise), errors, backends and chat's `overlap`. Read
+engine.py next: it calls a `Sampler` for each row of logits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from tinyllm import backends
 from tinyllm.chat.reasoning import overlap
-from tinyllm.config import ADVISED_RANGES
+from tinyllm.config import ADVISED_COUNTS, ADVISED_RANGES
 from tinyllm.errors import ArgumentError, integer, number_text
 
 Candidates = backends.Candidates
@@ -32,18 +32,20 @@ numbers. It must not wait for another thread's call of the same model, which may
 _LARGEST_INT = 2**31 - 1
 # Field: lowest, highest, what a special value means.
 _FLOATS = {
-    **{name: bounds for name, bounds in ADVISED_RANGES.items() if name != "top_k"},
+    **ADVISED_RANGES,
     "presence_penalty": (-1000, 1000, "0 turns it off"),
     "frequency_penalty": (-1000, 1000, "0 turns it off"),
+    "dry_multiplier": (0, 1000, "0 turns it off"),
+    "dry_base": (1, 1000, "dry_multiplier=0 turns it off"),
 }
 _INTS: dict[str, tuple[float, float, str]] = {
-    "top_k": ADVISED_RANGES["top_k"],
-    "penalty_window": (-1, _LARGEST_INT, "-1 is the whole text"),
+    **{name: bounds for name, bounds in ADVISED_COUNTS.items() if not name.endswith("_length")},
+    "dry_allowed_length": (0, _LARGEST_INT, "in tokens"),
+    "dry_penalty_last_n": (-1, _LARGEST_INT, "-1 is the whole text"),
     "seed": (0, 2**64 - 1, "None draws one"),
-    "max_tokens": (1, _LARGEST_INT, "None is until the end of text or context"),
     "top_logprobs": (0, _LARGEST_INT, "0 turns it off"),
 }
-_DEFAULTS: dict[str, float] = {
+_DEFAULTS: dict[str, Any] = {
     "temperature": 0.8,
     "top_k": 40,
     "top_p": 0.95,
@@ -53,7 +55,20 @@ _DEFAULTS: dict[str, float] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "penalty_window": 64,
+    "xtc_probability": 0.0,
+    "xtc_threshold": 0.1,
+    "no_repeat_ngram_size": 0,
+    "dry_multiplier": 0.0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "dry_penalty_last_n": 64,
+    "dry_sequence_breakers": ("\n", ":", '"', "*"),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "bad_words_ids": (),
+    "stop": (),
 }
+_LENGTHS = ("min_tokens", "max_tokens")  # None where nobody says one
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,16 @@ class SamplingParams:
     max_tokens: how many tokens to generate at most.
     logprobs: whether results carry each token's log probability; top_logprobs: how many alternatives with it.
     processors: called on the logits, in order, before everything else.
+    min_tokens: how many tokens come before the first that may end the text; stop strings end it even so.
+    suppress_tokens: ids that never come; begin_suppress_tokens: ids that do not come first.
+    bad_words_ids: lists of ids, the last of which does not come after the others.
+    no_repeat_ngram_size: so many tokens in a row come once only, the prompt's included; 0 for any number.
+    dry_multiplier, dry_base, dry_allowed_length: a token that would make a repetition of n tokens longer
+        loses dry_multiplier * dry_base^(n - dry_allowed_length), where n is at least the allowed length.
+    dry_penalty_last_n: how many of the last tokens are searched for it; -1 for all.
+    dry_sequence_breakers: a string, or several, over which no repetition goes.
+    xtc_probability: how often the likeliest tokens go, all that have at least the probability xtc_threshold
+        but the least likely of them.
     """
 
     temperature: float | None = None
@@ -86,11 +111,23 @@ class SamplingParams:
     penalty_window: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = None
     max_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
     processors: Sequence[Processor] = ()
+    min_tokens: int | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    no_repeat_ngram_size: int | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: str | Sequence[str] | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
 
     def __post_init__(self) -> None:
         def keep(name: str, value: object) -> None:
@@ -107,22 +144,29 @@ class SamplingParams:
         if not isinstance(self.logprobs, bool):
             raise TypeError(f"logprobs must be a bool, not {type(self.logprobs).__name__}")
         keep("logit_bias", _checked_bias(self.logit_bias))
-        keep("stop", _checked_stop(self.stop))
+        for name in ("stop", "dry_sequence_breakers"):
+            if getattr(self, name) is not None:
+                keep(name, _checked_strings(name, getattr(self, name)))
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            if getattr(self, name) is not None:
+                keep(name, _checked_ids(name, getattr(self, name)))
+        if self.bad_words_ids is not None:
+            keep("bad_words_ids", _checked_words(self.bad_words_ids))
         keep("processors", tuple(self.processors))
         for processor in self.processors:
             if not callable(processor):
                 raise TypeError(f"processors must be callables, not {type(processor).__name__}")
 
     def resolve(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
-        """The same with every None but max_tokens filled: from `defaults`, then tinyllm's own; a random seed.
+        """The same with every None filled: from `defaults`, then tinyllm's own; a random seed. min_tokens and
+        max_tokens stay None where neither says one.
 
         defaults: the model's own, by this class's field names (`vars()` of config.GenerationDefaults); other
         names and None are passed over. Raises ArgumentError where one of them is out of range.
         """
         own = defaults or {}
-        given = {
-            name: own[name] for name in _DEFAULTS if getattr(self, name) is None and own.get(name) is not None
-        }
+        names = (*_DEFAULTS, *_LENGTHS)
+        given = {n: own[n] for n in names if getattr(self, n) is None and own.get(n) is not None}
         try:
             filled = replace(self, **given)
         except (ArgumentError, TypeError) as error:
@@ -147,11 +191,23 @@ class SamplingOptions(TypedDict, total=False):
     penalty_window: int | None
     logit_bias: Mapping[int, float]
     seed: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     max_tokens: int | None
     logprobs: bool
     top_logprobs: int
     processors: Sequence[Processor]
+    min_tokens: int | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    no_repeat_ngram_size: int | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_penalty_last_n: int | None
+    dry_sequence_breakers: str | Sequence[str] | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -186,21 +242,39 @@ def _number(name: str, value: object, low: float, high: float, hint: str) -> flo
 def _checked_bias(bias: object) -> dict[int, float]:
     if not isinstance(bias, Mapping):
         raise TypeError(f"logit_bias must map token ids to numbers, not be a {type(bias).__name__}")
-    highest = _LARGEST_INT - 1
     return {
-        integer("a token id in logit_bias", token, 0, highest, "ids below the vocabulary's size"): _number(
+        _checked_id("logit_bias", token): _number(
             f"logit_bias of token {token}", value, -np.inf, 1000, "-inf forbids the token"
         )
         for token, value in bias.items()
     }
 
 
-def _checked_stop(stop: object) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else stop
+def _checked_id(name: str, token: object) -> int:
+    return integer(f"a token id in {name}", token, 0, _LARGEST_INT - 1, "ids below the vocabulary's size")
+
+
+def _checked_ids(name: str, ids: object) -> tuple[int, ...]:
+    if not isinstance(ids, (Sequence, np.ndarray)) or isinstance(ids, (str, bytes)):
+        raise TypeError(f"{name} must be a sequence of token ids, not {type(ids).__name__}")
+    return tuple(_checked_id(name, token) for token in ids)
+
+
+def _checked_words(words: object) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(words, (Sequence, np.ndarray)) or isinstance(words, (str, bytes)):
+        raise TypeError(f"bad_words_ids must be sequences of token ids, not {type(words).__name__}")
+    checked = tuple(_checked_ids("bad_words_ids", word) for word in words)
+    if () in checked:
+        raise ArgumentError("bad_words_ids has an empty sequence, which every text contains: leave it out")
+    return checked
+
+
+def _checked_strings(name: str, given: object) -> tuple[str, ...]:
+    strings = (given,) if isinstance(given, str) else given
     if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
-        raise TypeError("stop must be a string or a sequence of strings")
+        raise TypeError(f"{name} must be a string or a sequence of strings")
     if "" in strings:
-        raise ArgumentError("stop has an empty string, which every text contains: leave it out")
+        raise ArgumentError(f"{name} has an empty string, which every text contains: leave it out")
     return tuple(strings)
 
 
@@ -213,33 +287,91 @@ class Sampled(NamedTuple):
     """The top_logprobs most likely (token, log probability), descending, lower ids first among equals."""
 
 
+_CORE = (  # the parameters that the core takes by these very names
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "xtc_probability", "xtc_threshold",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "penalty_window", "no_repeat_ngram_size",
+    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "seed",
+)  # fmt: skip
+_NOTHING = np.empty(0, dtype=np.int32)
+
+
 class Sampler:
     """Chooses tokens for one sequence as its parameters say. Holds no state: safe from many threads."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
-        """params: what is None is filled with tinyllm's defaults.
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        *,
+        start: int = 0,
+        eos_ids: Collection[int] = (),
+        min_length: int = 0,
+        breakers: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """params: what is None is filled with tinyllm's defaults. start: the first position to choose for.
+        eos_ids: what ends a text, and min_tokens forbids for a while. min_length: the first position at which
+        it is allowed where there is no min_tokens. breakers: `breaker_ids` of the parameters, for DRY.
 
-        Raises ArgumentError for a biased token that the vocabulary lacks.
+        Raises ArgumentError for a token among the parameters that the vocabulary lacks.
         """
         self.params = params.resolve()
         self.vocab_size = vocab_size
-        for token in self.params.logit_bias:
-            if token >= vocab_size:
-                raise ArgumentError(f"logit_bias names token {token}, expected 0 to {vocab_size - 1}")
-        settings: dict[str, Any] = {name: getattr(self.params, name) for name in _DEFAULTS}
-        self._window: int = settings.pop("penalty_window")
-        settings["seed"] = self.params.seed
-        self._settings = settings  # what backends.sample takes by these very names
-        self._bias_tokens = np.array(list(self.params.logit_bias), dtype=np.int32)
-        self._bias = np.array(list(self.params.logit_bias.values()), dtype=np.float32)
+        p, bias = self.params, self.params.logit_bias
+        words = p.bad_words_ids or ()
+        named: dict[str, Iterable[int]] = {
+            "logit_bias": bias,
+            "suppress_tokens": p.suppress_tokens or (),
+            "begin_suppress_tokens": p.begin_suppress_tokens or (),
+            "bad_words_ids": [token for word in words for token in word],
+        }
+        for name, tokens in named.items():
+            for token in tokens:
+                if token >= vocab_size:
+                    raise ArgumentError(f"{name} names token {token}, expected 0 to {vocab_size - 1}")
+        longer = [list(word) for word in words if len(word) > 1]
+        self._core = backends.Sampling(
+            **{name: getattr(p, name) for name in _CORE},
+            bias_tokens=list(bias),
+            bias=list(bias.values()),
+            bad_words=longer,
+            breakers=breakers,
+        )
+        self._start = start
+        self._may_end = min_length if p.min_tokens is None else start + p.min_tokens
+        always = {*(p.suppress_tokens or ()), *(word[0] for word in words if len(word) == 1)}
+        ends = {token for token in eos_ids if token < vocab_size} if self._may_end > start else set()
+        first = set(p.begin_suppress_tokens or ())
+        # By whether a token is the first, and whether it may end the text; None: nothing is banned.
+        self._banned: dict[tuple[bool, bool], npt.NDArray[np.int32]] | None = None
+        if always or ends or first:
+            self._banned = {
+                (is_first, may_end): np.array(
+                    sorted(always | (first if is_first else set()) | (set() if may_end else ends)), np.int32
+                )
+                for is_first in (True, False)
+                for may_end in (True, False)
+            }
+        self._n_banned = len(always | ends | first)
+        self._reach = self._reaches(longer)
+
+    def _reaches(self, words: list[list[int]]) -> int:
+        """How many of the last tokens the steps look at; -1: all of them."""
+        p = self.params
         penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        self._penalizes = self._window != 0 and any(settings[name] != _DEFAULTS[name] for name in penalties)
+        reaches = [len(word) - 1 for word in words]
+        if any(getattr(p, name) != _DEFAULTS[name] for name in penalties):
+            reaches.append(p.penalty_window or 0)
+        if p.dry_multiplier:
+            reaches.append(p.dry_penalty_last_n or 0)
+        if p.no_repeat_ngram_size:
+            reaches.append(-1)
+        return -1 if -1 in reaches else max(reaches, default=0)
 
     @property
     def n_candidates(self) -> int | None:
         """How many of the largest logits are enough to choose as from all of them; None: all are needed."""
         params = self.params
-        if params.processors or params.logit_bias or self._penalizes:
+        if params.processors or params.logit_bias or self._reach:
             return None
         if params.temperature == 0:
             n = 1
@@ -247,34 +379,33 @@ class Sampler:
             n = params.top_k + 1  # one more shows the core that top_k is not all
         else:
             return None
-        return min(max(n, params.top_logprobs), self.vocab_size)
+        return min(max(n + self._n_banned, params.top_logprobs), self.vocab_size)
 
     def __call__(self, logits: Logits, history: Sequence[int], position: int) -> Sampled:
         """The next token.
 
         logits: float32 [vocab_size], left as they are, or a row's n_candidates largest; history: the tokens
-        so far, prompt included; position: the new token's, 0 or more. The random number is a function of
+        so far, prompt included; position: the new token's, 0 or more. The random numbers are a function of
         (params.seed, position), nothing else.
         Raises ArgumentError for logits of another shape or dtype, for NaN or +inf among them, and where
         nothing is left to choose (all -inf).
         """
+        banned = _NOTHING
+        if self._banned is not None:
+            banned = self._banned[position == self._start, position >= self._may_end]
         if isinstance(logits, Candidates):
-            return self._choose(logits, position)
+            return self._choose(logits, position, banned)
         if logits.shape != (self.vocab_size,) or logits.dtype != np.float32:
             raise ArgumentError(
                 f"logits are {logits.dtype} {list(logits.shape)}, expected float32 [{self.vocab_size}]"
             )
         logits = np.ascontiguousarray(logits)
         processed = self._process(logits, history) if self.params.processors else logits
+        seen = _NOTHING
+        if self._reach:
+            seen = np.array(history if self._reach < 0 else history[-self._reach :], dtype=np.int32)
         try:
-            token, logprob = backends.sample(
-                processed,
-                **self._settings,
-                bias_tokens=self._bias_tokens,
-                bias=self._bias,
-                history=self._penalized(history),
-                position=position,
-            )
+            token, logprob = self._core.sample(processed, seen, position, banned)
         except ArgumentError as error:
             if processed is logits:
                 raise
@@ -288,29 +419,17 @@ class Sampler:
             top = list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
         return Sampled(int(token), float(logprob), top)
 
-    def _choose(self, row: Candidates, position: int) -> Sampled:
+    def _choose(self, row: Candidates, position: int, banned: npt.NDArray[np.int32]) -> Sampled:
         total = float(row.totals)
-        none = np.empty(0, dtype=np.int32)
-        i, logprob = backends.sample(
-            row.logits,
-            **self._settings,
-            bias_tokens=none,
-            bias=self._bias,
-            history=none,
-            position=position,
-            total=total,
-        )
+        if len(banned):
+            banned = np.flatnonzero(np.isin(row.tokens, banned)).astype(np.int32)
+        i, logprob = self._core.sample(row.logits, _NOTHING, position, banned, total)
         top: list[tuple[int, float]] = []
         if self.params.top_logprobs:
             n = min(self.params.top_logprobs, self.vocab_size)
             found, logprobs = backends.top_logprobs(row.logits, n, total)
             top = list(zip(row.tokens[found].tolist(), logprobs.tolist(), strict=True))
         return Sampled(int(row.tokens[i]), float(logprob), top)
-
-    def _penalized(self, history: Sequence[int]) -> npt.NDArray[np.int32]:
-        if not self._penalizes:
-            return np.empty(0, dtype=np.int32)
-        return np.array(history if self._window < 0 else history[-self._window :], dtype=np.int32)
 
     def _process(self, logits: npt.NDArray[np.float32], history: Sequence[int]) -> npt.NDArray[np.float32]:
         processed: npt.NDArray[np.float32] = logits.copy()
@@ -362,7 +481,7 @@ class StopStrings:
     """
 
     def __init__(self, stop: str | Sequence[str]) -> None:
-        self._stop = _checked_stop(stop)
+        self._stop = _checked_strings("stop", stop)
         self._held = ""
         self.found: str | None = None
 

@@ -9,6 +9,7 @@ tensors are called).
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -88,8 +89,10 @@ class TensorInfo:
 
     `shape` is in numpy's order, so a matrix is (rows, k) and its rows are contiguous; `format` is a key of
     `FORMATS`. Where `row_stride` is not 1, only every so-many-th row (or number, of a vector) from `offset`
-    on belongs to it. MXFP4 in two parts, as safetensors hold it, has its bytes of scale in `scales`.
-    `identity` is the file's when its header was read; None takes any.
+    on belongs to it; of a stack `stack_stride` is the bytes from one matrix to the next, 0 where nothing
+    lies between. `columns` (n, first, step): it lies transposed, its rows are the columns first, first +
+    step... of a matrix of n columns at `offset`; floats alone do. MXFP4 in two parts, as safetensors hold it,
+    has its bytes of scale in `scales`. `identity` is the file's when its header was read; None takes any.
     """
 
     name: str
@@ -99,6 +102,8 @@ class TensorInfo:
     offset: int
     n_bytes: int
     row_stride: int = 1
+    stack_stride: int = 0
+    columns: tuple[int, int, int] | None = None
     scales: TensorInfo | None = None
     identity: Identity | None = None
 
@@ -116,12 +121,24 @@ class TensorInfo:
                 self,
                 name=f"{self.name}[{i}]",
                 shape=self.shape[1:],
-                offset=self.offset + i * size,
+                offset=self.offset + i * (self.stack_stride or size),
                 n_bytes=size,
+                stack_stride=0,
                 scales=scales[i],
             )
             for i in range(n)
         ]
+
+    def transposed(self, first: int = 0, step: int = 1) -> TensorInfo:
+        """The matrix whose rows are this one's columns first, first + step, ... Raises FormatError where
+        the number of columns is no multiple of step."""
+        k, n = self.shape
+        if n % step:
+            raise FormatError(
+                f"{self.path}: tensor {show(self.name)} has {n} columns, which cannot be those of {step} "
+                "matrices in turn"
+            )
+        return replace(self, shape=(n // step, k), n_bytes=self.n_bytes // step, columns=(n, first, step))
 
     def every_other(self, first: int) -> TensorInfo:
         """The rows (or numbers) first, first + 2, ... where first is 0 or 1. Raises FormatError for an odd
@@ -146,23 +163,57 @@ class TensorInfo:
         return read_tensor_f32(self)
 
 
+def read_rows(info: TensorInfo, first: int, last: int) -> npt.NDArray[np.uint8]:
+    """Rows [first, last) as they are stored, uint8 [rows, bytes of one]; of MXFP4 in two parts the blocks
+    alone. Rows run along the last dimension; a vector has rows of one number."""
+    n_rows = math.prod(info.shape[:-1]) if len(info.shape) > 1 else math.prod(info.shape)
+    row_bytes, stride = info.n_bytes // n_rows, info.row_stride
+    if info.columns:
+        n, start, step = info.columns
+        k = info.shape[-1]
+        with info.open() as file:
+            whole = np.frombuffer(file.read_at(info.offset, n * row_bytes), f"<u{row_bytes // k}")
+        turned = whole.reshape(k, n)[:, start::step][:, first:last].T
+        return np.ascontiguousarray(turned).view(np.uint8)
+    with info.open() as file:
+        data = file.read_at(
+            info.offset + first * stride * row_bytes, ((last - first - 1) * stride + 1) * row_bytes
+        )
+    return np.frombuffer(data, np.uint8).reshape(-1, row_bytes)[::stride]
+
+
+def to_f32(data: npt.NDArray[np.uint8], format: int) -> npt.NDArray[np.float32]:
+    """The numbers of F32, F16 or BF16 (exact in all three cases), float32 [n], from contiguous bytes."""
+    if format == F32:
+        return data.ravel().view("<f4").astype(np.float32)
+    if format == F16:
+        return data.ravel().view("<f2").astype(np.float32)
+    return (data.ravel().view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
 def read_tensor_f32(info: TensorInfo) -> npt.NDArray[np.float32]:
-    """Read a whole F32, F16 or BF16 tensor as float32 (exact in all three cases)."""
+    """Read a whole F32, F16 or BF16 tensor as float32."""
     if info.format not in (F32, F16, BF16):
         raise UnsupportedError(
             f"{info.path}: tensor {show(info.name)} is {FORMATS[info.format].name}, not F32, F16 or BF16"
         )
-    row_bytes = info.n_bytes // (info.shape or (1,))[0]
-    n_bytes = info.n_bytes + (info.row_stride - 1) * (info.n_bytes - row_bytes)
-    with info.open() as file:
-        raw = file.read_at(info.offset, n_bytes)
-    if info.format == F32:
-        values = np.frombuffer(raw, "<f4").astype(np.float32)
-    elif info.format == F16:
-        values = np.frombuffer(raw, "<f2").astype(np.float32)
-    else:
-        values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return values.reshape(-1, *info.shape[1:])[:: info.row_stride].reshape(info.shape)
+    n_rows = math.prod(info.shape[:-1]) if len(info.shape) > 1 else math.prod(info.shape)
+    rows = np.ascontiguousarray(read_rows(info, 0, n_rows))
+    return to_f32(rows, info.format).reshape(info.shape)
+
+
+def same_numbers(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether two float matrices hold the same numbers, read piece by piece up to where they differ."""
+    if a.shape != b.shape or not {a.format, b.format} <= {F32, F16, BF16}:
+        return False
+    n_rows, k = a.shape
+    step = max(1, CHUNK_BYTES // k)
+
+    def numbers(info: TensorInfo, first: int) -> npt.NDArray[Any]:
+        rows = np.ascontiguousarray(read_rows(info, first, min(first + step, n_rows)))
+        return rows if a.format == b.format else to_f32(rows, info.format)
+
+    return all(np.array_equal(numbers(a, first), numbers(b, first)) for first in range(0, n_rows, step))
 
 
 class FileReader:
@@ -364,6 +415,7 @@ def list_directory(path: Path) -> list[str]:
 
 ModelKind = Literal["gguf", "safetensors", "directory"]
 _EXPECTED = "expected a GGUF file or a directory with config.json and *.safetensors"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _LEGACY_GGML = (b"lmgg", b"fmgg", b"tjgg", b"algg")
 
 
@@ -371,10 +423,12 @@ def find_model(path: str | os.PathLike[str]) -> ModelKind:
     """Tell what kind of model `path` is, by content and never by extension.
 
     "gguf" and "safetensors" are files, "directory" is a folder with a config.json. Raises NotFoundError,
-    ReadError, or FormatError with a hint for what people commonly mistake for a model.
+    ReadError, FormatError with a hint for what people commonly mistake for a model, or UnsupportedError for
+    an adapter, also one beside a model.
     """
     path = Path(path)
     if os.path.isdir(path):
+        _refuse_adapter(path)
         return _find_in_directory(path)
     with FileReader(path) as file:
         head = file.read_at(0, min(file.size, 64))
@@ -382,6 +436,7 @@ def find_model(path: str | os.PathLike[str]) -> ModelKind:
     if head[:4] == b"GGUF":
         return "gguf"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        _refuse_adapter(path.parent)
         return "safetensors"
     raise FormatError(f"{path}: not a model: {_hint(head)}; {_EXPECTED}")
 
@@ -394,6 +449,23 @@ def _find_in_directory(path: Path) -> ModelKind:
     if ggufs:
         raise FormatError(f"{path}: this directory holds GGUF files; name one of them: {show_some(ggufs)}")
     raise FormatError(f"{path}: not a model: the directory has no config.json; {_EXPECTED}")
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """transformers applies one beside a model where peft is installed, so the model alone is another."""
+    found = [name for name in _ADAPTER_FILES if is_there(folder / name)]
+    if found:
+        bare = " (or move the adapter away, to run the model without it)" * is_there(folder / "config.json")
+        raise UnsupportedError(f"{folder}: {adapter_text(show_some(found))}{bare}")
+
+
+def adapter_text(found: str) -> str:
+    """The message for an adapter, instead of a model or beside one; `found` says where."""
+    return (
+        f"holds an adapter ({found}), which is not applied here. Merge it into its base model: "
+        'peft.AutoPeftModelForCausalLM.from_pretrained("ADAPTER").merge_and_unload().save_pretrained("MERGED")'
+        ", or llama-export-lora for GGUF files; then name the merged model"
+    )
 
 
 def _hint(head: bytes) -> str:

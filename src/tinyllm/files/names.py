@@ -7,8 +7,10 @@ at once. A new family adds rows. Imports `config`, `errors` and this package's s
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +18,11 @@ import numpy.typing as npt
 
 from tinyllm.config import ModelConfig
 from tinyllm.config.families import Source, family
+from tinyllm.config.model import MAX_EXPERTS
 from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.files import BF16, F16, F32, FORMATS, MXFP4, TensorInfo, show
+from tinyllm.files import BF16, F16, F32, FORMATS, MXFP4, TensorInfo, adapter_text, same_numbers, show
+
+_log = logging.getLogger(__name__)
 
 Key = tuple[str, "int | None"]  # (canonical name, layer); of expert i the name ends with .i, as in w_gate.7
 MAX_PROBLEMS = 20
@@ -238,11 +243,14 @@ TABLE: tuple[Name, ...] = (
 
 # Matrices that lie on top of each other in one tensor: (its name, {the name of a part: its rows}).
 _Parts = tuple[tuple[str, Callable[[ModelConfig], int]], ...]
+_QKV: _Parts = (("attn_q", _q_dim), ("attn_k", _kv_dim), ("attn_v", _kv_dim))
+# llama.cpp's converter writes these for any family where it is asked to (--fuse-qkv, --fuse-gate-up-exps).
+_FUSED_ANYWHERE: tuple[tuple[str, _Parts], ...] = (
+    ("attn_qkv", _QKV),
+    ("ffn_gate_up_exps", (("ffn_gate_exps", _ff_dim), ("ffn_up_exps", _ff_dim))),
+)
 _FUSED: dict[Source, tuple[tuple[str, _Parts], ...]] = {
-    "gguf": (
-        ("attn_qkv", (("attn_q", _q_dim), ("attn_k", _kv_dim), ("attn_v", _kv_dim))),
-        ("ffn_up", (("ffn_gate", _ff_dim), ("ffn_up", _ff_dim))),
-    ),
+    "gguf": (("attn_qkv", _QKV), ("ffn_up", (("ffn_gate", _ff_dim), ("ffn_up", _ff_dim)))),
     "hf": (
         (
             "self_attn.qkv_proj",
@@ -252,24 +260,27 @@ _FUSED: dict[Source, tuple[tuple[str, _Parts], ...]] = {
     ),
 }
 
-# Language models inside models that also read images.
-_WRAPPED = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
-            ("model.language_model.", "model."))  # fmt: skip
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # Hugging Face's
+# What stands before a language model's names: none where the model was saved without its head, several inside
+# a model that also reads images or where a wrapper was saved.
+_WRAPPED = re.compile(r"(?:model\.|language_model\.)*((?:layers|embed_tokens|norm)\..*|lm_head\..*)")
+_ADAPTER = re.compile(
+    r".*\.(lora_(A|B|magnitude|embedding)|hada_|lokr_|ia3_|oft_|base_layer\.).*|.*\.lora_[ab]"
+)
 
-# Tensors that say nothing new: tables of rotary frequencies, an output matrix beside tied embeddings (which
-# transformers drops as well), and what reads images. Factors of RoPE are read into the config.
+# Tensors that say nothing new: tables of rotary frequencies, and what reads images. Factors of RoPE are read
+# into the config.
 _HARMLESS = {
     "gguf": re.compile(
         r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd\.weight"
     ),
-    "hf": re.compile(
-        r"(.*\.)?rotary_emb\.inv_freq|lm_head\.weight|(model\.)?(vision_tower|multi_modal_projector)\..*"
-    ),
+    "hf": re.compile(r"(.*\.)?rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*"),
 }
 
 
 class Weights(Mapping[Key, TensorInfo]):
-    """The tensors of a model by (canonical name, layer), layer None for those outside the layers.
+    """The tensors of a model by (canonical name, layer), layer None for those outside the layers. `config` is
+    the model's, `tied` as its tensors have it.
 
     `weights.get(("bq", 3))` is None where a model has no such bias; "output" is absent where the embedding
     serves.
@@ -281,8 +292,11 @@ class Weights(Mapping[Key, TensorInfo]):
         tensors: dict[Key, TensorInfo],
         row_orders: dict[str, npt.NDArray[np.int32]],
         norms_minus_one: bool = False,
+        fused: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        """fused: tensors of a GGUF file that hold several matrices of the table, and which."""
         self.config = config
+        self.fused = fused or {}
         self._tensors = tensors
         self._row_orders = row_orders
         self._norms_minus_one = norms_minus_one
@@ -311,17 +325,21 @@ class Weights(Mapping[Key, TensorInfo]):
 def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: Source) -> Weights:
     """Match a file's tensors with the table.
 
-    A fused tensor counts as its parts. Raises one FormatError that lists the tensors that are missing,
-    unexpected, wrongly shaped, or a norm or bias in blocks; looks for no more than it shows.
+    A fused tensor counts as its parts; an output matrix of its own counts, whatever the config says of tied
+    ones. Raises one FormatError that lists the tensors that are missing, unexpected, wrongly shaped, or a
+    norm or bias in blocks, and looks for no more than it shows; UnsupportedError for an adapter's tensors and
+    for matrices with a factor beside them.
     """
     row_of_family = family(config.architecture, source)
+    _refuse_adapter(tensors)
     if source == "hf":
         unwrapped: dict[str, TensorInfo] = {}
         for name, info in tensors.items():
             _add(unwrapped, _unwrapped(name), info)
-        tensors = unwrapped
-    if row_of_family.fused:
-        tensors = _split_fused(tensors, config, source)
+        config, tensors = _own_head(unwrapped, config)
+    else:
+        tensors = _without_scales(tensors)
+    tensors, fused = _split_fused(tensors, config, source)
     if row_of_family.stacked and source == "hf":
         tensors = _split_stacks(tensors, config)
     found: dict[Key, TensorInfo] = {}
@@ -361,7 +379,8 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
         model = f"{config.architecture}, {config.n_layers} layers"
         raise FormatError(f"the tensors do not fit the config ({model}):{listed}{more}")
     minus_one = source == "hf" and row_of_family.norms_minus_one
-    return Weights(config, found, row_orders(config, source), minus_one)
+    fused = fused if source == "gguf" else dict(fused_in_gguf(config))
+    return Weights(config, found, row_orders(config, source), minus_one, fused)
 
 
 def _add(found: dict[str, TensorInfo], name: str, info: TensorInfo) -> None:
@@ -372,38 +391,93 @@ def _add(found: dict[str, TensorInfo], name: str, info: TensorInfo) -> None:
 
 
 def _unwrapped(name: str) -> str:
-    return next((to + name[len(start) :] for start, to in _WRAPPED if name.startswith(start)), name)
+    match = _WRAPPED.fullmatch(name)
+    if not match:
+        return name
+    return match[1] if match[1].startswith("lm_head.") else f"model.{match[1]}"
+
+
+def _refuse_adapter(tensors: Mapping[str, TensorInfo]) -> None:
+    for name, info in tensors.items():
+        if _ADAPTER.fullmatch(name):
+            raise UnsupportedError(adapter_text(f"{info.path.name} has {show(name)}"))
+
+
+def _own_head(
+    tensors: dict[str, TensorInfo], config: ModelConfig
+) -> tuple[ModelConfig, dict[str, TensorInfo]]:
+    """As transformers has it where config.json says that the output matrix is the embedding: one of other
+    numbers is the output all the same, and one alone is both."""
+    head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
+    if not config.tied or head is None:
+        return config, tensors
+    if embedding is not None and not same_numbers(head, embedding):
+        _log.warning(
+            "config.json says tie_word_embeddings, but %s differs from the embedding, so it is the output",
+            _HEAD,
+        )
+        return replace(config, tied=False), tensors
+    return config, {_EMBEDDING: head, **{name: info for name, info in tensors.items() if name != _HEAD}}
+
+
+def _without_scales(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """GGUF files with NVFP4 have a factor beside a matrix, NAME.scale, and what its inputs were divided by
+    when it was calibrated, NAME.input_scale, which nothing here needs. A factor of 1 changes nothing."""
+    found = dict(tensors)
+    for name, info in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        if kind not in ("scale", "input_scale") or f"{stem}.weight" not in tensors:
+            continue
+        values = info.read_f32() if kind == "scale" and math.prod(info.shape) <= MAX_EXPERTS else None
+        if kind == "scale" and (values is None or (values != 1).any()):
+            raise UnsupportedError(
+                f"{show(name)} is a factor on what {stem}.weight gives, as files with NVFP4 have it; that is "
+                "not supported. Convert the original model again, to another type"
+            )
+        del found[name]
+    return found
 
 
 def _split_fused(
     tensors: Mapping[str, TensorInfo], config: ModelConfig, source: Source
-) -> dict[str, TensorInfo]:
-    """Fused tensors as their parts: rows of the file one after another, under the parts' names. One of
-    another height stays whole, and so does not fit the table."""
-    found = dict(tensors)
-    layer = "blk.{}." if source == "gguf" else "model.layers.{}."
-    for fused, parts in _FUSED[source]:
-        heights = [rows(config) for _, rows in parts]
+) -> tuple[dict[str, TensorInfo], dict[str, list[str]]]:
+    """Fused tensors as their parts: rows of the file one after another, of a stack in each matrix, under the
+    parts' names; and which were fused. One of another height stays whole, and so does not fit the table."""
+    found, names = dict(tensors), {}
+    tables = _FUSED[source] if family(config.architecture, source).fused else ()
+    for table, kind in itertools.product(
+        {**dict(tables), **dict(_FUSED_ANYWHERE if source == "gguf" else ())}.items(), ("weight", "bias")
+    ):
+        heights = [rows(config) for _, rows in table[1]]
         for i in range(config.n_layers):
-            whole = found.get(name := f"{layer.format(i)}{fused}.weight")
-            if whole is None or len(whole.shape) != 2 or whole.shape[0] != sum(heights):
+            layer = f"blk.{i}." if source == "gguf" else f"model.layers.{i}."
+            whole = found.get(name := f"{layer}{table[0]}.{kind}")
+            axis = int(table[0].endswith("_exps"))
+            if whole is None or len(whole.shape) != axis + 1 + (kind == "weight"):
+                continue
+            if whole.shape[axis] != sum(heights):
                 continue
             del found[name]
-            row_bytes, first = whole.n_bytes // whole.shape[0], 0
-            for (part, _), n in zip(parts, heights, strict=True):
+            n_matrices = whole.shape[0] if axis else 1
+            matrix_bytes, first = whole.n_bytes // n_matrices, 0
+            row_bytes = matrix_bytes // sum(heights)
+            names[name] = [f"{layer}{part}.{kind}" for part, _ in table[1]]
+            for part, n in zip(names[name], heights, strict=True):
                 rows = replace(
                     whole,
-                    shape=(n, whole.shape[1]),
+                    shape=(*whole.shape[:axis], n, *whole.shape[axis + 1 :]),
                     offset=whole.offset + first * row_bytes,
-                    n_bytes=n * row_bytes,
+                    n_bytes=n_matrices * n * row_bytes,
+                    stack_stride=matrix_bytes if axis else 0,
                 )
-                _add(found, f"{layer.format(i)}{part}.weight", rows)
+                _add(found, part, rows)
                 first += n
-    return found
+    return found, names
 
 
 def fused_in_gguf(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
-    """The tensors of a GGUF file that hold several matrices of the table, and those of which they do."""
+    """The tensors of a GGUF file that always hold several matrices of the table, and those of which they
+    do."""
     if not family(config.architecture, "gguf").fused:
         return
     for layer in range(config.n_layers):
@@ -412,44 +486,45 @@ def fused_in_gguf(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def in_gguf(weights: Weights) -> dict[Key, tuple[str, tuple[int, ...]]]:
-    """The tensor of a GGUF file that each weight is or is a part of, and the tensor's shape; of matrices on
-    top of each other that of one."""
+    """The tensor of a GGUF file that each weight is or is a part of, and the tensor's shape."""
     config = weights.config
     names = {row.canonical: row.gguf for row in TABLE}  # of norms with several, one
-    whole = {part: name for name, parts in fused_in_gguf(config) for part in parts}
+    whole = {part: name for name, parts in weights.fused.items() for part in parts}
     found: dict[Key, tuple[str, tuple[int, ...]]] = {}
+    n_rows: dict[str, int] = {}
     for (canonical, layer), info in weights.items():
         stem, _, expert = canonical.partition(".")
-        name = names[stem].format(layer)
-        found[canonical, layer] = (
-            whole.get(name, name),
-            (config.n_experts, *info.shape) if expert else info.shape,
-        )
-    return found
+        part = names[stem].format(layer)
+        name = whole.get(part, part)
+        if expert in ("", "0"):
+            n_rows[name] = n_rows.get(name, 0) + info.shape[0]
+        found[canonical, layer] = name, ((config.n_experts,) if expert else ()) + info.shape
+    return {
+        key: (name, (*shape[: -len(weights[key].shape)], n_rows[name], *weights[key].shape[1:]))
+        for key, (name, shape) in found.items()
+    }
 
 
 def _split_stacks(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, TensorInfo]:
-    """Stacks of experts as a tensor an expert: of gate_up_proj even rows are gate's, odd ones up's. What is
-    no stack of them stays whole, and so does not fit the table."""
+    """gpt-oss's stacks of experts as a tensor an expert: of gate_up_proj even rows are gate's, odd ones up's.
+    Stacks of floats lie transposed, [experts, k, rows], those in MXFP4 do not. What is no stack of them stays
+    whole, and so does not fit the table."""
     found: dict[str, TensorInfo] = {}
     for name, stack in tensors.items():
         match = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up|down)_proj(_bias)?", name)
-        if not match or len(stack.shape) < 2 or stack.shape[0] != config.n_experts:
+        if not match or len(stack.shape) != 3 - bool(match[3]) or stack.shape[0] != config.n_experts:
             _add(found, name, stack)
             continue
         prefix, part, bias = match.groups()
         kind = "bias" if bias else "weight"
-        if not bias and stack.format != MXFP4:
-            raise UnsupportedError(
-                f"{show(name)} is {FORMATS[stack.format].name}: of safetensors with stacked experts only "
-                "those in MXFP4 are supported; convert the model to GGUF"
-            )
+        lies_transposed = not bias and stack.format != MXFP4
         for i, expert in enumerate(stack.parts()):
-            if part == "down":
-                _add(found, f"{prefix}{i}.down_proj.{kind}", expert)
-            else:
-                _add(found, f"{prefix}{i}.gate_proj.{kind}", expert.every_other(0))
-                _add(found, f"{prefix}{i}.up_proj.{kind}", expert.every_other(1))
+            for at, of in enumerate(("down",) if part == "down" else ("gate", "up")):
+                if lies_transposed:
+                    rows = expert.transposed(at, 1 if part == "down" else 2)
+                else:
+                    rows = expert if part == "down" else expert.every_other(at)
+                _add(found, f"{prefix}{i}.{of}_proj.{kind}", rows)
     return found
 
 

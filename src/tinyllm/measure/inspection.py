@@ -147,7 +147,7 @@ def inspect_model(
         tokenizer=_tokenizer_facts(files),
         template=_template_facts(files.template),
         memory=memory,
-        warnings=[*_tokenizer_warnings(files), *_template_warnings(files), *_memory_warnings(memory)],
+        warnings=[*_tokenizer_warnings(files), *_template_warnings(files), *_memory_warnings(memory, c)],
     )
 
 
@@ -287,7 +287,9 @@ def _end_of_turn(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
     return ids[0] if ids and ids[0] in tokenizer.special_ids else None
 
 
-def _memory_warnings(memory: Memory) -> Iterator[str]:
+def _memory_warnings(memory: Memory, config: ModelConfig) -> Iterator[str]:
+    if memory.context > config.covered_context:
+        yield f"a context of {memory.context} is more than the {config.covered_context} it was trained for"
     if memory.fitting_context == 0:
         yield "the weights do not fit into this machine's free memory"
     elif memory.fitting_context < memory.context:

@@ -17,13 +17,13 @@ import numpy.typing as npt
 
 from tinyllm import backends
 from tinyllm.errors import ArgumentError, FormatError, integer
-from tinyllm.files import BF16, F16, F32, FORMATS, are_finite, show
+from tinyllm.files import BF16, F16, F32, FORMATS, FileReader, are_finite, show
 from tinyllm.files.gguf_writer import OutTensor, write_gguf
 from tinyllm.files.outfiles import target_of
 from tinyllm.modelfiles import model_path
 from tinyllm.quantization.contents import Source, contents_of
 from tinyllm.quantization.imatrix import Imatrix, read_imatrix
-from tinyllm.quantization.mixes import MIXES, key_of, tensor_formats
+from tinyllm.quantization.mixes import IDS, MIXES, key_of, wanted_and_got
 
 PIECE_NUMBERS = 1 << 22  # of a tensor, that are read, rounded and written at a time
 
@@ -31,14 +31,18 @@ PIECE_NUMBERS = 1 << 22  # of a tensor, that are read, rounded and written at a 
 @dataclass(frozen=True)
 class Quantized:
     """What `quantize` wrote: the file's size, its weights and their bits each, and how many tensors of which
-    format. without_importance: matrices that the imatrix did not know; not the embedding, which no imatrix
-    knows unless it is the output as well."""
+    format. source_bytes: the size of the files it was made of. fallbacks: by name the tensors whose rows are
+    no multiple of a block of the format that the quantization has for them, that format and the one they got.
+    without_importance: matrices that the imatrix did not know; not the embedding, which no imatrix knows
+    unless it is the output as well."""
 
     path: Path
     n_bytes: int
     n_weights: int
     bits: float
     formats: dict[str, int]
+    source_bytes: int
+    fallbacks: dict[str, tuple[str, str]]
     without_importance: tuple[str, ...]
 
 
@@ -76,9 +80,12 @@ def quantize(
     sources = contents.tensors
     if target.exists() and any(target.samefile(path) for path in contents.paths):
         raise ArgumentError(f"{out}: is the model itself; name another file")
-    formats = tensor_formats(
+    source_bytes = sum(_size(path) for path in contents.paths)
+    chosen = wanted_and_got(
         {name: source.shape for name, source in sources.items()}, type, imatrix=known is not None
     )
+    formats = {name: IDS[got] for name, (_, got) in chosen.items()}
+    fallbacks = {name: (a.upper(), b.upper()) for name, (a, b) in chosen.items() if a != b}
     if not allow_requantize:
         _refuse_quantized(where, sources, formats)
     metadata = contents.metadata | {"general.file_type": mix.file_type, "general.quantization_version": 2}
@@ -96,7 +103,14 @@ def quantize(
     bits = 8 * sum(tensor.n_bytes for tensor in tensors) / n_weights
     if "output.weight" in sources:
         unknown = [name for name in unknown if name != "token_embd.weight"]
-    return Quantized(Path(out).expanduser(), n_bytes, n_weights, bits, counts, tuple(unknown))
+    return Quantized(
+        Path(out).expanduser(), n_bytes, n_weights, bits, counts, source_bytes, fallbacks, tuple(unknown)
+    )
+
+
+def _size(path: Path) -> int:
+    with FileReader(path) as file:
+        return file.size
 
 
 def _refuse_quantized(where: Path, sources: Mapping[str, Source], formats: Mapping[str, int]) -> None:

@@ -7,6 +7,7 @@ chat, config, files, modelfiles and the tokenizer. `quantize` writes what is fou
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,16 +18,25 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllm.chat.templates import template_from_directory
-from tinyllm.config import GenerationDefaults, ModelConfig, config_from_gguf, config_to_gguf
+from tinyllm.config import (
+    ModelConfig,
+    config_from_gguf,
+    config_to_gguf,
+    embedding_to_gguf,
+    generation_to_gguf,
+)
 from tinyllm.config.families import family, gguf_architecture
-from tinyllm.errors import FormatError, UnsupportedError
-from tinyllm.files import F32, TensorInfo, find_model, read_json
+from tinyllm.errors import FormatError, UnsupportedError, located
+from tinyllm.files import F32, TensorInfo, find_model, read_json, read_rows
 from tinyllm.files.gguf import read_gguf
 from tinyllm.files.names import TABLE, fused_in_gguf, row_orders
-from tinyllm.modelfiles import ModelFiles, read_model
+from tinyllm.modelfiles import ModelFiles, read_model, require_model
 from tinyllm.tokenizer.to_gguf import tokenizer_to_gguf
 
 Rows = npt.NDArray[np.uint8]
+
+_log = logging.getLogger(__name__)
+_TIED_IN_LLAMA_CPP = ("gemma", "gemma2", "command-r", "cohere2")
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,8 @@ def contents_of(where: Path) -> Contents:
 
 def _of_gguf(path: Path) -> Contents:
     file = read_gguf(path)
+    with located(path):
+        require_model(file.metadata)
     if "general.architecture" not in file.metadata or not file.tensors:
         raise FormatError(f"{path}: not a model: it has no general.architecture, or no tensors")
     dropped = ("general.alignment", "general.file_type", "general.quantization_version")
@@ -93,10 +105,12 @@ def _of_directory(path: Path) -> Contents:
         "general.type": "model",
         "general.name": folder.resolve().name,
         **{f"{architecture}.{k}": v for k, v in (config_to_gguf(config, architecture) | rope).items()},
-        **_sampling_keys(files.defaults),
+        **{f"{architecture}.{k}": v for k, v in embedding_to_gguf(files.embedding).items()},
+        **generation_to_gguf(files.defaults, config.context),
         **(tokenizer_to_gguf(folder) or {"tokenizer.ggml.model": "none"}),
     }
     _check(folder, config, metadata, tensors, vectors)
+    _warn_of_unsaid(files, architecture)
     template = template_from_directory(folder)
     if template is not None:
         metadata["tokenizer.chat_template"] = template.source
@@ -120,24 +134,14 @@ def _from_file(info: TensorInfo, order: npt.NDArray[np.int32] | None = None) -> 
 
 
 def _rows(info: TensorInfo, first: int, last: int) -> Rows:
-    rows = _bytes_of_rows(info, first, last)
+    rows = read_rows(info, first, last)
     if info.scales is None:
         return rows
     # MXFP4 in two parts. Byte i of a block has numbers 2i and 2i + 1; in GGUF i and i + 16, behind the scale.
     pairs = rows.reshape(len(rows), -1, 16)
     low, high = np.split(np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:2], 32), 2, -1)
-    scales = _bytes_of_rows(info.scales, first, last)[..., None]
+    scales = read_rows(info.scales, first, last)[..., None]
     return np.concatenate([scales, low | high << 4], axis=-1).reshape(len(rows), -1)
-
-
-def _bytes_of_rows(info: TensorInfo, first: int, last: int) -> Rows:
-    n_rows = math.prod(info.shape[:-1]) if len(info.shape) > 1 else info.shape[0]
-    row_bytes, stride = info.n_bytes // n_rows, info.row_stride
-    with info.open() as file:
-        data = file.read_at(
-            info.offset + first * stride * row_bytes, ((last - first - 1) * stride + 1) * row_bytes
-        )
-    return np.frombuffer(data, np.uint8).reshape(-1, row_bytes)[::stride]
 
 
 def _from_values(values: npt.NDArray[np.float32]) -> Source:
@@ -237,15 +241,27 @@ def _rope(
     return keys, {}
 
 
-def _sampling_keys(d: GenerationDefaults) -> dict[str, Any]:
-    values = {
-        "temp": d.temperature,
-        "top_k": d.top_k,
-        "top_p": d.top_p,
-        "min_p": d.min_p,
-        "penalty_repeat": d.repetition_penalty,
-    }
-    return {f"general.sampling.{name}": value for name, value in values.items() if value is not None}
+def _warn_of_unsaid(files: ModelFiles, architecture: str) -> None:
+    """What the file means all the same, for who knows it."""
+    e = files.embedding
+    steps = {
+        "normalize": e.normalize, "instruction": bool(e.instruction), "max_seq_length": bool(e.max_tokens),
+        "that embed refuses it": bool(e.refused),
+    }  # fmt: skip
+    if unsaid := [name for name, there in steps.items() if there]:
+        _log.warning(
+            "%s: a GGUF file cannot say this of its vectors of texts: %s", files.path, ", ".join(unsaid)
+        )
+    if not files.has_output:
+        _log.warning(
+            "%s: a GGUF file cannot say that a model has no output matrix: ask it for vectors of texts alone",
+            files.path,
+        )
+    elif not files.config.tied and architecture in _TIED_IN_LLAMA_CPP:
+        _log.warning(
+            "%s: its output matrix is not the embedding, and llama.cpp refuses such files of %s",
+            files.path, architecture,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

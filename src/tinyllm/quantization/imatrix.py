@@ -11,7 +11,7 @@ calibration run.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,10 @@ Array = npt.NDArray[np.float32]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LEAST = 2.0**-48  # of a matrix's largest importance: squares of less leave float32 where blocks are rounded
+_FUSED = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
 _MOST = 1 << 24  # entries, columns, bytes of a name in a .dat file: far above any model's
 
 
@@ -69,9 +73,12 @@ class Imatrix:
         is not 0 no less than 2^-48 of the largest; 1 where an expert was never asked. None where nothing is
         known of the tensor. Raises FormatError where it has another shape.
         """
-        if name not in self.sums:
+        known_as = next((known for known in _met_by(name) if known in self.sums), None)
+        if known_as is None:
             return None
-        sums, counts = self.sums[name].astype(np.float64), self.counts[name].astype(np.float64)
+        sums, counts = self.sums[known_as].astype(np.float64), self.counts[known_as].astype(np.float64)
+        if sums.shape == (1, n_matrices * k):  # a stack of experts in a .dat file
+            sums, counts = sums.reshape(n_matrices, k), np.repeat(counts, n_matrices)
         if sums.shape != (n_matrices, k):
             raise FormatError(
                 f"{self.path or 'imatrix'}: {show(name)} is {sums.shape}, but the model's is "
@@ -83,6 +90,15 @@ class Imatrix:
             raised = np.maximum(scaled, _LEAST * scaled.max(axis=1, keepdims=True))
         known = np.isfinite(scaled).all(axis=1, keepdims=True)
         return np.where(known, np.where(scaled == 0, 0, raised), 1.0).astype(np.float32)
+
+
+def _met_by(name: str) -> Iterator[str]:
+    """The tensor, and those that meet the same where one file has several in one and the other has not."""
+    yield name
+    stem, part, kind = ["", "", *name.rsplit(".", 2)][-3:]
+    for whole, parts in _FUSED.items():
+        for other in parts if part == whole else (whole,) if part in parts else ():
+            yield f"{stem}.{other}.{kind}"
 
 
 def write_imatrix(path: str | os.PathLike[str], imatrix: Imatrix) -> None:

@@ -149,12 +149,20 @@ def tensor_formats(
     shapes: of all tensors, in numpy's order. imatrix: whether importance is known, which makes some
     exceptions needless. Vectors (norms, biases) and routers are F32. Raises ArgumentError.
     """
+    return {name: IDS[got] for name, (_, got) in wanted_and_got(shapes, type, imatrix=imatrix).items()}
+
+
+def wanted_and_got(
+    shapes: Mapping[str, tuple[int, ...]], type: str, *, imatrix: bool = False
+) -> dict[str, tuple[str, str]]:
+    """As `tensor_formats`, the names of two formats: the one that the quantization has for a tensor, and the
+    one it gets, another where its rows are no multiple of the first one's block."""
     mix = MIXES[key_of(type)]
     facts = _facts(shapes, imatrix)
-    return {
-        name: IDS[_format(name, shape, mix, facts, "output.weight" in shapes)]
-        for name, shape in shapes.items()
+    wanted = {
+        name: _wanted(name, shape, mix, facts, "output.weight" in shapes) for name, shape in shapes.items()
     }
+    return {name: (format, _fitting(format, shapes[name][-1])) for name, format in wanted.items()}
 
 
 def _facts(shapes: Mapping[str, tuple[int, ...]], imatrix: bool) -> Facts:
@@ -167,19 +175,16 @@ def _facts(shapes: Mapping[str, tuple[int, ...]], imatrix: bool) -> Facts:
     return Facts(max(layers, default=-1) + 1, max(experts, default=0), q // max(k, 1), imatrix)
 
 
-def _format(name: str, shape: tuple[int, ...], mix: Mix, facts: Facts, has_output: bool) -> str:
+def _wanted(name: str, shape: tuple[int, ...], mix: Mix, facts: Facts, has_output: bool) -> str:
     if len(shape) < 2 or not name.endswith(".weight") or _NEVER.fullmatch(name):
         return "f32"
     if mix.base in ("f32", "f16", "bf16"):
         return mix.base
-    k = shape[-1]
     if name == "output.weight" or (name == "token_embd.weight" and not has_output):
-        if mix.base in ("q8_0", "mxfp4") or k % FORMATS[IDS[mix.base]].block:
-            return _fitting("q8_0", k)
-        return _fitting("q6_k", k)
+        return "q8_0" if mix.base in ("q8_0", "mxfp4") else "q6_k"
     if mix.base == "mxfp4" and len(shape) == 2 and facts.n_experts:
-        return _fitting("q8_0", k)
-    return _fitting(_in_layer(name, mix, facts) or mix.base, k)
+        return "q8_0"
+    return _in_layer(name, mix, facts) or mix.base
 
 
 def _in_layer(name: str, mix: Mix, facts: Facts) -> str | None:
