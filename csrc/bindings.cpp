@@ -23,6 +23,7 @@ namespace py = pybind11;
 using Floats = py::array_t<float, py::array::c_style>;
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Ints = py::array_t<int32_t, py::array::c_style>;
+using Bits = py::array_t<uint32_t, py::array::c_style>;
 
 namespace {
 
@@ -470,9 +471,11 @@ class Sampling {
     Sampling(const Sampling &) = delete;
 
     py::tuple sample(const Floats &logits, const Ints &history, uint64_t position, const Ints &banned,
-                     const std::optional<double> &total) const {
+                     const std::optional<double> &total, const std::optional<Bits> &allowed) const {
+        if (allowed && allowed->size() * 32 < logits.size()) raise_argument("allowed has a bit for each logit");
         Call call;
         tl_sampling s = settings;
+        s.allowed = allowed ? allowed->data() : nullptr;
         s.n_banned = static_cast<int>(banned.size());
         s.banned = banned.data();
         int n = static_cast<int>(logits.size()), n_history = static_cast<int>(history.size());
@@ -623,7 +626,7 @@ PYBIND11_MODULE(_core, m) {
              py::arg("dry_base"), py::arg("dry_allowed_length"), py::arg("dry_penalty_last_n"), py::arg("breakers"),
              py::arg("seed"))
         .def("sample", &Sampling::sample, py::arg("logits"), py::arg("history"), py::arg("position"), py::arg("banned"),
-             py::arg("total") = py::none());
+             py::arg("total") = py::none(), py::arg("allowed") = py::none());
     m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"), py::arg("total") = py::none());
     m.def("logprob", &logprob, py::arg("logits"), py::arg("token"));
     m.def("random", &tl_random, py::arg("seed"), py::arg("position"));

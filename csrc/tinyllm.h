@@ -314,7 +314,7 @@ struct tl_backend {
     void (*free)(void *block);
     tl_status (*clear)(void *to, size_t n_bytes);
     tl_status (*copy)(void *to, const void *from, size_t n_bytes); // within the backend's memory
-    tl_status (*read)(void *to, const void *from, size_t n_bytes);  // out of it; NULL: it is the process's, copy will do
+    tl_status (*read)(void *to, const void *from, size_t n_bytes); // out of it; NULL: it is the process's, copy will do
     tl_status (*write)(void *to, const void *from, size_t n_bytes); // into it; likewise
     tl_status (*upload)(tl_matrix *matrix, const tl_source *source, int threads, tl_message *message);
     tl_status (*upload_floats)(float **to, const tl_source *source, int n, tl_message *message);
@@ -398,11 +398,12 @@ typedef struct tl_sampling {
     const int32_t *bias_tokens; // [n_bias]
     const float *bias;          // [n_bias] added to the logits
     int n_banned;
-    const int32_t *banned;                      // [n_banned] tokens that must not come
-    int no_repeat_ngram_size;                   // so many tokens in a row come once only; 0: off
-    tl_sequences bad_words;                     // that must not be completed
-    float dry_multiplier;                       // 0: off
-    float dry_base;                             // at least 1
+    const int32_t *banned;    // [n_banned] tokens that must not come
+    const uint32_t *allowed;  // [n / 32, rounded up] a bit a token, lowest first: what may come; NULL: all
+    int no_repeat_ngram_size; // so many tokens in a row come once only; 0: off
+    tl_sequences bad_words;   // that must not be completed
+    float dry_multiplier;     // 0: off
+    float dry_base;           // at least 1
     int dry_allowed_length, dry_penalty_last_n; // tokens; -1: the whole text
     tl_sequences breakers;                      // of DRY, ascending by their first token
 } tl_sampling;

@@ -107,6 +107,7 @@ class Sampling:
         position: int,
         banned: NDArray[np.int32],
         total: float | None = None,
+        allowed: NDArray[np.uint32] | None = None,
     ) -> tuple[int, float]: ...
 
 def formats() -> list[tuple[int, str, int, int, int]]:

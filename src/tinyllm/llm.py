@@ -26,9 +26,10 @@ import numpy.typing as npt
 
 from tinyllm import backends
 from tinyllm.backends import CacheType
-from tinyllm.chat.reasoning import Plain, Splitter, splitter, visible_ids
+from tinyllm.chat.reasoning import Plain, Splitter, opening_ids, splitter, visible_ids
 from tinyllm.chat.templates import ChatTemplate, require
 from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pooling
+from tinyllm.constraints import Form, Grammar, Vocabulary, form_of
 from tinyllm.engine import saved
 from tinyllm.engine.breakers import breaker_ids
 from tinyllm.engine.embedding import vectors
@@ -62,6 +63,8 @@ if sys.version_info >= (3, 11):
     from typing import Unpack
 elif TYPE_CHECKING:
     from typing_extensions import Unpack
+
+MAX_GRAMMARS = 64  # that are kept, compiled
 
 Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
@@ -125,6 +128,8 @@ class LLM:
         )
         self._loop = Loop(self._engine)
         self._fingerprint: str | None = None
+        self._vocabulary: Vocabulary | None = None  # when the first form is asked for
+        self._grammars: dict[str, Grammar] = {}  # the last ones
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is a sequence too
@@ -485,7 +490,8 @@ class LLM:
         self._fit(sequence.tokens)
         session = Session(self, sequence, header["seed"])
         session._n_forks = header["n_forks"]
-        session._logits, session._n_logits = logits, 0 if logits is None else len(sequence.tokens)
+        session._n_given = len(sequence.tokens)
+        session._logits, session._n_logits = logits, 0 if logits is None else session._n_given
         return session
 
     def _facts(self) -> dict[str, str]:
@@ -707,10 +713,16 @@ class LLM:
         return self._request(resolved, ids, self._engine.sequence(ids), reasoning)
 
     def _request(
-        self, params: SamplingParams, prompt: list[int], sequence: Sequence | None, reasoning: bool = False
+        self,
+        params: SamplingParams,
+        prompt: list[int],
+        sequence: Sequence | None,
+        reasoning: bool = False,
+        forces: bool = True,
     ) -> _Request:
-        """params: resolved. sequence: holds the prompt; None: will be forked from the first of its group."""
-        sampler = self._sampler(params, len(prompt))
+        """params: resolved. sequence: holds the prompt; None: will be forked from the first of its group.
+        forces: whether tokens that a form leaves no choice about are taken without one."""
+        form, sampler = self._form(params), self._sampler(params, len(prompt))
         context, end = self.context, self.defaults["max_length"]
         if params.max_tokens is None and end is not None and end < context:
             if len(prompt) >= end:
@@ -730,7 +742,27 @@ class LLM:
             eos_ids=self.eos_ids,
             split=self._splitter(prompt) if reasoning else Plain(),
         )
-        return _Request(generation, params, prompt)
+        if form is not None:
+            generation.constraint = form[1].start(forces=forces)
+            if reasoning and self.tokenizer and generation.split.is_answer:
+                generation.opening = opening_ids(self.tokenizer.id_of)
+        return _Request(generation, params, prompt, form and form[0])
+
+    def _form(self, params: SamplingParams) -> tuple[Form, Grammar] | None:
+        """The form that is asked for and its grammar, which is kept for the next call."""
+        asked = {name: getattr(params, name) for name in ("json_schema", "regex", "choices", "grammar")}
+        form = form_of(**asked)
+        if form is None:
+            return None
+        if self.tokenizer is None:
+            raise ArgumentError(f"{self.name} has no tokenizer, which the form of an answer needs")
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.tokenizer, self.config.vocab_size, self.eos_ids)
+        grammar = self._grammars.get(form.grammar) or Grammar(form, self._vocabulary)
+        while len(self._grammars) >= MAX_GRAMMARS:
+            self._grammars.pop(next(iter(self._grammars), ""), None)
+        self._grammars[form.grammar] = grammar
+        return form, grammar
 
     def _sampler(self, params: SamplingParams, start: int) -> Sampler:
         """params: resolved. start: how many tokens are given."""
@@ -793,6 +825,7 @@ class LLM:
             ),
             self.device,
             g.reasoning if g.split.has_reasoning else None,
+            request.form,
         )
 
     def _rows(self, ids: list[int]) -> Iterator[Logits]:
@@ -866,7 +899,10 @@ class Session:
         min_tokens and begin_suppress_tokens count from the last `append`."""
         tokens = self._sequence.tokens
         self._llm._fit(tokens, room=1)
-        sampler = self._llm._sampler(self._params(params, sampling), self._n_given)
+        given = self._params(params, sampling)
+        if given.has_form:
+            raise ArgumentError("sample chooses one token: ask generate or stream for an answer of a form")
+        sampler = self._llm._sampler(given, self._n_given)
         token = choose(sampler, self._certain(), tokens).token
         tokens.append(token)
         return token
@@ -885,13 +921,13 @@ class Session:
         prompt = self._llm._fit(self.tokens, room=1)
         if not prompt:
             raise ArgumentError("the session is empty: append something first")
-        request = self._llm._request(self._params(params, sampling), prompt, self._sequence)
+        request = self._llm._request(self._params(params, sampling), prompt, self._sequence, forces=False)
         generation = request.generation
 
         def pieces() -> Generator[Piece, None, None]:
             while generation.finish_reason is None:
                 logits = self._evaluate(cancel)
-                yield from generation.finish("cancelled") if logits is None else generation.accept(logits)
+                yield from generation.finish("cancelled") if logits is None else generation.accept([logits])
 
         return Stream(pieces(), lambda: self._llm._completion(request))
 
@@ -978,6 +1014,7 @@ class _Request:
     generation: Generation
     params: SamplingParams
     prompt: list[int]
+    form: Form | None = None
 
 
 def _is_prompt(prompt: Prompt | SequenceOf[Prompt]) -> TypeGuard[Prompt]:

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from tinyllm.engine.engine import FinishReason, Piece
 from tinyllm.engine.loop import Inbox
+from tinyllm.errors import ConstraintError
+
+if TYPE_CHECKING:
+    from tinyllm.constraints import Form
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Completion:
     token, where asked for; top_logprobs: for each the most likely (id, log probability). finish_reason:
     "stop" (stop_reason is the string or the id), "length" (max_tokens or the context's end) or "cancelled".
     seed: alone with it, the same prompt gives the same text. reasoning: what a chat model thought before it
-    answered, without its tags; None where there was no such block. tokens and logprobs cover both.
+    answered, without its tags; None where there was no such block. tokens and logprobs cover both. form: what
+    `json_schema`, `regex`, `choices` or `grammar` asked for; see `parsed`.
     """
 
     text: str
@@ -50,9 +56,23 @@ class Completion:
     timings: Timings
     device: str
     reasoning: str | None = None
+    form: Form | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def parsed(self) -> Any:
+        """The value of a text that was asked for in a form: what its JSON says (of a pydantic model the
+        instance), else the text. Raises ConstraintError where it ended early, or no form was asked for."""
+        if self.form is None:
+            raise ConstraintError("no form was asked of this text: pass json_schema=, for example")
+        if self.finish_reason != "stop":
+            raise ConstraintError(
+                f"the answer is not finished ({self.finish_reason}), so it has no value; raise max_tokens. "
+                f"The text: {self.text!r}"
+            )
+        return self.form.parse(self.text)
 
     def __repr__(self) -> str:
         why = self.finish_reason + (f" at {self.stop_reason!r}" if self.stop_reason is not None else "")

@@ -102,11 +102,23 @@ def _schema(asked: Any) -> tuple[dict[str, Any] | bool, Any]:
             raise ConstraintError(f"a JSON schema is an object, not {_brief(asked)}")
         return schema, None
     if isinstance(asked, type) and hasattr(asked, "model_json_schema"):
-        return asked.model_json_schema(), asked
+        return _closed(asked.model_json_schema()), asked
     raise TypeError(
         "json_schema must be a dict, JSON text, True or the class of a pydantic model, "
         f"not {type(asked).__name__}"
     )
+
+
+def _closed(schema: Any) -> Any:
+    """A pydantic model's schema without properties that no field is there for."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(value) for key, value in schema.items()}
+    if isinstance(closed.get("properties"), dict) and closed.get("type") == "object":
+        closed.setdefault("additionalProperties", False)
+    return closed
 
 
 def _from_schema(matcher: Any, schema: dict[str, Any] | bool) -> str:

@@ -6,7 +6,11 @@ accepted ones, and an end of text exactly where the grammar may end. Imports `er
 
 from __future__ import annotations
 
+import functools
+import os
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,13 +93,14 @@ class Grammar:
 
     def __init__(self, form: Form, vocabulary: Vocabulary) -> None:
         """Raises ConstraintError for a grammar that this vocabulary cannot write."""
-        self._vocabulary = vocabulary
+        self._vocabulary, self._lock = vocabulary, threading.Lock()
         self._matcher = guidance().LLMatcher(vocabulary.core, form.grammar, log_level=0)
         _check(self._matcher)
 
     def start(self, *, forces: bool = True) -> GrammarConstraint:
         """For one text, from its beginning. forces: whether it says which tokens must follow."""
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary.vocab_size, forces)
+        with self._lock:
+            return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary.vocab_size, forces)
 
 
 class GrammarConstraint:
@@ -103,29 +108,44 @@ class GrammarConstraint:
 
     def __init__(self, matcher: Any, vocab_size: int, forces: bool) -> None:
         self._matcher, self._forces = matcher, forces
+        self._coming: Future[None] | None = None  # a mask in the making, while the parser is not to be asked
+        self._is_over: bool = matcher.is_stopped()
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
+
+    def prepare(self) -> None:
+        """Begins with the next mask, in a thread beside the model's call."""
+        if self._coming is None:
+            self._coming = _masks().submit(self._compute)
 
     def mask(self) -> Bits:
         """A bit a token, the lowest first: uint32 [vocab_size / 32, rounded up]. Valid until the next call.
         Raises ConstraintError where the parser gives up (a grammar too large)."""
-        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        coming, self._coming = self._coming, None
+        if coming is None:
+            self._compute()
+        else:
+            coming.result()
         _check(self._matcher)
         return self._bits
+
+    def _compute(self) -> None:
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
 
     def accept(self, token: int) -> None:
         """The next token of the text, one of those allowed."""
         if not self._matcher.consume_token(token):
-            _check(self._matcher)
             raise ConstraintError(f"token {token} is not one that the form allows")
+        self._is_over = self._matcher.is_stopped()
 
     def rollback(self, n: int) -> None:
         """Takes back the last n tokens."""
         if not self._matcher.rollback(n):
             _check(self._matcher)
+        self._is_over = self._matcher.is_stopped()
 
     def forced(self) -> list[int]:
         """The tokens that must follow now whatever the model says; [] where it has a choice."""
-        if not self._forces or self._matcher.is_stopped():
+        if not self._forces or self._is_over:
             return []
         tokens: list[int] = self._matcher.compute_ff_tokens()
         return tokens
@@ -133,7 +153,17 @@ class GrammarConstraint:
     @property
     def is_over(self) -> bool:
         """Whether nothing can follow."""
-        return bool(self._matcher.is_stopped())
+        return self._is_over
+
+
+@functools.cache
+def _masks() -> ThreadPoolExecutor:
+    """One thread: a mask takes 50 us, a call of the model a thousand times that."""
+    return ThreadPoolExecutor(1, thread_name_prefix="tinyllm-masks")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_masks.cache_clear)  # where that thread does not run
 
 
 def _check(matcher: Any) -> None:

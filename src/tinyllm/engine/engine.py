@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Set
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -41,6 +42,7 @@ CHUNK = 512  # tokens of a call; more would only make it longer
 CALL_S = 0.05  # that a call may take on a device that cannot stop within one
 MAX_LOGITS_BYTES = 64 << 20  # of a call
 MOST_CHOSEN = 64  # rows whose candidates a call finds on the device
+MOST_GIVEN = 32  # tokens of a text that are taken in one call without a choice between them
 ASK_S = 0.02  # after which a thread that waits asks its cancel=, or looks for pages again
 PATIENCE_S = 0.002  # that a call waits at most for texts of the last one, whose threads choose a token
 PATIENCE = 0.1  # likewise as a share of what the last call took, where that is longer
@@ -81,6 +83,26 @@ class Model(Protocol):
     ) -> Candidates: ...
 
 
+class Constraint(Protocol):
+    """Which tokens may come next in one text; `constraints.GrammarConstraint` is one."""
+
+    def prepare(self) -> None:
+        """`mask` will be asked for: it may be made meanwhile."""
+
+    def mask(self) -> npt.NDArray[np.uint32]:
+        """A bit a token, the lowest first: [vocab_size / 32, rounded up]."""
+
+    def accept(self, token: int) -> None:
+        """The next token is this one."""
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next, whatever the model says; [] where it has a choice."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing may follow."""
+
+
 class Job:
     """A sequence to bring up to date, and what came of it in the last step.
 
@@ -117,8 +139,13 @@ class Job:
 
     @property
     def is_text(self) -> bool:
-        """Whether it waits for one token's logits only, as a text that is written does."""
-        return self.sequence.n_pending == 1
+        """Whether it waits for the logits of all its last few tokens, as a text that is written does."""
+        n = self.sequence.n_pending
+        return n <= MOST_GIVEN and len(self.sequence.tokens) - n >= self.next_row
+
+    def want(self, n_rows: int) -> None:
+        """The logits of the last n_rows tokens are wanted next."""
+        self._next_row = None if n_rows == 1 else len(self.sequence.tokens) - n_rows
 
     def start(self, patience_s: float = math.inf) -> None:
         """Forgets the last step."""
@@ -161,11 +188,12 @@ class Generation:
 
     sequence: its prompt, to be continued; None for one that forks the first of its group.
     text_of: the characters that a token completes; of None, what is left. split: tells reasoning from text,
-    which alone is searched for stop strings. context: how many tokens the sequence may hold.
+    which alone is searched for stop strings. context: how many tokens the sequence may hold. constraint: what
+    the answer has to be, from where reasoning ends. opening: tokens that may begin reasoning before it.
     """
 
     sequence: Sequence | None
-    sampler: Callable[[Any, list[int], int], Sampled]
+    sampler: Any  # a `sampling.Sampler`, or what can be called as one
     stops: StopStrings
     text_of: Callable[[int | None], str]
     context: int
@@ -175,6 +203,8 @@ class Generation:
     max_tokens: int | None = None
     eos_ids: frozenset[int] = frozenset()
     split: Splitter = field(default_factory=Plain)
+    constraint: Constraint | None = None
+    opening: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -185,26 +215,78 @@ class Generation:
     started: float = field(default_factory=time.perf_counter)
     prompt_done: float | None = None  # when the prompt was computed
     ended: float | None = None
+    _given: list[int] = field(default_factory=list)  # the sequence's last tokens, that were not chosen
 
-    def accept(self, logits: Logits) -> list[Piece]:
-        """Chooses the next token. logits: a row, as the sampler takes it. Returns what there is to show."""
+    @property
+    def n_rows(self) -> int:
+        """Of how many of the sequence's last tokens `accept` wants the logits."""
+        return len(self._given) + 1
+
+    def prepare(self) -> None:
+        """Its next token will be chosen: what that takes may be made meanwhile."""
+        if self.constraint is not None and self.split.is_answer:
+            self.constraint.prepare()
+
+    def accept(self, rows: SequenceOf[Logits]) -> list[Piece]:
+        """Chooses the next token. rows: the logits of the last n_rows tokens, each as the sampler takes it.
+        Returns what there is to show."""
         assert self.sequence is not None
         if self.prompt_done is None:
             self.prompt_done = time.perf_counter()
         tokens = self.sequence.tokens
+        pieces: list[Piece] = []
+        given, self._given = self._given, []
+        for i, token in enumerate(given):
+            pieces += self._take(taken(self.sampler, rows[i], token))
+            if self.finish_reason is not None:
+                return pieces
         if len(tokens) >= self.context:  # a session that another stream took there
-            return self.finish("length")
-        sampled = choose(self.sampler, logits, tokens)
+            return pieces + self.finish("length")
+        constraint = self.constraint if self.split.is_answer else None
+        if constraint is not None and constraint.is_over:
+            return pieces + self.finish("stop")
+        mask = None if constraint is None else self._mask(constraint)
+        sampled = choose(self.sampler, rows[-1], tokens, mask)
         if sampled.token in self.eos_ids:
-            return self.finish("stop", sampled.token)
+            return pieces + self.finish("stop", sampled.token)
         tokens.append(sampled.token)
+        pieces += self._take(sampled)
+        if constraint is not None and self.finish_reason is None and self.split.is_answer:
+            constraint.accept(sampled.token)
+            if constraint.is_over:
+                return pieces + self.finish("stop")
+            self._force(constraint)
+        return pieces
+
+    def _mask(self, constraint: Constraint) -> npt.NDArray[np.uint32]:
+        mask = constraint.mask()
+        if self.opening and not self.tokens:
+            mask = mask.copy()
+            for token in self.opening:
+                mask[token // 32] |= np.uint32(1 << token % 32)
+        return mask
+
+    def _force(self, constraint: Constraint) -> None:
+        """Adds the tokens that must come, for the next call to compute at once."""
+        assert self.sequence is not None
+        room = min(MOST_GIVEN, self.context - len(self.sequence.tokens))
+        if self.max_tokens is not None:
+            room = min(room, self.max_tokens - len(self.tokens))
+        self._given = constraint.forced()[: max(room - 1, 0)]
+        for token in self._given:
+            constraint.accept(token)
+        self.sequence.tokens += self._given
+
+    def _take(self, sampled: Sampled) -> list[Piece]:
+        """A token that the sequence has now; the pieces that it brings."""
+        assert self.sequence is not None
         self.tokens.append(sampled.token)
         self.logprobs.append(sampled.logprob)
         self.top_logprobs.append(sampled.top)
         pieces = self._keep(self.split.feed(self.text_of(sampled.token)))
         if self.stops.found is not None:
             self.finish("stop")
-        elif len(self.tokens) == self.max_tokens or len(tokens) >= self.context:
+        elif len(self.tokens) == self.max_tokens or len(self.sequence.tokens) >= self.context:
             pieces += self.finish("length")
         first, *rest = pieces or [Piece("", kind=self.split.kind)]
         return [replace(first, token=sampled.token, logprob=sampled.logprob), *rest]
@@ -249,6 +331,7 @@ class Batch:
         self._engine, self._is_watched = engine, is_watched
         self._siblings: dict[Generation, list[Generation]] = {}  # that wait for the first of their group
         self._open: set[Generation] = set()
+        self._rows: dict[Job, list[Any]] = {}  # the logits so far, of a job that is not done
         self.jobs: dict[Generation, Job] = {}
 
     def add(self, group: list[Generation]) -> None:
@@ -281,8 +364,11 @@ class Batch:
         """The next token of a text, or the first ones of its group."""
         if job.error is not None:
             raise job.error
+        rows = self._rows.setdefault(job, [])
+        rows += [] if job.logits is None else [job.logits[i] for i in range(len(job.logits))]
         if not is_cancelled and not job.is_done:
             return []
+        del self._rows[job]
         texts = [first, *self._siblings.pop(first, ())]
         if not is_cancelled:
             for generation in texts[1:]:
@@ -290,9 +376,12 @@ class Batch:
                 self._start(generation)
         news = []
         for generation in texts:
-            pieces = generation.finish("cancelled") if is_cancelled else generation.accept(job.logits[-1])
+            pieces = generation.finish("cancelled") if is_cancelled else generation.accept(rows)
             if generation.finish_reason is not None:
                 self.end(generation)
+            else:
+                generation.prepare()
+                self.jobs[generation].want(generation.n_rows)
             news += [(generation, piece) for piece in pieces]
         return news
 
@@ -301,7 +390,8 @@ class Batch:
         if generation.finish_reason is None:
             generation.finish("cancelled")
         generation.close()
-        self.jobs.pop(generation, None)
+        if job := self.jobs.pop(generation, None):
+            self._rows.pop(job, None)
         self._open.discard(generation)
 
     def close(self) -> None:
@@ -313,6 +403,7 @@ class Batch:
         assert generation.sequence is not None
         wanted = [g.n_candidates for g in (generation, *self._siblings.get(generation, ()))]
         n = None if None in wanted else max(n for n in wanted if n is not None)
+        generation.prepare()
         self.jobs[generation] = Job(generation.sequence, n_candidates=n, is_watched=self._is_watched)
 
 
@@ -668,12 +759,25 @@ class Engine:
 
 
 def choose(
-    sampler: Callable[[Logits, list[int], int], Sampled], logits: Logits, tokens: list[int]
+    sampler: Callable[..., Sampled],
+    logits: Logits,
+    tokens: list[int],
+    mask: npt.NDArray[np.uint32] | None = None,
 ) -> Sampled:
-    """The token after `tokens`. Raises ArgumentError, and FormatError where the model computes logits that
-    are NaN or infinite: to the sampler -inf is a token that must not come, which is for its user to say."""
+    """The token after `tokens`, of those whose bits are set in the mask, if there is one. Raises
+    ArgumentError, and FormatError where the model computes logits that are NaN or infinite: to the sampler
+    -inf is a token that must not come, which is for its user to say."""
     require_finite(logits.totals if isinstance(logits, Candidates) else logits)
-    return sampler(logits, tokens, len(tokens))
+    if mask is None:
+        return sampler(logits, tokens, len(tokens))
+    return sampler(logits, tokens, len(tokens), mask)
+
+
+def taken(sampler: Any, logits: Any, token: int) -> Sampled:
+    """What the sampler says of a token that was taken without a choice. logits: float32 [vocab_size]."""
+    require_finite(logits)
+    sampled: Sampled = sampler.taken(logits, token)
+    return sampled
 
 
 def require_finite(computed: npt.NDArray[np.floating[Any]]) -> None:
