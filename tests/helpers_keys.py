@@ -14,6 +14,7 @@ from helpers_models import GOLDEN_DIR, Spec, golden_specs
 from tinyllm.config.families import JSON_HARMLESS
 
 ABSENT = "(absent)"
+N_TOKENS = 140  # of each text: more than any window and original context of the golden models
 
 # What becomes of a key, as keys.json has it, a letter for each of its values.
 VERDICTS = {
@@ -44,7 +45,10 @@ BASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "phi3": [("phi3", {}), ("phi3_long", {})],
     "smollm3": [
         ("smollm3", {}),
-        ("smollm3", NO_LIST | {"sliding_window": 50, "use_sliding_window": True}),
+        (
+            "smollm3",
+            {**NO_LIST, "no_rope_layers": ABSENT, "sliding_window": 50, "use_sliding_window": True},
+        ),
         ("smollm3", {"sliding_window": 50}),
     ],
     "granite": [("granite", {})],
@@ -235,7 +239,10 @@ def swept(keys: list[str], changes: Mapping[str, Any], *, first: bool) -> list[s
         return keys
     if NO_ROPE.keys() <= changes.keys():
         return list(NO_ROPE)
-    window = {"sliding_window", *WINDOWS, *NO_LIST, "sliding_window_pattern", "_sliding_window_pattern"}
+    window = {
+        "sliding_window", *WINDOWS, *NO_LIST, "sliding_window_pattern", "_sliding_window_pattern",
+        "no_rope_layers", "no_rope_layer_interval",
+    }  # fmt: skip
     if changes:
         return [key for key in keys if key in window]
     return [key for key in keys if key not in JSON_HARMLESS]

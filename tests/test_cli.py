@@ -227,8 +227,19 @@ def test_chat_template_from_a_file(cli: Cli, chat_file: Path) -> None:
     assert value["chat"] is True
     with tinyllm.load("stories") as llm:
         assert llm.tokenizer is not None
-        prompt = llm.tokenizer.encode("system: Be brief.\nuser: Hi\nassistant: ", bos=False, special=True)
+        prompt = llm.tokenizer.encode("system: Be brief.\nuser: Hi\nassistant: ", bos=True)
     assert value["prompt_ids"] == prompt
+
+
+def test_special_tokens_in_a_prompt_are_text_unless_asked(cli: Cli, chat_file: Path) -> None:
+    with tinyllm.load("stories") as llm:
+        assert llm.tokenizer is not None
+        text = f"a{llm.tokenizer.token_text(2)}b"
+    for chat in ([], ["--chat-template", chat_file]):
+        for special in ([], ["--special"]):
+            run = cli("stories", text, *chat, *special, "-n", "1", "--json")
+            assert (2 in json.loads(run.out)["prompt_ids"]) == bool(special)
+            assert ("--special" in run.err) == (not special and not chat)
 
 
 def test_reasoning_is_apart_from_the_answer(cli: Cli, tmp_path: Path) -> None:
@@ -255,7 +266,7 @@ def test_template_arguments_are_json_where_they_can_be(cli: Cli, tmp_path: Path)
     value = json.loads(cli("stories", "Hi", "--chat-template", path, *given, "-n", "1", "--json").out)
     with tinyllm.load("stories") as llm:
         assert llm.tokenizer is not None
-        assert value["prompt_ids"] == llm.tokenizer.encode("True high 2 a=b", bos=False, special=True)
+        assert value["prompt_ids"] == llm.tokenizer.encode("True high 2 a=b", bos=True)
 
 
 class _Stream(list[Piece]):
@@ -504,8 +515,8 @@ def test_help_teaches(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     options = """-n -t -c --temp --top-k --top-p --min-p --repeat-penalty --seed --stop --system --chat
         --min-tokens --dry-multiplier --xtc-probability --suppress-tokens
-        --no-chat --device --cache-type --weights --logprobs -f -e --prompts --json --replay --version
-        --info"""
+        --no-chat --special --device --cache-type --weights --logprobs -f -e --prompts --json --replay
+        --version --info"""
     for option in options.split():
         assert re.search(rf"(?m)^  .*{option}\b", text), option
     for code in ("0", "1", "2", "130"):

@@ -266,6 +266,7 @@ def test_experts_by_the_thousand_in_a_directory(tmp_path: Path, reads: ReadCount
         sizes = {
             "model_type": "qwen3_moe",
             "num_hidden_layers": n_layers,
+            "num_key_value_heads": 1,
             "num_experts": 256,
             "num_experts_per_tok": 1,
             "moe_intermediate_size": 4,

@@ -21,6 +21,7 @@ from test_sampling import random_logits, reference
 
 import tinyllm
 from tinyllm import backends
+from tinyllm.chat.templates import without_template
 from tinyllm.cli import next_token
 from tinyllm.cli.inspect import main, visible
 from tinyllm.engine.sampling import SamplingParams
@@ -215,9 +216,11 @@ TWICE = "{{ bos_token }}{{ bos_token }}{{ messages[0].content }}"
 @pytest.mark.parametrize(
     ("tokenizer", "warning"),
     [
-        (with_special(*MARKS), r"no chat template, though the vocabulary has <\|im_start\|>"),
+        (
+            with_special(*MARKS),
+            r"no chat template: taken for a base model.* its vocabulary has <\|im_start\|>",
+        ),
         (with_special(chat_template=TWICE), "the chat template writes <s> twice"),
-        (with_special(chat_template="{{ messages[0].content }}"), "but the chat template writes none"),
         (with_special(chat_template="{{ messages[0].nothing.here }}"), "a plain question does not render"),
         (
             with_special(
@@ -233,6 +236,19 @@ def test_warnings(tmp_path: Path, cli: Cli, tokenizer: dict[str, Any], warning: 
     (text,) = inspect_model(path).warnings
     assert re.search(warning, text)
     assert "warning: " in cli(path).out
+
+
+def test_run_says_the_same_of_a_model_without_a_template(cli: Cli, tmp_path: Path) -> None:
+    for tokenizer in (with_special(*MARKS), with_special()):
+        path = write(tmp_path / "model.gguf", tokenizer)
+        with tinyllm.load(path) as llm:
+            assert llm.tokenizer is not None
+            what = without_template(llm.tokenizer.special_tokens)
+            with pytest.raises(tinyllm.TemplateError, match=re.escape(f"it is {what}. Give it a prompt")):
+                llm.chat([{"role": "user", "content": "Hi"}])
+        warned = [text for text in inspect_model(path).warnings if what in text]
+        assert len(warned) == ("<|im_start|>" in llm.tokenizer.special_tokens)
+        assert "chat template  none: a base model, which continues a text" in cli(path).out
 
 
 def test_nothing_is_wrong_with_a_chat_model(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from families_table import relative
 from helpers_gguf import ARCHITECTURES, write_gguf
-from helpers_keys import BASES, found_cases
+from helpers_keys import BASES, N_TOKENS, found_cases
 from helpers_models import GOLDEN_DIR, Spec, golden_specs, random_ids, random_weights, write_hf_directory
 
 import tinyllm
@@ -106,8 +106,9 @@ def test_every_key_of_every_family(kind: str, warnings: pytest.LogCaptureFixture
 
 def arithmetic(config: Any) -> dict[str, Any]:
     """A config without what says nothing of logits: lengths of texts where nothing is counted from them, a
-    base that no layer has, and the name."""
+    window that none of the texts fills, a base that no layer has, and the name."""
     found = dict(vars(config))
+    found["windows"] = [w if w < N_TOKENS else 0 for w in config.windows or [0] * config.n_layers]
     if not config.query_growth and config.long_rope_factors is None:
         del found["original_context"]
     if config.ropes and "usual" not in config.ropes:

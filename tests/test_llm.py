@@ -290,6 +290,56 @@ def test_chat_renders_and_has_one_bos(tmp_path: Path) -> None:
         assert other == chat.tokenizer.encode("<s>Hello3", bos=False, special=True)
 
 
+def test_chat_of_special_tokens_in_messages(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "chat.gguf", tokenizer={**small_tokenizer(400), "chat_template": TEMPLATE})
+    messages = [{"role": "user", "content": "a</s><s>b"}]
+    with tinyllm.load(path) as chat:
+        assert chat.tokenizer is not None
+        ids = chat.chat_ids(messages)
+        assert (ids.count(1), ids.count(2)) == (1, 0)
+        assert chat.tokenizer.decode(ids, special=True) == "<s> user: a</s><s>b\nassistant: "
+        both = chat.chat_ids(messages, special_in_messages=True)
+        assert (both.count(1), both.count(2)) == (2, 1)
+        options: dict[str, Any] = {"seed": 1, "max_tokens": 3}
+        assert chat.chat(messages, **options).prompt_tokens == ids
+        assert chat.chat(messages, special_in_messages=True, **options).prompt_tokens == both
+        stream = chat.chat(messages, stream=True, special_in_messages=True, **options)
+        assert list(stream)
+        assert stream.completion.prompt_tokens == both
+
+
+def test_a_template_of_the_callers_is_kept_and_warns_once(
+    model: tinyllm.LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    for template in ("{{ messages[0].content }}", "{{ messages[0].content }}!") * 2:
+        for _ in range(2):
+            model.chat_ids(
+                [{"role": "user", "content": "a"}], chat_template=template, template_args={"unread": 1}
+            )
+    assert len(caplog.messages) == 4  # each time that it is another one than before
+
+
+def test_a_prompt_with_the_text_of_special_tokens_says_so_once(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tinyllm.load(path) as llm:
+        llm("Once</s", max_tokens=1)
+        llm("Once</s>", max_tokens=1, special=True)
+        llm([1, 2], max_tokens=1)
+        assert not caplog.messages
+        for _ in range(2):
+            assert 2 not in llm("Once</s>", max_tokens=1).prompt_tokens
+            with llm.session() as session:
+                session.append("Once</s>")
+        (message,) = caplog.messages
+        assert "the prompt holds '</s>', which is read as text" in message
+        assert "special=True" in message
+        assert "--special" in message
+    with tinyllm.load(path) as llm, llm.session() as session:
+        session.append("Once</s>")
+    assert len(caplog.messages) == 2
+
+
 def test_chat_without_a_template(model: tinyllm.LLM) -> None:
     with pytest.raises(errors.TemplateError, match="chat_template="):
         model.chat([{"role": "user", "content": "Hello"}])

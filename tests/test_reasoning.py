@@ -15,7 +15,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tinyllm
-from tinyllm.chat.reasoning import TAGS, Channels, Kind, Plain, Splitter, Tagged, splitter, visible_ids
+from tinyllm.chat.reasoning import (
+    TAGS,
+    Channels,
+    Kind,
+    Plain,
+    Splitter,
+    Tagged,
+    hidden,
+    shown,
+    splitter,
+    visible_ids,
+)
 from tinyllm.engine.engine import Generation
 from tinyllm.engine.sampling import Sampled, StopStrings
 
@@ -95,7 +106,42 @@ def test_tags_equal_the_slow_truth_however_the_text_is_cut(text: str, cuts: list
 def test_special_marks_count_anywhere_however_the_text_is_cut(text: str, cuts: list[int]) -> None:
     at_once, has_reasoning = split(Tagged(MARKS), [text])
     assert split(Tagged(MARKS), cut(text, cuts)) == (at_once, has_reasoning)
+    left = re.sub(r"</?think>|\[THINK\]", "", text)
+    if any(mark in left for mark in MARKS):
+        return  # what stood around a mark makes another, and that is text
     assert not any(mark in part for mark in MARKS[:2] for kind, part in at_once if kind == "text")
+
+
+WHOLE_WORDS = st.lists(
+    st.sampled_from(["<think>", "</think>", "[THINK]", " ", "\n", "a", "b", None]), max_size=12
+)
+
+
+@given(WHOLE_WORDS, CUTS, st.sampled_from([(), MARKS]), st.sampled_from([None, "<think>"]))
+@example([None, "\n", "<think>", None, "a", "</think>", None, "\n", "b"], [1], (), None)
+def test_hidden_tokens_change_nothing_and_stay_in_the_text(
+    words: list[str | None], cuts: list[int], marks: Any, opened: str | None
+) -> None:
+    seen = "".join(word or "" for word in words)
+    wanted = split(Tagged(marks, opened), [seen])
+    tokens = [hidden("<|x|>") if word is None else word for word in words]
+    machine = Tagged(marks, opened)
+    parts, _ = split(machine, tokens)
+    assert all(shown(text) == text for kind, text in parts if kind == "reasoning")
+    joined: list[tuple[Kind, str]] = []
+    for kind, text in ((kind, shown(text)) for kind, text in parts):
+        if text and joined and joined[-1][0] == kind:
+            joined[-1] = kind, joined[-1][1] + text
+        elif text:
+            joined.append((kind, text))
+    assert (joined, machine.has_reasoning) == wanted
+    if not wanted[1]:
+        assert "".join(text for _, text in parts) == "".join(tokens)
+
+
+def test_a_tag_does_not_go_on_across_a_hidden_token() -> None:
+    machine = Tagged()
+    assert split(machine, ["<thi", hidden("<|x|>"), "nk>a"])[0] == [("text", f"<thi{hidden('<|x|>')}nk>a")]
 
 
 @given(CHANNEL_WORDS, CUTS)
@@ -287,8 +333,12 @@ def channels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tinyllm.LLM]:
 def saying(llm: tinyllm.LLM, text: str) -> dict[str, Any]:
     """Options that make a model say this."""
     assert llm.tokenizer is not None
-    ids = [*llm.tokenizer.encode(text, bos=False, special=True), llm.tokenizer.eos_id]
-    script = iter(ids)
+    return saying_ids(llm, llm.tokenizer.encode(text, bos=False, special=True))
+
+
+def saying_ids(llm: tinyllm.LLM, ids: Iterable[int | None]) -> dict[str, Any]:
+    assert llm.tokenizer is not None
+    script = iter([*ids, llm.tokenizer.eos_id])
 
     def force(logits: Any, tokens: Any) -> None:
         chosen = next(script)
@@ -328,6 +378,55 @@ def test_channels_through_a_model(channels: tinyllm.LLM) -> None:
     template = "<|start|>user<|message|>{{ messages[0].content }}<|end|><|start|>assistant"
     completion = channels.chat(HELLO, chat_template=template, **saying(channels, said))
     assert (completion.reasoning, completion.text) == ("Hm.", "Yes.")
+
+
+@pytest.mark.parametrize(
+    ("stop", "which", "text"),
+    [
+        ("<|other|>", "<|other|>", "Hello"),
+        ("<|other|>us", "<|other|>us", "Hello"),
+        ("llo<|other|>us", "llo<|other|>us", "He"),
+        (["lous", "r[TOOL"], None, "HellouserX"),
+        (["|", "r|>us"], None, "HellouserX"),
+        ("[TOOL_CALLS]", "[TOOL_CALLS]", "Hellouser"),
+        ("er[TOOL_CALLS]X", "er[TOOL_CALLS]X", "Hellous"),
+    ],
+)
+def test_a_stop_string_may_name_special_tokens(
+    model: tinyllm.LLM, stop: Any, which: str | None, text: str
+) -> None:
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    said = [*"Hello", "<|other|>", *"user", "[TOOL_CALLS]", "X"]
+
+    def options() -> dict[str, Any]:
+        return saying_ids(model, map(tokenizer.id_of, said))
+
+    def check(completion: tinyllm.Completion, text: str = text) -> None:
+        assert (completion.text, completion.finish_reason) == (text, "stop")
+        assert completion.stop_reason == (which or tokenizer.eos_id)
+
+    check(model("Hello", stop=stop, **options()))
+    stream = model.stream("Hello", stop=stop, **options())
+    assert "".join(map(str, stream)) == text
+    check(stream.completion)
+    with model.session() as session:
+        session.append("Hello")
+        check(session.generate(stop=stop, **options()))
+    # In a chat the mark of a tool call is text.
+    if "[TOOL" not in str(stop):
+        shown_text = text.replace("X", "[TOOL_CALLS]X")
+        chat = {"chat_template": "{{ messages[0].content }}", "stop": stop}
+        check(model.chat(HELLO, **chat, **options()), shown_text)
+        stream = model.chat(HELLO, stream=True, **chat, **options())
+        assert "".join(map(str, stream)) == shown_text
+        check(stream.completion, shown_text)
+
+
+def test_a_stop_string_after_reasoning_names_special_tokens(model: tinyllm.LLM) -> None:
+    for said, text in (("Hm.<|other|>\n</think>\n<|other|>Yes", ""), ("Hm.</think>Yes.<|other|>No", "Yes.")):
+        completion = model.chat(HELLO, chat_template=R1, stop="<|other|>", **saying(model, said))
+        assert (completion.reasoning, completion.text, completion.stop_reason) == ("Hm.", text, "<|other|>")
 
 
 def test_tool_calls_are_text_with_their_marks(model: tinyllm.LLM) -> None:

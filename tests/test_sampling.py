@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinyllm import backends
+from tinyllm.chat.reasoning import hidden
 from tinyllm.engine.sampling import Sampler, SamplingParams, StopStrings, stream_seed
 from tinyllm.errors import ArgumentError
 
@@ -896,6 +898,41 @@ def test_stop_strings(pieces: list[str], stops: list[str]) -> None:
         assert passed == text[:held]
     final = first_match(text, stops)
     assert passed + matcher.flush() == (text[: final[0]] if final else text)
+
+
+UNITS = st.lists(
+    st.sampled_from(["a", "b", "<x>", "<", "x", ">", hidden("<x>"), hidden("<x>a"), hidden("")]), max_size=10
+)
+
+
+def first_match_of_units(units: list[str], stops: list[str]) -> tuple[int, str] | None:
+    """As `first_match`, over characters and hidden tokens, which count as a whole or not at all."""
+    texts = [unit[1:-1] if unit == hidden(unit[1:-1]) else unit for unit in units]
+    for end in range(1, len(units) + 1):
+        for start in range(end):
+            if "" not in texts[start:end] and "".join(texts[start:end]) in stops:
+                return start, "".join(texts[start:end])
+    return None
+
+
+@settings(deadline=None, max_examples=1000)
+@given(
+    UNITS,
+    st.lists(st.sampled_from(["<x>", "a<x>b", "<x>a", "ab", "x>", ">", "<x><x>"]), max_size=3),
+    st.data(),
+)
+@example(["a", hidden("<x>"), "b"], ["ab"], None)
+def test_stop_strings_and_hidden_tokens(units: list[str], stops: list[str], data: Any) -> None:
+    """A hidden token matches its own text as a whole, nothing goes on across it, and it is not passed on."""
+    characters = [part for unit in units for part in ([unit] if unit.startswith("\ud800") else unit)]
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(characters))))) if data else [1]
+    pieces = ["".join(characters[a:b]) for a, b in pairwise([0, *cuts, len(characters)])]
+    matcher = StopStrings(stops)
+    passed = "".join(map(matcher.feed, pieces))
+    match = first_match_of_units(characters, stops)
+    assert matcher.found == (match[1] if match else None)
+    kept = characters[: match[0]] if match else characters
+    assert passed + matcher.flush() == "".join(c for c in kept if not c.startswith("\ud800"))
 
 
 def test_stop_string_across_pieces() -> None:

@@ -26,7 +26,8 @@ import numpy.typing as npt
 
 from tinyllm import backends
 from tinyllm.backends import CacheType
-from tinyllm.chat.reasoning import Plain, Splitter, opening_ids, splitter, visible_ids
+from tinyllm.chat.prompts import Prompts
+from tinyllm.chat.reasoning import Plain, Splitter, hidden, opening_ids, splitter, visible_ids
 from tinyllm.chat.templates import ChatTemplate, require
 from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pooling
 from tinyllm.constraints import Form, Grammar, Vocabulary, form_of
@@ -49,13 +50,13 @@ from tinyllm.errors import (
     ArgumentError,
     ContextError,
     MemoryLimitError,
-    TemplateError,
     UnsupportedError,
     integer,
     number_text,
     out_of_memory,
     size_text,
 )
+from tinyllm.files import show
 from tinyllm.results import AsyncStream, Completion, Score, Stream, Timings, brief
 from tinyllm.tokenizer import Tokenizer
 
@@ -99,6 +100,8 @@ class LLM:
         config = model.config
         self.model, self.tokenizer, self.chat_template, self.config = model, tokenizer, chat_template, config
         self.name, self.cache_type, self.load_s = name, cache_type, load_s
+        self._prompts: dict[bool, Prompts] = {}  # by whether it is the model's own template
+        self._said_special = False
         self.device, self.context = model.device, config.context
         self.chunk = call_tokens(config, model.weight_bytes)
         defaults = defaults or GenerationDefaults()
@@ -322,6 +325,7 @@ class LLM:
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Completion: ...
 
@@ -337,6 +341,7 @@ class LLM:
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> list[Completion]: ...
 
@@ -352,6 +357,7 @@ class LLM:
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Stream: ...
 
@@ -367,19 +373,34 @@ class LLM:
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """Answers a conversation, as the model's own chat template puts it.
 
-        messages: dicts with "role" and "content". stream: returns a Stream instead of a Completion. n: how
-        many answers, as a list; not of a stream. tools: JSON schemas of functions; a call of one comes back
-        as the text that the model wrote. chat_template: a Jinja template in place of the model's.
-        template_args: further variables for it, such as {"enable_thinking": False}. The rest is as in a call.
-        Raises TemplateError where there is no template, or it refuses.
+        messages: dicts with "role" and "content", and what else the template reads, as clients of the common
+        chat APIs send them: a content may be a list of text parts, or None beside tool calls, whose arguments
+        may be JSON. stream: returns a Stream instead of a Completion. n: how many answers, as a list; not of
+        a stream. tools: JSON schemas of functions; a call of one comes back as the text that the model wrote.
+        chat_template: a Jinja template in place of the model's. template_args: further variables for it, such
+        as {"enable_thinking": False}. special_in_messages: whether the text of special tokens ("<|eot_id|>")
+        in messages, tools and documents means these tokens, as what the template writes does; else it is
+        text. The rest is as in a call.
+
+        Raises TemplateError where there is no template, or it refuses; UnsupportedError for images and the
+        like; ArgumentError for arguments of tool calls that are no JSON, and as a call does. Warns, once a
+        template and name, of template_args and tools that the template does not read, and of special tokens
+        that cannot be told from the messages' text.
 
             llm.chat([{"role": "user", "content": "What is 2 + 2?"}]).text
         """
-        ids = self.chat_ids(messages, tools=tools, chat_template=chat_template, template_args=template_args)
+        ids = self.chat_ids(
+            messages,
+            tools=tools,
+            chat_template=chat_template,
+            template_args=template_args,
+            special_in_messages=special_in_messages,
+        )
         if not stream:
             return self(ids, params, n=n, reasoning=True, cancel=cancel, **sampling)
         _refuse_n(n)
@@ -396,6 +417,7 @@ class LLM:
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Coroutine[Any, Any, Completion]: ...
 
@@ -410,6 +432,7 @@ class LLM:
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Coroutine[Any, Any, list[Completion]]: ...
 
@@ -424,6 +447,7 @@ class LLM:
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> AsyncStream: ...
 
@@ -438,12 +462,19 @@ class LLM:
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """Like `chat`, for a task of asyncio or trio: `await` it, or with stream=True go through its pieces
         with `async for`; see `acall`.
         """
-        ids = self.chat_ids(messages, tools=tools, chat_template=chat_template, template_args=template_args)
+        ids = self.chat_ids(
+            messages,
+            tools=tools,
+            chat_template=chat_template,
+            template_args=template_args,
+            special_in_messages=special_in_messages,
+        )
         if not stream:
             return self.acall(ids, params, n=n, reasoning=True, **sampling)
         _refuse_n(n)
@@ -456,19 +487,32 @@ class LLM:
         tools: SequenceOf[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
     ) -> list[int]:
-        """The ids of the prompt that `chat` makes of a conversation."""
-        own = self.chat_template
-        if chat_template is None:
-            template = require(own, self.name)
+        """The ids of the prompt that `chat` makes of a conversation; its arguments and errors are those of
+        `chat`."""
+        return self._prompts_of(chat_template).ids(
+            messages,
+            tools=tools,
+            special_in_messages=special_in_messages,
+            template_args=template_args,
+        )
+
+    def _prompts_of(self, source: str | None) -> Prompts:
+        """Of the model's own template, or of one of this source; each is kept for the next call."""
+        own, tokenizer, last = self.chat_template, self.tokenizer, self._prompts.get(source is None)
+        if source is None:
+            template = require(own, self.name, tokenizer.special_tokens if tokenizer else ())
+        elif last is not None and last.template.source == source:
+            return last
         else:
             bos, eos = (own.bos_token, own.eos_token) if own else ("", "")
-            template = ChatTemplate(chat_template, bos_token=bos, eos_token=eos)
-        text = template.render(messages, tools=tools, **(template_args or {}))
-        ids = self._text_ids(text, bos=False, special=True)  # the template writes its own BOS
-        if not ids:
-            raise TemplateError("the chat template renders nothing for these messages: there is no prompt")
-        return ids
+            template = ChatTemplate(source, bos_token=bos, eos_token=eos)
+        if tokenizer is None:
+            raise ArgumentError(f"{self.name} has no tokenizer: give token ids instead of messages")
+        if last is None or last.template is not template:
+            last = self._prompts[source is None] = Prompts(template, tokenizer)
+        return last
 
     def session(self, *, seed: int | None = None) -> Session:
         """A text that grows step by step and can be forked. Close it when done, or use it in `with`.
@@ -669,7 +713,20 @@ class LLM:
         return ids
 
     def _prompt(self, prompt: Prompt, special: bool) -> list[int]:
+        self._say_special(prompt, special)
         return self._fit(self._ids(prompt, special), room=1)
+
+    def _say_special(self, prompt: Prompt, special: bool) -> None:
+        """Warns once where a prompt holds the text of a special token and takes it for text."""
+        if special or self._said_special or self.tokenizer is None or not isinstance(prompt, str):
+            return
+        if found := self.tokenizer.find_special(prompt):
+            self._said_special = True
+            log.warning(
+                "the prompt holds %s, which is read as text and not as the special token; special=True "
+                "(tinyllm-run: --special) reads it as the token",
+                show(found[1]),
+            )
 
     def _requests(
         self,
@@ -790,19 +847,23 @@ class LLM:
         return splitter(tokenizer.decode(end, special=True), tokenizer.special_tokens)
 
     def _text_stream(self, after: int, reasoning: bool) -> Callable[[int | None], str]:
-        """Turns the ids that follow `after` into text, whole characters at a time; None asks for the rest."""
+        """Turns the ids that follow `after` into text, whole characters at a time, special tokens that are
+        not shown as `hidden`; None asks for the rest."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             return lambda token: ""
         # A model's vocabulary may be padded beyond its tokenizer's; such ids have no text.
         n = tokenizer.vocab_size
         shown = visible_ids(tokenizer.special_tokens) if reasoning else ()
+        unseen = tokenizer.special_ids - frozenset(shown)
         stream = tokenizer.stream(shown, after=after if after < n else None)
 
         def text_of(token: int | None) -> str:
             if token is None:
                 return stream.flush()
-            return stream.push(token) if token < n else ""
+            if token >= n:
+                return hidden("")
+            return stream.push(token) + (hidden(tokenizer.token_text(token)) if token in unseen else "")
 
         return text_of
 
@@ -888,6 +949,7 @@ class Session:
         """
         tokens = self._sequence.tokens
         bos = False if tokens else None
+        self._llm._say_special(prompt, special)
         self._llm._fit(tokens + (ids := self._llm._ids(prompt, special, bos)))
         tokens += ids
         self._n_given = len(tokens)

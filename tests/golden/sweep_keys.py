@@ -33,7 +33,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from families_table import relative
 from helpers_gguf import write_gguf
-from helpers_keys import BASES, VERDICTS, Case, bases, case, others, swept
+from helpers_keys import BASES, N_TOKENS, VERDICTS, Case, bases, case, others, swept
 from helpers_models import GOLDEN_DIR, Spec, random_ids, random_weights
 
 import tinyllm
@@ -42,7 +42,6 @@ from tinyllm.config.families import FAMILIES, JSON_HARMLESS
 from tinyllm.modelfiles import read_model
 
 TOLERANCE = 1e-4  # of the largest logit: the promise
-N_TOKENS = 140  # more than any window and original context of the golden models
 # Keys of files that the classes take without naming them among their fields.
 LEGACY = (
     "rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor",
@@ -59,7 +58,11 @@ LEGACY = (
 
 # Never set here: it chooses the class.
 NOT_SWEPT = ("model_type",)
-IN_TENSORS = ("tie_word_embeddings", "attention_bias")  # keys that say which tensors there are
+# Keys that say which tensors there are, and of what shape.
+IN_TENSORS = (
+    "tie_word_embeddings", "attention_bias", "num_hidden_layers", "hidden_size", "intermediate_size",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "num_local_experts",
+)  # fmt: skip
 # What messages call a key.
 ALSO = {"num_key_value_heads": "n_kv_heads", "num_local_experts": "num_experts"}
 
@@ -117,16 +120,17 @@ def measured(spec: Spec, config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         folder = Path(where)
         (folder / "config.json").write_text(json.dumps(config))
         try:
+            read = AutoConfig.from_pretrained(folder)
             model: Any = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder),
+                read,
                 dtype=torch.float64,
                 attn_implementation="eager",
                 experts_implementation="eager",
             ).eval()
             weights = dict(model.named_parameters())
             found = {name: tuple(weight.shape) for name, weight in weights.items()}
-            said = {"attention_bias": True, **{key: config[key] for key in IN_TENSORS if key in config}}
-            in_gguf = {**spec.config, **said} if kind == "gpt_oss" else {}
+            said = {key: getattr(read, key) for key in IN_TENSORS} if kind == "gpt_oss" else {}
+            in_gguf = {**spec.config, **said} if said else {}
             own = random_weights(in_gguf, spec.seed) if in_gguf else {}
             with torch.no_grad():
                 for name, weight in weights.items():
@@ -151,7 +155,7 @@ def measured(spec: Spec, config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
 def named(case: Case, message: str) -> bool:
     """Whether a message says which key is meant, which part of its value, or which it does not agree with."""
-    inner = case.value if isinstance(case.value, dict) else {}
+    inner = [name for value in case.config.values() if isinstance(value, dict) for name in value]
     also = (case.key, ALSO.get(case.key, case.key), *["RoPE"] * ("rope" in case.key))
     return any(name in message for name in (*case.config, *also, *inner))
 
@@ -201,7 +205,7 @@ def main() -> int:
             known = measured(base, base.config)
             found = dict.fromkeys(swept(keys_of(kind), changes, first=i == 0), "")
             for key in found:
-                if asked.key and key not in asked.key:
+                if asked.key and key not in asked.key and key in before[i]:
                     found[key] = before[i][key]
                     continue
                 for value in others(key, base.config):

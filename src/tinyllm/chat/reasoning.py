@@ -3,8 +3,9 @@
 Models mark it in two ways: between two tags at the start of the answer, the first of which the template may
 have written already, or with a header before each message (the "channels" of gpt-oss). `splitter` chooses by
 the vocabulary. Every splitter is a small state machine over text that comes in pieces, and what it says does
-not depend on where the pieces are cut. Imports nothing of the
-package. engine/engine.py feeds it; docs/chat.md has the rules in words.
+not depend on where the pieces are cut. Special tokens that are not shown stand in that text as well, framed
+(`hidden`): stop strings may name them, nothing goes on across them, and nobody gets to see them. Imports
+nothing of the package. engine/engine.py feeds it; docs/chat.md has the rules in words.
 """
 
 from __future__ import annotations
@@ -29,6 +30,21 @@ TAGS: dict[str, str] = {  # what opens a block: what closes it
 CHANNEL, MESSAGE, START, END = "<|channel|>", "<|message|>", "<|start|>", "<|end|>"
 _ROLE = re.compile(r"<\|start\|>\s*assistant")
 _TOOLS = re.compile(r"tool|function|python_tag|ACTION|\[ARGS\]|\[CALL_ID\]|constrain", re.IGNORECASE)
+
+# Halves of surrogate pairs, which no decoded text holds.
+HIDDEN_FROM, HIDDEN_TO = "\ud800", "\udfff"
+_HIDDEN = re.compile(f"{HIDDEN_FROM}[^{HIDDEN_TO}]*{HIDDEN_TO}")
+_LEAD = re.compile(rf"(?:\s|{_HIDDEN.pattern})*")
+
+
+def hidden(token: str) -> str:
+    """A special token, by its text, in a text that does not show it."""
+    return HIDDEN_FROM + token + HIDDEN_TO
+
+
+def shown(text: str) -> str:
+    """A text without its hidden tokens."""
+    return _HIDDEN.sub("", text) if HIDDEN_FROM in text else text
 
 
 def visible_ids(special_tokens: Mapping[str, int]) -> frozenset[int]:
@@ -68,7 +84,8 @@ class Splitter(Protocol):
         """Whether what comes next is the answer itself: no reasoning, and no header."""
 
     def feed(self, piece: str) -> list[Part]:
-        """What is certain after this piece, in order; neighbours differ in kind, and no text is empty."""
+        """What is certain after this piece, in order; neighbours differ in kind, and no text is empty. The
+        text keeps its hidden tokens, for stop strings to see; reasoning does not."""
 
     def flush(self) -> list[Part]:
         """The output ends here: what was held back."""
@@ -129,25 +146,29 @@ class _Machine:
         self.has_reasoning |= kind == "reasoning"
 
     def _emit(self, text: str) -> None:
+        if self.kind == "reasoning":
+            text = shown(text)
         if self._strips:
-            text = text.lstrip()
+            lead, text = _lead(text)
             if text and self.kind in self._seen:
                 text = "\n\n" + text
             self._strips = not text
+            text = "".join(_HIDDEN.findall(lead)) + text
         if self.kind == "reasoning":
             spaced = self._space + text
             text = spaced.rstrip()
             self._space = spaced[len(text) :]
         if not text:
             return
-        self._seen.add(self.kind)
+        if shown(text):
+            self._seen.add(self.kind)
         if self._parts and self._parts[-1][0] == self.kind:
             text = self._parts.pop()[1] + text
         self._parts.append((self.kind, text))
 
     def _begins_with(self, marks: Collection[str]) -> str | None:
         """The mark that the held text begins with, after space; "" where one may still come."""
-        text = self._held.lstrip()
+        _, text = _lead(self._held)
         for mark in marks:
             if text.startswith(mark):
                 return mark
@@ -193,7 +214,9 @@ class Tagged(_Machine):
         if tag is None:
             self._state = self._answer
         else:
-            self._held = self._held.lstrip()[len(tag) :]
+            lead, text = _lead(self._held)
+            self._emit("".join(_HIDDEN.findall(lead)))
+            self._held = text[len(tag) :]
             self._open(tag)
         return True
 
@@ -231,7 +254,7 @@ class Channels(_Machine):
         if not message:
             return False
         self._held = rest
-        header = _ROLE.sub("", header).strip()
+        header = _ROLE.sub("", shown(header)).strip()
         if "to=" in header:
             self._enter("text", self._body)
             self._emit(header + MESSAGE)
@@ -253,6 +276,12 @@ class Channels(_Machine):
         if self._state == self._header:
             self._held = ""  # a header without its message says nothing
         return super().flush()
+
+
+def _lead(text: str) -> tuple[str, str]:
+    """The space and the hidden tokens that a text begins with, and the rest."""
+    end = _LEAD.match(text).end()  # type: ignore[union-attr]  # it matches nothing, too
+    return text[:end], text[end:]
 
 
 def overlap(text: str, stop: str) -> int:

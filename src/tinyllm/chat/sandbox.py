@@ -619,6 +619,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise LimitError("it is nested too deeply, or has too many {% elif %}") from None
         return self.template_class.from_code(self, code, self.globals)
 
+    def names(self, source: str, filename: str) -> set[str]:
+        """The names that a template reads, its own among them."""
+        names = self._tree(source, filename).find_all(nodes.Name)
+        return {name.name for name in names if name.ctx == "load"}
+
     def free_variables(self, source: str, filename: str) -> set[str]:
         """The names that a template reads and sets nowhere itself, or asks of whether they are defined."""
         tree = self._tree(source, filename)

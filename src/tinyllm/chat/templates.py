@@ -1,27 +1,46 @@
 """Chat templates: from a conversation to the exact prompt that a model was trained on.
 
 A model brings its own Jinja template: in a GGUF's metadata or beside the weights of a directory. This module
-finds it and renders it; sandbox.py keeps it harmless. Imports errors, files and sandbox.
+finds it and renders it; sandbox.py keeps it harmless, forms.py brings messages into the forms that it takes.
+Imports errors, files and these two. Read next: prompts.py, which makes ids of a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from tinyllm.chat import sandbox
-from tinyllm.errors import ArgumentError, Error, FormatError, MemoryLimitError, TemplateError, comes_from
+from tinyllm.chat.forms import Forms, as_taken, check_unicode, plain
+from tinyllm.errors import Error, FormatError, MemoryLimitError, TemplateError, comes_from
 from tinyllm.files import is_there, read_json_if_any, read_small, show, show_words
 
 Message = Mapping[str, Any]
 
 _TOOL_USE = "tool_use"  # the name that model makers give to the template with tools
 _GIVEN = {"bos_token", "eos_token", "messages", "tools", "documents", "add_generation_prompt"}  # by `render`
-_MAX_NESTING = 64  # of lists and dicts in messages and tools
+# Tokens that open a turn in the chat formats that are around.
+_TURN_TOKENS = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|\[INST\]|<\|start\|>|"
+    r"<\|start_of_role\|>|<\|START_OF_TURN_TOKEN\|>|<｜User｜>"
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A conversation, ready for `ChatTemplate.run`: all that one of its sources gets, as plain data."""
+
+    source: str
+    variables: Mapping[str, Any]
+
+    def with_(self, **variables: Any) -> Given:
+        return replace(self, variables={**self.variables, **variables})
 
 
 class ChatTemplate:
@@ -55,6 +74,7 @@ class ChatTemplate:
         self.tool_source = tool_source
         self.variables = dict(variables or {})
         self._compiled: dict[str, tuple[sandbox.Sandbox, Any]] = {}
+        self._forms: dict[str, Forms] = {}
 
     def render(
         self,
@@ -66,7 +86,7 @@ class ChatTemplate:
         **kwargs: Any,
     ) -> str:
         """The prompt for `messages`, each a mapping with "role" and "content" (and what else the template
-        reads).
+        reads), in any form that forms.py knows.
 
         tools: JSON schemas of functions. documents: texts for retrieval, where the template knows them.
         add_generation_prompt: end with the words that open the assistant's answer.
@@ -74,20 +94,56 @@ class ChatTemplate:
 
         The text holds the special tokens in full, begin of text included: tokenize it with `special=True,
         bos=False`. Raises TemplateError (the template's own refusal, a broken or a hostile template, with the
-        line where there is one), ArgumentError (a text with a lone surrogate), MemoryLimitError and TypeError
-        (something other than plain data).
+        line where there is one), ArgumentError (a text with a lone surrogate, arguments of a tool call that
+        are no JSON where the template needs an object), UnsupportedError (images and the like),
+        MemoryLimitError and TypeError (something other than plain data).
         """
+        given = self.prepare(
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            **kwargs,
+        )
+        return self.run(given)
+
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> Given:
+        """The first half of `render`: everything checked, the messages in the forms that the template
+        takes."""
+        source = self.tool_source if tools and self.tool_source else self.source
         variables = {
             **self.variables,
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
-            **{key: _plain(value, key) for key, value in kwargs.items()},
+            **{key: plain(value, key) for key, value in kwargs.items()},
             "messages": _messages(messages),
             "tools": _dicts(tools, "tools"),
             "documents": _dicts(documents, "documents"),
             "add_generation_prompt": bool(add_generation_prompt),
         }
-        return self._run(self.tool_source if tools and self.tool_source else self.source, variables)
+        taken = as_taken(variables["messages"], self.forms(source))
+        return Given(source, variables | {"messages": plain(taken, "messages")})
+
+    def run(self, given: Given) -> str:
+        """The second half: the prompt."""
+        with self._reported():
+            environment, template = self._compile(given.source)
+            text = environment.render(template, dict(given.variables))
+            check_unicode(text)
+            return text
+
+    def names(self, source: str) -> frozenset[str]:
+        """The names of variables that one of the template's sources reads at all."""
+        with self._reported():
+            return frozenset(sandbox.Sandbox().names(source, self._filename))
 
     def free_variables(self) -> list[str]:
         """Names that the template reads and that a caller may give it, such as "enable_thinking"; sorted.
@@ -98,12 +154,22 @@ class ChatTemplate:
             names = sandbox.Sandbox().free_variables(self.source, self._filename)
         return sorted(names - {*self.variables, *_GIVEN})
 
-    def _run(self, source: str, variables: dict[str, Any]) -> str:
-        with self._reported():
-            environment, template = self._compile(source)
-            text = environment.render(template, variables)
-            _check_unicode(text)
-            return text
+    def forms(self, source: str) -> Forms:
+        """The forms of messages that one of the template's sources takes."""
+        if source not in self._forms:
+            bare = {
+                **self.variables,
+                "bos_token": self.bos_token,
+                "eos_token": self.eos_token,
+                "documents": None,
+                "add_generation_prompt": True,
+            }
+            self._forms[source] = Forms(
+                lambda messages, tools: self.run(
+                    Given(source, {**bare, "messages": messages, "tools": tools})
+                )
+            )
+        return self._forms[source]
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
@@ -154,15 +220,34 @@ class ChatTemplate:
         return TemplateError(f"the {self.name} {_cut(what)}{where}")
 
 
-def require(template: ChatTemplate | None, model: str) -> ChatTemplate:
+def require(template: ChatTemplate | None, model: str, special_tokens: Iterable[str] = ()) -> ChatTemplate:
     """The template, or the error that says what to pass where a model has none."""
     if template is None:
         raise TemplateError(
-            f"{model} has no chat template: it is probably a base model, which continues a text. Give it a "
-            "prompt instead of messages, or pass the template its makers publish as chat_template= "
-            "(tinyllm-run: --chat-template)"
+            f"{model} has no chat template: it is {without_template(special_tokens)}. Give it a prompt "
+            "instead of messages, or pass the template its makers publish as chat_template= (tinyllm-run: "
+            "--chat-template)"
         )
     return template
+
+
+def turn_tokens(special_tokens: Iterable[str]) -> list[str]:
+    """The special tokens that open a turn in some chat format."""
+    return sorted(text for text in special_tokens if _TURN_TOKENS.fullmatch(text))
+
+
+def without_template(special_tokens: Iterable[str]) -> str:
+    """What a model without a template is, for run and inspect alike: a base model, as far as its files say.
+
+    The vocabulary does not tell. A base model often has that of its chat siblings, turn tokens and all.
+    """
+    what, turns = "a base model, which continues a text", turn_tokens(special_tokens)
+    if not turns:
+        return what
+    return (
+        f"taken for {what}, though its vocabulary has {', '.join(turns[:3])}, as those of chat models and of "
+        "many base models do"
+    )
 
 
 def template_from_gguf(metadata: Mapping[str, Any]) -> ChatTemplate | None:
@@ -268,12 +353,6 @@ def _read_text(path: Path) -> str:
         raise FormatError(f"{path}: cannot be read as text: {e}") from None
 
 
-def _check_unicode(text: str) -> None:
-    """Raises UnicodeEncodeError for half a surrogate pair, which no tokenizer takes."""
-    if not text.isascii():
-        text.encode()
-
-
 def _cut(message: str | None) -> str:
     """A template chooses what stands in its errors."""
     return show_words(message or "", 400)
@@ -285,32 +364,11 @@ def _messages(messages: Sequence[Message]) -> Any:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TypeError(f"messages[{i}] is no dict with a text under 'role': {str(message)[:80]!r}")
-    return _plain(list(messages), "messages")
+    return plain(list(messages), "messages")
 
 
 def _dicts(value: Any, where: str) -> Any:
     is_list = isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
     if value is not None and not is_list:
         raise TypeError(f"{where} must be a list of dicts or None, not {str(value)[:80]!r}")
-    return _plain(value, where)
-
-
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy made of dict, list, str, int, float, bool and None: all that a template can get at."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, str):
-        try:
-            _check_unicode(value)
-        except UnicodeEncodeError as e:
-            raise ArgumentError(f"{where} is no valid text: {e}") from None
-        return str.__str__(value)
-    if depth < _MAX_NESTING and isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
-    if depth < _MAX_NESTING and isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
-    if depth >= _MAX_NESTING:
-        raise TypeError(f"{where.partition('[')[0]} is nested deeper than {_MAX_NESTING} levels")
-    raise TypeError(
-        f"{where} is a {type(value).__name__}; templates take plain data (dict, list, str, numbers)"
-    )
+    return plain(value, where)

@@ -45,7 +45,11 @@ def chat_only(args: argparse.Namespace) -> list[tuple[str, Any]]:
 
 def chat_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `LLM.chat` that were given."""
-    return {"chat_template": args.chat_template, "template_args": dict(args.template_args or ())}
+    return {
+        "chat_template": args.chat_template,
+        "template_args": dict(args.template_args or ()),
+        "special_in_messages": args.special,
+    }
 
 
 def print_stream(stream: Stream, *, shows_reasoning: bool = True) -> Completion:

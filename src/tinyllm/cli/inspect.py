@@ -267,10 +267,12 @@ def _print_tokens(args: argparse.Namespace) -> int:
     if files.tokenizer is None:
         raise UsageError(f"{args.model} has no tokenizer")
     if args.chat:
+        from tinyllm.chat.prompts import Prompts
         from tinyllm.chat.templates import require
 
-        text = require(files.template, args.model).render([{"role": "user", "content": args.tokens}])
-        ids = files.tokenizer.encode(text, bos=False, special=True)
+        template = require(files.template, args.model, files.tokenizer.special_tokens)
+        messages = [{"role": "user", "content": args.tokens}]
+        text, ids = template.render(messages), Prompts(template, files.tokenizer).ids(messages)
     else:
         text, ids = args.tokens, files.tokenizer.encode(args.tokens)
     pieces = [(i, files.tokenizer.token_bytes(i)) for i in ids]

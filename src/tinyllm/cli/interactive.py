@@ -90,7 +90,8 @@ class Text:
 
     help = "Type the beginning of a text and press Enter; press Enter alone to let the text go on."
 
-    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, *, special: bool = False) -> None:
+        self._special = special
         self.greeting = (
             f"{Path(llm.name).name} is a base model: it continues a text rather than answering. Type a "
             "beginning; Enter alone goes on, /help lists the commands, Ctrl-D leaves."
@@ -101,7 +102,7 @@ class Text:
     def start(self, line: str) -> Stream | None:
         if line:
             put(styled(line, BOLD, sys.stdout), end="", flush=True)
-            return self._llm.stream(line, self._params)
+            return self._llm.stream(line, self._params, special=self._special)
         return self._llm.stream(self._texts[-1], self._params) if self._texts else None
 
     def keep(self, completion: Completion) -> None:

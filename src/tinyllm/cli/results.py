@@ -62,7 +62,8 @@ def run_batch(args: argparse.Namespace, prompts: list[str], params: SamplingPara
     with load_model(args.model, args) as llm:
         start = time.perf_counter()
         chats = is_chat(llm, args)
-        completions = llm([as_prompt(llm, prompt, args) for prompt in prompts], params, reasoning=chats)
+        ready = [as_prompt(llm, prompt, args) for prompt in prompts]
+        completions = llm(ready, params, special=args.special, reasoning=chats)
         elapsed = time.perf_counter() - start
         for prompt, completion in zip(prompts, completions, strict=True):
             put(as_json(llm, prompt, completion, args))

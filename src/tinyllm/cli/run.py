@@ -88,7 +88,9 @@ def _run(argv: list[str]) -> int:
             from tinyllm.cli.interactive import Chat, Text, interact
 
             chats = is_chat(llm, args)
-            talk = Chat(llm, params, args.system, **chat_options(args)) if chats else Text(llm, params)
+            talk: Chat | Text = Text(llm, params, special=args.special)
+            if chats:
+                talk = Chat(llm, params, args.system, **chat_options(args))
             return interact(llm, talk, shows_reasoning=args.reasoning)
         return _run_once(llm, prompt, params, args)
 
@@ -105,6 +107,11 @@ def _parser() -> Parser:
     text.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
     text.add_argument(
         "-e", "--escapes", action="store_true", help=r"\n, \t, \\ and \" in the prompt mean what they do in C"
+    )
+    text.add_argument(
+        "--special",
+        action="store_true",
+        help="read the text of special tokens in the prompt, such as <|im_end|>, as these tokens",
     )
     text.add_argument(
         "--system", metavar="TEXT", help="how a chat model should behave, told before the first message"
@@ -278,15 +285,15 @@ def _run_once(llm: LLM, text: str, params: SamplingParams, args: argparse.Namesp
     if args.json:
         from tinyllm.cli.results import as_json
 
-        completion = llm(prompt, params, reasoning=chats)
+        completion = llm(prompt, params, special=args.special, reasoning=chats)
         put(as_json(llm, text, completion, args))
     elif args.logprobs is not None:
-        completion = llm(prompt, params)
+        completion = llm(prompt, params, special=args.special)
         _print_logprobs(llm, completion)
     else:
         if not chats and sys.stdout.isatty():
             put(styled(text, BOLD, sys.stdout), end="", flush=True)
-        stream = llm.stream(prompt, params, reasoning=chats)
+        stream = llm.stream(prompt, params, special=args.special, reasoning=chats)
         completion = print_stream(stream, shows_reasoning=args.reasoning)
     _print_figures(llm, completion)
     return EXIT_INTERRUPTED if completion.finish_reason == "cancelled" else EXIT_OK

@@ -325,7 +325,7 @@ _JSON_HARMLESS: dict[str, tuple[str, ...]] = {
     "a limit of the training's texts; max_position_embeddings is the model's": (
         "model_max_length", "max_sequence_length",
     ),
-    "about sampling, not logits": (
+    "about sampling, not logits; see there": (
         "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p",
         "repetition_penalty", "length_penalty", "num_beams", "num_beam_groups", "num_return_sequences",
         "diversity_penalty", "no_repeat_ngram_size",

@@ -24,7 +24,7 @@ _FINETUNED = "rope.scaling.finetuned"
 # What says nothing about logits, and why.
 GGUF_HARMLESS: dict[str, str] = {
     "tensor_data_layout": "names the layout that a converter found, not the one it wrote",
-    "vocab_size": "where there are tokens, they are counted",
+    "vocab_size": "where there are tokens, they are counted; without, it is obeyed",
     "pooling_type": "how embeddings are made of the hidden states",
     _FINETUNED: "llama.cpp shows it and does no more; a Granite is asked for its RoPE by it, which is obeyed",
 }
@@ -110,7 +110,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         if original_context is None:
             raise FormatError(f"{prefix}rope.scaling.original_context_length is missing")
     if not fields.flag("attention.causal", True):
-        raise UnsupportedError("attention that is not causal is not supported")
+        raise UnsupportedError(f"attention that is not causal ({prefix}attention.causal) is not supported")
 
     def own(field: str, default: float) -> float:
         """A number that only some families know; elsewhere its key is unknown."""
@@ -221,7 +221,7 @@ def _gguf_feed_forward(fields: Fields, row: Family) -> dict[str, Any]:
     if not n_experts:
         return {"ff_dim": ff_dim}
     if "gguf" not in row.experts_in:
-        raise UnsupportedError("a mixture of experts is not supported for this architecture")
+        raise UnsupportedError("a mixture of experts (expert_count) is not supported for this architecture")
     return {
         "ff_dim": fields.whole(GGUF_EXPERTS["ff_dim"], ff_dim),
         "n_experts": n_experts,

@@ -72,7 +72,7 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
     architecture = config["model_type"]
     row = family(architecture, "hf")
     if row.text_of:
-        raise UnsupportedError(f"a {brief(architecture)} as text_config is not supported")
+        raise FormatError(f"config.json has no text_config of a language model, but of {brief(architecture)}")
     fields = Fields({**row.json_defaults, **config})
     dim = bounded("dim", fields.whole("hidden_size"))
     n_layers = bounded("n_layers", fields.whole("num_hidden_layers"))

@@ -1,8 +1,8 @@
 """How the next token is chosen: parameters and their defaults, one sampler a sequence, seeds, stop strings.
 
 The arithmetic is csrc/sample.c and repetition.c, reached through `backends`; docs/sampling.md describes every
-step to users. Imports config (ranges of what files may advise), errors, backends and chat's `overlap`. Read
-engine.py next: it calls a `Sampler` for each row of logits.
+step to users. Imports config (ranges of what files may advise), errors, backends and how chat frames tokens.
+Read engine.py next: it calls a `Sampler` for each row of logits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllm import backends
-from tinyllm.chat.reasoning import overlap
+from tinyllm.chat.reasoning import HIDDEN_FROM, HIDDEN_TO, shown
 from tinyllm.config import ADVISED_COUNTS, ADVISED_RANGES
 from tinyllm.errors import ArgumentError, integer, number_text
 
@@ -84,7 +84,7 @@ class SamplingParams:
     penalty_window: how many of the last tokens (the prompt's included) the penalties look at; -1 for all.
     logit_bias: token id -> number added to its logit; -inf forbids the token.
     seed: of the stream of random numbers, 64 bits.
-    stop: a string, or several, that end the text and are not part of it.
+    stop: a string, or several, that end the text and are not part of it; special tokens may be named.
     max_tokens: how many tokens to generate at most.
     logprobs: whether results carry each token's log probability; top_logprobs: how many alternatives with it.
     processors: called on the logits, in order, before everything else.
@@ -506,6 +506,10 @@ def stream_seed(seed: int, i: int) -> int:
 class StopStrings:
     """Finds stop strings in text that comes in pieces, and passes on what cannot belong to one.
 
+    A stop string may hold the text of special tokens. Those in the output that are hidden come framed (see
+    chat's `hidden`), each within one piece: they match their own text, as a whole, and nothing else; they are
+    not passed on.
+
     The match that is complete first wins, of those that end together the longest; so the result does not
     depend on where the pieces are cut. `found` is the stop string, or None so far.
     """
@@ -513,23 +517,34 @@ class StopStrings:
     def __init__(self, stop: str | Sequence[str]) -> None:
         self._stop = _checked_strings("stop", stop)
         self._held = ""
+        # What has begun: a stop string, how much of it is there, and where in `_held` it begins.
+        self._begun: list[tuple[str, int, int]] = []
         self.found: str | None = None
 
     def feed(self, piece: str) -> str:
         """The text that is now certain to come before any stop string. After a match: nothing."""
         if self.found is not None:
             return ""
-        text = self._held + piece
-        starts = {stop: text.find(stop) for stop in self._stop if stop in text}
-        if starts:
-            self.found, start = min(starts.items(), key=lambda match: (match[1] + len(match[0]), match[1]))
-            self._held = ""
-            return text[:start]
-        safe = len(text) - max((overlap(text, stop) for stop in self._stop), default=0)
+        text, at = self._held + piece, len(self._held)
+        while self._stop and at < len(text):
+            end = text.index(HIDDEN_TO, at) + 1 if text[at] == HIDDEN_FROM else at + 1
+            part = text[at:end].strip(HIDDEN_FROM + HIDDEN_TO)
+            begun = [*self._begun, *((stop, 0, at) for stop in self._stop)]
+            self._begun = [
+                (stop, n + len(part), start) for stop, n, start in begun if part and stop.startswith(part, n)
+            ]
+            done = [(start, stop) for stop, n, start in self._begun if n == len(stop)]
+            if done:
+                start, self.found = min(done)
+                self._held, self._begun = "", []
+                return shown(text[:start])
+            at = end
+        safe = min((start for _, _, start in self._begun), default=len(text))
         self._held = text[safe:]
-        return text[:safe]
+        self._begun = [(stop, n, start - safe) for stop, n, start in self._begun]
+        return shown(text[:safe])
 
     def flush(self) -> str:
         """The text ends here: what was held back and turned out to be no stop string."""
-        held, self._held = self._held, ""
+        held, self._held = shown(self._held), ""
         return held

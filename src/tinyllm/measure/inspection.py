@@ -17,7 +17,7 @@ from typing import Any
 from tinyllm import backends
 from tinyllm.backends import CacheType
 from tinyllm.chat import reasoning
-from tinyllm.chat.templates import ChatTemplate
+from tinyllm.chat.templates import ChatTemplate, turn_tokens, without_template
 from tinyllm.config import ModelConfig
 from tinyllm.engine.needs import call_bytes, call_tokens
 from tinyllm.errors import ArgumentError, TemplateError
@@ -28,10 +28,6 @@ from tinyllm.tokenizer import Tokenizer
 
 MAX_PADDING = 1024  # rows of an embedding beyond its vocabulary that are no reason to wonder
 _QUESTION, _ANSWER = "What is 2 + 2?", "The answer is 4."
-_TURN_TOKENS = re.compile(
-    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|\[INST\]|<\|start\|>|"
-    r"<\|start_of_role\|>|<\|START_OF_TURN_TOKEN\|>|<｜User｜>"
-)
 
 
 @dataclass(frozen=True)
@@ -247,11 +243,10 @@ def _template_warnings(files: ModelFiles) -> Iterator[str]:
     if tokenizer is None:
         return
     if template is None:
-        turns = [text for text in tokenizer.special_tokens if _TURN_TOKENS.fullmatch(text)]
-        if turns:
+        if turn_tokens(tokenizer.special_tokens):
             yield (
-                f"no chat template, though the vocabulary has {', '.join(turns[:3])}: it seems to be a chat "
-                "model whose template was lost; pass its makers' with --chat-template"
+                f"no chat template: {without_template(tokenizer.special_tokens)}; where its makers publish a "
+                "template, pass it with --chat-template"
             )
         return
     try:
@@ -264,11 +259,6 @@ def _template_warnings(files: ModelFiles) -> Iterator[str]:
         begins = tokenizer.encode(prompt, bos=False, special=True)[:2]
         if begins == [bos, bos]:
             yield f"the chat template writes {tokenizer.token_text(bos)} twice"
-        elif begins[:1] != [bos] and tokenizer.encode("a")[:1] == [bos]:
-            yield (
-                f"texts begin with {tokenizer.token_text(bos)}, but the chat template writes none, and chat "
-                "prompts get exactly what the template writes"
-            )
     end = _end_of_turn(template, tokenizer)
     if end is not None and end not in tokenizer.eos_ids | set(files.defaults.eos_ids):
         yield (

@@ -15,12 +15,11 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tinyllm.errors import ArgumentError, Error, FormatError, MemoryLimitError, comes_from, size_text
 from tinyllm.files import show_words
 
-Encoder = Callable[[str, bool], list[int]]
 Speller = Callable[[str], bytes]
 
 SPACE = "▁"  # how SentencePiece spells a space inside a token
@@ -34,6 +33,17 @@ class TokenFlags:
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
+
+
+class Encoder(Protocol):
+    """Text to ids, without what goes around a text."""
+
+    def __call__(self, text: str, special: bool | Mapping[int, str]) -> list[int]:
+        """special: whether the texts of special tokens are these tokens, or which: offset -> the text that
+        stands there."""
+
+    def find(self, text: str, start: int) -> tuple[int, str] | None:
+        """The first token, from `start` on, that `special=True` takes out of a text: its offset, its text."""
 
 
 @contextmanager
@@ -121,14 +131,22 @@ class Tokenizer:
         """How the vocabulary spells its tokens, in words."""
         return _KINDS.get(self._speller, "BPE")
 
-    def encode(self, text: str, bos: bool | None = None, special: bool = False) -> list[int]:
+    @property
+    def prefix(self) -> list[int]:
+        """What the model's files say to put in front of every text: mostly [bos_id] or nothing."""
+        return list(self._prefix)
+
+    def encode(
+        self, text: str, bos: bool | None = None, special: bool | Mapping[int, str] = False
+    ) -> list[int]:
         """The ids of `text`.
 
         `bos` None adds what the model's files say (BOS, EOS, both or neither), True a BOS, False nothing at
         all. `special=True` turns the text of special tokens ("<|eot_id|>") into their ids; otherwise it is
-        plain text. A SentencePiece vocabulary with a space prefix gets it at the start and again after each
-        special token. Raises ArgumentError for `bos=True` without a BOS in the vocabulary, and for text with
-        lone surrogates; MemoryLimitError for one that might not fit into memory.
+        plain text. A mapping, offset -> text of the special token there, turns these alone into ids (see
+        `find_special`). A SentencePiece vocabulary with a space prefix gets it at the start and again after
+        each special token. Raises ArgumentError for `bos=True` without a BOS in the vocabulary, and for text
+        with lone surrogates; MemoryLimitError for one that might not fit into memory.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be str, not {type(text).__name__}")
@@ -147,6 +165,15 @@ class Tokenizer:
         if not bos:
             return ids
         return [*(self._prefix or [self.bos_id]), *ids]  # type: ignore[list-item]
+
+    def find_special(self, text: str, start: int = 0) -> tuple[int, str] | None:
+        """The first text of a special token in `text`, from the offset `start` on, as `encode(special=True)`
+        finds it: its offset and the token's text. None where there is none."""
+        while found := self._encoder.find(text, start):
+            if found[1] in self.special_tokens:
+                return found
+            start = found[0] + len(found[1])
+        return None
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids`; special tokens are left out unless `special`. Bytes that are no UTF-8 become

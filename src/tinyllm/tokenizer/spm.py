@@ -88,8 +88,8 @@ class SentencePieceEncoder:
         self._find = {False: _any_of(always), True: _any_of(self._ids)}
         self._flags = dict(flags or {})
 
-    def __call__(self, text: str, special: bool) -> list[int]:
-        find = self._find[bool(special)]
+    def __call__(self, text: str, special: bool | Mapping[int, str]) -> list[int]:
+        find = self._find[special] if isinstance(special, bool) else _or_at(self._find[False], special)
         ids: list[int] = []
         done = at = 0  # what is encoded, what is searched
         while found := find(text, at):
@@ -107,6 +107,9 @@ class SentencePieceEncoder:
             done = at
         return ids + self._part(text, done, len(text))
 
+    def find(self, text: str, start: int) -> tuple[int, str] | None:
+        return self._find[True](text, start)
+
     def _part(self, text: str, start: int, end: int) -> list[int]:
         if start == end:
             return []
@@ -123,7 +126,23 @@ def _is_word(character: str) -> bool:
     return character in "\u200c\u200d" or unicodedata.category(character).startswith(_WORD)
 
 
-def _any_of(tokens: Iterable[str]) -> Callable[[str, int], tuple[int, str] | None]:
+_Find = Callable[[str, int], tuple[int, str] | None]
+
+
+def _or_at(find: _Find, special: Mapping[int, str]) -> _Find:
+    """What `find` finds, or a token of `special` (offset -> text) where one begins no later."""
+    offsets = sorted(special)
+
+    def find_both(text: str, at: int) -> tuple[int, str] | None:
+        found, i = find(text, at), bisect.bisect_left(offsets, at)
+        if i == len(offsets) or (found is not None and found[0] < offsets[i]):
+            return found
+        return offsets[i], special[offsets[i]]
+
+    return find_both
+
+
+def _any_of(tokens: Iterable[str]) -> _Find:
     """A function that finds in a text, from a position on, the leftmost of `tokens`, the longest where
     several begin: where it begins, and the token.
 
