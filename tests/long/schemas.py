@@ -34,6 +34,7 @@ DRAFTS = {
     "draft2020-12": "https://json-schema.org/draft/2020-12/schema",
 }
 LONGEST = 300  # tokens, after which an output counts as unfinished
+ROWS = 16  # of refusals, that are printed one by one
 HASTE = 30  # tokens, after which what ends something is likelier
 
 
@@ -82,6 +83,8 @@ def reason(message: str) -> str:
     """What a refusal names: the keywords, or what it is about."""
     if keys := re.search(r"Unimplemented keys: (\[.*?\])", message):
         return ", ".join(f"`{key}`" for key in json.loads(keys[1]))
+    if "oneOf" in message:
+        return "`oneOf` of which two may match"
     if re.search(r"Unknown format", message):
         return "an unknown `format`"
     if re.search(r"registry|retriev|Resource|[Rr]esolv|ref", message):
@@ -102,7 +105,7 @@ def main() -> int:
     assert llm.tokenizer is not None
     vocabulary = Vocabulary(llm.tokenizer, llm.config.vocab_size, llm.eos_ids)
     refused: Counter[str] = Counter()
-    n_accepted = n_finished = n_open = 0
+    n_accepted = n_finished = n_open = n_unjudged = 0
     invalid: list[str] = []
     start = time.perf_counter()
     for _, schema in (all_schemas := schemas(args.folder)):
@@ -122,6 +125,8 @@ def main() -> int:
             n_finished += 1
             try:
                 validator.validate(json.loads(text))
+            except re.error:  # Python's regular expressions do not know the pattern, so nobody judges it
+                n_unjudged += 1
             except Exception as error:
                 what = f"{type(error).__name__}: {error}"
                 invalid.append(f"{json.dumps(schema)}\n    {text!r}\n    {what}"[:900])
@@ -130,10 +135,13 @@ def main() -> int:
     print(f"| accepted | {n_accepted} |")
     print(f"| outputs, finished | {n_finished} |")
     print(f"| outputs, longer than {LONGEST} tokens | {n_open} |")
+    print(f"| outputs that `jsonschema` cannot judge (their pattern is none of Python's) | {n_unjudged} |")
     print(f"| **invalid** | **{len(invalid)}** |")
     print(f"| refused | {sum(refused.values())} |")
-    for name, n in refused.most_common():
+    for name, n in refused.most_common(ROWS):
         print(f"| refused: {name} | {n} |")
+    others = sum(refused.values()) - sum(n for _, n in refused.most_common(ROWS))
+    print(f"| refused: other keywords, or several | {others} |")
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
     for text in invalid:
         print(text, file=sys.stderr)
