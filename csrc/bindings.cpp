@@ -23,6 +23,7 @@ namespace py = pybind11;
 using Floats = py::array_t<float, py::array::c_style>;
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Ints = py::array_t<int32_t, py::array::c_style>;
+using Bits = py::array_t<uint32_t, py::array::c_style>;
 
 namespace {
 
@@ -470,9 +471,11 @@ class Sampling {
     Sampling(const Sampling &) = delete;
 
     py::tuple sample(const Floats &logits, const Ints &history, uint64_t position, const Ints &banned,
-                     const std::optional<double> &total) const {
+                     const std::optional<double> &total, const std::optional<Bits> &allowed) const {
+        if (allowed && allowed->size() * 32 < logits.size()) raise_argument("allowed has a bit for each logit");
         Call call;
         tl_sampling s = settings;
+        s.allowed = allowed ? allowed->data() : nullptr;
         s.n_banned = static_cast<int>(banned.size());
         s.banned = banned.data();
         int n = static_cast<int>(logits.size()), n_history = static_cast<int>(history.size());
@@ -567,6 +570,22 @@ PYBIND11_MODULE(_core, m) {
         .def(
             "copy_page", [](Cache &c, int to, int from, int n) { c.run(tl_cache_copy_page, to, from, n); },
             py::arg("to"), py::arg("source"), py::arg("n_tokens"))
+        .def(
+            "read_page",
+            [](Cache &c, int page) {
+                py::array_t<uint8_t> bytes(static_cast<py::ssize_t>(c.get()->page_bytes));
+                c.run(tl_cache_read_page, page, static_cast<void *>(bytes.mutable_data()));
+                return bytes;
+            },
+            py::arg("page"))
+        .def(
+            "write_page",
+            [](Cache &c, int page, const Bytes &bytes) {
+                if (static_cast<size_t>(bytes.size()) != c.get()->page_bytes)
+                    raise_argument("a page has " + std::to_string(c.get()->page_bytes) + " bytes");
+                c.run(tl_cache_write_page, page, static_cast<const void *>(bytes.data()));
+            },
+            py::arg("page"), py::arg("bytes"))
         .def_property_readonly("n_pages", [](Cache &c) { return c.get()->n_pages; })
         .def_property_readonly("max_pages", [](Cache &c) { return c.get()->max_pages; })
         .def_property_readonly("page_bytes", [](Cache &c) { return c.get()->page_bytes; })
@@ -607,7 +626,7 @@ PYBIND11_MODULE(_core, m) {
              py::arg("dry_base"), py::arg("dry_allowed_length"), py::arg("dry_penalty_last_n"), py::arg("breakers"),
              py::arg("seed"))
         .def("sample", &Sampling::sample, py::arg("logits"), py::arg("history"), py::arg("position"), py::arg("banned"),
-             py::arg("total") = py::none());
+             py::arg("total") = py::none(), py::arg("allowed") = py::none());
     m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"), py::arg("total") = py::none());
     m.def("logprob", &logprob, py::arg("logits"), py::arg("token"));
     m.def("random", &tl_random, py::arg("seed"), py::arg("position"));

@@ -271,10 +271,22 @@ static tl_status check_total(const double *total, tl_message *message) {
     return tl_fail(message, TL_ARGUMENT, "among the logits is NaN or +inf, or all are -inf: leave a token to choose");
 }
 
-// Logit bias, then bans, then what the text so far asks for.
-static void adjust(const workspace *w, const tl_sampling *s, const int32_t *history, int n_history) {
+// Leaves the logits whose bits are set, 32 at a time: most words of a mask are all ones.
+static void keep_allowed(float *x, int n, const uint32_t *allowed) {
+    for (int start = 0; start < n; start += 32) {
+        const uint32_t bits = allowed[start / 32];
+        if (bits == UINT32_MAX) continue;
+        const int length = n - start < 32 ? n - start : 32;
+        for (int i = 0; i < length; i++)
+            if (!(bits >> i & 1)) x[start + i] = -INFINITY;
+    }
+}
+
+// Logit bias, then bans and the mask, then what the text so far asks for.
+static void adjust(const workspace *w, int n, const tl_sampling *s, const int32_t *history, int n_history) {
     for (int i = 0; i < s->n_bias; i++) w->logits[s->bias_tokens[i]] += s->bias[i];
     for (int i = 0; i < s->n_banned; i++) w->logits[s->banned[i]] = -INFINITY;
+    if (s->allowed) keep_allowed(w->logits, n, s->allowed);
     tl_mind_history(w->logits, s, history, n_history, w->ids, w->matches);
 }
 
@@ -403,9 +415,9 @@ tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampli
     status = scan_checked(&own_max, logits, n, w.block_max, "", message);
     if (status) return status;
     max = own_max;
-    if (sampling->n_bias || sampling->n_banned || tl_minds_history(sampling)) {
+    if (sampling->n_bias || sampling->n_banned || sampling->allowed || tl_minds_history(sampling)) {
         memcpy(w.logits, logits, (size_t)n * sizeof(float));
-        adjust(&w, sampling, history, n_history);
+        adjust(&w, n, sampling, history, n_history);
         x = w.logits;
         status = scan_checked(&max, x, n, w.block_max, " after logit bias, bans and penalties", message);
         if (status) return status;

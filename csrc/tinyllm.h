@@ -251,6 +251,10 @@ tl_status tl_cache_grow(tl_cache *cache, int n_pages, tl_message *message);
 tl_status tl_cache_clear_page(tl_cache *cache, int page, tl_message *message);
 // Copies the 16-token blocks that hold the first n_tokens tokens.
 tl_status tl_cache_copy_page(tl_cache *cache, int to, int from, int n_tokens, tl_message *message);
+// The page_bytes of a page, out to the caller's memory and back. What they mean depends on the cache's type, the device's
+// backend and the build.
+tl_status tl_cache_read_page(const tl_cache *cache, int page, void *out, tl_message *message);
+tl_status tl_cache_write_page(tl_cache *cache, int page, const void *from, tl_message *message);
 // The keys of one head of the layer at `place` in a page; the values follow k_bytes later.
 uint8_t *tl_cache_head(const tl_cache *cache, int page, int place, int kv_head);
 void tl_cache_free(tl_cache *cache);
@@ -310,6 +314,8 @@ struct tl_backend {
     void (*free)(void *block);
     tl_status (*clear)(void *to, size_t n_bytes);
     tl_status (*copy)(void *to, const void *from, size_t n_bytes); // within the backend's memory
+    tl_status (*read)(void *to, const void *from, size_t n_bytes); // out of it; NULL: it is the process's, copy will do
+    tl_status (*write)(void *to, const void *from, size_t n_bytes); // into it; likewise
     tl_status (*upload)(tl_matrix *matrix, const tl_source *source, int threads, tl_message *message);
     tl_status (*upload_floats)(float **to, const tl_source *source, int n, tl_message *message);
     tl_status (*unpack)(const tl_matrix *matrix, float *out);
@@ -392,11 +398,12 @@ typedef struct tl_sampling {
     const int32_t *bias_tokens; // [n_bias]
     const float *bias;          // [n_bias] added to the logits
     int n_banned;
-    const int32_t *banned;                      // [n_banned] tokens that must not come
-    int no_repeat_ngram_size;                   // so many tokens in a row come once only; 0: off
-    tl_sequences bad_words;                     // that must not be completed
-    float dry_multiplier;                       // 0: off
-    float dry_base;                             // at least 1
+    const int32_t *banned;    // [n_banned] tokens that must not come
+    const uint32_t *allowed;  // [n / 32, rounded up] a bit a token, lowest first: what may come; NULL: all
+    int no_repeat_ngram_size; // so many tokens in a row come once only; 0: off
+    tl_sequences bad_words;   // that must not be completed
+    float dry_multiplier;     // 0: off
+    float dry_base;           // at least 1
     int dry_allowed_length, dry_penalty_last_n; // tokens; -1: the whole text
     tl_sequences breakers;                      // of DRY, ascending by their first token
 } tl_sampling;

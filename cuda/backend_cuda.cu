@@ -502,6 +502,14 @@ template <int I> struct on_device {
     static tl_status copy(void *to, const void *from, size_t n_bytes) {
         return gpu_use(I) || gpu_copy(gpus[I].stream, to, from, n_bytes) ? TL_MEMORY : TL_OK;
     }
+    static tl_status read(void *to, const void *from, size_t n_bytes) {
+        const gpu_stream s = gpus[I].stream;
+        return gpu_use(I) || gpu_copy_out(s, to, from, n_bytes) || gpu_wait(s) ? TL_MEMORY : TL_OK;
+    }
+    static tl_status write(void *to, const void *from, size_t n_bytes) {
+        const gpu_stream s = gpus[I].stream;
+        return gpu_use(I) || gpu_copy_in(s, to, from, n_bytes) || gpu_wait(s) ? TL_MEMORY : TL_OK;
+    }
     static tl_status upload(tl_matrix *m, const tl_source *source, int threads, tl_message *message) {
         return upload_matrix(&gpus[I], m, source, threads, message);
     }
@@ -522,6 +530,8 @@ template <int I> struct on_device {
             t.free = free;
             t.clear = clear;
             t.copy = copy;
+            t.read = read;
+            t.write = write;
             t.upload = upload;
             t.upload_floats = upload_floats;
             t.unpack = unpack;

@@ -52,6 +52,12 @@ class MockPool:
         n = -(-n_tokens // 16) * 16
         self.pages[to][:n] = self.pages[source][:n]
 
+    def read_page(self, page: int) -> npt.NDArray[np.uint8]:
+        return self.pages[page].copy().view(np.uint8)
+
+    def write_page(self, page: int, content: npt.NDArray[np.uint8]) -> None:
+        self.pages[page][:] = content.view(np.int64)
+
     def close(self) -> None:
         self.is_closed = True
 

@@ -210,7 +210,7 @@ ROOMS: list[set[str]] = [
     {"config"},
     {"files"},
     {"backends", "chat", "tokenizer"},
-    {"engine"},
+    {"constraints", "engine"},
     {"modelfiles", "results", "sampling"},
     {"llm"},
     {"quantization"},

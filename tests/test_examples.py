@@ -11,6 +11,8 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHOWS = {
+    "async_many": r"The dog.+6 stories in [\d.]+ s; .+ True\n.+ \.\.\. and so on",
+    "structured": r"parsed: {\"colour.+choice:  (red|blue|green)\nregex:  \d+:\d\d\ngrammar: \d+\+\d+=\d+\n",
     "stream": r"Once upon a time.{20,}\n\n\d+ tokens a second",
     "batch": r"Tom had a dog.*In the garden there was.*the same tokens: True",
     "chat": r"> Tell me a story about a dog.+\n\n> Then Max saw a bird.+",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tinyllm.errors import (
     ArgumentError,
     CancelledError,
+    ConstraintError,
     ContextError,
     Error,
     FormatError,
@@ -44,6 +45,7 @@ __all__ = [
     "ArgumentError",
     "CancelledError",
     "Completion",
+    "ConstraintError",
     "ContextError",
     "Error",
     "FormatError",

@@ -44,6 +44,10 @@ class ArgumentError(Error, ValueError):
     """An argument has a value that makes no sense."""
 
 
+class ConstraintError(ArgumentError):
+    """The form that was asked of an answer is wrong or cannot be enforced, or a text is no whole document."""
+
+
 class ContextError(Error):
     """A prompt or a sequence does not fit into the context."""
 

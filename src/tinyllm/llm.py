@@ -7,13 +7,15 @@ engine/ does the work. Imports what stands below: `engine`, `chat`, `tokenizer`,
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import operator
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Set
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
@@ -25,13 +27,16 @@ import numpy.typing as npt
 from tinyllm import backends
 from tinyllm.backends import CacheType
 from tinyllm.chat.prompts import Prompts
-from tinyllm.chat.reasoning import Plain, Splitter, hidden, splitter, visible_ids
+from tinyllm.chat.reasoning import Plain, Splitter, hidden, opening_ids, splitter, visible_ids
 from tinyllm.chat.templates import ChatTemplate, require
 from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pooling
+from tinyllm.constraints import Form, Grammar, Vocabulary, form_of
+from tinyllm.engine import saved
 from tinyllm.engine.breakers import breaker_ids
 from tinyllm.engine.embedding import vectors
 from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece, choose, require_finite
 from tinyllm.engine.kvcache import KVCache, Sequence, root_key
+from tinyllm.engine.loop import Inbox, Loop
 from tinyllm.engine.needs import cache_pages, call_tokens
 from tinyllm.engine.sampling import (
     Sampler,
@@ -52,13 +57,15 @@ from tinyllm.errors import (
     size_text,
 )
 from tinyllm.files import show
-from tinyllm.results import Completion, Score, Stream, Timings, brief
+from tinyllm.results import AsyncStream, Completion, Score, Stream, Timings, brief
 from tinyllm.tokenizer import Tokenizer
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
 elif TYPE_CHECKING:
     from typing_extensions import Unpack
+
+MAX_GRAMMARS = 64  # that are kept, compiled
 
 Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
@@ -122,6 +129,10 @@ class LLM:
             chunk=self.chunk,
             call_s=call_s,
         )
+        self._loop = Loop(self._engine)
+        self._fingerprint: str | None = None
+        self._vocabulary: Vocabulary | None = None  # when the first form is asked for
+        self._grammars: dict[str, Grammar] = {}  # the last ones
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is a sequence too
@@ -192,21 +203,10 @@ class LLM:
 
             llm("Once upon a time", max_tokens=50, temperature=0).text
         """
-        if n is not None:
-            n = integer("n", n, 1, backends.MOST_INT)
-        prompts = [prompt] if _is_prompt(prompt) else list(cast("SequenceOf[Prompt]", prompt))
-        given, thread = _merge(params, sampling), threading.get_ident()
-        requests: list[list[_Request]] = []
-        for one in prompts:
-            ids, resolved = self._prompt(one, special), given.resolve(self.defaults)
-            first = self._request(resolved, ids, self._engine.sequence(ids, thread), reasoning)
-            others = (_derive(resolved, i) for i in range(1, n or 1))
-            requests.append([first, *(self._request(other, ids, None, reasoning) for other in others)])
+        requests = self._requests(prompt, params, n, special, reasoning, sampling)
         for _ in self._engine.generate([[r.generation for r in group] for group in requests], cancel):
             pass
-        results = [[self._completion(request) for request in group] for group in requests]
-        shaped: list[Any] = [group[0] if n is None else group for group in results]
-        return shaped[0] if _is_prompt(prompt) else shaped
+        return self._results(prompt, n, requests)
 
     @takes_sampling
     def stream(
@@ -223,16 +223,95 @@ class LLM:
 
         for piece in llm.stream("Once upon a time"): print(piece, end="", flush=True)
         """
-        if not _is_prompt(prompt):
-            raise ArgumentError("stream takes one prompt; call the model with a list of them")
-        ids, resolved = self._prompt(prompt, special), _merge(params, sampling).resolve(self.defaults)
-        request = self._request(resolved, ids, self._engine.sequence(ids), reasoning)
+        request = self._streamed(prompt, params, special, reasoning, sampling)
 
         def pieces() -> Generator[Piece, None, None]:
             for _, piece in self._engine.generate([[request.generation]], cancel):
                 yield piece
 
         return Stream(pieces(), lambda: self._completion(request))
+
+    @overload
+    def acall(  # type: ignore[overload-overlap]  # a str is a sequence too
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        special: bool = False,
+        reasoning: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, Completion]: ...
+
+    @overload
+    def acall(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        special: bool = False,
+        reasoning: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, list[Completion]]: ...
+
+    @overload
+    def acall(
+        self,
+        prompt: SequenceOf[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        special: bool = False,
+        reasoning: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, list[Any]]: ...
+
+    @takes_sampling
+    async def acall(
+        self,
+        prompt: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        special: bool = False,
+        reasoning: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Any:
+        """A call for a task of asyncio or trio: other tasks go on while it waits, and texts of all tasks and
+        threads share the model's calls. Cancelling the task ends the computation within a layer and frees its
+        pages. Processors run in a thread of the library's own. The rest is as in a call.
+
+            await llm.acall("Once upon a time", max_tokens=50)
+        """
+        requests = self._requests(prompt, params, n, special, reasoning, sampling)
+        inbox = Inbox(self._loop, [[r.generation for r in group] for group in requests], keeps_pieces=False)
+        try:
+            await inbox.next()
+        except BaseException:
+            inbox.request.cancel()
+            raise
+        return self._results(prompt, n, requests)
+
+    @takes_sampling
+    def astream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        special: bool = False,
+        reasoning: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> AsyncStream:
+        """Like `stream`, for a task of asyncio or trio; see `acall`.
+
+        async for piece in llm.astream("Once upon a time"): print(piece, end="", flush=True)
+        """
+        request = self._streamed(prompt, params, special, reasoning, sampling)
+        return AsyncStream(
+            lambda: Inbox(self._loop, [[request.generation]], keeps_pieces=True),
+            lambda: self._completion(request),
+        )
 
     @overload
     def chat(
@@ -324,9 +403,82 @@ class LLM:
         )
         if not stream:
             return self(ids, params, n=n, reasoning=True, cancel=cancel, **sampling)
-        if n is not None:
-            raise ArgumentError("a stream is of one answer: leave out n, or stream=True")
+        _refuse_n(n)
         return self.stream(ids, params, reasoning=True, cancel=cancel, **sampling)
+
+    @overload
+    def achat(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        n: None = None,
+        params: SamplingParams | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, Completion]: ...
+
+    @overload
+    def achat(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        n: int,
+        params: SamplingParams | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Coroutine[Any, Any, list[Completion]]: ...
+
+    @overload
+    def achat(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: Literal[True],
+        n: None = None,
+        params: SamplingParams | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> AsyncStream: ...
+
+    @takes_sampling
+    def achat(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        n: int | None = None,
+        params: SamplingParams | None = None,
+        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        special_in_messages: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Any:
+        """Like `chat`, for a task of asyncio or trio: `await` it, or with stream=True go through its pieces
+        with `async for`; see `acall`.
+        """
+        ids = self.chat_ids(
+            messages,
+            tools=tools,
+            chat_template=chat_template,
+            template_args=template_args,
+            special_in_messages=special_in_messages,
+        )
+        if not stream:
+            return self.acall(ids, params, n=n, reasoning=True, **sampling)
+        _refuse_n(n)
+        return self.astream(ids, params, reasoning=True, **sampling)
 
     def chat_ids(
         self,
@@ -370,6 +522,37 @@ class LLM:
         resolved = SamplingParams(seed=seed).resolve()
         assert resolved.seed is not None
         return Session(self, self._engine.sequence(), resolved.seed)
+
+    def restore(self, path: str | os.PathLike[str]) -> Session:
+        """The session that `Session.save` wrote, to go on with the very same bits; nothing of it is computed
+        again.
+
+        Raises FormatError for a file that is damaged, or of another model, cache type, device or version,
+        which it names; NotFoundError; MemoryLimitError.
+        """
+        sequence, logits, header = saved.restore(path, self._cache, self.config.vocab_size, self._facts())
+        self._fit(sequence.tokens)
+        session = Session(self, sequence, header["seed"])
+        session._n_forks = header["n_forks"]
+        session._n_given = len(sequence.tokens)
+        session._logits, session._n_logits = logits, 0 if logits is None else session._n_given
+        return session
+
+    def _facts(self) -> dict[str, str]:
+        """What the numbers in the pages depend on. The model is known by what it computes: a hash of the
+        bits of some logits, which every weight has a part in."""
+        if self._fingerprint is None:
+            ids = [i * 7919 % self.config.vocab_size for i in range(min(16, self.context))]
+            hashed = hashlib.blake2b(repr(self.config).encode(), digest_size=16)
+            for rows in self._rows(ids):
+                hashed.update(rows.tobytes())
+            self._fingerprint = hashed.hexdigest()
+        return {
+            "tinyllm": backends.version,
+            "device": self.device.split(":")[0],
+            "cache_type": self.cache_type,
+            "model": self._fingerprint,
+        }
 
     def score(self, prompt: Prompt, *, special: bool = False) -> Score:
         """How likely a text (or ids) is, token by token. Raises ContextError when it is longer than the
@@ -481,6 +664,7 @@ class LLM:
 
     def close(self) -> None:
         """Frees the weights and the cache. Waits for a running call; later ones raise ModelClosedError."""
+        self._loop.close()
         self._engine.close()
         self._cache.pool.close()
         self.model.close()
@@ -544,11 +728,58 @@ class LLM:
                 show(found[1]),
             )
 
-    def _request(
-        self, params: SamplingParams, prompt: list[int], sequence: Sequence | None, reasoning: bool = False
+    def _requests(
+        self,
+        prompt: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | None,
+        n: int | None,
+        special: bool,
+        reasoning: bool,
+        sampling: SamplingOptions,
+    ) -> list[list[_Request]]:
+        """What a call asks for, a group a prompt."""
+        if n is not None:
+            n = integer("n", n, 1, backends.MOST_INT)
+        prompts = [prompt] if _is_prompt(prompt) else list(cast("SequenceOf[Prompt]", prompt))
+        given, thread = _merge(params, sampling), threading.get_ident()
+        requests: list[list[_Request]] = []
+        for one in prompts:
+            ids, resolved = self._prompt(one, special), given.resolve(self.defaults)
+            first = self._request(resolved, ids, self._engine.sequence(ids, thread), reasoning)
+            others = (_derive(resolved, i) for i in range(1, n or 1))
+            requests.append([first, *(self._request(other, ids, None, reasoning) for other in others)])
+        return requests
+
+    def _results(self, prompt: object, n: int | None, requests: list[list[_Request]]) -> Any:
+        """What a call returns, in the shape it asked for."""
+        results = [[self._completion(request) for request in group] for group in requests]
+        shaped: list[Any] = [group[0] if n is None else group for group in results]
+        return shaped[0] if _is_prompt(cast("Prompt", prompt)) else shaped
+
+    def _streamed(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        special: bool,
+        reasoning: bool,
+        sampling: SamplingOptions,
     ) -> _Request:
-        """params: resolved. sequence: holds the prompt; None: will be forked from the first of its group."""
-        sampler = self._sampler(params, len(prompt))
+        if not _is_prompt(prompt):
+            raise ArgumentError("stream takes one prompt; call the model with a list of them")
+        ids, resolved = self._prompt(prompt, special), _merge(params, sampling).resolve(self.defaults)
+        return self._request(resolved, ids, self._engine.sequence(ids), reasoning)
+
+    def _request(
+        self,
+        params: SamplingParams,
+        prompt: list[int],
+        sequence: Sequence | None,
+        reasoning: bool = False,
+        forces: bool = True,
+    ) -> _Request:
+        """params: resolved. sequence: holds the prompt; None: will be forked from the first of its group.
+        forces: whether tokens that a form leaves no choice about are taken without one."""
+        form, sampler = self._form(params), self._sampler(params, len(prompt))
         context, end = self.context, self.defaults["max_length"]
         if params.max_tokens is None and end is not None and end < context:
             if len(prompt) >= end:
@@ -568,7 +799,27 @@ class LLM:
             eos_ids=self.eos_ids,
             split=self._splitter(prompt) if reasoning else Plain(),
         )
-        return _Request(generation, params, prompt)
+        if form is not None:
+            generation.constraint = form[1].start(forces=forces)
+            if reasoning and self.tokenizer and generation.split.is_answer:
+                generation.opening = opening_ids(self.tokenizer.id_of)
+        return _Request(generation, params, prompt, form and form[0])
+
+    def _form(self, params: SamplingParams) -> tuple[Form, Grammar] | None:
+        """The form that is asked for and its grammar, which is kept for the next call."""
+        asked = {name: getattr(params, name) for name in ("json_schema", "regex", "choices", "grammar")}
+        form = form_of(**asked)
+        if form is None:
+            return None
+        if self.tokenizer is None:
+            raise ArgumentError(f"{self.name} has no tokenizer, which the form of an answer needs")
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.tokenizer, self.config.vocab_size, self.eos_ids)
+        grammar = self._grammars.get(form.grammar) or Grammar(form, self._vocabulary)
+        while len(self._grammars) >= MAX_GRAMMARS:
+            self._grammars.pop(next(iter(self._grammars), ""), None)
+        self._grammars[form.grammar] = grammar
+        return form, grammar
 
     def _sampler(self, params: SamplingParams, start: int) -> Sampler:
         """params: resolved. start: how many tokens are given."""
@@ -635,6 +886,7 @@ class LLM:
             ),
             self.device,
             g.reasoning if g.split.has_reasoning else None,
+            request.form,
         )
 
     def _rows(self, ids: list[int]) -> Iterator[Logits]:
@@ -709,7 +961,10 @@ class Session:
         min_tokens and begin_suppress_tokens count from the last `append`."""
         tokens = self._sequence.tokens
         self._llm._fit(tokens, room=1)
-        sampler = self._llm._sampler(self._params(params, sampling), self._n_given)
+        given = self._params(params, sampling)
+        if given.has_form:
+            raise ArgumentError("sample chooses one token: ask generate or stream for an answer of a form")
+        sampler = self._llm._sampler(given, self._n_given)
         token = choose(sampler, self._certain(), tokens).token
         tokens.append(token)
         return token
@@ -728,13 +983,13 @@ class Session:
         prompt = self._llm._fit(self.tokens, room=1)
         if not prompt:
             raise ArgumentError("the session is empty: append something first")
-        request = self._llm._request(self._params(params, sampling), prompt, self._sequence)
+        request = self._llm._request(self._params(params, sampling), prompt, self._sequence, forces=False)
         generation = request.generation
 
         def pieces() -> Generator[Piece, None, None]:
             while generation.finish_reason is None:
                 logits = self._evaluate(cancel)
-                yield from generation.finish("cancelled") if logits is None else generation.accept(logits)
+                yield from generation.finish("cancelled") if logits is None else generation.accept([logits])
 
         return Stream(pieces(), lambda: self._llm._completion(request))
 
@@ -761,6 +1016,19 @@ class Session:
         child = Session(llm, llm._engine.fork(self._sequence), stream_seed(self.seed, self._n_forks))
         child._logits, child._n_logits, child._n_given = self._logits, self._n_logits, self._n_given
         return child
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the session to a file, tokens and what is computed of them, which `LLM.restore` reads. The
+        file appears when it is complete. Raises WriteError.
+
+            session.append(long_prompt); session.save("prompt.session")
+        """
+        facts = {**self._llm._facts(), "seed": self.seed, "n_forks": self._n_forks}
+        logits = self._evaluate() if self._sequence.tokens else None
+        while (kept := saved.snapshot(self._llm._cache, self._sequence)) is None:
+            self._n_logits = 0  # somebody older took its pages meanwhile
+            self._evaluate()
+        saved.save(path, kept, logits, facts)
 
     def close(self) -> None:
         """Frees the session's part of the cache."""
@@ -808,12 +1076,18 @@ class _Request:
     generation: Generation
     params: SamplingParams
     prompt: list[int]
+    form: Form | None = None
 
 
 def _is_prompt(prompt: Prompt | SequenceOf[Prompt]) -> TypeGuard[Prompt]:
     """Whether it is one prompt, not a list of them. An empty list is a list of no prompts."""
     _refuse_lookalikes(prompt)
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
+
+
+def _refuse_n(n: int | None) -> None:
+    if n is not None:
+        raise ArgumentError("a stream is of one answer: leave out n, or stream=True")
 
 
 def _refuse_lookalikes(prompt: object) -> None:

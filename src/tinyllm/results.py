@@ -6,11 +6,17 @@ Data that outlives the model. Imports `engine` (what a piece is). llm.py makes t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from tinyllm.engine.engine import FinishReason, Piece
+from tinyllm.engine.loop import Inbox
+from tinyllm.errors import ConstraintError
+
+if TYPE_CHECKING:
+    from tinyllm.constraints import Form
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class Completion:
     token, where asked for; top_logprobs: for each the most likely (id, log probability). finish_reason:
     "stop" (stop_reason is the string or the id), "length" (max_tokens or the context's end) or "cancelled".
     seed: alone with it, the same prompt gives the same text. reasoning: what a chat model thought before it
-    answered, without its tags; None where there was no such block. tokens and logprobs cover both.
+    answered, without its tags; None where there was no such block. tokens and logprobs cover both. form: what
+    `json_schema`, `regex`, `choices` or `grammar` asked for; see `parsed`.
     """
 
     text: str
@@ -49,9 +56,23 @@ class Completion:
     timings: Timings
     device: str
     reasoning: str | None = None
+    form: Form | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def parsed(self) -> Any:
+        """The value of a text that was asked for in a form: what its JSON says (of a pydantic model the
+        instance), else the text. Raises ConstraintError where it ended early, or no form was asked for."""
+        if self.form is None:
+            raise ConstraintError("no form was asked of this text: pass json_schema=, for example")
+        if self.finish_reason != "stop":
+            raise ConstraintError(
+                f"the answer is not finished ({self.finish_reason}), so it has no value; raise max_tokens. "
+                f"The text: {self.text!r}"
+            )
+        return self.form.parse(self.text)
 
     def __repr__(self) -> str:
         why = self.finish_reason + (f" at {self.stop_reason!r}" if self.stop_reason is not None else "")
@@ -111,6 +132,61 @@ class Stream(Iterator[Piece]):
     def __repr__(self) -> str:
         made = self.completion
         return f"<Stream: {len(made.tokens)} tokens so far, {brief(made.text)}>"
+
+    @property
+    def completion(self) -> Completion:
+        """What there is so far, at the end all of it; a text that was left early counts as cancelled."""
+        return self._completion()
+
+
+class AsyncStream(AsyncIterator[Piece]):
+    """A text while it is made, for `async for`. It begins with the first piece that is asked for. Leaving
+    early, `aclose` or cancelling the task ends the computation and frees what it holds.
+    """
+
+    def __init__(self, start: Callable[[], Inbox], completion: Callable[[], Completion]) -> None:
+        self._start, self._completion = start, completion
+        self._inbox: Inbox | None = None
+        self._is_over = False
+
+    async def __anext__(self) -> Piece:
+        if self._is_over:
+            raise StopAsyncIteration
+        if self._inbox is None:
+            self._inbox = self._start()
+        try:
+            piece = await self._inbox.next()
+        except BaseException:
+            self._end()
+            raise
+        if piece is None:
+            self._is_over = True
+            raise StopAsyncIteration
+        return piece
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    async def aclose(self) -> None:
+        """Ends the text here."""
+        self._end()
+
+    def _end(self) -> None:
+        self._is_over = True
+        if self._inbox is not None:
+            self._inbox.request.cancel()
+
+    def __del__(self) -> None:
+        self._end()
+
+    def __repr__(self) -> str:
+        made = self.completion
+        return f"<AsyncStream: {len(made.tokens)} tokens so far, {brief(made.text)}>"
 
     @property
     def completion(self) -> Completion:

@@ -373,6 +373,14 @@ class PagePool:
         to, source = self._checked("to", to), self._checked("source", source)
         self._core.copy_page(to, source, integer("n_tokens", n_tokens, 0, PAGE))
 
+    def read_page(self, page: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a page, [page_bytes]; the same device and build read them again."""
+        return self._core.read_page(self._checked("page", page))
+
+    def write_page(self, page: int, content: npt.NDArray[np.uint8]) -> None:
+        """Writes what `read_page` gave. Raises ArgumentError for another number of bytes."""
+        self._core.write_page(self._checked("page", page), np.ascontiguousarray(content, np.uint8))
+
     def _checked(self, name: str, page: int) -> int:
         return integer(name, page, 0, self.n_pages - 1, "a page that exists")
 

@@ -56,6 +56,11 @@ def visible_ids(special_tokens: Mapping[str, int]) -> frozenset[int]:
     return frozenset(i for text, i in special_tokens.items() if text in marks or _TOOLS.search(text))
 
 
+def opening_ids(id_of: Callable[[str], int | None]) -> frozenset[int]:
+    """The tokens that open a block of reasoning, in a vocabulary that has them as one token each."""
+    return frozenset(i for tag in TAGS if (i := id_of(tag)) is not None)
+
+
 def splitter(prompt: str, special_tokens: Collection[str]) -> Splitter:
     """What splits the answer to `prompt` (its end is enough, special tokens in full), for a vocabulary with
     these special tokens."""
@@ -74,6 +79,10 @@ class Splitter(Protocol):
     kind: Kind
     has_reasoning: bool
 
+    @property
+    def is_answer(self) -> bool:
+        """Whether what comes next is the answer itself: no reasoning, and no header."""
+
     def feed(self, piece: str) -> list[Part]:
         """What is certain after this piece, in order; neighbours differ in kind, and no text is empty. The
         text keeps its hidden tokens, for stop strings to see; reasoning does not."""
@@ -87,6 +96,7 @@ class Plain:
 
     kind: Kind = "text"
     has_reasoning = False
+    is_answer = True
 
     def feed(self, piece: str) -> list[Part]:
         return [("text", piece)] if piece else []
@@ -111,6 +121,10 @@ class _Machine:
         self._strips = False  # the block has just begun: space is dropped
         self._space = ""  # at the end of the reasoning so far
         self._seen: set[Kind] = set()
+
+    @property
+    def is_answer(self) -> bool:
+        return self.kind == "text"
 
     def feed(self, piece: str) -> list[Part]:
         self._held += piece
@@ -223,6 +237,10 @@ class Channels(_Machine):
     """Messages with a header, as gpt-oss writes them: <|channel|>analysis<|message|>...<|end|>, then
     <|start|>assistant<|channel|>final<|message|>... The channel "analysis" is reasoning. A message to a tool
     is text and keeps its header."""
+
+    @property
+    def is_answer(self) -> bool:
+        return self.kind == "text" and self._state == self._body
 
     def _begin(self) -> bool:
         mark = self._begins_with([CHANNEL, START, MESSAGE, "to="])

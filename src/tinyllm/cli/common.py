@@ -238,6 +238,27 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="end the text before this string; may be given several times",
     )
     _add_repetition_options(parser)
+    form = parser.add_argument_group(
+        "form of the answer", "One of them; needs the package llguidance (docs/structured.md)."
+    )
+    for option, metavar, text in (
+        ("--json-schema", "FILE|TEXT", "JSON that follows this schema"),
+        ("--grammar", "FILE|TEXT", "text that follows this grammar, Lark or GBNF"),
+    ):
+        form.add_argument(option, type=_file_or_text, metavar=metavar, help=text)
+    form.add_argument("--regex", metavar="REGEX", help="text that matches this regular expression")
+    form.add_argument(
+        "--choices", action="append", metavar="TEXT", help="one of these texts; may be given several times"
+    )
+
+
+def _file_or_text(given: str) -> str:
+    """What a file holds, where one has this name; else the text itself."""
+    try:
+        is_file = Path(given).is_file()
+    except (OSError, ValueError):  # too long for a name
+        is_file = False
+    return read_text(given) if is_file else given
 
 
 def _add_repetition_options(parser: argparse.ArgumentParser) -> None:
@@ -299,7 +320,8 @@ def _token_ids(text: str) -> list[int]:
 _SAMPLING = (
     "max_tokens temperature top_k top_p min_p repetition_penalty seed stop min_tokens penalty_window "
     "no_repeat_ngram_size dry_multiplier dry_base dry_allowed_length dry_penalty_last_n "
-    "dry_sequence_breakers xtc_probability xtc_threshold suppress_tokens begin_suppress_tokens bad_words_ids"
+    "dry_sequence_breakers xtc_probability xtc_threshold suppress_tokens begin_suppress_tokens bad_words_ids "
+    "json_schema regex choices grammar"
 )
 
 

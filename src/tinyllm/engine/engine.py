@@ -14,7 +14,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Set
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -23,6 +24,7 @@ import numpy.typing as npt
 
 from tinyllm.chat.reasoning import Kind, Part, Plain, Splitter
 from tinyllm.engine.kvcache import PAGE, KVCache, Sequence
+from tinyllm.engine.pace import Pace
 from tinyllm.engine.sampling import Candidates, Logits, Sampled, StopStrings
 from tinyllm.errors import (
     ArgumentError,
@@ -38,10 +40,13 @@ I32 = npt.NDArray[np.int32]
 
 CHUNK = 512  # tokens of a call; more would only make it longer
 CALL_S = 0.05  # that a call may take on a device that cannot stop within one
-LEAST_CHUNK = 64  # tokens of a call there
 MAX_LOGITS_BYTES = 64 << 20  # of a call
 MOST_CHOSEN = 64  # rows whose candidates a call finds on the device
+MOST_GIVEN = 32  # tokens of a text that are taken in one call without a choice between them
 ASK_S = 0.02  # after which a thread that waits asks its cancel=, or looks for pages again
+PATIENCE_S = 0.002  # that a call waits at most for texts of the last one, whose threads choose a token
+PATIENCE = 0.1  # likewise as a share of what the last call took, where that is longer
+RECENT_S = 0.5  # for so long after its last token a text counts as being written
 
 log = logging.getLogger(__name__)
 
@@ -78,16 +83,45 @@ class Model(Protocol):
     ) -> Candidates: ...
 
 
+class Constraint(Protocol):
+    """Which tokens may come next in one text; `constraints.GrammarConstraint` is one."""
+
+    def prepare(self) -> None:
+        """`mask` will be asked for: it may be made meanwhile."""
+
+    def mask(self) -> npt.NDArray[np.uint32]:
+        """A bit a token, the lowest first: [vocab_size / 32, rounded up]."""
+
+    def accept(self, token: int) -> None:
+        """The next token is this one."""
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next, whatever the model says; [] where it has a choice."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing may follow."""
+
+
 class Job:
     """A sequence to bring up to date, and what came of it in the last step.
 
-    first_row: the position of the first token whose logits are wanted; None: the sequence's last.
+    first_row: the position of the first token whose logits are wanted; None: the sequence's last. is_watched:
+    somebody reads along while it is written; None: as streams and sessions are.
     """
 
     def __init__(
-        self, sequence: Sequence, *, first_row: int | None = None, n_candidates: int | None = None
+        self,
+        sequence: Sequence,
+        *,
+        first_row: int | None = None,
+        n_candidates: int | None = None,
+        is_watched: bool | None = None,
     ) -> None:
         self.sequence, self.n_candidates = sequence, n_candidates
+        self.is_watched = sequence.runner is None if is_watched is None else is_watched
+        self.news_at = -math.inf  # when it last came with logits, by time.perf_counter
+        self.is_late = False  # its thread took long to come back after that
         self.logits: Any = None  # [rows, vocab_size], of the wanted tokens that the last step computed
         self.is_done = False  # all tokens are computed
         self.error: Exception | None = None  # why it cannot go on
@@ -103,15 +137,27 @@ class Job:
     def has_news(self) -> bool:
         return self._advanced or self.error is not None
 
-    def start(self) -> None:
+    @property
+    def is_text(self) -> bool:
+        """Whether it waits for the logits of all its last few tokens, as a text that is written does."""
+        n = self.sequence.n_pending
+        return n <= MOST_GIVEN and len(self.sequence.tokens) - n >= self.next_row
+
+    def want(self, n_rows: int) -> None:
+        """The logits of the last n_rows tokens are wanted next."""
+        self._next_row = None if n_rows == 1 else len(self.sequence.tokens) - n_rows
+
+    def start(self, patience_s: float = math.inf) -> None:
         """Forgets the last step."""
         self.logits, self.is_done, self._advanced = None, False, False
+        self.is_late = time.perf_counter() - self.news_at > patience_s > 0 and self.news_at > 0
 
     def advance(self, logits: Logits) -> None:
         is_done, next_row = self.sequence.n_pending == 0, self._next_row
         if next_row is not None:
             next_row += len(logits)
         self._next_row, self.logits, self.is_done, self._advanced = next_row, logits, is_done, True
+        self.news_at = time.perf_counter()
 
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -142,11 +188,12 @@ class Generation:
 
     sequence: its prompt, to be continued; None for one that forks the first of its group.
     text_of: the characters that a token completes; of None, what is left. split: tells reasoning from text,
-    which alone is searched for stop strings. context: how many tokens the sequence may hold.
+    which alone is searched for stop strings. context: how many tokens the sequence may hold. constraint: what
+    the answer has to be, from where reasoning ends. opening: tokens that may begin reasoning before it.
     """
 
     sequence: Sequence | None
-    sampler: Callable[[Any, list[int], int], Sampled]
+    sampler: Any  # a `sampling.Sampler`, or what can be called as one
     stops: StopStrings
     text_of: Callable[[int | None], str]
     context: int
@@ -156,6 +203,8 @@ class Generation:
     max_tokens: int | None = None
     eos_ids: frozenset[int] = frozenset()
     split: Splitter = field(default_factory=Plain)
+    constraint: Constraint | None = None
+    opening: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -166,26 +215,78 @@ class Generation:
     started: float = field(default_factory=time.perf_counter)
     prompt_done: float | None = None  # when the prompt was computed
     ended: float | None = None
+    _given: list[int] = field(default_factory=list)  # the sequence's last tokens, that were not chosen
 
-    def accept(self, logits: Logits) -> list[Piece]:
-        """Chooses the next token. logits: a row, as the sampler takes it. Returns what there is to show."""
+    @property
+    def n_rows(self) -> int:
+        """Of how many of the sequence's last tokens `accept` wants the logits."""
+        return len(self._given) + 1
+
+    def prepare(self) -> None:
+        """Its next token will be chosen: what that takes may be made meanwhile."""
+        if self.constraint is not None and self.split.is_answer:
+            self.constraint.prepare()
+
+    def accept(self, rows: SequenceOf[Logits]) -> list[Piece]:
+        """Chooses the next token. rows: the logits of the last n_rows tokens, each as the sampler takes it.
+        Returns what there is to show."""
         assert self.sequence is not None
         if self.prompt_done is None:
             self.prompt_done = time.perf_counter()
         tokens = self.sequence.tokens
+        pieces: list[Piece] = []
+        given, self._given = self._given, []
+        for i, token in enumerate(given):
+            pieces += self._take(taken(self.sampler, rows[i], token))
+            if self.finish_reason is not None:
+                return pieces
         if len(tokens) >= self.context:  # a session that another stream took there
-            return self.finish("length")
-        sampled = choose(self.sampler, logits, tokens)
+            return pieces + self.finish("length")
+        constraint = self.constraint if self.split.is_answer else None
+        if constraint is not None and constraint.is_over:
+            return pieces + self.finish("stop")
+        mask = None if constraint is None else self._mask(constraint)
+        sampled = choose(self.sampler, rows[-1], tokens, mask)
         if sampled.token in self.eos_ids:
-            return self.finish("stop", sampled.token)
+            return pieces + self.finish("stop", sampled.token)
         tokens.append(sampled.token)
+        pieces += self._take(sampled)
+        if constraint is not None and self.finish_reason is None and self.split.is_answer:
+            constraint.accept(sampled.token)
+            if constraint.is_over:
+                return pieces + self.finish("stop")
+            self._force(constraint)
+        return pieces
+
+    def _mask(self, constraint: Constraint) -> npt.NDArray[np.uint32]:
+        mask = constraint.mask()
+        if self.opening and not self.tokens:
+            mask = mask.copy()
+            for token in self.opening:
+                mask[token // 32] |= np.uint32(1 << token % 32)
+        return mask
+
+    def _force(self, constraint: Constraint) -> None:
+        """Adds the tokens that must come, for the next call to compute at once."""
+        assert self.sequence is not None
+        room = min(MOST_GIVEN, self.context - len(self.sequence.tokens))
+        if self.max_tokens is not None:
+            room = min(room, self.max_tokens - len(self.tokens))
+        self._given = constraint.forced()[: max(room - 1, 0)]
+        for token in self._given:
+            constraint.accept(token)
+        self.sequence.tokens += self._given
+
+    def _take(self, sampled: Sampled) -> list[Piece]:
+        """A token that the sequence has now; the pieces that it brings."""
+        assert self.sequence is not None
         self.tokens.append(sampled.token)
         self.logprobs.append(sampled.logprob)
         self.top_logprobs.append(sampled.top)
         pieces = self._keep(self.split.feed(self.text_of(sampled.token)))
         if self.stops.found is not None:
             self.finish("stop")
-        elif len(self.tokens) == self.max_tokens or len(tokens) >= self.context:
+        elif len(self.tokens) == self.max_tokens or len(self.sequence.tokens) >= self.context:
             pieces += self.finish("length")
         first, *rest = pieces or [Piece("", kind=self.split.kind)]
         return [replace(first, token=sampled.token, logprob=sampled.logprob), *rest]
@@ -218,6 +319,92 @@ class Generation:
     def close(self) -> None:
         if self.sequence is not None:
             self.sequence.close()
+
+
+class Batch:
+    """Texts that go on together: each step makes one token of every one whose prompt is computed. Those of a
+    group share a prompt, which is computed once.
+    """
+
+    def __init__(self, engine: Engine, *, is_watched: bool | None = None) -> None:
+        """is_watched: as a Job's."""
+        self._engine, self._is_watched = engine, is_watched
+        self._siblings: dict[Generation, list[Generation]] = {}  # that wait for the first of their group
+        self._open: set[Generation] = set()
+        self._rows: dict[Job, list[Any]] = {}  # the logits so far, of a job that is not done
+        self.jobs: dict[Generation, Job] = {}
+
+    def add(self, group: list[Generation]) -> None:
+        """Texts with the same prompt; the first has the sequence."""
+        first, *rest = group
+        self._open |= {first, *rest}
+        self._siblings[first] = rest
+        self._start(first)
+
+    def step(
+        self,
+        cancel: Callable[[], bool] | None = None,
+        failed: list[tuple[Generation, Exception]] | None = None,
+    ) -> Iterator[tuple[Generation, Piece]]:
+        """One step of the engine, and what comes of it. Frees a text's pages at its end. All texts end where
+        `cancel` says True. Raises what the model does, and a text's own error, where there is no list
+        `failed` for those; the others can go on."""
+        is_cancelled = not self._engine.step(list(self.jobs.values()), cancel)
+        for first, job in list(self.jobs.items()):
+            try:
+                news = self._go_on(first, job, is_cancelled)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed.append((first, error))
+                continue
+            yield from news
+
+    def _go_on(self, first: Generation, job: Job, is_cancelled: bool) -> list[tuple[Generation, Piece]]:
+        """The next token of a text, or the first ones of its group."""
+        if job.error is not None:
+            raise job.error
+        rows = self._rows.setdefault(job, [])
+        rows += [] if job.logits is None else [job.logits[i] for i in range(len(job.logits))]
+        if not is_cancelled and not job.is_done:
+            return []
+        del self._rows[job]
+        texts = [first, *self._siblings.pop(first, ())]
+        if not is_cancelled:
+            for generation in texts[1:]:
+                generation.sequence = self._engine.fork(job.sequence)
+                self._start(generation)
+        news = []
+        for generation in texts:
+            pieces = generation.finish("cancelled") if is_cancelled else generation.accept(rows)
+            if generation.finish_reason is not None:
+                self.end(generation)
+            else:
+                generation.prepare()
+                self.jobs[generation].want(generation.n_rows)
+            news += [(generation, piece) for piece in pieces]
+        return news
+
+    def end(self, generation: Generation) -> None:
+        """Takes a text out, with its pages; one that is not over is cancelled."""
+        if generation.finish_reason is None:
+            generation.finish("cancelled")
+        generation.close()
+        if job := self.jobs.pop(generation, None):
+            self._rows.pop(job, None)
+        self._open.discard(generation)
+
+    def close(self) -> None:
+        """Ends all texts."""
+        for generation in list(self._open):
+            self.end(generation)
+
+    def _start(self, generation: Generation) -> None:
+        assert generation.sequence is not None
+        wanted = [g.n_candidates for g in (generation, *self._siblings.get(generation, ()))]
+        n = None if None in wanted else max(n for n in wanted if n is not None)
+        generation.prepare()
+        self.jobs[generation] = Job(generation.sequence, n_candidates=n, is_watched=self._is_watched)
 
 
 @dataclass(eq=False)
@@ -264,16 +451,16 @@ class Engine:
         call_s: float = math.inf,
     ) -> None:
         """context: tokens of a sequence at most. chunk: tokens of a call at most. call_s: seconds that a call
-        should take at most; where given, prompts go in chunks from LEAST_CHUNK up, as large as the last
-        call's speed allows."""
+        should take at most, on a device that cannot stop within one."""
         assert chunk <= cache.ahead
         self.model, self.cache, self._context = model, cache, context
-        self._most, self._call_s = chunk, call_s
-        chunk = min(chunk, LEAST_CHUNK) if call_s < math.inf else chunk
+        self._most, self._pace = chunk, Pace(chunk, call_s)
         self.is_closed = False
-        self._chunk = chunk
         self._max_rows = max(1, MAX_LOGITS_BYTES // (4 * vocab_size))
         self._calls: list[_Call] = []
+        self._arrived = threading.Event()  # somebody joined _calls
+        self._written: list[weakref.ref[Job]] = []  # the texts of the calls so far that may go on
+        self._last_s, self._last_end = 0.0, 0.0  # of the last call
         _engines.add(self)
 
     def sequence(self, tokens: Iterable[int] = (), runner: int | None = None) -> Sequence:
@@ -308,10 +495,11 @@ class Engine:
         """
         self._refuse_nesting()
         for job in jobs:
-            job.start()
+            job.start(self._patience_s)
         call = _Call(jobs, cancel)
         try:
             self._calls.append(call)
+            self._arrived.set()
             while not call.ask() and not call.is_done:
                 if not self._take_turn(call):
                     time.sleep(ASK_S)
@@ -337,46 +525,14 @@ class Engine:
         which is computed once. Yields every piece with the text it belongs to, and frees a text's pages at
         its end; all of them when it is closed early or something raises.
         """
-        siblings = {group[0]: group[1:] for group in groups}
-        everything = [generation for first, rest in siblings.items() for generation in (first, *rest)]
-        jobs: dict[Generation, Job] = {}
-
-        def start(generation: Generation) -> None:
-            assert generation.sequence is not None
-            wanted = [g.n_candidates for g in (generation, *siblings.get(generation, ()))]
-            n = None if None in wanted else max(n for n in wanted if n is not None)
-            jobs[generation] = Job(generation.sequence, n_candidates=n)
-
+        batch = Batch(self)
         try:
-            for first in siblings:
-                start(first)
-            while jobs:
-                is_cancelled = not self.step(list(jobs.values()), cancel)
-                for first, job in list(jobs.items()):
-                    if job.error is not None:
-                        raise job.error
-                    if not is_cancelled and not job.is_done:
-                        continue
-                    texts = [first, *siblings.pop(first, ())]
-                    if not is_cancelled:
-                        for generation in texts[1:]:
-                            generation.sequence = self.fork(job.sequence)
-                            start(generation)
-                    for generation in texts:
-                        if is_cancelled:
-                            pieces = generation.finish("cancelled")
-                        else:
-                            pieces = generation.accept(job.logits[-1])
-                        if generation.finish_reason is not None:
-                            jobs.pop(generation, None)
-                            generation.close()
-                        for piece in pieces:
-                            yield generation, piece
+            for group in groups:
+                batch.add(group)
+            while batch.jobs:
+                yield from batch.step(cancel)
         finally:
-            for generation in everything:
-                if generation.finish_reason is None:
-                    generation.finish("cancelled")
-                generation.close()
+            batch.close()
 
     def close(self) -> None:
         """Waits for the running call, if another thread makes it, and refuses all others."""
@@ -430,8 +586,9 @@ class Engine:
         """One call of the model for all who wait, in the thread of `own`; False where all of them wait for
         pages. The lock is held."""
         self._check_open()
+        self._gather()
         self.cache.collect()
-        calls = [call for call in list(self._calls) if not call.is_done and not call.is_abandoned]
+        calls = self._waiting()
         parts = self._plan(self._admit(calls))
         try:
             return self._compute(parts, own)
@@ -453,19 +610,50 @@ class Engine:
             if not own.is_cancelled:
                 raise
             return True
-        self._keep_short(sum(part.n for part in parts), time.perf_counter() - started)
+        self._last_end = time.perf_counter()
+        self._last_s = self._last_end - started
+        n_texts = sum(part.job.is_text for part in parts)
+        self._pace.learn(n_texts, sum(part.n for part in parts) - n_texts, self._last_s)
         end = 0
         for part in parts:
             start, end = end, end + part.n_rows
             self.cache.commit(part.job.sequence, part.n)
             part.job.advance(logits[start:end])
+        here = {part.job for part in parts if part.job.is_done}
+        self._written = [weakref.ref(job) for job in here | {*self._missing(here)}]
         return True
 
-    def _keep_short(self, n_tokens: int, seconds: float) -> None:
-        """Learns from a call how many tokens the next may have."""
-        if n_tokens >= LEAST_CHUNK and self._call_s < math.inf:
-            fitting = int(n_tokens * self._call_s / max(seconds, 1e-9)) // LEAST_CHUNK * LEAST_CHUNK
-            self._chunk = min(self._most, max(LEAST_CHUNK, fitting))
+    @property
+    def _patience_s(self) -> float:
+        """How long a call waits for the texts of the last one at most."""
+        return max(PATIENCE_S, PATIENCE * self._last_s)
+
+    def _waiting(self) -> list[_Call]:
+        return [call for call in list(self._calls) if not call.is_done and not call.is_abandoned]
+
+    def _missing(self, here: Set[Job]) -> list[Job]:
+        """The texts that were written a moment ago, are not over and are not `here`."""
+        now = time.perf_counter()
+        jobs = (ref() for ref in self._written)
+        return [
+            job
+            for job in jobs
+            if job is not None
+            and job not in here
+            and not job.sequence.is_closed
+            and now - job.news_at < max(RECENT_S, 4 * self._last_s)
+        ]
+
+    def _gather(self) -> None:
+        """Waits for the threads that choose the next tokens of the last call's texts, so that these go on in
+        one call; not for those that took long the last time."""
+        while True:
+            self._arrived.clear()
+            here = {job for call in self._waiting() for job in call.jobs}
+            left_s = self._last_end + self._patience_s - time.perf_counter()
+            if left_s <= 0 or all(job.is_late for job in self._missing(here)):
+                return
+            self._arrived.wait(left_s)
 
     def _admit(self, calls: list[_Call]) -> list[Job]:
         """The jobs that have all the pages they need, the oldest first. Raises nothing: a job that can never
@@ -514,8 +702,13 @@ class Engine:
     def _plan(self, jobs: list[Job]) -> list[_Part]:
         """Which tokens the next call computes."""
         parts = []
-        n_tokens, n_rows = self._chunk, self._max_rows
-        for job in sorted(jobs, key=lambda job: job.sequence.n_pending > 1):
+        texts, here = [job for job in jobs if job.is_text], set(jobs)
+        if any(job.is_watched for job in (*texts, *self._missing(here))):
+            n_tokens = min(self._most, len(texts) + self._pace.room(max(1, len(texts))))
+        else:
+            n_tokens = self._pace.room(0)
+        n_rows = self._max_rows
+        for job in sorted(jobs, key=lambda job: not job.is_text):
             sequence = job.sequence
             # A thread that wrongly shares a session may add tokens meanwhile, for which there are no pages.
             room = PAGE * min(map(len, sequence.tables)) - sequence.n_cached
@@ -566,12 +759,25 @@ class Engine:
 
 
 def choose(
-    sampler: Callable[[Logits, list[int], int], Sampled], logits: Logits, tokens: list[int]
+    sampler: Callable[..., Sampled],
+    logits: Logits,
+    tokens: list[int],
+    mask: npt.NDArray[np.uint32] | None = None,
 ) -> Sampled:
-    """The token after `tokens`. Raises ArgumentError, and FormatError where the model computes logits that
-    are NaN or infinite: to the sampler -inf is a token that must not come, which is for its user to say."""
+    """The token after `tokens`, of those whose bits are set in the mask, if there is one. Raises
+    ArgumentError, and FormatError where the model computes logits that are NaN or infinite: to the sampler
+    -inf is a token that must not come, which is for its user to say."""
     require_finite(logits.totals if isinstance(logits, Candidates) else logits)
-    return sampler(logits, tokens, len(tokens))
+    if mask is None:
+        return sampler(logits, tokens, len(tokens))
+    return sampler(logits, tokens, len(tokens), mask)
+
+
+def taken(sampler: Any, logits: Any, token: int) -> Sampled:
+    """What the sampler says of a token that was taken without a choice. logits: float32 [vocab_size]."""
+    require_finite(logits)
+    sampled: Sampled = sampler.taken(logits, token)
+    return sampled
 
 
 def require_finite(computed: npt.NDArray[np.floating[Any]]) -> None:

@@ -19,6 +19,7 @@ from itertools import count, zip_longest
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from tinyllm.errors import MemoryLimitError
 
@@ -40,6 +41,10 @@ class PagePool(Protocol):
     def clear_page(self, page: int, /) -> None: ...
 
     def copy_page(self, to: int, source: int, n_tokens: int, /) -> None: ...
+
+    def read_page(self, page: int, /) -> npt.NDArray[np.uint8]: ...
+
+    def write_page(self, page: int, content: npt.NDArray[np.uint8], /) -> None: ...
 
     def close(self) -> None: ...
 
@@ -78,6 +83,7 @@ class Sequence:
         self.tables: list[list[int]] = [[] for _ in cache.windows]
         self.tokens = list(tokens)
         self.n_cached = 0
+        self.is_closed = False
         self.order = next(cache._orders)  # age: the lower, the older
         self.runner = runner  # the thread whose call closes it, or None: somebody does when it suits them
         self._cache = cache
@@ -107,6 +113,7 @@ class Sequence:
 
     def close(self) -> None:
         """Gives the pages back. Never waits: the next call collects them. So does the end of its life."""
+        self.is_closed = True
         self._cache._closed.append(self._ref)
 
 
@@ -283,6 +290,38 @@ class KVCache:
             child.tables[i] += table[:n_full] + copies[i : i + 1]
         child.n_cached = sequence.n_cached
         return child
+
+    @_books
+    def restore(
+        self, tokens: list[int], present: list[list[int]], contents: Iterable[npt.NDArray[np.uint8]]
+    ) -> Sequence:
+        """A sequence of which all tokens are computed, from the bytes of its pages. present: for each table
+        whether there is an i-th page; else it is behind the window. Raises MemoryLimitError."""
+        sequence = self.sequence(tokens)
+        n = sum(map(sum, present))
+        pages = self._take(n) if n else []
+        left = iter(pages)
+        try:
+            for page, content in zip(pages, contents, strict=True):
+                self.pool.write_page(page, content)
+        except BaseException:
+            for page in pages:
+                self._disown(page)
+            raise
+        for table, row in zip(sequence.tables, present, strict=True):
+            table += [next(left) if there else GONE for there in row]
+        sequence.n_cached = len(tokens)
+        for i in range(len(tokens) // PAGE):
+            for table_index, table in enumerate(sequence.tables):
+                if table[i] == GONE:
+                    continue
+                key = (table_index, sequence.key(i))
+                known = self._page_of.setdefault(key, table[i])
+                if known == table[i]:
+                    self._key_of[known] = key
+                else:
+                    self._put(sequence, table_index, i, known)
+        return sequence
 
     @_books
     def drop(self, sequence: Sequence) -> None:

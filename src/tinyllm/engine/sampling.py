@@ -96,6 +96,9 @@ class SamplingParams:
         loses dry_multiplier * dry_base^(n - dry_allowed_length), where n is at least the allowed length.
     dry_penalty_last_n: how many of the last tokens are searched for it; -1 for all.
     dry_sequence_breakers: a string, or several, over which no repetition goes.
+    json_schema, regex, choices, grammar: the form that the text has to have, one of them at most
+        (docs/structured.md). json_schema: a dict, JSON text, True for any object, or a pydantic model's
+        class; choices: strings; grammar: Lark or GBNF.
     xtc_probability: how often the likeliest tokens go, all that have at least the probability xtc_threshold
         but the least likely of them.
     """
@@ -128,6 +131,10 @@ class SamplingParams:
     dry_sequence_breakers: str | Sequence[str] | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
+    json_schema: Any = None
+    regex: str | None = None
+    choices: Sequence[str] | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         def keep(name: str, value: object) -> None:
@@ -156,6 +163,12 @@ class SamplingParams:
         for processor in self.processors:
             if not callable(processor):
                 raise TypeError(f"processors must be callables, not {type(processor).__name__}")
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the text has to have a form."""
+        asked = (self.json_schema, self.regex, self.choices, self.grammar)
+        return any(value is not None and value is not False for value in asked)
 
     def resolve(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         """The same with every None filled: from `defaults`, then tinyllm's own; a random seed. min_tokens and
@@ -208,6 +221,10 @@ class SamplingOptions(TypedDict, total=False):
     dry_sequence_breakers: str | Sequence[str] | None
     xtc_probability: float | None
     xtc_threshold: float | None
+    json_schema: Any
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -371,7 +388,7 @@ class Sampler:
     def n_candidates(self) -> int | None:
         """How many of the largest logits are enough to choose as from all of them; None: all are needed."""
         params = self.params
-        if params.processors or params.logit_bias or self._reach:
+        if params.processors or params.logit_bias or self._reach or params.has_form:
             return None
         if params.temperature == 0:
             n = 1
@@ -381,12 +398,19 @@ class Sampler:
             return None
         return min(max(n + self._n_banned, params.top_logprobs), self.vocab_size)
 
-    def __call__(self, logits: Logits, history: Sequence[int], position: int) -> Sampled:
+    def __call__(
+        self,
+        logits: Logits,
+        history: Sequence[int],
+        position: int,
+        allowed: npt.NDArray[np.uint32] | None = None,
+    ) -> Sampled:
         """The next token.
 
         logits: float32 [vocab_size], left as they are, or a row's n_candidates largest; history: the tokens
         so far, prompt included; position: the new token's, 0 or more. The random numbers are a function of
-        (params.seed, position), nothing else.
+        (params.seed, position), nothing else. allowed: a bit a token, the lowest first, [vocab_size / 32,
+        rounded up]: those that may come; for logits that are all there. None: all may.
         Raises ArgumentError for logits of another shape or dtype, for NaN or +inf among them, and where
         nothing is left to choose (all -inf).
         """
@@ -405,7 +429,7 @@ class Sampler:
         if self._reach:
             seen = np.array(history if self._reach < 0 else history[-self._reach :], dtype=np.int32)
         try:
-            token, logprob = self._core.sample(processed, seen, position, banned)
+            token, logprob = self._core.sample(processed, seen, position, banned, None, allowed)
         except ArgumentError as error:
             if processed is logits:
                 raise
@@ -413,11 +437,17 @@ class Sampler:
             raise ArgumentError(f"after the processors ({names}): {error}") from None
         if processed is not logits:
             logprob = backends.logprob(logits, token)
-        top: list[tuple[int, float]] = []
-        if self.params.top_logprobs:
-            tokens, logprobs = backends.top_logprobs(logits, min(self.params.top_logprobs, self.vocab_size))
-            top = list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
-        return Sampled(int(token), float(logprob), top)
+        return Sampled(int(token), float(logprob), self._top(logits))
+
+    def taken(self, logits: npt.NDArray[np.float32], token: int) -> Sampled:
+        """What a choice of this token tells; for one that nobody chose. logits: float32 [vocab_size]."""
+        return Sampled(token, float(backends.logprob(logits, token)), self._top(logits))
+
+    def _top(self, logits: npt.NDArray[np.float32]) -> list[tuple[int, float]]:
+        if not self.params.top_logprobs:
+            return []
+        tokens, logprobs = backends.top_logprobs(logits, min(self.params.top_logprobs, self.vocab_size))
+        return list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
 
     def _choose(self, row: Candidates, position: int, banned: npt.NDArray[np.int32]) -> Sampled:
         total = float(row.totals)
