@@ -897,20 +897,21 @@ class LLM:
         """The form that is asked for and its grammar, which is kept for the next call."""
         asked = {name: getattr(params, name) for name in ("json_schema", "regex", "choices", "grammar")}
         form = form_of(**asked)
-        if calling is not None and calling.grammar is not None:
+        lark = calling.grammar if calling is not None else None
+        if lark is not None:
             if form is not None:
                 raise ConstraintError(
                     f"{form.kind} cannot be used with a tool_choice that forces calls, or strict tools: an "
                     "answer has one form"
                 )
-            form = form_of_calls(calling.grammar)
-        if form is None:
+        elif form is None:
             return None
         if self.tokenizer is None:
             raise ArgumentError(f"{self.name} has no tokenizer, which the form of an answer needs")
         if (vocabulary := self._vocabularies.get(eos_ids)) is None:
             vocabulary = Vocabulary(self.tokenizer, self.config.vocab_size, eos_ids)
             self._vocabularies[eos_ids] = vocabulary
+        form = form or form_of_calls(lark or "", vocabulary.core)
         key = (form.grammar, eos_ids)
         grammar = self._grammars.get(key) or Grammar(form, vocabulary)
         while len(self._grammars) >= MAX_GRAMMARS:

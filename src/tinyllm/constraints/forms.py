@@ -73,13 +73,14 @@ def form_of(
     return _checked(form)
 
 
-def form_of_calls(lark: str) -> Form:
-    """Of calls of tools, in llguidance's Lark. Raises as `form_of`."""
-    return _checked(Form("tool_choice", guidance().LLMatcher.grammar_from_lark(lark)))
+def form_of_calls(lark: str, tokens: Any) -> Form:
+    """Of calls of tools, in llguidance's Lark, which names special tokens by their ids in `tokens`, an
+    LLTokenizer. Raises as `form_of`."""
+    return _checked(Form("tool_choice", guidance().LLMatcher.grammar_from_lark(lark)), tokens)
 
 
-def _checked(form: Form) -> Form:
-    is_wrong, messages = guidance().LLMatcher.validate_grammar_with_warnings(form.grammar)
+def _checked(form: Form, tokens: Any = None) -> Form:
+    is_wrong, messages = guidance().LLMatcher.validate_grammar_with_warnings(form.grammar, tokens)
     if is_wrong or messages:  # a warning is of something that is not enforced
         raise ConstraintError(f"{form.kind} cannot be enforced: {_brief('; '.join(messages))}")
     return form
