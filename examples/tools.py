@@ -30,7 +30,9 @@ def paint(color: Literal["red", "blue", "green"], number: int) -> str:
 
 with tinyllm.load(sys.argv[1] if len(sys.argv) > 1 else "stories") as llm:
     template = None if llm.chat_template else TEMPLATE
-    messages = [{"role": "user", "content": "Lily has balls, and she likes blue. Paint them!"}]
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": "Lily has balls, and she likes blue. Paint them!"}
+    ]
     answer = llm.chat(
         messages,
         tools=[paint],

@@ -25,7 +25,7 @@ TEMPLATE = (
     "{% for c in m.tool_calls or [] %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-HELLO = [{"role": "user", "content": "Hi"}]
+HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
 HOT: dict[str, Any] = {"temperature": 5.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 400}
 
 
@@ -39,7 +39,7 @@ def now() -> str:
     return "12:00"
 
 
-TOOLS = [get_weather, now]
+TOOLS: list[Any] = [get_weather, now]
 WRITTEN = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>'
 CALL = ToolCall("call_0", "get_weather", {"city": "Paris", "days": 2}, WRITTEN)
 
@@ -71,11 +71,17 @@ def says(llm: tinyllm.LLM, text: str, prompt: list[int], strength: float = np.in
     return {"processors": [steer], "temperature": 0, "max_tokens": 400}
 
 
+def id_of(llm: tinyllm.LLM, token: str) -> int:
+    assert llm.tokenizer is not None
+    return llm.tokenizer.special_tokens[token]
+
+
 def answer(llm: tinyllm.LLM, text: str, **options: Any) -> tinyllm.Completion:
     """What `chat` makes of this text."""
     options = {"tools": TOOLS, **options}
     steered = says(llm, text, llm.chat_ids(HELLO, tools=options["tools"]))
-    return llm.chat(HELLO, **{**steered, **options})  # type: ignore[no-any-return]
+    made: tinyllm.Completion = llm.chat(HELLO, **{**steered, **options})
+    return made
 
 
 def is_valid(arguments: dict[str, Any]) -> bool:
@@ -171,10 +177,7 @@ def test_stop_strings_are_looked_for_in_text_only(llm: tinyllm.LLM) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_forced_call_follows_its_schema(llm: tinyllm.LLM, seed: int) -> None:
-    assert llm.tokenizer is not None
-    think = llm.tokenizer.id_of("<think>")  # which may come before a call
-    assert think is not None
-    hot = {**HOT, "suppress_tokens": [think]}
+    hot = {**HOT, "begin_suppress_tokens": [id_of(llm, "<think>")]}  # which may come before a call
     made = llm.chat(HELLO, tools=TOOLS, tool_choice="get_weather", strict=True, seed=seed, **hot)
     if made.finish_reason == "stop":
         (call,) = made.tool_calls
@@ -218,6 +221,7 @@ def test_required_and_strict(llm: tinyllm.LLM) -> None:
         assert '"two"' not in "".join(call.raw for call in made.tool_calls)
     said = says(llm, "Hello!", prompt, strength=20)
     assert llm.chat(HELLO, tools=TOOLS, strict=True, **said).text.strip() == "Hello!"
+    said["begin_suppress_tokens"] = [id_of(llm, "<think>")]
     for strict in (False, True):
         forced = llm.chat(HELLO, tools=TOOLS, tool_choice="now", strict=strict, **said)
         assert [call.name for call in forced.tool_calls] in ([], ["now"])
@@ -265,8 +269,7 @@ def test_a_token_that_ends_a_turn_of_calls(tmp_path: Path) -> None:
         made = answer(llm, text)
         assert made.text.strip() == "x"
         assert [made.arguments for made in made.tool_calls] == [{"city": "Paris"}]
-        assert llm.tokenizer is not None
-        assert made.stop_reason == llm.tokenizer.id_of(response)
+        assert made.stop_reason == id_of(llm, response)
         assert answer(llm, text, tools=None).text.endswith("and more")
 
 
@@ -290,6 +293,8 @@ def test_what_is_refused(llm: tinyllm.LLM) -> None:
     refused(
         tinyllm.ConstraintError, "an answer has one form", tools=TOOLS, tool_choice="required", regex="a+"
     )
+    opened = TEMPLATE + "<tool_call>"
+    refused(tinyllm.UnsupportedError, "opens a call", tools=TOOLS, tool_choice="now", chat_template=opened)
     unique = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
     function = {"name": "f", "parameters": {"type": "object", "properties": {"x": unique}}}
     strict = {"tools": [{"type": "function", "function": function}], "tool_choice": "f", "strict": True}
@@ -304,7 +309,7 @@ def text_of(llm: tinyllm.LLM, ids: list[int]) -> str:
 def test_calls_go_back_as_they_came(llm: tinyllm.LLM) -> None:
     """As ToolCalls, with the result, and their ids count on."""
     first = answer(llm, WRITTEN)
-    messages = [
+    messages: list[dict[str, Any]] = [
         *HELLO,
         {"role": "assistant", "content": first.text, "tool_calls": first.tool_calls},
         {"role": "tool", "tool_call_id": "call_0", "content": "It <|im_end|> rains."},
@@ -314,8 +319,7 @@ def test_calls_go_back_as_they_came(llm: tinyllm.LLM) -> None:
         text = text_of(llm, ids)
         assert '"Paris"' in text
         assert "rains." in text
-        (end,) = (llm.tokenizer.id_of("<|im_end|>"),)  # type: ignore[union-attr]
-        assert ids.count(end) == 3 + bool(tools)  # what a user or a tool writes is text
+        assert ids.count(id_of(llm, "<|im_end|>")) == 3 + bool(tools)  # what a user or a tool writes is text
     steered = says(llm, WRITTEN, llm.chat_ids(messages, tools=TOOLS))
     assert [call.id for call in llm.chat(messages, tools=TOOLS, **steered).tool_calls] == ["call_1"]
 
@@ -323,7 +327,7 @@ def test_calls_go_back_as_they_came(llm: tinyllm.LLM) -> None:
 def test_a_template_without_tools_is_helped_out(llm: tinyllm.LLM, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     call = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         *HELLO,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "a", "content": "It is noon."},

@@ -2,7 +2,7 @@
 
 A `Calling` is made once a chat, `Calling.splitter` once an answer: the reasoning splitter first, then
 `CallSplitter` for what that calls text. So the engine knows one splitter. Hidden tokens stand between texts,
-never within a call. Imports calls, filled, formats, chat's reasoning.
+never within a call. Imports calls, filled, formats, chat's reasoning, errors.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tinyllm.chat.tools.calls import CallSplitter
 from tinyllm.chat.tools.calls import Part as CallPart
 from tinyllm.chat.tools.filled import Harmony
 from tinyllm.chat.tools.formats import Format
+from tinyllm.errors import UnsupportedError
 
 _FRAMED = re.compile(f"({HIDDEN_FROM}[^{HIDDEN_TO}]*{HIDDEN_TO})")
 
@@ -35,7 +36,13 @@ class Calling:
     grammar: str | None = None
 
     def splitter(self, reasoning: Splitter, prompt: str) -> AnswerSplitter:
-        """For one answer. prompt: its end."""
+        """For one answer. prompt: its end. Raises UnsupportedError where it has opened a call, and a grammar
+        would open it again."""
+        if self.grammar is not None and prompt.rstrip().endswith(tuple(self.format.shape.opens)):
+            raise UnsupportedError(
+                "the prompt ends with the mark that opens a call: leave tool_choice and strict out, or pass a "
+                "chat_template that ends before it"
+            )
         calls = CallSplitter(self.format, self.tools, n_before=self.n_before, prompt=prompt)
         return AnswerSplitter(reasoning, calls, covers_reasoning=isinstance(self.format.shape, Harmony))
 
