@@ -40,8 +40,8 @@ class Calling:
         would open it again."""
         if self.grammar is not None and prompt.rstrip().endswith(tuple(self.format.shape.opens)):
             raise UnsupportedError(
-                "the prompt ends with the mark that opens a call: leave tool_choice and strict out, or pass a "
-                "chat_template that ends before it"
+                "the prompt ends with the mark that opens a call: leave out tool_choice and strict, or pass "
+                "a chat_template that ends before it"
             )
         calls = CallSplitter(self.format, self.tools, n_before=self.n_before, prompt=prompt)
         return AnswerSplitter(reasoning, calls, covers_reasoning=isinstance(self.format.shape, Harmony))
