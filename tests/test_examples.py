@@ -18,6 +18,7 @@ SHOWS = {
     "chat": r"> Tell me a story about a dog.+\n\n> Then Max saw a bird.+",
     "majority_vote": r"ate a big red \.\.\.\n +\d+ of 32  \w+",
     "fork_session": r"Once upon a time, .*\.\.\. Lily was happy because .+\.\.\. Lily was scared because .+",
+    "tools": r"paint\({'color': 'blue', 'number': \d+}\) returned 'Now \d+ balls are blue.'\n.+",
     "own_sampler": r"without_e: Tom had a dog[^eE]+\n\nsurprising: Tom had a dog.+",
 }
 

@@ -5,6 +5,8 @@ A line with `type: ignore` must be an error: mypy says so where one is not.
 
 from __future__ import annotations
 
+from typing import Any
+
 from typing_extensions import assert_type
 
 import tinyllm
@@ -16,6 +18,7 @@ assert_type(llm("x"), tinyllm.Completion)
 assert_type(llm("x", n=2, temperature=0.5), list[tinyllm.Completion])
 assert_type(llm.chat(messages, top_k=5, stop=["."]), tinyllm.Completion)
 assert_type(llm.chat(messages, n=2), list[tinyllm.Completion])
+assert_type(llm.chat(messages, tools=[len], tool_choice="len").tool_calls[0].arguments, dict[str, Any])
 for piece in llm.chat(messages, stream=True, seed=1):
     assert_type(piece, tinyllm.Piece)
 for piece in llm.stream("x", max_tokens=3):

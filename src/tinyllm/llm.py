@@ -29,8 +29,19 @@ from tinyllm.backends import CacheType
 from tinyllm.chat.prompts import Prompts
 from tinyllm.chat.reasoning import Plain, Splitter, hidden, opening_ids, splitter, visible_ids
 from tinyllm.chat.templates import ChatTemplate, require
+from tinyllm.chat.tools import (
+    AnswerSplitter,
+    Calling,
+    ToolCall,
+    arranged,
+    as_tools,
+    calling_of,
+    count_calls,
+    format_of,
+)
+from tinyllm.chat.tools.schema import Tool
 from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pooling
-from tinyllm.constraints import Form, Grammar, Vocabulary, form_of
+from tinyllm.constraints import Form, Grammar, Vocabulary, form_of, form_of_calls
 from tinyllm.engine import saved
 from tinyllm.engine.breakers import breaker_ids
 from tinyllm.engine.embedding import vectors
@@ -48,6 +59,7 @@ from tinyllm.engine.sampling import (
 )
 from tinyllm.errors import (
     ArgumentError,
+    ConstraintError,
     ContextError,
     MemoryLimitError,
     UnsupportedError,
@@ -131,8 +143,9 @@ class LLM:
         )
         self._loop = Loop(self._engine)
         self._fingerprint: str | None = None
-        self._vocabulary: Vocabulary | None = None  # when the first form is asked for
-        self._grammars: dict[str, Grammar] = {}  # the last ones
+        # Made when the first form is asked for, by what ends a text; the last grammars.
+        self._vocabularies: dict[frozenset[int], Vocabulary] = {}
+        self._grammars: dict[tuple[str, frozenset[int]], Grammar] = {}
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is a sequence too
@@ -203,7 +216,11 @@ class LLM:
 
             llm("Once upon a time", max_tokens=50, temperature=0).text
         """
-        requests = self._requests(prompt, params, n, special, reasoning, sampling)
+        return self._call(prompt, n, self._requests(prompt, params, n, special, reasoning, sampling), cancel)
+
+    def _call(
+        self, prompt: object, n: int | None, requests: list[list[_Request]], cancel: Cancel | None
+    ) -> Any:
         for _ in self._engine.generate([[r.generation for r in group] for group in requests], cancel):
             pass
         return self._results(prompt, n, requests)
@@ -223,8 +240,9 @@ class LLM:
 
         for piece in llm.stream("Once upon a time"): print(piece, end="", flush=True)
         """
-        request = self._streamed(prompt, params, special, reasoning, sampling)
+        return self._stream(self._streamed(prompt, params, special, reasoning, sampling), cancel)
 
+    def _stream(self, request: _Request, cancel: Cancel | None) -> Stream:
         def pieces() -> Generator[Piece, None, None]:
             for _, piece in self._engine.generate([[request.generation]], cancel):
                 yield piece
@@ -284,7 +302,12 @@ class LLM:
 
             await llm.acall("Once upon a time", max_tokens=50)
         """
-        requests = self._requests(prompt, params, n, special, reasoning, sampling)
+        return await self._acall(
+            prompt, n, lambda: self._requests(prompt, params, n, special, reasoning, sampling)
+        )
+
+    async def _acall(self, prompt: object, n: int | None, ask: Callable[[], list[list[_Request]]]) -> Any:
+        requests = ask()
         inbox = Inbox(self._loop, [[r.generation for r in group] for group in requests], keeps_pieces=False)
         try:
             await inbox.next()
@@ -307,7 +330,9 @@ class LLM:
 
         async for piece in llm.astream("Once upon a time"): print(piece, end="", flush=True)
         """
-        request = self._streamed(prompt, params, special, reasoning, sampling)
+        return self._astream(self._streamed(prompt, params, special, reasoning, sampling))
+
+    def _astream(self, request: _Request) -> AsyncStream:
         return AsyncStream(
             lambda: Inbox(self._loop, [[request.generation]], keeps_pieces=True),
             lambda: self._completion(request),
@@ -322,7 +347,9 @@ class LLM:
         n: None = None,
         params: SamplingParams | None = None,
         cancel: Cancel | None = None,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tools: SequenceOf[Tool] | None = None,
+        tool_choice: str = "auto",
+        strict: bool = False,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
@@ -338,7 +365,9 @@ class LLM:
         n: int,
         params: SamplingParams | None = None,
         cancel: Cancel | None = None,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tools: SequenceOf[Tool] | None = None,
+        tool_choice: str = "auto",
+        strict: bool = False,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
@@ -354,7 +383,9 @@ class LLM:
         n: None = None,
         params: SamplingParams | None = None,
         cancel: Cancel | None = None,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tools: SequenceOf[Tool] | None = None,
+        tool_choice: str = "auto",
+        strict: bool = False,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
@@ -370,7 +401,9 @@ class LLM:
         n: int | None = None,
         params: SamplingParams | None = None,
         cancel: Cancel | None = None,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tools: SequenceOf[Tool] | None = None,
+        tool_choice: str = "auto",
+        strict: bool = False,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
@@ -381,19 +414,24 @@ class LLM:
         messages: dicts with "role" and "content", and what else the template reads, as clients of the common
         chat APIs send them: a content may be a list of text parts, or None beside tool calls, whose arguments
         may be JSON. stream: returns a Stream instead of a Completion. n: how many answers, as a list; not of
-        a stream. tools: JSON schemas of functions; a call of one comes back as the text that the model wrote.
+        a stream. tools: functions, or their JSON schemas as OpenAI writes them, that the model may call; its
+        calls come back as `tool_calls`, and the text without them (docs/tools.md). tool_choice: "auto",
+        "none", "required" (nothing but calls) or the name of the one tool to call. strict: whether arguments
+        have to follow their schema, with "auto" too; this and a forced choice take the package llguidance.
         chat_template: a Jinja template in place of the model's. template_args: further variables for it, such
         as {"enable_thinking": False}. special_in_messages: whether the text of special tokens ("<|eot_id|>")
         in messages, tools and documents means these tokens, as what the template writes does; else it is
         text. The rest is as in a call.
 
         Raises TemplateError where there is no template, or it refuses; UnsupportedError for images and the
-        like; ArgumentError for arguments of tool calls that are no JSON, and as a call does. Warns, once a
-        template and name, of template_args and tools that the template does not read, and of special tokens
+        like; ArgumentError for arguments of tool calls that are no JSON, tools that are none or a tool_choice
+        of none of them, and as a call does; ConstraintError for a schema that cannot be enforced. Warns, once
+        a template and name, of template_args and tools that the template does not read, and of special tokens
         that cannot be told from the messages' text.
 
             llm.chat([{"role": "user", "content": "What is 2 + 2?"}]).text
         """
+        tools = as_tools(tools or ())
         ids = self.chat_ids(
             messages,
             tools=tools,
@@ -401,10 +439,11 @@ class LLM:
             template_args=template_args,
             special_in_messages=special_in_messages,
         )
+        calling = self._calling(messages, tools, tool_choice, strict, chat_template)
         if not stream:
-            return self(ids, params, n=n, reasoning=True, cancel=cancel, **sampling)
+            return self._call(ids, n, self._requests(ids, params, n, False, True, sampling, calling), cancel)
         _refuse_n(n)
-        return self.stream(ids, params, reasoning=True, cancel=cancel, **sampling)
+        return self._stream(self._streamed(ids, params, False, True, sampling, calling), cancel)
 
     @overload
     def achat(
@@ -414,7 +453,9 @@ class LLM:
         stream: Literal[False] = False,
         n: None = None,
         params: SamplingParams | None = None,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tools: SequenceOf[Tool] | None = None,
+        tool_choice: str = "auto",
+        strict: bool = False,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
@@ -429,7 +470,9 @@ class LLM:
         stream: Literal[False] = False,
         n: int,
         params: SamplingParams | None = None,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tools: SequenceOf[Tool] | None = None,
+        tool_choice: str = "auto",
+        strict: bool = False,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
@@ -444,7 +487,9 @@ class LLM:
         stream: Literal[True],
         n: None = None,
         params: SamplingParams | None = None,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tools: SequenceOf[Tool] | None = None,
+        tool_choice: str = "auto",
+        strict: bool = False,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
@@ -459,7 +504,9 @@ class LLM:
         stream: bool = False,
         n: int | None = None,
         params: SamplingParams | None = None,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tools: SequenceOf[Tool] | None = None,
+        tool_choice: str = "auto",
+        strict: bool = False,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
@@ -468,6 +515,7 @@ class LLM:
         """Like `chat`, for a task of asyncio or trio: `await` it, or with stream=True go through its pieces
         with `async for`; see `acall`.
         """
+        tools = as_tools(tools or ())
         ids = self.chat_ids(
             messages,
             tools=tools,
@@ -475,27 +523,60 @@ class LLM:
             template_args=template_args,
             special_in_messages=special_in_messages,
         )
+        calling = self._calling(messages, tools, tool_choice, strict, chat_template)
         if not stream:
-            return self.acall(ids, params, n=n, reasoning=True, **sampling)
+            return self._acall(ids, n, lambda: self._requests(ids, params, n, False, True, sampling, calling))
         _refuse_n(n)
-        return self.astream(ids, params, reasoning=True, **sampling)
+        return self._astream(self._streamed(ids, params, False, True, sampling, calling))
 
     def chat_ids(
         self,
         messages: SequenceOf[Mapping[str, Any]],
         *,
-        tools: SequenceOf[Mapping[str, Any]] | None = None,
+        tools: SequenceOf[Tool] | None = None,
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
     ) -> list[int]:
         """The ids of the prompt that `chat` makes of a conversation; its arguments and errors are those of
         `chat`."""
-        return self._prompts_of(chat_template).ids(
+        prompts = self._prompts_of(chat_template)
+        told: SequenceOf[Mapping[str, Any]] | None = as_tools(tools or ()) or None
+        if told or any(isinstance(c, ToolCall) for c in _calls_in(messages)):
+            assert self.tokenizer is not None
+            template = prompts.template
+            source = template.tool_source if told and template.tool_source else template.source
+            format = format_of(source, self.tokenizer.special_tokens)
+            messages, told = arranged(template, messages, told or [], format, **(template_args or {}))
+        return prompts.ids(
             messages,
-            tools=tools,
+            tools=told,
             special_in_messages=special_in_messages,
             template_args=template_args,
+        )
+
+    def _calling(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        tools: SequenceOf[Mapping[str, Any]],
+        choice: str,
+        strict: bool,
+        chat_template: str | None,
+    ) -> Calling | None:
+        """What the answer may call; messages and template are those of a prompt that could be made."""
+        if not tools and choice in ("auto", "none"):
+            return None
+        template, tokenizer = self._prompts_of(chat_template).template, self.tokenizer
+        assert tokenizer is not None
+        return calling_of(
+            template.tool_source or template.source,
+            tools,
+            choice,
+            strict=strict,
+            n_before=count_calls(messages),
+            special_tokens={
+                text: i for text, i in tokenizer.special_tokens.items() if i < self.config.vocab_size
+            },
         )
 
     def _prompts_of(self, source: str | None) -> Prompts:
@@ -736,6 +817,7 @@ class LLM:
         special: bool,
         reasoning: bool,
         sampling: SamplingOptions,
+        calling: Calling | None = None,
     ) -> list[list[_Request]]:
         """What a call asks for, a group a prompt."""
         if n is not None:
@@ -745,9 +827,9 @@ class LLM:
         requests: list[list[_Request]] = []
         for one in prompts:
             ids, resolved = self._prompt(one, special), given.resolve(self.defaults)
-            first = self._request(resolved, ids, self._engine.sequence(ids, thread), reasoning)
+            first = self._request(resolved, ids, self._engine.sequence(ids, thread), reasoning, calling)
             others = (_derive(resolved, i) for i in range(1, n or 1))
-            requests.append([first, *(self._request(other, ids, None, reasoning) for other in others)])
+            requests.append([first, *(self._request(p, ids, None, reasoning, calling) for p in others)])
         return requests
 
     def _results(self, prompt: object, n: int | None, requests: list[list[_Request]]) -> Any:
@@ -763,11 +845,12 @@ class LLM:
         special: bool,
         reasoning: bool,
         sampling: SamplingOptions,
+        calling: Calling | None = None,
     ) -> _Request:
         if not _is_prompt(prompt):
             raise ArgumentError("stream takes one prompt; call the model with a list of them")
         ids, resolved = self._prompt(prompt, special), _merge(params, sampling).resolve(self.defaults)
-        return self._request(resolved, ids, self._engine.sequence(ids), reasoning)
+        return self._request(resolved, ids, self._engine.sequence(ids), reasoning, calling)
 
     def _request(
         self,
@@ -775,11 +858,14 @@ class LLM:
         prompt: list[int],
         sequence: Sequence | None,
         reasoning: bool = False,
+        calling: Calling | None = None,
         forces: bool = True,
     ) -> _Request:
         """params: resolved. sequence: holds the prompt; None: will be forked from the first of its group.
         forces: whether tokens that a form leaves no choice about are taken without one."""
-        form, sampler = self._form(params), self._sampler(params, len(prompt))
+        eos_ids = self.eos_ids | (calling.end_ids if calling else frozenset())
+        form, sampler = self._form(params, calling, eos_ids), self._sampler(params, len(prompt), eos_ids)
+        shown = calling.visible_ids if calling else frozenset()
         context, end = self.context, self.defaults["max_length"]
         if params.max_tokens is None and end is not None and end < context:
             if len(prompt) >= end:
@@ -792,36 +878,48 @@ class LLM:
             sequence,
             sampler,
             StopStrings(params.stop or ()),
-            self._text_stream(prompt[-1], reasoning),
+            self._text_stream(prompt[-1], reasoning, shown),
             context=context,
-            n_candidates=sampler.n_candidates,
+            n_candidates=sampler.n_candidates if form is None else None,
             max_tokens=params.max_tokens,
-            eos_ids=self.eos_ids,
-            split=self._splitter(prompt) if reasoning else Plain(),
+            eos_ids=eos_ids,
+            split=self._splitter(prompt, calling) if reasoning else Plain(),
         )
         if form is not None:
             generation.constraint = form[1].start(forces=forces)
             if reasoning and self.tokenizer and generation.split.is_answer:
                 generation.opening = opening_ids(self.tokenizer.id_of)
-        return _Request(generation, params, prompt, form and form[0])
+        return _Request(generation, params, prompt, form[0] if form and params.has_form else None)
 
-    def _form(self, params: SamplingParams) -> tuple[Form, Grammar] | None:
+    def _form(
+        self, params: SamplingParams, calling: Calling | None, eos_ids: frozenset[int]
+    ) -> tuple[Form, Grammar] | None:
         """The form that is asked for and its grammar, which is kept for the next call."""
         asked = {name: getattr(params, name) for name in ("json_schema", "regex", "choices", "grammar")}
         form = form_of(**asked)
-        if form is None:
+        lark = calling.grammar if calling is not None else None
+        if lark is not None:
+            if form is not None:
+                raise ConstraintError(
+                    f"{form.kind} cannot be used with a tool_choice that forces calls, or strict tools: an "
+                    "answer has one form"
+                )
+        elif form is None:
             return None
         if self.tokenizer is None:
             raise ArgumentError(f"{self.name} has no tokenizer, which the form of an answer needs")
-        if self._vocabulary is None:
-            self._vocabulary = Vocabulary(self.tokenizer, self.config.vocab_size, self.eos_ids)
-        grammar = self._grammars.get(form.grammar) or Grammar(form, self._vocabulary)
+        if (vocabulary := self._vocabularies.get(eos_ids)) is None:
+            vocabulary = Vocabulary(self.tokenizer, self.config.vocab_size, eos_ids)
+            self._vocabularies[eos_ids] = vocabulary
+        form = form or form_of_calls(lark or "", vocabulary.core)
+        key = (form.grammar, eos_ids)
+        grammar = self._grammars.get(key) or Grammar(form, vocabulary)
         while len(self._grammars) >= MAX_GRAMMARS:
-            self._grammars.pop(next(iter(self._grammars), ""), None)
-        self._grammars[form.grammar] = grammar
+            self._grammars.pop(next(iter(self._grammars), key), None)
+        self._grammars[key] = grammar
         return form, grammar
 
-    def _sampler(self, params: SamplingParams, start: int) -> Sampler:
+    def _sampler(self, params: SamplingParams, start: int, eos_ids: frozenset[int] | None = None) -> Sampler:
         """params: resolved. start: how many tokens are given."""
         breakers: list[list[int]] = []
         if params.dry_multiplier and self.tokenizer and (strings := params.dry_sequence_breakers):
@@ -834,28 +932,31 @@ class LLM:
             params,
             self.config.vocab_size,
             start=start,
-            eos_ids=self.eos_ids,
+            eos_ids=self.eos_ids if eos_ids is None else eos_ids,
             min_length=self.defaults["min_length"] or 0,
             breakers=breakers,
         )
 
-    def _splitter(self, prompt: list[int]) -> Splitter:
+    def _splitter(self, prompt: list[int], calling: Calling | None) -> Splitter | AnswerSplitter:
         tokenizer = self.tokenizer
         if tokenizer is None:
             return Plain()
         end = [i for i in prompt[-32:] if i < tokenizer.vocab_size]  # a tag or a header is shorter
-        return splitter(tokenizer.decode(end, special=True), tokenizer.special_tokens)
+        text = tokenizer.decode(end, special=True)
+        split = splitter(text, tokenizer.special_tokens)
+        return split if calling is None else calling.splitter(split, text)
 
-    def _text_stream(self, after: int, reasoning: bool) -> Callable[[int | None], str]:
+    def _text_stream(self, after: int, reasoning: bool, more: frozenset[int]) -> Callable[[int | None], str]:
         """Turns the ids that follow `after` into text, whole characters at a time, special tokens that are
-        not shown as `hidden`; None asks for the rest."""
+        not shown as `hidden`; None asks for the rest. more: special tokens to be shown beside those of
+        reasoning."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             return lambda token: ""
         # A model's vocabulary may be padded beyond its tokenizer's; such ids have no text.
         n = tokenizer.vocab_size
-        shown = visible_ids(tokenizer.special_tokens) if reasoning else ()
-        unseen = tokenizer.special_ids - frozenset(shown)
+        shown = visible_ids(tokenizer.special_tokens) | more if reasoning else frozenset()
+        unseen = tokenizer.special_ids - shown
         stream = tokenizer.stream(shown, after=after if after < n else None)
 
         def text_of(token: int | None) -> str:
@@ -887,6 +988,8 @@ class LLM:
             self.device,
             g.reasoning if g.split.has_reasoning else None,
             request.form,
+            list(g.tool_calls),
+            "; ".join(g.call_errors) or None,
         )
 
     def _rows(self, ids: list[int]) -> Iterator[Logits]:
@@ -1083,6 +1186,12 @@ def _is_prompt(prompt: Prompt | SequenceOf[Prompt]) -> TypeGuard[Prompt]:
     """Whether it is one prompt, not a list of them. An empty list is a list of no prompts."""
     _refuse_lookalikes(prompt)
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
+
+
+def _calls_in(messages: SequenceOf[Mapping[str, Any]]) -> Iterator[Any]:
+    for message in messages if isinstance(messages, SequenceOf) else ():
+        if isinstance(message, Mapping):
+            yield from message.get("tool_calls") or ()
 
 
 def _refuse_n(n: int | None) -> None:

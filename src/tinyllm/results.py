@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tinyllm.chat.tools import ToolCall
 from tinyllm.engine.engine import FinishReason, Piece
 from tinyllm.engine.loop import Inbox
 from tinyllm.errors import ConstraintError
@@ -42,7 +43,9 @@ class Completion:
     "stop" (stop_reason is the string or the id), "length" (max_tokens or the context's end) or "cancelled".
     seed: alone with it, the same prompt gives the same text. reasoning: what a chat model thought before it
     answered, without its tags; None where there was no such block. tokens and logprobs cover both. form: what
-    `json_schema`, `regex`, `choices` or `grammar` asked for; see `parsed`.
+    `json_schema`, `regex`, `choices` or `grammar` asked for; see `parsed`. tool_calls: what a chat with tools
+    called, in order; they are no part of the text. tool_call_error: what was wrong with a call that is
+    malformed, and so stayed in the text.
     """
 
     text: str
@@ -57,6 +60,8 @@ class Completion:
     device: str
     reasoning: str | None = None
     form: Form | None = field(default=None, compare=False)
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    tool_call_error: str | None = None
 
     def __str__(self) -> str:
         return self.text

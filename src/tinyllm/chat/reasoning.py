@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Literal, Protocol
 
-Kind = Literal["text", "reasoning"]
+Kind = Literal["text", "reasoning", "tool_call"]  # the last: chat/tools/
 Part = tuple[Kind, str]
 
 TAGS: dict[str, str] = {  # what opens a block: what closes it

@@ -5,7 +5,7 @@ text in the making which tokens may follow, through the package llguidance (the 
 engine knows neither: it asks an object for bits (engine/engine.py, `Constraint`). Imports `errors`.
 """
 
-from tinyllm.constraints.forms import Form, form_of
+from tinyllm.constraints.forms import Form, form_of, form_of_calls
 from tinyllm.constraints.grammar import Grammar, Vocabulary
 
-__all__ = ["Form", "Grammar", "Vocabulary", "form_of"]
+__all__ = ["Form", "Grammar", "Vocabulary", "form_of", "form_of_calls"]

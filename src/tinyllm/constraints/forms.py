@@ -70,9 +70,19 @@ def form_of(
         form = Form(kind, matcher.grammar_from_lark(f"start: {_alternatives(choices)}"))
     else:
         form = Form(kind, matcher.grammar_from_lark(_lark(_text("grammar", grammar))))
-    is_wrong, messages = matcher.validate_grammar_with_warnings(form.grammar)
+    return _checked(form)
+
+
+def form_of_calls(lark: str, tokens: Any) -> Form:
+    """Of calls of tools, in llguidance's Lark, which names special tokens by their ids in `tokens`, an
+    LLTokenizer. Raises as `form_of`."""
+    return _checked(Form("tool_choice", guidance().LLMatcher.grammar_from_lark(lark)), tokens)
+
+
+def _checked(form: Form, tokens: Any = None) -> Form:
+    is_wrong, messages = guidance().LLMatcher.validate_grammar_with_warnings(form.grammar, tokens)
     if is_wrong or messages:  # a warning is of something that is not enforced
-        raise ConstraintError(f"{kind} cannot be enforced: {_brief('; '.join(messages))}")
+        raise ConstraintError(f"{form.kind} cannot be enforced: {_brief('; '.join(messages))}")
     return form
 
 
@@ -82,7 +92,8 @@ def guidance() -> Any:
         import llguidance
     except ImportError:
         raise UnsupportedError(
-            "json_schema, regex, choices and grammar need the package llguidance: pip install llguidance"
+            "json_schema, regex, choices, grammar and tool_choice need the package llguidance: "
+            "pip install llguidance"
         ) from None
     return llguidance
 

@@ -23,6 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllm.chat.reasoning import Kind, Part, Plain, Splitter
+from tinyllm.chat.tools.answers import AnswerSplitter
+from tinyllm.chat.tools.calls import Part as CallPart
+from tinyllm.chat.tools.shapes import ToolCall
 from tinyllm.engine.kvcache import PAGE, KVCache, Sequence
 from tinyllm.engine.pace import Pace
 from tinyllm.engine.sampling import Candidates, Logits, Sampled, StopStrings
@@ -170,13 +173,22 @@ class Piece:
 
     Each token comes with one piece; token and logprob are None on further pieces that only bring held-back
     text. logprob is the model's own, a natural logarithm. kind: "reasoning" for what a chat model thinks
-    before it answers, else "text".
+    before it answers, "tool_call" for further text of a call's arguments, which is no part of the answer's
+    text; else "text".
+
+    index: of the call, from 0 in each answer. name and call_id: on the call's first piece, the id on none
+    where the format writes it late; tool_call: all of it, on the last. A piece of kind "text" with an index
+    takes that call back: it turned out malformed, and the text is as it was written.
     """
 
     text: str
     token: int | None = None
     logprob: float | None = None
     kind: Kind = "text"
+    index: int | None = None
+    name: str = ""
+    call_id: str = ""
+    tool_call: ToolCall | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -187,9 +199,10 @@ class Generation:
     """One text in the making, and all that is known of it.
 
     sequence: its prompt, to be continued; None for one that forks the first of its group.
-    text_of: the characters that a token completes; of None, what is left. split: tells reasoning from text,
-    which alone is searched for stop strings. context: how many tokens the sequence may hold. constraint: what
-    the answer has to be, from where reasoning ends. opening: tokens that may begin reasoning before it.
+    text_of: the characters that a token completes; of None, what is left. split: tells reasoning and calls of
+    tools from text, which alone is searched for stop strings. context: how many tokens the sequence may hold.
+    constraint: what the answer has to be, from where reasoning ends. opening: tokens that may begin reasoning
+    before it.
     """
 
     sequence: Sequence | None
@@ -202,7 +215,7 @@ class Generation:
     )
     max_tokens: int | None = None
     eos_ids: frozenset[int] = frozenset()
-    split: Splitter = field(default_factory=Plain)
+    split: Splitter | AnswerSplitter = field(default_factory=Plain)
     constraint: Constraint | None = None
     opening: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
@@ -210,6 +223,8 @@ class Generation:
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     text: str = ""
     reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    call_errors: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the string or the id that ended the text
     started: float = field(default_factory=time.perf_counter)
@@ -302,12 +317,16 @@ class Generation:
         self.finish_reason, self.stop_reason, self.ended = reason, stop_reason, time.perf_counter()
         return pieces
 
-    def _keep(self, parts: list[Part]) -> list[Piece]:
+    def _keep(self, parts: Iterable[Part | CallPart]) -> list[Piece]:
         """Adds parts to what there is, up to a stop string; the pieces to show."""
         pieces = []
-        for kind, text in parts:
+        for part in parts:
             if self.stops.found is not None:
                 break
+            if isinstance(part, CallPart):
+                pieces += self._keep_call(part)
+                continue
+            kind, text = part
             if kind == "reasoning":
                 self.reasoning += text
             else:
@@ -315,6 +334,19 @@ class Generation:
             if text:
                 pieces.append(Piece(text, kind=kind))
         return pieces
+
+    def _keep_call(self, part: CallPart) -> list[Piece]:
+        """The same of text beside calls, and of a part of a call, across which no stop string goes on."""
+        if part.kind == "text":
+            self.text += (text := self.stops.feed(part.text))
+            if part.error is not None:
+                self.call_errors.append(part.error)
+            return [Piece(text, index=part.index)] if text or part.index is not None else []
+        self.text += (rest := self.stops.flush())
+        if part.call is not None:
+            self.tool_calls.append(part.call)
+        call = Piece(part.text, None, None, "tool_call", part.index, part.name, part.id, part.call)
+        return [Piece(rest), call] if rest else [call]
 
     def close(self) -> None:
         if self.sequence is not None:

@@ -546,5 +546,5 @@ class StopStrings:
 
     def flush(self) -> str:
         """The text ends here: what was held back and turned out to be no stop string."""
-        held, self._held = shown(self._held), ""
+        held, self._held, self._begun = shown(self._held), "", []
         return held

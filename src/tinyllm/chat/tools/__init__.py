@@ -23,11 +23,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tinyllm.chat.tools.answers import AnswerSplitter, Calling
 from tinyllm.chat.tools.calls import CallSplitter, Part
 from tinyllm.chat.tools.formats import FORMATS, GENERIC, Format, format_of
 from tinyllm.chat.tools.grammar import Rules
 from tinyllm.chat.tools.notations import Json, Tagged
-from tinyllm.chat.tools.prompt import as_message_call, count_calls, instructions, render
+from tinyllm.chat.tools.prompt import arranged, as_message_call, count_calls, instructions, render
 from tinyllm.chat.tools.schema import Tool, as_tools, schema_of
 from tinyllm.chat.tools.shapes import ToolCall
 from tinyllm.chat.tools.values import types_of
@@ -36,14 +37,18 @@ from tinyllm.errors import ArgumentError
 __all__ = [
     "FORMATS",
     "GENERIC",
+    "AnswerSplitter",
     "CallSplitter",
+    "Calling",
     "Format",
     "Part",
     "Tool",
     "ToolCall",
+    "arranged",
     "as_message_call",
     "as_tools",
     "call_grammar",
+    "calling_of",
     "count_calls",
     "format_of",
     "instructions",
@@ -92,6 +97,25 @@ def call_grammar(
         by_name = {choice: by_name[choice]}
     calls = format.shape.grammar(rules, by_name, format.is_single or choice in by_name)
     return rules.source(format.shape.answer(rules, calls, with_text=choice == "auto"))
+
+
+def calling_of(
+    source: str,
+    tools: Sequence[Mapping[str, Any]],
+    choice: str,
+    *,
+    strict: bool,
+    n_before: int,
+    special_tokens: Mapping[str, int],
+) -> Calling | None:
+    """What an answer may call; None where choice is "none". source: of the chat template. The rest, and the
+    errors, as of `call_grammar` and `Calling`."""
+    format = format_of(source, special_tokens)
+    grammar = call_grammar(format, tools, choice, strict=strict, special_tokens=special_tokens)
+    if choice == "none":
+        return None
+    visible, ends = format.visible_ids(special_tokens), format.end_ids(special_tokens)
+    return Calling(format, tools, n_before, visible, ends, grammar)
 
 
 def _warn_of_bounds(format: Format, by_name: Mapping[str, Mapping[str, Any]]) -> None:

@@ -78,6 +78,11 @@ class CallSplitter:
         self._opened = next((mark for mark in format.shape.opens if ended.endswith(mark)), None)
         self._steps = self._main()
 
+    @property
+    def is_in_call(self) -> bool:
+        """Whether what comes next belongs to a call, as far as known."""
+        return self._scan.taken is not None
+
     def feed(self, piece: str) -> list[Part]:
         """What is certain after this piece, in order."""
         self._scan.feed(piece)

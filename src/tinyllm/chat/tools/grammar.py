@@ -14,6 +14,8 @@ from typing import Any
 Schema = Mapping[str, Any]
 
 ANY = r"/(?s:.*)/"
+# Between the parts of a document, as in constraints/forms.py: more would let a model write it for ever.
+WHITE_SPACE = r"( |\n {0,32})?"
 
 
 class Rules:
@@ -86,7 +88,7 @@ class Rules:
 
     def json(self, schema: Schema) -> str:
         """A value in JSON."""
-        return self.rule(f"%json {json.dumps(schema)}")
+        return self.rule(f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': WHITE_SPACE}})}")
 
     def rule(self, body: str) -> str:
         """The name of a rule."""

@@ -42,8 +42,21 @@ def render(
     message. A template that takes one call a message gets each with its result. Raises ArgumentError for a
     call that is none, and what `ChatTemplate.render` raises.
     """
+    messages, told = arranged(template, messages, tools, format, **variables)
+    return template.render(messages, tools=told, **variables)
+
+
+def arranged(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    format: Format,
+    **variables: Any,
+) -> tuple[Sequence[Message], Sequence[Mapping[str, Any]] | None]:
+    """The messages and the tools to render, so that nothing of them is lost; see `render`. The tools are None
+    where the template shows none."""
     if not messages or isinstance(messages, str) or not all(isinstance(m, Mapping) for m in messages):
-        return template.render(messages, tools=tools, **variables)  # which says what is wrong
+        return messages, tools  # rendering them says what is wrong
     plain = _plain(messages, format)
     marked, marks = _marked(plain)
     marked_tools = [_renamed(tool, f"zqt{i}zq") for i, tool in enumerate(tools)]
@@ -55,8 +68,8 @@ def render(
                 continue
             shows_tools = all(f"zqt{i}zq" in shown for i in range(len(tools)))
             if not tools or (shows_tools and format is not GENERIC):
-                return template.render(real, tools=tools, **variables)
-            return _told(template, real, tools, format, variables)
+                return real, tools
+            return _told(template, real, tools, format, variables, shows_tools)
         except TemplateError as e:
             error = error or e
     raise error or TemplateError(
@@ -92,8 +105,9 @@ def _told(
     tools: Sequence[Mapping[str, Any]],
     format: Format,
     variables: Mapping[str, Any],
-) -> str:
-    """The prompt with the tools in a message, of a template that does not show them or says in no known
+    shows_tools: bool,
+) -> tuple[Messages, Sequence[Mapping[str, Any]] | None]:
+    """The messages with the tools in one of them, for a template that does not show them or says in no known
     format how to call them."""
     if template not in _warned:
         _warned.add(template)
@@ -106,17 +120,25 @@ def _told(
             format.name,
         )
     text = instructions(format, tools)
+    told = tools if shows_tools else None
     first = messages[0]
     if first.get("role") == "system":
         given = [{**first, "content": f"{first.get('content') or ''}\n\n{text}"}, *messages[1:]]
-        return template.render(given, tools=tools, **variables)
+    else:
+        given = [{"role": "system", "content": text}, *messages]
     try:
-        return template.render([{"role": "system", "content": text}, *messages], tools=tools, **variables)
+        shown = template.render(given, tools=told, **variables)
+        if text.splitlines()[0] in shown:
+            return given, told
     except TemplateError:  # some have no system message
-        if first.get("role") != "user" or not isinstance(first.get("content"), str):
+        if first.get("role") == "system":
             raise
-        given = [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
-        return template.render(given, tools=tools, **variables)
+    if first.get("role") != "user" or not isinstance(first.get("content"), str):
+        raise TemplateError(
+            f"the {template.name} shows no tools and takes no system message that could tell of them"
+        )
+    given = [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
+    return given, told
 
 
 def _plain(messages: Sequence[Message], format: Format) -> Messages:

@@ -63,8 +63,12 @@ def _checked(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     if parameters and parameters.get("type", "object") != "object":
         raise ArgumentError(f"{where} ({name}): the schema of parameters must have the type 'object'")
-    whole = {"type": "object", "properties": {}, **(parameters or {})}
-    return {"type": "function", "function": {"description": "", **function, "parameters": whole}}
+    whole = dict(parameters or {})  # in the order given, which templates write
+    whole.setdefault("type", "object")
+    whole.setdefault("properties", {})
+    made = {**function, "parameters": whole}
+    made.setdefault("description", "")
+    return {"type": "function", "function": made}
 
 
 def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
