@@ -1,7 +1,7 @@
 """Two small trained models beside transformers, which reads the same GGUF: how far are our probabilities off?
 
-They lie in the folder that TINYLLM_REAL_MODELS names (tests/data.md says where they come from); transformers and
-torch are needed. Skipped by name without. `pytest tests/long/test_real_models.py`
+They lie in the folder that TINYLLM_REAL_MODELS names (tests/data.md says where they come from); transformers
+and torch are needed. Skipped by name without. `pytest tests/long/test_real_models.py`
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ def test_divergence_from_transformers(name: str, data_dir: Path) -> None:
     with tinyllm.load(path) as llm:
         assert llm.tokenizer is not None
         ids = llm.tokenizer.encode(text[:8000])[:N_TOKENS]
-        ours = log_softmax(llm.logits(ids).astype(np.float64))
+        ours = llm.logits(ids)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     with torch.no_grad():
-        theirs = log_softmax(model(torch.tensor([ids])).logits[0].double().numpy())
+        theirs = model(torch.tensor([ids])).logits[0].numpy()
     assert len(ids) == N_TOKENS
-    divergence = (np.exp(theirs) * (theirs - ours[:, : theirs.shape[1]])).sum(axis=-1).mean()
-    assert 0 <= divergence <= MOST
+    divergences = []
+    for at in range(0, N_TOKENS, 20):  # a vocabulary of 262 144 in float64 is large
+        p, q = (log_softmax(x[at : at + 20, : theirs.shape[1]].astype(np.float64)) for x in (theirs, ours))
+        divergences += (np.exp(p) * (p - q)).sum(axis=-1).tolist()
+    assert 0 <= np.mean(divergences) <= MOST
