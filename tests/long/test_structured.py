@@ -1,6 +1,6 @@
-"""Forms and tool calls on a small model that was trained, which lies where TINYLLM_REAL_MODELS says (tests/data.md).
+"""Forms and tool calls on a small model that was trained, in the folder that TINYLLM_REAL_MODELS names.
 
-Skipped by name without. `pytest tests/long/test_structured.py`
+tests/data.md says where it comes from. Skipped by name without. `pytest tests/long/test_structured.py`
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def llm() -> Iterator[tinyllm.LLM]:
         yield llm
 
 
-ASK = [
-    {"role": "user", "content": "Tell me about Paris. Answer in JSON: name, country, population, is_capital."}
-]
+ASK = [{"role": "user", "content": "Tell me about Paris in JSON: name, country, population, is_capital."}]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -61,22 +59,13 @@ def test_a_city(llm: tinyllm.LLM, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_call_of_a_tool(llm: tinyllm.LLM, seed: int) -> None:
     ask = [{"role": "user", "content": "What will the weather be in Lyon for the next 3 days?"}]
-    made = llm.chat(
-        ask, tools=[get_weather], tool_choice="get_weather", strict=True, seed=seed, max_tokens=200
-    )
+    force = {"tools": [get_weather], "tool_choice": "get_weather", "strict": True}
+    made = llm.chat(ask, **force, seed=seed, max_tokens=200)
     (call,) = made.tool_calls
     assert call.name == "get_weather"
     assert isinstance(call.arguments["city"], str)
     assert isinstance(call.arguments.get("days", 1), int)
     get_weather(**call.arguments)
-    stream = llm.chat(
-        ask,
-        tools=[get_weather],
-        tool_choice="get_weather",
-        strict=True,
-        seed=seed,
-        max_tokens=200,
-        stream=True,
-    )
+    stream = llm.chat(ask, **force, seed=seed, max_tokens=200, stream=True)
     assert [piece.kind for piece in stream if piece.text].count("text") == 0
     assert stream.completion.tool_calls == made.tool_calls
