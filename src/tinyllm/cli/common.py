@@ -265,8 +265,8 @@ def _add_repetition_options(parser: argparse.ArgumentParser) -> None:
         ("--xtc-probability", float, "P", "how often to leave out the likeliest tokens (0)"),
         ("--xtc-threshold", float, "P", "of tokens at least so likely, leave out all but one (0.1)"),
     ):
-        dest = {"--repeat-last-n": "penalty_window"}.get(option)
-        group.add_argument(option, type=kind, metavar=metavar, help=text, **({"dest": dest} if dest else {}))
+        dest = "penalty_window" if option == "--repeat-last-n" else option[2:].replace("-", "_")
+        group.add_argument(option, dest=dest, type=kind, metavar=metavar, help=text)
     group.add_argument(
         "--dry-sequence-breaker",
         dest="dry_sequence_breakers",

@@ -168,13 +168,13 @@ class SamplingParams:
         names = (*_DEFAULTS, *_LENGTHS)
         given = {n: own[n] for n in names if getattr(self, n) is None and own.get(n) is not None}
         try:
-            filled = replace(self, **given)
+            filled = replace(self, **given) if given else self
         except (ArgumentError, TypeError) as error:
             raise ArgumentError(f"the model's own sampling defaults: {error}; pass the parameter") from error
         missing: dict[str, Any] = {n: v for n, v in _DEFAULTS.items() if getattr(filled, n) is None}
         if self.seed is None:
             missing["seed"] = secrets.randbits(32)  # short enough to type again
-        return replace(filled, **missing)
+        return replace(filled, **missing) if missing else filled
 
 
 class SamplingOptions(TypedDict, total=False):
