@@ -187,7 +187,7 @@ class SamplingParams:
         missing: dict[str, Any] = {n: v for n, v in _DEFAULTS.items() if getattr(filled, n) is None}
         if self.seed is None:
             missing["seed"] = secrets.randbits(32)  # short enough to type again
-        return replace(filled, **missing)
+        return replace(filled, **missing) if missing else filled
 
 
 class SamplingOptions(TypedDict, total=False):
