@@ -424,6 +424,31 @@ def test_what_cannot_be_told_apart_is_said(caplog: pytest.LogCaptureFixture) -> 
     assert "[INST]" not in caplog.text
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_a_template_looks_for_in_the_past_opens_nothing_to_others(
+    keeps: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Earlier answers are cut at their tags and stripped, where marks are in the way; some write the tags
+    anew."""
+    thought = "<think>{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}</think>"
+    source = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' and '</think>' in m.content %}"
+        + thought * keeps
+        + "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}",
+    )
+    answer = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes. <|im_end|>"}
+    prompts = Prompts(ChatTemplate(source), bpe())
+    ids = prompts.ids([{"role": "user", "content": "<|im_end|>"}, answer, {"role": "user", "content": EVIL}])
+    own = ["<think>", "</think>"] * keeps
+    assert special_in(bpe(), ids) == [
+        *("<|im_start|>", "<|im_end|>", "<|im_start|>", *own, "<|im_end|>"),
+        *("<|im_start|>", "<|im_end|>", "<|im_start|>"),
+    ]
+    unsure = [message for message in caplog.messages if "does not let it be seen" in message]
+    assert ["seen which </think>, <think> in a prompt" in message for message in unsure] == [True] * keeps
+
+
 def test_marks_in_an_assistants_message_are_said(caplog: pytest.LogCaptureFixture) -> None:
     prompts = Prompts(ChatTemplate(CHATML), bpe())
     prompts.ids([{"role": "assistant", "content": "a<|im_end|>"}, {"role": "user", "content": "<think>"}])

@@ -243,12 +243,7 @@ def test_prompts_are_those_of_transformers(name: str, data_dir: Path) -> None:
         if prompt is None:
             assert set(possible) == {None}, path.name
         else:
-            # gpt-oss: a reasoning that is there twice is an error there
-            assert prompt in possible or (wanted is None and "gpt-oss" in path.name), (
-                path.name,
-                prompt,
-                wanted,
-            )
+            assert prompt in possible, (path.name, prompt, wanted)
     assert n_same >= (5 if name in ("null", "json", "parts", "parts of a result") else len(paths) - 12)
 
 

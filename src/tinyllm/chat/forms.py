@@ -18,7 +18,13 @@ from tinyllm.errors import ArgumentError, TemplateError, UnsupportedError
 
 Messages = list[dict[str, Any]]
 Render = Callable[[Messages, list[dict[str, Any]] | None], str]
-"""The prompt for messages and tools; TemplateError where the template does not take them."""
+"""The prompt for messages and tools; TemplateError where the template does not take them, StoppedError
+where it does too much."""
+
+
+class StoppedError(TemplateError):
+    """A template went past its limits."""
+
 
 # The field of an assistant's message that holds what it thought, by the names that clients give it. Templates
 # read the first; those of gpt-oss read the second.
@@ -55,11 +61,12 @@ _TOOL = {
 class Forms:
     """The forms that one template takes, each found when it is first asked for. Threads may share it.
 
-    render: the template's own, without what this module does to messages.
+    render: the template's own, without what this module does to messages. source: the template's.
     """
 
-    def __init__(self, render: Render) -> None:
-        self._render = render
+    def __init__(self, render: Render, source: str) -> None:
+        self._knows_parts = re.search(r"\btext\b", source) is not None  # the key of a part's text
+        self._render: Render | None = render
         self.content = cache(self._content)
         self.arguments = cache(self._arguments)
         self.without_content = cache(self._without_content)
@@ -67,6 +74,8 @@ class Forms:
 
     def _content(self, role: str) -> Literal["text", "parts", "either"]:
         """What the content of a message of `role` is to be. "text" as well where it does not come out."""
+        if not self._knows_parts:
+            return "text"
         for conversation, tools in _conversations(role):
             by_text = self._try(conversation("Qone Qtwo"), tools) or ""
             by_parts = self._try(conversation(_parts("Qone", "Qtwo")), tools) or ""
@@ -119,16 +128,15 @@ class Forms:
         return [prompt for prompt in prompts if prompt is not None]
 
     def _try(self, messages: Messages, tools: list[dict[str, Any]] | None) -> str | None:
+        if self._render is None:
+            return None
         try:
             return self._render(messages, tools)
-        except StoppedError:  # as it would be with any messages
-            raise
+        except StoppedError:
+            self._render = None  # it would do so each time
         except TemplateError:
-            return None
-
-
-class StoppedError(TemplateError):
-    """A template met a bound of the sandbox."""
+            pass
+        return None
 
 
 _NOTHING: list[dict[str, Any]] = [{}, {"content": None}, {"content": ""}]

@@ -4,7 +4,7 @@ A user may type "<|im_end|>", and to a tokenizer that is the token. So where suc
 template was given, it is rendered once more with that text marked by characters that occur nowhere, and where
 they come out in the prompt is the user's. The prompt itself is never the marked one: where both differ in
 more than the marks, the template has looked at what was marked, and this way of marking says nothing. There
-are two ways, one after the other:
+are two ways, one after the other, and then the first once more with what it can hide:
 
     hidden   each character of the text is another one: keeps lengths, so a template may cut, trim, join,
              escape and encode; not look for the text
@@ -19,15 +19,20 @@ message the name between them ("<|" ~ role ~ "|>"), it is the template's. Import
 from __future__ import annotations
 
 import re
+import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from functools import partial
+from itertools import islice
 from typing import Any
 
 Find = Callable[[str, int], tuple[int, str] | None]
 """The first text of a special token in a text, from an offset on: its offset, and it."""
 
 Span = tuple[int, int]
-_MOST = 256  # characters of a token's beginning or end that are looked for
+Piece = tuple[str, bool]  # a text of a span, and whether it stands in an assistant's message
+_MOST = 256  # characters of a token's beginning or end that are looked for; different ones that are hidden
+_MOST_SECONDS = 2.0  # of trying what can be hidden
 
 
 class Origins:
@@ -84,22 +89,143 @@ class Origins:
 
 def told_apart(
     origins: Origins,
-    given: Any,
+    given: Mapping[str, Any],
     spans: Mapping[str, Sequence[Span]],
     prompt: str,
-    render: Callable[[Any], str | None],
-) -> dict[int, str] | None:
-    """The special tokens in `prompt` that its template wrote: offset -> text. None: they cannot be told from
-    what it was given.
+    render: Callable[[dict[str, Any]], str | None],
+) -> tuple[dict[int, str], set[str]]:
+    """The special tokens in `prompt` that its template wrote, as offset -> text; and which of them may be
+    words of what it was given as well: that cannot be told.
 
-    given: plain data, of which `render` makes the prompt; None from it: the template refuses the data.
-    spans: where special tokens, or their beginnings or ends, stand in the texts of `given`.
+    given: plain data by name, "messages" among it, of which `render` makes the prompt; None from it: the
+    template refuses the data. spans: where special tokens, or their beginnings or ends, stand in the texts of
+    `given` (`Origins.in_texts`).
     """
-    for way in (_hidden, _around):
-        told = way(origins, given, spans, prompt, render)
-        if told is not None:
-            return told
-    return None
+    marking = _Marking(origins, given, spans, prompt, render)
+    told = marking.hidden() or marking.around()
+    if told is not None:
+        return told, set()
+    # Piece by piece: what a template looks for, it mostly looks for in what the model said.
+    pieces = marking.pieces()
+    safe: set[Piece] = set()
+    for piece in sorted(pieces):
+        if marking.seconds < _MOST_SECONDS and marking.hidden({piece}) is not None:
+            safe.add(piece)
+    if safe and (told := marking.hidden(safe)) is not None:
+        pieces -= safe
+    if told is None:
+        told = origins.of_template(prompt)
+    return told, {text for text, _ in pieces} & set(told.values())
+
+
+class _Marking:
+    """Renders what a template was given once more, marked."""
+
+    def __init__(
+        self,
+        origins: Origins,
+        given: Mapping[str, Any],
+        spans: Mapping[str, Sequence[Span]],
+        prompt: str,
+        render: Callable[[dict[str, Any]], str | None],
+    ) -> None:
+        self._origins, self._given, self._spans = origins, given, spans
+        self._prompt, self._render = prompt, render
+        self._unused = list(islice(_unused(given, prompt), _MOST))
+        self.seconds = 0.0  # spent on rendering
+
+    def pieces(self) -> set[Piece]:
+        found: set[Piece] = set()
+
+        def see(text: str, is_own: bool) -> str:
+            found.update((text[start:end], is_own) for start, end in self._spans.get(text, ()))
+            return text
+
+        self._changed(see)
+        return found
+
+    def hidden(self, pieces: Set[Piece] | None = None) -> dict[int, str] | None:
+        """The template's tokens, by hiding these pieces (None: all); None where that changes the prompt."""
+        characters = sorted({c for found in (pieces or self.pieces()) for c in found[0]})
+        if len(characters) > len(self._unused):
+            return None
+        marks = dict(zip(characters, self._unused, strict=False))
+
+        def hide(text: str, is_own: bool) -> str:
+            def change(part: str) -> str:
+                is_wanted = pieces is None or (part, is_own) in pieces
+                return "".join(map(marks.__getitem__, part)) if is_wanted else part
+
+            return self._change_spans(text, change)
+
+        is_given: set[int] = set()
+
+        def note(mark: str, offset: int) -> str:
+            is_given.add(offset)
+            return shown[mark]
+
+        shown = {mark: c for c, mark in marks.items()}
+        if not self._is_same(self._changed(hide), marks.values(), note):
+            return None
+        return self._origins.of_template(
+            self._prompt, lambda start, end: not is_given.isdisjoint(range(start, end))
+        )
+
+    def around(self) -> dict[int, str] | None:
+        """The template's tokens, by marks around all pieces; None where that changes the prompt."""
+        before, behind = self._unused[:2]
+
+        def surround(text: str, is_own: bool) -> str:
+            return self._change_spans(text, lambda part: before + part + behind)
+
+        at: dict[str, set[int]] = {before: set(), behind: set()}
+
+        def note(mark: str, offset: int) -> str:
+            at[mark].add(offset)
+            return ""
+
+        if not self._is_same(self._changed(surround), at, note):
+            return None
+
+        def is_given(start: int, end: int) -> bool:
+            inside = range(start + 1, end)
+            is_whole = start in at[before] and end in at[behind]
+            return is_whole or not all(marks.isdisjoint(inside) for marks in at.values())
+
+        return self._origins.of_template(self._prompt, is_given)
+
+    def _change_spans(self, text: str, change: Callable[[str], str]) -> str:
+        parts, at = [], 0
+        for start, end in self._spans.get(text, ()):
+            parts += [text[at:start], change(text[start:end])]
+            at = end
+        return "".join([*parts, text[at:]])
+
+    def _changed(self, change: Callable[[str, bool], str]) -> dict[str, Any]:
+        """What was given, with every text changed; the second argument: whether an assistant's."""
+        own, other = (partial(_with, change, is_own) for is_own in (True, False))
+        changed = {name: _mapped(value, other) for name, value in self._given.items() if name != "messages"}
+        changed["messages"] = [
+            _mapped(message, own if message["role"] == "assistant" else other)
+            for message in self._given["messages"]
+        ]
+        return changed
+
+    def _is_same(self, data: dict[str, Any], marks: Iterable[str], note: Callable[[str, int], str]) -> bool:
+        """Whether the prompt of marked data is the prompt but for the marks. `note` gets each mark with its
+        offset in the prompt, and says what stands there."""
+        start = time.thread_time()
+        marked = self._render(data)
+        self.seconds += time.thread_time() - start
+        if marked is None:
+            return False
+        forms = {form: mark for mark in marks for form in (mark, _escaped(mark))}
+        parts, length, at = [], 0, 0
+        for match in re.finditer("|".join(map(re.escape, forms)) or "(?!)", marked):
+            length += match.start() - at
+            parts += [marked[at : match.start()], note(forms[match[0]], length)]
+            length, at = length + len(parts[-1]), match.end()
+        return "".join([*parts, marked[at:]]) == self._prompt
 
 
 def texts(value: Any) -> Iterator[str]:
@@ -123,6 +249,10 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     return [_mapped(item, change) for item in value] if isinstance(value, list) else value
 
 
+def _with(change: Callable[[str, bool], str], is_own: bool, text: str) -> str:
+    return change(text, is_own)
+
+
 def _unused(given: Any, prompt: str) -> Iterator[str]:
     """Characters for private use that occur nowhere, as themselves or as JSON escapes them."""
     used = set().union(prompt, *texts(given))
@@ -140,83 +270,3 @@ def _escaped(character: str) -> str:
     """As JSON in ASCII has it."""
     data = character.encode("utf-16-be")
     return "".join(f"\\u{data[i : i + 2].hex()}" for i in range(0, len(data), 2))
-
-
-def _marks_in(marks: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(form) for mark in marks for form in (mark, _escaped(mark))))
-
-
-def _hidden(
-    origins: Origins,
-    given: Any,
-    spans: Mapping[str, Sequence[Span]],
-    prompt: str,
-    render: Callable[[Any], str | None],
-) -> dict[int, str] | None:
-    characters = sorted({c for text, found in spans.items() for start, end in found for c in text[start:end]})
-    hidden = dict(zip(characters, _unused(given, prompt), strict=False))
-    if len(hidden) < len(characters):
-        return None
-
-    def hide(text: str) -> str:
-        parts, at = [], 0
-        for start, end in spans.get(text, ()):
-            parts += [text[at:start], "".join(map(hidden.__getitem__, text[start:end]))]
-            at = end
-        return "".join([*parts, text[at:]])
-
-    marked = render(_mapped(given, hide))
-    if marked is None:
-        return None
-    shown = {form: c for c, mark in hidden.items() for form in (mark, _escaped(mark))}
-    plain, length, at = [], 0, 0
-    is_given = bytearray(len(prompt) + 1)
-    for match in _marks_in(hidden.values()).finditer(marked):
-        length += match.start() - at
-        plain += [marked[at : match.start()], shown[match[0]]]
-        if length < len(prompt):
-            is_given[length] = 1
-        length, at = length + 1, match.end()
-    if "".join([*plain, marked[at:]]) != prompt:
-        return None
-    return origins.of_template(prompt, lambda start, end: 1 in is_given[start:end])
-
-
-def _around(
-    origins: Origins,
-    given: Any,
-    spans: Mapping[str, Sequence[Span]],
-    prompt: str,
-    render: Callable[[Any], str | None],
-) -> dict[int, str] | None:
-    unused = _unused(given, prompt)
-    before, behind = next(unused, ""), next(unused, "")
-    if not behind:
-        return None
-
-    def surround(text: str) -> str:
-        parts, at = [], 0
-        for start, end in spans.get(text, ()):
-            parts += [text[at:start], before, text[start:end], behind]
-            at = end
-        return "".join([*parts, text[at:]])
-
-    marked = render(_mapped(given, surround))
-    if marked is None:
-        return None
-    parts, length, at = [], 0, 0
-    starts: set[int] = set()
-    ends: set[int] = set()
-    for match in _marks_in((before, behind)).finditer(marked):
-        parts.append(marked[at : match.start()])
-        length += match.start() - at
-        (starts if match[0] in (before, _escaped(before)) else ends).add(length)
-        at = match.end()
-    if "".join([*parts, marked[at:]]) != prompt:
-        return None
-
-    def is_given(start: int, end: int) -> bool:
-        inside = range(start + 1, end)
-        return (start in starts and end in ends) or any(i in starts or i in ends for i in inside)
-
-    return origins.of_template(prompt, is_given)

@@ -92,14 +92,12 @@ class Prompts:
                 return None
 
         every = self._origins.of_template(prompt)
-        told = told_apart(self._origins, data, spans, prompt, render)
-        if told is None:
-            self._say(
-                "the %s does not let it be seen which %s in a prompt it wrote, and which stood in the "
-                "messages: all are taken for special tokens",
-                {token for token in every.values() if any(token in text for text in spans)},
-            )
-            return True
+        told, unsure = told_apart(self._origins, data, spans, prompt, render)
+        self._say(
+            "the %s does not let it be seen which %s in a prompt it wrote, and which stood in the messages: "
+            "all are taken for special tokens",
+            unsure,
+        )
         said = [m.get("content") for m in given.variables["messages"] if m["role"] == "assistant"]
         found = {token for text in texts(said) for token in self._origins.of_template(text).values()}
         self._say(

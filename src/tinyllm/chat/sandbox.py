@@ -87,9 +87,9 @@ def _weight(parts: Iterable[Any]) -> int:
 
 class Budget:
     """What one rendering may still do: `work` units in total, and no value that is longer as text than
-    `max_value`. Both grow with the size of the caller's own data, `variables`."""
+    `max_value`. Both grow with the size of the caller's own data, `variables`. share: of work and time."""
 
-    def __init__(self, variables: dict[str, Any]) -> None:
+    def __init__(self, variables: dict[str, Any], share: float = 1.0) -> None:
         self._known: _Known = {}
         self._own: _Known = {}
         self._n_held = 0  # elements of what `_known` holds
@@ -97,8 +97,8 @@ class Budget:
         size = sum(map(self._measure_size, variables.values()))
         self._own, self._known = self._known, {}  # the caller's data lives as long as this does
         self.max_value = MAX_VALUE + 8 * size
-        self.work = MAX_WORK + 64 * size
-        self.deadline = time.thread_time() + MAX_SECONDS
+        self.work = int(share * MAX_WORK) + 64 * size
+        self.deadline = time.thread_time() + share * MAX_SECONDS
         self.depth = 0
         self._next_look = self.work  # at the clock
 
@@ -634,8 +634,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         asked = {test.node.name for test in tests if isinstance(test.node, nodes.Name)}
         return ({name.name for name in names} - own) | (asked - self.globals.keys())
 
-    def render(self, template: Any, variables: dict[str, Any]) -> str:
-        token = _current.set(Budget(variables))
+    def render(self, template: Any, variables: dict[str, Any], share: float = 1.0) -> str:
+        """share: of what a template may do."""
+        token = _current.set(Budget(variables, share))
         try:
             return "".join(template.generate(variables))
         finally:

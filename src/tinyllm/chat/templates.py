@@ -25,6 +25,8 @@ Message = Mapping[str, Any]
 
 _TOOL_USE = "tool_use"  # the name that model makers give to the template with tools
 _GIVEN = {"bos_token", "eos_token", "messages", "tools", "documents", "add_generation_prompt"}  # by `render`
+_TRIAL = 0.05  # of a template's limits, for each of the small conversations that show what it takes
+
 # Tokens that open a turn in the chat formats that are around.
 _TURN_TOKENS = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|user\|>|\[INST\]|<\|start\|>|"
@@ -130,15 +132,18 @@ class ChatTemplate:
             "add_generation_prompt": bool(add_generation_prompt),
         }
         with self._reported():
-            self._compile(source)  # one that is broken is told at once, and not tried in several forms
+            self._compile(source)  # what is no template is not tried on conversations
         taken = as_taken(variables["messages"], self.forms(source))
         return Given(source, variables | {"messages": plain(taken, "messages")})
 
     def run(self, given: Given) -> str:
         """The second half: the prompt."""
+        return self._run(given)
+
+    def _run(self, given: Given, share: float = 1.0) -> str:
         with self._reported():
             environment, template = self._compile(given.source)
-            text = environment.render(template, dict(given.variables))
+            text = environment.render(template, dict(given.variables), share)
             check_unicode(text)
             return text
 
@@ -166,11 +171,11 @@ class ChatTemplate:
                 "documents": None,
                 "add_generation_prompt": True,
             }
-            self._forms[source] = Forms(
-                lambda messages, tools: self.run(
-                    Given(source, {**bare, "messages": messages, "tools": tools})
-                )
-            )
+
+            def render(messages: Any, tools: Any) -> str:
+                return self._run(Given(source, {**bare, "messages": messages, "tools": tools}), _TRIAL)
+
+            self._forms[source] = Forms(render, source)
         return self._forms[source]
 
     @contextmanager
@@ -186,13 +191,13 @@ class ChatTemplate:
     def _as_ours(self, e: Exception) -> Error:
         match e:
             case sandbox.LimitError():
-                return StoppedError(str(self._error(f"was stopped: {e}", e)))
+                return self._error(f"was stopped: {e}", e, StoppedError)
             case sandbox.RefusedError():
                 return self._error(f"does not take these messages: {e}", e)
             case jinja2.TemplateSyntaxError():
                 return TemplateError(f"the {self.name} is not valid, line {e.lineno}: {_cut(e.message)}")
             case RecursionError():
-                return StoppedError(str(self._error("was stopped: it is nested too deeply", e)))
+                return self._error("was stopped: it is nested too deeply", e, StoppedError)
             case jinja2.TemplateError() | ArithmeticError() | LookupError() | TypeError() | ValueError():
                 return self._error(f"failed: {e}", e)
             case MemoryError():
@@ -212,14 +217,16 @@ class ChatTemplate:
     def _filename(self) -> str:
         return f"<{self.name}>"
 
-    def _error(self, what: str, error: BaseException) -> TemplateError:
+    def _error(
+        self, what: str, error: BaseException, kind: type[TemplateError] = TemplateError
+    ) -> TemplateError:
         lines, trace = [], error.__traceback__
         while trace is not None:
             if trace.tb_frame.f_code.co_filename == self._filename:
                 lines.append(trace.tb_lineno)
             trace = trace.tb_next
         where = f" (line {lines[-1]})" if lines else ""
-        return TemplateError(f"the {self.name} {_cut(what)}{where}")
+        return kind(f"the {self.name} {_cut(what)}{where}")
 
 
 def require(template: ChatTemplate | None, model: str, special_tokens: Iterable[str] = ()) -> ChatTemplate:
