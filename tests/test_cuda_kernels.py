@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import reference
-from families_table import FILES, written
+from families_table import FILES
 from helpers_gguf import FORMATS, write_gguf
 from helpers_models import (
     GOLDEN_DIR,
+    golden_model,
     golden_spec,
     golden_specs,
     random_ids,
@@ -250,7 +251,7 @@ def test_equals_transformers(name: str, n: int, host: Host, tmp_path: Path) -> N
     goldens = np.load(GOLDEN_DIR / FILES[file])
     positions = goldens[spec.name + ".positions"]
     seen = positions < n
-    with load(written(spec, tmp_path), cache_type="f32", context=spec.context) as llm:
+    with load(golden_model(spec, tmp_path), cache_type="f32", context=spec.context) as llm:
         logits = llm.logits(random_ids(spec.config, spec.seed, spec.n_tokens)[:n])
     assert seen.sum() >= 2
     assert relative_error(logits[positions[seen]], goldens[spec.name + ".logits"][seen]) < 1e-4

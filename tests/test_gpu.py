@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import reference
-from families_table import FILES, written
+from families_table import FILES
 from helpers_gguf import FORMATS, write_gguf
-from helpers_models import GOLDEN_DIR, Spec, golden_specs, random_ids, random_weights
+from helpers_models import GOLDEN_DIR, Spec, golden_model, golden_specs, random_ids, random_weights
 
 import tinyllm
 from tinyllm import backends, errors
@@ -59,7 +59,7 @@ def model_file(path: Path, format: str) -> dict[str, F32]:
 def test_goldens(gpu: str, file: str, spec: Spec, tmp_path: Path) -> None:
     goldens = np.load(GOLDEN_DIR / FILES[file])
     ids = random_ids(spec.config, spec.seed, spec.n_tokens)
-    with load(written(spec, tmp_path), device=gpu, cache_type="f32", context=spec.context) as llm:
+    with load(golden_model(spec, tmp_path), device=gpu, cache_type="f32", context=spec.context) as llm:
         logits = llm.logits(ids)[goldens[spec.name + ".positions"]]
     expected = goldens[spec.name + ".logits"]
     assert np.abs(logits - expected).max() < TOLERANCE * np.abs(expected).max()
