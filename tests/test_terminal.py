@@ -518,7 +518,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("case", COMMANDS)
 def test_a_models_tokens_on_a_terminal(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command, *options = COMMANDS[case]
-    path = evil_gguf(tmp_path / "m.gguf")
+    template = "{{ messages[0].content }}" + EVIL  # of which the token is a marker; what users type is text
+    path = evil_gguf(tmp_path / "m.gguf", tokenizer__chat_template=scalar(STRING, template))
     code, text = run_on_a_terminal(monkeypatch, command, path, *options)
     assert code == 0
     if case == "tokens as json":

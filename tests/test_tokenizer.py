@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 import shutil
 import threading
@@ -485,7 +486,12 @@ BROKEN: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_metadata_is_a_clear_error(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_broken_metadata_is_a_clear_error(
+    case: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        logging.getLogger("tinyllm"), "handlers", [logging.NullHandler()]
+    )  # else the commands'
     make, error, message = BROKEN[case]
     with pytest.raises(error, match=message):
         tokenizer_from_gguf(make())
