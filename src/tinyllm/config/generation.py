@@ -127,10 +127,12 @@ def generation_from_gguf(metadata: Mapping[str, Any], vocab_size: int) -> Genera
 def _left_out(sequence: Any, ignored: dict[str, str]) -> dict[str, Any]:
     """The parameters that turn off what a sequence such as "top_k;temperature" leaves out: llama.cpp runs the
     steps that it names, in its order, and no other. What cannot be followed is told in `ignored`."""
-    if sequence is None or sequence == "":
+    if sequence is None:
         return {}
     if not isinstance(sequence, str):
         raise FormatError(f"general.sampling.sequence must be a string, not {brief(sequence)}")
+    if not sequence:
+        return {}
     plain = {step.replace("_", ""): step for step in _STEPS}
     found = {
         name: _STEP_ALIASES.get(name, plain.get(name.replace("_", "").replace("-", "")))
