@@ -522,7 +522,7 @@ def test_a_models_tokens_on_a_terminal(case: str, tmp_path: Path, monkeypatch: p
     code, text = run_on_a_terminal(monkeypatch, command, path, *options)
     assert code == 0
     if case == "tokens as json":
-        assert json.loads(text)[-1]["text"] == EVIL
+        assert json.loads(text)[0]["text"] == EVIL  # its BOS; what is typed is text
 
 
 @pytest.mark.parametrize("name", [f"{EVIL}.tiktoken", f"additional_chat_templates/{EVIL}.jinja"])
