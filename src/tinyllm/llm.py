@@ -86,6 +86,25 @@ Cancel = Callable[[], bool]
 log = logging.getLogger(__name__)
 
 
+class CallOptions(SamplingOptions, total=False):
+    """What every way to call takes, for type checkers; `LLM.__call__` says what they are."""
+
+    special: bool
+    reasoning: bool
+
+
+class ChatOptions(SamplingOptions, total=False):
+    """What every way to chat takes, for type checkers; `LLM.chat` says what they are."""
+
+    params: SamplingParams | None
+    tools: SequenceOf[Tool] | None
+    tool_choice: str
+    strict: bool
+    chat_template: str | None
+    template_args: Mapping[str, Any] | None
+    special_in_messages: bool
+
+
 class LLM:
     """A loaded model. Made by `load`; any number of threads may use one.
 
@@ -154,10 +173,8 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         n: None = None,
-        special: bool = False,
-        reasoning: bool = False,
         cancel: Cancel | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[CallOptions],
     ) -> Completion: ...
 
     @overload
@@ -167,10 +184,8 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         n: int,
-        special: bool = False,
-        reasoning: bool = False,
         cancel: Cancel | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[CallOptions],
     ) -> list[Completion]: ...
 
     @overload
@@ -180,10 +195,8 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         n: int | None = None,
-        special: bool = False,
-        reasoning: bool = False,
         cancel: Cancel | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[CallOptions],
     ) -> list[Any]: ...
 
     @takes_sampling
@@ -256,9 +269,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         n: None = None,
-        special: bool = False,
-        reasoning: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, Completion]: ...
 
     @overload
@@ -268,9 +279,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         n: int,
-        special: bool = False,
-        reasoning: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, list[Completion]]: ...
 
     @overload
@@ -280,9 +289,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         n: int | None = None,
-        special: bool = False,
-        reasoning: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[CallOptions],
     ) -> Coroutine[Any, Any, list[Any]]: ...
 
     @takes_sampling
@@ -345,15 +352,8 @@ class LLM:
         *,
         stream: Literal[False] = False,
         n: None = None,
-        params: SamplingParams | None = None,
         cancel: Cancel | None = None,
-        tools: SequenceOf[Tool] | None = None,
-        tool_choice: str = "auto",
-        strict: bool = False,
-        chat_template: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
-        special_in_messages: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> Completion: ...
 
     @overload
@@ -363,15 +363,8 @@ class LLM:
         *,
         stream: Literal[False] = False,
         n: int,
-        params: SamplingParams | None = None,
         cancel: Cancel | None = None,
-        tools: SequenceOf[Tool] | None = None,
-        tool_choice: str = "auto",
-        strict: bool = False,
-        chat_template: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
-        special_in_messages: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> list[Completion]: ...
 
     @overload
@@ -381,15 +374,8 @@ class LLM:
         *,
         stream: Literal[True],
         n: None = None,
-        params: SamplingParams | None = None,
         cancel: Cancel | None = None,
-        tools: SequenceOf[Tool] | None = None,
-        tool_choice: str = "auto",
-        strict: bool = False,
-        chat_template: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
-        special_in_messages: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> Stream: ...
 
     @takes_sampling
@@ -452,14 +438,7 @@ class LLM:
         *,
         stream: Literal[False] = False,
         n: None = None,
-        params: SamplingParams | None = None,
-        tools: SequenceOf[Tool] | None = None,
-        tool_choice: str = "auto",
-        strict: bool = False,
-        chat_template: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
-        special_in_messages: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> Coroutine[Any, Any, Completion]: ...
 
     @overload
@@ -469,14 +448,7 @@ class LLM:
         *,
         stream: Literal[False] = False,
         n: int,
-        params: SamplingParams | None = None,
-        tools: SequenceOf[Tool] | None = None,
-        tool_choice: str = "auto",
-        strict: bool = False,
-        chat_template: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
-        special_in_messages: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> Coroutine[Any, Any, list[Completion]]: ...
 
     @overload
@@ -486,14 +458,7 @@ class LLM:
         *,
         stream: Literal[True],
         n: None = None,
-        params: SamplingParams | None = None,
-        tools: SequenceOf[Tool] | None = None,
-        tool_choice: str = "auto",
-        strict: bool = False,
-        chat_template: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
-        special_in_messages: bool = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> AsyncStream: ...
 
     @takes_sampling
