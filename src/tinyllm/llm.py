@@ -1,8 +1,8 @@
 """The interface: call a loaded model, stream from it, chat, score, open a session.
 
 Thin by intent: prompts become sequences here and what comes of them becomes results.py's dataclasses;
-engine/ does the work. Imports what stands below: `engine`, `chat`, `tokenizer`, `backends`, `config` and
-`errors`. loading.py makes an `LLM` of files. Read engine/engine.py next.
+engine/ does the work. Imports what stands below: `engine`, `constraints`, `chat`, `tokenizer`, `backends`,
+`files`, `config` and `errors`. loading.py makes an `LLM` of files. Read engine/engine.py next.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a model's files say of its arithmetic, of sampling and of vectors of texts, as three dataclasses.
 
 `ModelConfig` (model.py) is what everything above reads; from_json.py and from_gguf.py make it by the rows of
-families.py. `GenerationDefaults` (generation.py) and `EmbeddingDefaults` (embedding.py) are what a
-model's makers advise. A feature that a file asks
-for and that is not known is refused, never ignored. Imports `errors` alone.
+families.py. `GenerationDefaults` (generation.py) and `EmbeddingDefaults` (embedding.py) are what a model's
+makers advise. A feature that a file asks for and that is not known is refused, never ignored. Imports
+`errors` alone.
 """
 
 from tinyllm.config.embedding import (
