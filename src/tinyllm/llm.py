@@ -417,15 +417,9 @@ class LLM:
 
             llm.chat([{"role": "user", "content": "What is 2 + 2?"}]).text
         """
-        tools = as_tools(tools or ())
-        ids = self.chat_ids(
-            messages,
-            tools=tools,
-            chat_template=chat_template,
-            template_args=template_args,
-            special_in_messages=special_in_messages,
+        ids, calling = self._conversation(
+            messages, tools, tool_choice, strict, chat_template, template_args, special_in_messages
         )
-        calling = self._calling(messages, tools, tool_choice, strict, chat_template)
         if not stream:
             return self._call(ids, n, self._requests(ids, params, n, False, True, sampling, calling), cancel)
         _refuse_n(n)
@@ -480,15 +474,9 @@ class LLM:
         """Like `chat`, for a task of asyncio or trio: `await` it, or with stream=True go through its pieces
         with `async for`; see `acall`.
         """
-        tools = as_tools(tools or ())
-        ids = self.chat_ids(
-            messages,
-            tools=tools,
-            chat_template=chat_template,
-            template_args=template_args,
-            special_in_messages=special_in_messages,
+        ids, calling = self._conversation(
+            messages, tools, tool_choice, strict, chat_template, template_args, special_in_messages
         )
-        calling = self._calling(messages, tools, tool_choice, strict, chat_template)
         if not stream:
             return self._acall(ids, n, lambda: self._requests(ids, params, n, False, True, sampling, calling))
         _refuse_n(n)
@@ -519,6 +507,27 @@ class LLM:
             special_in_messages=special_in_messages,
             template_args=template_args,
         )
+
+    def _conversation(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        tools: SequenceOf[Tool] | None,
+        tool_choice: str,
+        strict: bool,
+        chat_template: str | None,
+        template_args: Mapping[str, Any] | None,
+        special_in_messages: bool,
+    ) -> tuple[list[int], Calling | None]:
+        """The prompt of a conversation, and how calls of tools are read from its answer."""
+        described = as_tools(tools or ())
+        ids = self.chat_ids(
+            messages,
+            tools=described,
+            chat_template=chat_template,
+            template_args=template_args,
+            special_in_messages=special_in_messages,
+        )
+        return ids, self._calling(messages, described, tool_choice, strict, chat_template)
 
     def _calling(
         self,
