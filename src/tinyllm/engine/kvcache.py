@@ -256,16 +256,22 @@ class KVCache:
         """The call that computed the next `n_tokens` tokens succeeded. Full pages can be shared now."""
         first = sequence.n_cached // PAGE
         sequence.n_cached += n_tokens
+        self._share(sequence, first)
+        if not sequence.n_pending:  # else `reserve` does, when it takes the next ones: nobody gets in between
+            self._trim(sequence)
+
+    def _share(self, sequence: Sequence, first: int) -> None:
+        """Others may have its full pages from the `first` on, those that are not behind a window."""
         for i in range(first, sequence.n_cached // PAGE):
             for table, pages in enumerate(sequence.tables):
                 key, own = (table, sequence.key(i)), pages[i]
+                if own == GONE:
+                    continue
                 known = self._page_of.setdefault(key, own)
                 if known == own:
                     self._key_of[own] = key
                 else:  # another sequence was faster; both hold the same bits
                     self._put(sequence, table, i, known)
-        if not sequence.n_pending:  # else `reserve` does, when it takes the next ones: nobody gets in between
-            self._trim(sequence)
 
     @_books
     def fork(self, sequence: Sequence) -> Sequence:
@@ -311,16 +317,7 @@ class KVCache:
         for table, row in zip(sequence.tables, present, strict=True):
             table += [next(left) if there else GONE for there in row]
         sequence.n_cached = len(tokens)
-        for i in range(len(tokens) // PAGE):
-            for table_index, table in enumerate(sequence.tables):
-                if table[i] == GONE:
-                    continue
-                key = (table_index, sequence.key(i))
-                known = self._page_of.setdefault(key, table[i])
-                if known == table[i]:
-                    self._key_of[known] = key
-                else:
-                    self._put(sequence, table_index, i, known)
+        self._share(sequence, 0)
         return sequence
 
     @_books
