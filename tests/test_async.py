@@ -63,6 +63,28 @@ def test_the_same_results_as_calls(llm: tinyllm.LLM, run: Callable[[Any], None])
 
 
 @RUNNERS
+def test_a_stream_of_several_samples(llm: tinyllm.LLM, run: Callable[[Any], None]) -> None:
+    """Each piece says whose it is; together they are what a call with n gives."""
+    want = llm(PROMPT, n=3, max_tokens=12, seed=4)
+
+    def joined(pieces: list[tinyllm.Piece]) -> list[str]:
+        return ["".join(str(p) for p in pieces if p.sample == i) for i in range(3)]
+
+    with llm.stream(PROMPT, n=3, max_tokens=12, seed=4) as stream:
+        assert joined(list(stream)) == [c.text for c in want] == [c.text for c in stream.completions]
+
+    async def main() -> None:
+        stream = llm.astream(PROMPT, n=3, max_tokens=12, seed=4)
+        assert joined([piece async for piece in stream]) == [c.text for c in want]
+        assert [c.tokens for c in stream.completions] == [c.tokens for c in want]
+        rest = await llm.astream(PROMPT, n=3, max_tokens=12, seed=4).rest()
+        assert [c.tokens for c in rest] == [c.tokens for c in want]
+        assert await stream.rest() == stream.completions  # of one that is over
+
+    run(main)
+
+
+@RUNNERS
 def test_leaving_a_stream_frees_its_pages(llm: tinyllm.LLM, run: Callable[[Any], None]) -> None:
     async def main() -> None:
         async with llm.astream(PROMPT, max_tokens=400, temperature=0, seed=1) as stream:
@@ -126,8 +148,8 @@ def test_an_error_is_its_own_tasks(llm: tinyllm.LLM) -> None:
         assert (await good).tokens == llm("Tom", max_tokens=30, seed=3).tokens
         with pytest.raises(tinyllm.ContextError):
             await llm.acall([1] * 600)
-        with pytest.raises(tinyllm.ArgumentError, match="leave out n"):
-            llm.achat([{"role": "user", "content": "Hi"}], stream=True, n=2, chat_template="{{ messages }}")
+        with pytest.raises(tinyllm.ArgumentError, match="n is 0"):
+            llm.achat([{"role": "user", "content": "Hi"}], stream=True, n=0, chat_template="{{ messages }}")
 
     asyncio.run(main())
 

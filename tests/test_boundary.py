@@ -216,7 +216,7 @@ ROOMS: list[set[str]] = [
     {"quantization"},
     {"loading"},
     {"tinyllm"},
-    {"measure"},
+    {"measure", "server"},
     {"cli"},
 ]
 FLOOR = {room: number for number, floor in enumerate(ROOMS) for room in floor}

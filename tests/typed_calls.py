@@ -30,6 +30,6 @@ llm.session().generate(top_p=0.5).text.upper()
 llm("x", temprature=1)  # type: ignore[call-overload]
 llm("x", temperature="hot")  # type: ignore[call-overload]
 llm.chat(messages, max_token=3)  # type: ignore[call-overload]
-llm.chat(messages, stream=True, n=2)  # type: ignore[call-overload]
+llm.chat(messages, stream=True, n="2")  # type: ignore[call-overload]
 llm.stream("x", maxtokens=3)  # type: ignore[call-arg]
 llm.session().sample(topk=3)  # type: ignore[call-arg]

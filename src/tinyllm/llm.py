@@ -69,7 +69,7 @@ from tinyllm.errors import (
     size_text,
 )
 from tinyllm.files import show
-from tinyllm.results import AsyncStream, Completion, Score, Stream, Timings, brief
+from tinyllm.results import AsyncStream, Completion, Score, Stream, Timings, brief, of_samples
 from tinyllm.tokenizer import Tokenizer
 
 if sys.version_info >= (3, 11):
@@ -244,23 +244,23 @@ class LLM:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        n: int | None = None,
         special: bool = False,
         reasoning: bool = False,
         cancel: Cancel | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Stream:
-        """Like a call with one prompt, but yields the text piece by piece, whole characters only.
+        """Like a call with one prompt, but yields the text piece by piece, whole characters only. With n the
+        samples are made together: `piece.sample` says whose a piece is, `completions` has them all.
 
         for piece in llm.stream("Once upon a time"): print(piece, end="", flush=True)
         """
-        return self._stream(self._streamed(prompt, params, special, reasoning, sampling), cancel)
+        return self._stream(self._streamed(prompt, params, n, special, reasoning, sampling), cancel)
 
-    def _stream(self, request: _Request, cancel: Cancel | None) -> Stream:
-        def pieces() -> Generator[Piece, None, None]:
-            for _, piece in self._engine.generate([[request.generation]], cancel):
-                yield piece
-
-        return Stream(pieces(), lambda: self._completion(request))
+    def _stream(self, group: list[_Request], cancel: Cancel | None) -> Stream:
+        generations = [request.generation for request in group]
+        pieces = self._engine.generate([generations], cancel)
+        return Stream(of_samples(generations, pieces), lambda: self._completions(group))
 
     @overload
     def acall(  # type: ignore[overload-overlap]  # a str is a sequence too
@@ -329,6 +329,7 @@ class LLM:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        n: int | None = None,
         special: bool = False,
         reasoning: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -337,12 +338,13 @@ class LLM:
 
         async for piece in llm.astream("Once upon a time"): print(piece, end="", flush=True)
         """
-        return self._astream(self._streamed(prompt, params, special, reasoning, sampling))
+        return self._astream(self._streamed(prompt, params, n, special, reasoning, sampling))
 
-    def _astream(self, request: _Request) -> AsyncStream:
+    def _astream(self, group: list[_Request]) -> AsyncStream:
+        generations = [request.generation for request in group]
         return AsyncStream(
-            lambda: Inbox(self._loop, [[request.generation]], keeps_pieces=True),
-            lambda: self._completion(request),
+            lambda keeps_pieces: Inbox(self._loop, [generations], keeps_pieces=keeps_pieces),
+            lambda: self._completions(group),
         )
 
     @overload
@@ -373,7 +375,7 @@ class LLM:
         messages: SequenceOf[Mapping[str, Any]],
         *,
         stream: Literal[True],
-        n: None = None,
+        n: int | None = None,
         cancel: Cancel | None = None,
         **options: Unpack[ChatOptions],
     ) -> Stream: ...
@@ -399,9 +401,9 @@ class LLM:
 
         messages: dicts with "role" and "content", and what else the template reads, as clients of the common
         chat APIs send them: a content may be a list of text parts, or None beside tool calls, whose arguments
-        may be JSON. stream: returns a Stream instead of a Completion. n: how many answers, as a list; not of
-        a stream. tools: functions, or their JSON schemas as OpenAI writes them, that the model may call; its
-        calls come back as `tool_calls`, and the text without them (docs/tools.md). tool_choice: "auto",
+        may be JSON. stream: returns a Stream instead of a Completion. n: how many answers, as a list, or in
+        one stream. tools: functions, or their JSON schemas as OpenAI writes them, that the model may call;
+        its calls come back as `tool_calls`, and the text without them (docs/tools.md). tool_choice: "auto",
         "none", "required" (nothing but calls) or the name of the one tool to call. strict: whether arguments
         have to follow their schema, with "auto" too; this and a forced choice take the package llguidance.
         chat_template: a Jinja template in place of the model's. template_args: further variables for it, such
@@ -422,8 +424,7 @@ class LLM:
         )
         if not stream:
             return self._call(ids, n, self._requests(ids, params, n, False, True, sampling, calling), cancel)
-        _refuse_n(n)
-        return self._stream(self._streamed(ids, params, False, True, sampling, calling), cancel)
+        return self._stream(self._streamed(ids, params, n, False, True, sampling, calling), cancel)
 
     @overload
     def achat(
@@ -451,7 +452,7 @@ class LLM:
         messages: SequenceOf[Mapping[str, Any]],
         *,
         stream: Literal[True],
-        n: None = None,
+        n: int | None = None,
         **options: Unpack[ChatOptions],
     ) -> AsyncStream: ...
 
@@ -479,8 +480,7 @@ class LLM:
         )
         if not stream:
             return self._acall(ids, n, lambda: self._requests(ids, params, n, False, True, sampling, calling))
-        _refuse_n(n)
-        return self._astream(self._streamed(ids, params, False, True, sampling, calling))
+        return self._astream(self._streamed(ids, params, n, False, True, sampling, calling))
 
     def chat_ids(
         self,
@@ -794,21 +794,31 @@ class LLM:
         calling: Calling | None = None,
     ) -> list[list[_Request]]:
         """What a call asks for, a group a prompt."""
-        if n is not None:
-            n = integer("n", n, 1, backends.MOST_INT)
         prompts = [prompt] if _is_prompt(prompt) else list(cast("SequenceOf[Prompt]", prompt))
         given, thread = _merge(params, sampling), threading.get_ident()
-        requests: list[list[_Request]] = []
-        for one in prompts:
-            ids, resolved = self._prompt(one, special), given.resolve(self.defaults)
-            first = self._request(resolved, ids, self._engine.sequence(ids, thread), reasoning, calling)
-            others = (_derive(resolved, i) for i in range(1, n or 1))
-            requests.append([first, *(self._request(p, ids, None, reasoning, calling) for p in others)])
-        return requests
+        return [self._group(one, given, n, special, reasoning, calling, thread) for one in prompts]
+
+    def _group(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        n: int | None,
+        special: bool,
+        reasoning: bool,
+        calling: Calling | None,
+        thread: int | None,
+    ) -> list[_Request]:
+        """The samples of one prompt. thread: whose call computes them; None: a stream, read by any."""
+        if n is not None:
+            n = integer("n", n, 1, backends.MOST_INT)
+        ids, resolved = self._prompt(prompt, special), params.resolve(self.defaults)
+        first = self._request(resolved, ids, self._engine.sequence(ids, thread), reasoning, calling)
+        others = (_derive(resolved, i) for i in range(1, n or 1))
+        return [first, *(self._request(p, ids, None, reasoning, calling) for p in others)]
 
     def _results(self, prompt: object, n: int | None, requests: list[list[_Request]]) -> Any:
         """What a call returns, in the shape it asked for."""
-        results = [[self._completion(request) for request in group] for group in requests]
+        results = [self._completions(group) for group in requests]
         shaped: list[Any] = [group[0] if n is None else group for group in results]
         return shaped[0] if _is_prompt(cast("Prompt", prompt)) else shaped
 
@@ -816,15 +826,15 @@ class LLM:
         self,
         prompt: Prompt,
         params: SamplingParams | None,
+        n: int | None,
         special: bool,
         reasoning: bool,
         sampling: SamplingOptions,
         calling: Calling | None = None,
-    ) -> _Request:
+    ) -> list[_Request]:
         if not _is_prompt(prompt):
             raise ArgumentError("stream takes one prompt; call the model with a list of them")
-        ids, resolved = self._prompt(prompt, special), _merge(params, sampling).resolve(self.defaults)
-        return self._request(resolved, ids, self._engine.sequence(ids), reasoning, calling)
+        return self._group(prompt, _merge(params, sampling), n, special, reasoning, calling, None)
 
     def _request(
         self,
@@ -941,6 +951,9 @@ class LLM:
             return stream.push(token) + (hidden(tokenizer.token_text(token)) if token in unseen else "")
 
         return text_of
+
+    def _completions(self, group: list[_Request]) -> list[Completion]:
+        return [self._completion(request) for request in group]
 
     def _completion(self, request: _Request) -> Completion:
         g, params = request.generation, request.params
@@ -1068,7 +1081,7 @@ class Session:
                 logits = self._evaluate(cancel)
                 yield from generation.finish("cancelled") if logits is None else generation.accept([logits])
 
-        return Stream(pieces(), lambda: self._llm._completion(request))
+        return Stream(pieces(), lambda: self._llm._completions([request]))
 
     @takes_sampling
     def generate(
@@ -1166,11 +1179,6 @@ def _calls_in(messages: SequenceOf[Mapping[str, Any]]) -> Iterator[Any]:
     for message in messages if isinstance(messages, SequenceOf) else ():
         if isinstance(message, Mapping):
             yield from message.get("tool_calls") or ()
-
-
-def _refuse_n(n: int | None) -> None:
-    if n is not None:
-        raise ArgumentError("a stream is of one answer: leave out n, or stream=True")
 
 
 def _refuse_lookalikes(prompt: object) -> None:

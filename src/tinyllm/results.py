@@ -6,13 +6,13 @@ Data that outlives the model. Imports `engine` (what a piece is). llm.py makes t
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tinyllm.chat.tools import ToolCall
-from tinyllm.engine.engine import FinishReason, Piece
+from tinyllm.engine.engine import FinishReason, Generation, Piece
 from tinyllm.engine.loop import Inbox
 from tinyllm.errors import ConstraintError
 
@@ -116,8 +116,10 @@ def perplexity_of(nll: float) -> float:
 class Stream(Iterator[Piece]):
     """A text while it is made: iterate over its pieces. Leaving early, or `close`, frees what it holds."""
 
-    def __init__(self, pieces: Generator[Piece, None, None], completion: Callable[[], Completion]) -> None:
-        self._pieces, self._completion = pieces, completion
+    def __init__(
+        self, pieces: Generator[Piece, None, None], completions: Callable[[], list[Completion]]
+    ) -> None:
+        self._pieces, self._completions = pieces, completions
 
     def __next__(self) -> Piece:
         return next(self._pieces)
@@ -141,7 +143,12 @@ class Stream(Iterator[Piece]):
     @property
     def completion(self) -> Completion:
         """What there is so far, at the end all of it; a text that was left early counts as cancelled."""
-        return self._completion()
+        return self.completions[0]
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The same of each sample."""
+        return self._completions()
 
 
 class AsyncStream(AsyncIterator[Piece]):
@@ -149,24 +156,35 @@ class AsyncStream(AsyncIterator[Piece]):
     early, `aclose` or cancelling the task ends the computation and frees what it holds.
     """
 
-    def __init__(self, start: Callable[[], Inbox], completion: Callable[[], Completion]) -> None:
-        self._start, self._completion = start, completion
+    def __init__(self, start: Callable[[bool], Inbox], completions: Callable[[], list[Completion]]) -> None:
+        """start: submits the texts, with or without their pieces."""
+        self._start, self._completions = start, completions
         self._inbox: Inbox | None = None
         self._is_over = False
 
     async def __anext__(self) -> Piece:
-        if self._is_over:
+        piece = await self._next(keeps_pieces=True)
+        if piece is None:
             raise StopAsyncIteration
-        if self._inbox is None:
-            self._inbox = self._start()
+        return piece
+
+    async def rest(self) -> list[Completion]:
+        """Waits for the end; of a stream that nobody began to read, without waking for every piece."""
+        while await self._next(keeps_pieces=False) is not None:
+            pass
+        return self.completions
+
+    async def _next(self, *, keeps_pieces: bool) -> Piece | None:
+        if self._is_over:
+            return None
         try:
+            if self._inbox is None:
+                self._inbox = self._start(keeps_pieces)
             piece = await self._inbox.next()
         except BaseException:
             self._end()
             raise
-        if piece is None:
-            self._is_over = True
-            raise StopAsyncIteration
+        self._is_over = piece is None
         return piece
 
     async def __aenter__(self) -> AsyncStream:
@@ -196,7 +214,22 @@ class AsyncStream(AsyncIterator[Piece]):
     @property
     def completion(self) -> Completion:
         """What there is so far, at the end all of it; a text that was left early counts as cancelled."""
-        return self._completion()
+        return self.completions[0]
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The same of each sample."""
+        return self._completions()
+
+
+def of_samples(
+    generations: list[Generation], pieces: Iterable[tuple[Generation, Piece]]
+) -> Generator[Piece, None, None]:
+    """The pieces of texts that are made together; each says which sample it is of."""
+    sample = {generation: i for i, generation in enumerate(generations)}
+    for generation, piece in pieces:
+        i = sample[generation]
+        yield replace(piece, sample=i) if i else piece
 
 
 def brief(text: str, length: int = 60) -> str:

@@ -179,6 +179,8 @@ class Piece:
     index: of the call, from 0 in each answer. name and call_id: on the call's first piece, the id on none
     where the format writes it late; tool_call: all of it, on the last. A piece of kind "text" with an index
     takes that call back: it turned out malformed, and the text is as it was written.
+
+    sample: whose it is, of the n that a stream was asked for, from 0.
     """
 
     text: str
@@ -189,6 +191,7 @@ class Piece:
     name: str = ""
     call_id: str = ""
     tool_call: ToolCall | None = None
+    sample: int = 0
 
     def __str__(self) -> str:
         return self.text

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tinyllm.engine.engine import Batch, Engine, Generation, Piece
 from tinyllm.engine.wake import waker
@@ -153,6 +154,7 @@ class Inbox:
         self._is_done = False
         self._error: BaseException | None = None
         self._keeps_pieces = keeps_pieces
+        self._sample = {text: i for group in groups for i, text in enumerate(group)}
         self.request = Request(groups, self._take, self._done)
         loop.submit(self.request)
 
@@ -168,7 +170,8 @@ class Inbox:
 
     def _take(self, generation: Generation, piece: Piece) -> None:
         if self._keeps_pieces:
-            self._pieces.append(piece)
+            sample = self._sample[generation]
+            self._pieces.append(replace(piece, sample=sample) if sample else piece)
             self._waker.wake()
 
     def _done(self, error: BaseException | None) -> None:
