@@ -80,6 +80,26 @@ def test_a_list_equals_a_loop(model: tinyllm.LLM) -> None:
     assert pages_in_use(model) == 0
 
 
+def test_one_call_chooses_the_tokens_of_a_whole_batch(
+    model: tinyllm.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one a text; a text with a processor, which is Python code, chooses for itself."""
+    calls: list[int] = []
+    original = backends.sample_rows
+
+    def counted(rows: list[Any], threads: int) -> Any:
+        calls.append(len(rows))
+        return original(rows, threads)
+
+    monkeypatch.setattr(backends, "sample_rows", counted)
+    prompts = [[1, 2], [3, 4], [5, 6]]
+    model(prompts, n=2, max_tokens=4, seed=1)
+    assert calls == [6, 6, 6, 6]
+    calls.clear()
+    model(prompts, max_tokens=4, seed=1, processors=[lambda logits, tokens: None])
+    assert calls == []
+
+
 def test_samples_equal_solo_runs_with_their_seeds(model: tinyllm.LLM) -> None:
     samples = model(PROMPTS[2], n=8, seed=7, temperature=1, max_tokens=20, logprobs=True)
     assert [sample.seed for sample in samples] == [stream_seed(7, i) for i in range(8)]

@@ -44,8 +44,9 @@ from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pool
 from tinyllm.constraints import Form, Grammar, Vocabulary, form_of, form_of_calls
 from tinyllm.engine import saved
 from tinyllm.engine.breakers import breaker_ids
+from tinyllm.engine.choosing import choose, require_finite
 from tinyllm.engine.embedding import vectors
-from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece, choose, require_finite
+from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece
 from tinyllm.engine.kvcache import KVCache, Sequence, root_key
 from tinyllm.engine.loop import Inbox, Loop
 from tinyllm.engine.needs import cache_pages, call_tokens
@@ -159,6 +160,7 @@ class LLM:
             context=config.context,
             chunk=self.chunk,
             call_s=call_s,
+            threads=model.threads,
         )
         self._loop = Loop(self._engine)
         self._fingerprint: str | None = None
