@@ -948,7 +948,7 @@ def test_stop_string_across_pieces() -> None:
     assert matcher.flush() == ""
 
 
-# ---- many rows in one call -----------------------------------------------------------------------------------
+# ---- many rows in one call
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**32))
