@@ -47,6 +47,7 @@ MAX_LOGITS_BYTES = 64 << 20  # of a call
 MOST_CHOSEN = 64  # rows whose candidates a call finds on the device
 MOST_GIVEN = 32  # tokens of a text that are taken in one call without a choice between them
 ASK_S = 0.02  # after which a thread that waits asks its cancel=, or looks for pages again
+LOOK_S = 0.1  # after which one without a cancel= looks whether somebody still calls the model
 PATIENCE_S = 0.002  # that a call waits at most for texts of the last one, whose threads choose a token
 PATIENCE = 0.1  # likewise as a share of what the last call took, where that is longer
 RECENT_S = 0.5  # for so long after its last token a text counts as being written
@@ -387,18 +388,19 @@ class Batch:
     group share a prompt, which is computed once.
     """
 
-    def __init__(self, engine: Engine, *, is_watched: bool | None = None) -> None:
-        """is_watched: as a Job's."""
-        self._engine, self._is_watched = engine, is_watched
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._watched: dict[Generation, bool | None] = {}
         self._siblings: dict[Generation, list[Generation]] = {}  # that wait for the first of their group
         self._open: set[Generation] = set()
         self._rows: dict[Job, list[Any]] = {}  # the logits so far, of a job that is not done
         self.jobs: dict[Generation, Job] = {}
 
-    def add(self, group: list[Generation]) -> None:
-        """Texts with the same prompt; the first has the sequence."""
+    def add(self, group: list[Generation], *, is_watched: bool | None = None) -> None:
+        """Texts with the same prompt; the first has the sequence. is_watched: as a Job's."""
         first, *rest = group
         self._open |= {first, *rest}
+        self._watched |= dict.fromkeys(group, is_watched)
         self._siblings[first] = rest
         self._start(first)
 
@@ -454,6 +456,7 @@ class Batch:
         if job := self.jobs.pop(generation, None):
             self._rows.pop(job, None)
         self._open.discard(generation)
+        self._watched.pop(generation, None)
 
     def close(self) -> None:
         """Ends all texts."""
@@ -471,21 +474,21 @@ class Batch:
             texts = (generation, *self._siblings.get(generation, ()))
             return [wish for text in texts if (wish := text.wish(row, tokens)) is not None]
 
-        self.jobs[generation] = Job(
-            generation.sequence, n_candidates=n, is_watched=self._is_watched, wishes=wishes
-        )
+        watched = self._watched[generation]
+        self.jobs[generation] = Job(generation.sequence, n_candidates=n, is_watched=watched, wishes=wishes)
 
 
 @dataclass(eq=False)
 class _Call:
     """One thread's wait for news about its jobs. cancel: asked by that thread alone, so that what it raises
-    ends nobody else's wait."""
+    ends nobody else's wait. wake: set when there is news, or nobody who calls the model."""
 
     jobs: list[Job]
     cancel: Callable[[], bool] | None = None
     is_cancelled: bool = False
     is_abandoned: bool = False
     thread: int = field(default_factory=threading.get_ident)
+    wake: threading.Event = field(default_factory=threading.Event)
 
     @property
     def is_done(self) -> bool:
@@ -617,6 +620,8 @@ class Engine:
         else:
             cache.lock, cache.is_torn = threading.RLock(), True
         self._calls = [call for call in self._calls if call.thread == this_thread]
+        for call in self._calls:
+            call.wake = threading.Event()  # whose own lock another thread may have held
         for sequence in cache.holders():
             if sequence.runner not in (None, this_thread):
                 sequence.close()
@@ -634,23 +639,37 @@ class Engine:
             )
 
     def _take_turn(self, call: _Call) -> bool:
-        """Waits until no other thread calls the model, then calls it until there is news about `call`. A
-        wait with a `cancel` ends after ASK_S, for that to be asked. False where there is nothing to do but to
-        wait for pages.
+        """Calls the model until there is news about `call`; where another thread does, waits for that news or
+        for the end of its turn. A wait with a `cancel` ends after ASK_S, for that to be asked. False where
+        there is nothing to do but to wait for pages.
         """
         try:
-            if self.cache.lock.acquire(timeout=-1 if call.cancel is None else ASK_S):
+            if self.cache.lock.acquire(blocking=False):
                 while not call.is_done and not call.is_cancelled:
                     if not self._run(call):
                         return call.is_done
-            return True
+                return True
         finally:
             # `with` cannot wait for a time. Only the lock knows whether an interrupt came before or after it
             # was acquired, and there must be no other call before this one, where the next would come.
-            try:  # noqa: SIM105
+            try:
                 self.cache.lock.release()
             except RuntimeError:  # it was not
                 pass
+            else:
+                self._pass_on(call)
+        # Not for the lock: who comes first would take it from those who only want to learn their news, and
+        # wait in `_gather` for their next tokens in vain.
+        call.wake.wait(LOOK_S if call.cancel is None else ASK_S)
+        call.wake.clear()
+        return True
+
+    def _pass_on(self, own: _Call) -> None:
+        """Wakes a thread to call the model next."""
+        for call in self._waiting():
+            if call is not own:
+                call.wake.set()
+                return
 
     def _run(self, own: _Call) -> bool:
         """One call of the model for all who wait, in the thread of `own`; False where all of them wait for
@@ -690,6 +709,9 @@ class Engine:
             self.cache.commit(part.job.sequence, part.n)
             part.job.advance(logits[start:end])
         self._grant([part.job for part in parts])
+        for call in list(self._calls):
+            if call.is_done:
+                call.wake.set()
         here = {part.job for part in parts if part.job.is_done}
         self._written = [weakref.ref(job) for job in here | {*self._missing(here)}]
         return True
