@@ -193,7 +193,7 @@ def build_model(
     for text, score, kind in pieces:
         data = text.encode()
         n = len(data)
-        # A vocabulary has up to 262 000 of these: most have lengths of one byte, whose heads are written once.
+        # A vocabulary has up to 262 000 of these; most have lengths of one byte, whose heads are ready.
         head = _HEADS[n] if n < len(_HEADS) else _piece_head(n)
         vocabulary += head, data, b"\x15", _FLOAT(score), _KINDS[kind]
     trainer = _number(3, _BPE) + _number(35, byte_fallback)
