@@ -61,7 +61,8 @@ def load(
     free memory. cache_type: the numbers of the KV cache, "f16", "f32" or "q8_0". weights: a quantization
     ("q8_0", "q4_k_m"...) for a float model, made while loading: the same bits as in the file that `quantize`
     writes. free_memory: says how many bytes it may take beside those it has, asked while it loads and
-    whenever the cache grows, for programs that keep to less than the device has. progress: called with (bytes done, bytes in all).
+    whenever the cache grows, for programs that keep to less than the device has. progress: called with
+    (bytes done, bytes in all).
 
     Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
     with the numbers, before anything big is allocated.
@@ -142,7 +143,11 @@ def load(
 
 
 def needed_bytes(
-    files: ModelFiles, *, context: int | None = None, cache_type: CacheType = "f16", weights: str | None = None
+    files: ModelFiles,
+    *,
+    context: int | None = None,
+    cache_type: CacheType = "f16",
+    weights: str | None = None,
 ) -> int:
     """Bytes that a model of these files, and of these arguments of `load`, takes at least to be of use:
     weights, a call, and the cache of a text of `context` tokens (None: of USEFUL_CONTEXT, where the model has
