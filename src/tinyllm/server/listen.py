@@ -13,6 +13,7 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import h11
 import uvicorn
@@ -81,6 +82,10 @@ class Connection(H11Protocol):
     _stalled: asyncio.TimerHandle | None = None
     _n_bytes = 0  # since the clock was set
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.access_log = False  # whatever logging is set to: its lines would hold what clients write
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect()
@@ -138,7 +143,7 @@ class Listener(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,
-                access_log=False,  # its lines would hold what clients write
+                access_log=False,
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
