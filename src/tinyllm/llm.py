@@ -70,7 +70,7 @@ from tinyllm.errors import (
     size_text,
 )
 from tinyllm.files import show
-from tinyllm.results import AsyncStream, Completion, Score, Stream, Timings, brief, of_samples
+from tinyllm.results import AsyncStream, CachePages, Completion, Score, Stream, Timings, brief, of_samples
 from tinyllm.tokenizer import Tokenizer
 
 if sys.version_info >= (3, 11):
@@ -126,9 +126,11 @@ class LLM:
         name: str = "the model",
         cache_type: CacheType = "f16",
         max_pages: int | None = None,
+        free_memory: Callable[[], int] | None = None,
         load_s: float = 0.0,
     ) -> None:
-        """max_pages: how far the cache may grow; None: one full context."""
+        """max_pages: how far the cache may grow; None: one full context. free_memory: asked before it does,
+        for bytes; None: what the device has."""
         config = model.config
         self.model, self.tokenizer, self.chat_template, self.config = model, tokenizer, chat_template, config
         self.name, self.cache_type, self.load_s = name, cache_type, load_s
@@ -150,7 +152,7 @@ class LLM:
             windows=[group.window for group in model.cache_groups],
             ahead=CHUNK,
             max_unused=n_pages,
-            free_bytes=model.free_memory,
+            free_bytes=free_memory or model.free_memory,
         )
         call_s = math.inf if model.device == "cpu" else CALL_S  # the CPU stops between layers
         self._engine = Engine(
@@ -718,6 +720,12 @@ class LLM:
                 'not supported; pass instruction="" for vectors without one'
             )
         return [before + text if isinstance(text, str) else text for text in texts]
+
+    @property
+    def cache_pages(self) -> CachePages:
+        """How full the cache is. Never waits, from any thread."""
+        pool = self._cache.pool
+        return CachePages(self._cache.n_used, pool.n_pages, self._cache.max_pages, pool.page_bytes)
 
     def close(self) -> None:
         """Frees the weights and the cache. Waits for a running call; later ones raise ModelClosedError."""

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tinyllm import backends
 from tinyllm.backends import PAGE, CacheType
@@ -47,6 +47,7 @@ def load(
     context: int | None = None,
     cache_type: CacheType = "f16",
     weights: str | None = None,
+    free_memory: Callable[[], int] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> LLM:
     """Loads a model.
@@ -59,7 +60,9 @@ def load(
     first; more chooses the factors for long texts), or less where only less fits into 80 % of the device's
     free memory. cache_type: the numbers of the KV cache, "f16", "f32" or "q8_0". weights: a quantization
     ("q8_0", "q4_k_m"...) for a float model, made while loading: the same bits as in the file that `quantize`
-    writes. progress: called with (bytes done, bytes in all).
+    writes. free_memory: says how many bytes it may take beside those it has, asked while it loads and
+    whenever the cache grows, for programs that keep to less than the device has. progress: called with
+    (bytes done, bytes in all).
 
     Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
     with the numbers, before anything big is allocated.
@@ -78,13 +81,15 @@ def load(
     files = path if isinstance(path, ModelFiles) else read_model(path)
     name = str(files.path)
     formats = kept_formats(files.weights, weights, name)
-    weight_bytes = sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
-    wanted = min(files.config.default_context, USEFUL_CONTEXT) if context is None else context
-    needed = weight_bytes + cache_bytes(files.config, cache_type, wanted)
-    needed += call_bytes(files.config, min(call_tokens(files.config, weight_bytes), wanted))
-    chosen = backends.choose_device(device, needed)
+    weight_bytes = _weight_bytes(files, formats)
+    chosen = backends.choose_device(device, _needed(files.config, weight_bytes, context, cache_type))
+
+    def free() -> int:
+        left = chosen.free_memory()
+        return left if free_memory is None else max(0, min(left, free_memory()))
+
     asked = context
-    context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name, chosen)
+    context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name, chosen, free())
     model = backends.Model(files.config.with_context(context), device=chosen.name, threads=threads)
     try:
         done, total = 0, sum(info.n_bytes for info in files.weights.values())
@@ -114,6 +119,7 @@ def load(
                 context=asked,
                 cache_type=cache_type,
                 weights=weights,
+                free_memory=free_memory,
                 progress=progress,
             )
         model.has_output = files.has_output
@@ -128,11 +134,36 @@ def load(
             name=name,
             cache_type=cache_type,
             max_pages=max_pages,
+            free_memory=free,
             load_s=time.perf_counter() - started,
         )
     except BaseException:
         model.close()
         raise
+
+
+def needed_bytes(
+    files: ModelFiles,
+    *,
+    context: int | None = None,
+    cache_type: CacheType = "f16",
+    weights: str | None = None,
+) -> int:
+    """Bytes that a model of these files, and of these arguments of `load`, takes at least to be of use:
+    weights, a call, and the cache of a text of `context` tokens (None: of USEFUL_CONTEXT, where the model has
+    as many)."""
+    formats = kept_formats(files.weights, weights, str(files.path))
+    return _needed(files.config, _weight_bytes(files, formats), context, cache_type)
+
+
+def _weight_bytes(files: ModelFiles, formats: Mapping[tuple[str, int | None], int]) -> int:
+    return sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
+
+
+def _needed(config: ModelConfig, weight_bytes: int, context: int | None, cache_type: CacheType) -> int:
+    wanted = min(config.default_context, USEFUL_CONTEXT) if context is None else context
+    scratch = call_bytes(config, min(call_tokens(config, weight_bytes), wanted))
+    return weight_bytes + cache_bytes(config, cache_type, wanted) + scratch
 
 
 def _refusal(model: backends.Model, cache_type: CacheType) -> str:
@@ -186,9 +217,11 @@ def _fit_memory(
     context: int | None,
     name: str,
     device: backends.Device = backends.CPU,
+    free: int | None = None,
 ) -> tuple[int, int]:
-    """(context, most pages of the cache) for the memory that the device has, or MemoryLimitError."""
-    free = device.free_memory()
+    """(context, most pages of the cache) for the `free` bytes of a device, None for all that it has, or
+    MemoryLimitError."""
+    free = device.free_memory() if free is None else free
     memory = f"the memory of {device.name} ({device.title})" if device.title else "memory"
     usual = config.default_context
     scratch = call_bytes(config, min(call_tokens(config, weight_bytes), context or usual))

@@ -33,6 +33,17 @@ class Timings:
     generate_s: float
 
 
+@dataclass(frozen=True)
+class CachePages:
+    """Pages of a model's cache: those that texts hold, those that exist, the most that may, the bytes of one.
+    What texts that are over have left counts as used until the next call."""
+
+    used: int
+    allocated: int
+    most: int
+    page_bytes: int
+
+
 @dataclass(frozen=True, repr=False)
 class Completion:
     """A generated text. `str(completion)` is its text.
@@ -167,6 +178,23 @@ class AsyncStream(AsyncIterator[Piece]):
         if piece is None:
             raise StopAsyncIteration
         return piece
+
+    async def begin(self) -> None:
+        """Waits for the first piece, which stays to be read, or the end. Raises what goes wrong before."""
+        if self._is_over:
+            return
+        try:
+            if self._inbox is None:
+                self._inbox = self._start(True)
+            await self._inbox.ready()
+        except BaseException:
+            self._end()
+            raise
+
+    @property
+    def n_unread(self) -> int:
+        """Pieces that are made and nobody has asked for."""
+        return 0 if self._inbox is None else self._inbox.n_unread
 
     async def rest(self) -> list[Completion]:
         """Waits for the end; of a stream that nobody began to read, without waking for every piece."""

@@ -89,26 +89,41 @@ class Loop:
     def _run(self) -> None:
         live: list[Request] = []
         batch = Batch(self._engine)
+        end: Exception = ModelClosedError("the model is closed")
         try:
             while not self._is_closed:
                 with self._wake:
                     while not (live or self._new or self._is_closed):
                         if not self._wake.wait(IDLE_S) and not self._new:
-                            self._thread = None
+                            self._thread = None  # from here on `submit` starts another
                             return
                 if not live:
                     self._await_company()
                 while self._new:
-                    self._begin(batch, live, self._new.popleft())
+                    request = self._new.popleft()
+                    try:
+                        self._begin(batch, live, request)
+                    except Exception as error:
+                        self._fail(batch, live, request, error)
                 self._drop_cancelled(batch, live)
                 if batch.jobs:
                     self._step(batch, live)
                 if not self._is_closed:  # else the step was broken off
                     self._end_what_is_over(live)
+        except Exception as error:  # a fault of ours: all who wait hear of it, and a later request starts anew
+            end = error
         finally:
-            batch.close()
-            for request in (*live, *self._new):
-                request.done(ModelClosedError("the model is closed"))
+            with self._wake:
+                left = live
+                if self._thread is threading.current_thread():
+                    self._thread = None
+                    left = [*live, *self._new]
+                    self._new.clear()
+            try:
+                batch.close()
+            finally:
+                for request in left:
+                    request.done(end)
 
     def _await_company(self) -> None:
         """Tasks that begin together ask one after the other; the first is not computed alone for that."""
@@ -145,11 +160,13 @@ class Loop:
         except Exception as error:
             failed = [(generation, error) for generation in owner]
         for generation, reason in failed:
-            request = owner[generation]
-            if request in live:
-                self._end(batch, request)
-                live.remove(request)
-                request.done(reason)
+            if (request := owner[generation]) in live:
+                self._fail(batch, live, request, reason)
+
+    def _fail(self, batch: Batch, live: list[Request], request: Request, error: Exception) -> None:
+        live.remove(request)
+        self._end(batch, request)
+        request.done(error)
 
     def _end(self, batch: Batch, request: Request) -> None:
         for generation in request.texts:
@@ -178,13 +195,21 @@ class Inbox:
 
     async def next(self) -> Piece | None:
         """The next piece, None after the last. Raises what the request's error is."""
+        await self.ready()
+        return self._pieces.popleft() if self._pieces else None
+
+    async def ready(self) -> None:
+        """Until `next` need not wait. Raises what it would."""
         while not self._pieces:
             if self._is_done:
                 if self._error is not None:
                     raise self._error
-                return None
+                return
             await self._waker.wait()
-        return self._pieces.popleft()
+
+    @property
+    def n_unread(self) -> int:
+        return len(self._pieces)
 
     def _take(self, generation: Generation, piece: Piece) -> None:
         if self._keeps_pieces:

@@ -53,6 +53,8 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(400, str(error), code="context_length_exceeded")
     if isinstance(error, (ArgumentError, TemplateError, UnsupportedError)):
         return Refusal(400, str(error), code="invalid_value")
+    if isinstance(error, RecursionError):
+        return Refusal(400, "the body is nested too deeply", code="invalid_value")
     if isinstance(error, MemoryLimitError):
         return Refusal(503, str(error), code="out_of_memory", retry_after=1)
     if isinstance(error, ModelClosedError):

@@ -2,8 +2,10 @@
 
 Invariant: a name from a request is looked up in a table that the command line made, and nothing else: it
 never opens a file. A model that computes for somebody is never unloaded. Under the memory limit the one that
-was asked for least recently goes first; keep_alive_s after its last request every model goes. For one event
-loop; loading and unloading run in threads. Imports tinyllm's public names and ask.py.
+was asked for least recently goes first, and what can never fit is refused before anything of it is loaded;
+`keep_alive_s` after its last request every model goes. For one event loop; models are loaded and unloaded one
+at a time, in threads. Imports tinyllm's public names, loading.py (how much a model takes), ask.py and
+streams.py.
 """
 
 from __future__ import annotations
@@ -14,45 +16,94 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from tinyllm import LLM, MemoryLimitError
+import tinyllm
+from tinyllm import LLM, MemoryLimitError, ModelClosedError
+from tinyllm.chat.templates import ChatTemplate
 from tinyllm.errors import size_text
+from tinyllm.loading import needed_bytes
+from tinyllm.modelfiles import ModelFiles, read_model
 from tinyllm.server.ask import Refusal
+from tinyllm.server.streams import shielded
+
+LOOKS_S = 0.25  # how often somebody looks for models whose time is over
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Served:
-    """A model that may be asked for. llm: None while it is not loaded. n_bytes: what it held when loaded."""
+    """A model that may be asked for. llm: None while it is not loaded. reserved: bytes that are kept for it
+    while it is loaded: weights, a call and a useful context."""
 
     name: str
     path: str
     created: int = field(default_factory=lambda: int(time.time()))
     llm: LLM | None = None
     users: int = 0
-    n_bytes: int = 0
+    reserved: int = 0
     last_used: float = 0.0  # time.monotonic
     keep_alive_s: float = math.inf
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def n_bytes(self) -> int:
+        """What it holds: weights and the pages that exist, or what is kept for it where that is more, which
+        is from before it is loaded."""
+        return max(self.reserved, held_bytes(self.llm))
+
+
+def held_bytes(llm: LLM | None) -> int:
+    """Weights and the pages of the cache that exist."""
+    if llm is None:
+        return 0
+    pages = llm.cache_pages
+    return llm.model.weight_bytes + pages.allocated * pages.page_bytes
+
+
+class Loader:
+    """Loads models for `Models`. templates: {path: Jinja source} in place of the models' own; settings: the
+    arguments of `tinyllm.load`."""
+
+    def __init__(self, templates: Mapping[str, str] | None = None, **settings: Any) -> None:
+        self._templates, self._settings = templates or {}, settings
+
+    def __call__(self, path: str, **more: Any) -> LLM:
+        return tinyllm.load(self._read(path), **self._settings, **more)
+
+    def needed(self, path: str) -> int:
+        """Bytes that it takes at least; reads its headers."""
+        names = ("context", "cache_type", "weights")
+        return needed_bytes(read_model(path), **{k: v for k, v in self._settings.items() if k in names})
+
+    def _read(self, path: str) -> ModelFiles:
+        files = read_model(path)
+        if (source := self._templates.get(path)) is None:
+            return files
+        own = files.template
+        bos, eos = (own.bos_token, own.eos_token) if own else ("", "")
+        return replace(files, template=ChatTemplate(source, bos_token=bos, eos_token=eos))
 
 
 class Models:
-    """paths: {name: what `tinyllm.load` takes}, the first is meant where a request names none.
-    load: a path's model. memory_limit: bytes that all may hold, None for no limit of our own."""
+    """paths: {name: what `tinyllm.load` takes}, the first is meant where a request names none. load: a path's
+    model; under a limit it gets `free_memory` as `tinyllm.load` does, and needed says how many bytes a path
+    takes at least. memory_limit: bytes that all may hold, None for no limit of our own."""
 
     def __init__(
         self,
         paths: Mapping[str, str],
-        load: Callable[[str], LLM],
+        load: Callable[..., LLM],
         *,
+        needed: Callable[[str], int] | None = None,
         memory_limit: int | None = None,
         keep_alive_s: float = math.inf,
     ) -> None:
         self.served = {name: Served(name, path, keep_alive_s=keep_alive_s) for name, path in paths.items()}
-        self._load, self._memory_limit, self._keep_alive_s = load, memory_limit, keep_alive_s
-        self._making_room = asyncio.Lock()
+        self._load, self._needed, self._memory_limit = load, needed, memory_limit
+        self._changing = asyncio.Lock()  # what is loaded; one lock for all, lest two wait for each other
+        self._is_closed = False
 
     def find(self, name: str | None) -> Served:
         """By name; ":latest" at its end is what Ollama's clients put there. Raises Refusal (404)."""
@@ -69,32 +120,32 @@ class Models:
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[LLM]:
-        """The model, loaded, and not unloaded meanwhile."""
+        """The model, loaded, and not unloaded meanwhile. Raises Refusal (404), MemoryLimitError, whatever
+        its files are refused for, and ModelClosedError once all are closed."""
         served = self.find(name)
         served.users += 1
         served.last_used = time.monotonic()
         try:
-            async with served.lock:
-                if served.llm is None:
-                    await self._bring(served)
-            assert served.llm is not None
+            if served.llm is None:
+                await shielded(self._bring(served))  # a client that goes does not break it off: others wait
+            if served.llm is None:
+                raise ModelClosedError("the server is ending")
             yield served.llm
         finally:
             served.users -= 1
             served.last_used = time.monotonic()
 
+    def load_now(self, name: str | None, **more: Any) -> None:
+        """Loads a model in this thread, before there is an event loop. Errors are the loader's own. more:
+        arguments for `load`."""
+        served = self.find(name)
+        self._in_the_way(served, self._bytes_of(served))
+        self._load_one(served, **more)
+
     async def unload(self, served: Served) -> bool:
         """Frees a model that nobody uses; whether it is gone."""
-        async with served.lock:
-            llm = served.llm
-            if llm is None:
-                return True
-            if served.users:
-                return False
-            served.llm, served.n_bytes = None, 0
-            await asyncio.to_thread(llm.close)
-            log.info("unloaded %s", served.name)
-            return True
+        async with self._changing:
+            return await self._unload(served)
 
     async def reap(self) -> None:
         """Unloads what was not asked for in its keep-alive time, for ever; to be run as a task."""
@@ -103,41 +154,116 @@ class Models:
             for served in self.served.values():
                 if served.llm and not served.users and now - served.last_used > served.keep_alive_s:
                     await self.unload(served)
-            await asyncio.sleep(0.2 if self._keep_alive_s < 60 else 5.0)
+            await asyncio.sleep(LOOKS_S)
 
     async def close(self) -> None:
-        for served in self.served.values():
-            llm, served.llm = served.llm, None
-            if llm is not None:
-                await asyncio.to_thread(llm.close)
+        """Ends all texts, and frees all models for good."""
+        self._is_closed = True
+        for served in self.served.values():  # at once, those that are loaded: texts end within a layer
+            await self._free(served)
+        async with self._changing:  # what was on its way
+            for served in self.served.values():
+                await self._free(served)
 
     async def _bring(self, served: Served) -> None:
         """Loads a model, in place of others where there is no room."""
-        async with self._making_room:
-            while True:
-                try:
-                    llm = await asyncio.to_thread(self._load, served.path)
-                except MemoryLimitError:
-                    if not await self._unload_one(but=served):
-                        raise
-                    continue
-                n_bytes = llm.model.weight_bytes
-                held = sum(other.n_bytes for other in self.served.values())
-                if self._memory_limit is None or held + n_bytes <= self._memory_limit:
-                    break
-                await asyncio.to_thread(llm.close)
-                if not await self._unload_one(but=served):
-                    raise MemoryLimitError(
-                        f"{served.name} takes {size_text(n_bytes)}, and the models that are in use take "
-                        f"{size_text(held)} of the {size_text(self._memory_limit)} that this server may hold"
-                    )
-            llm.name = served.name  # what messages call it: no path goes to a client
-            served.llm, served.n_bytes = llm, n_bytes
-            log.info("loaded %s in %.1f s", served.name, llm.load_s)
+        async with self._changing:
+            if served.llm is not None or self._is_closed:
+                return
+            try:
+                n_bytes = await asyncio.to_thread(self._bytes_of, served)
+                while others := self._in_the_way(served, n_bytes):
+                    await self._unload(others[0])
+                while not await asyncio.to_thread(self._fits_now, served):
+                    await self._unload(self._idle(but=served)[0])
+            except tinyllm.Error as error:
+                log.error("%s: %s", served.name, error)
+                raise _told(served, error) from None
+            finally:
+                if served.llm is None:
+                    served.reserved = 0
 
-    async def _unload_one(self, but: Served) -> bool:
-        """The least recently used one that nobody uses; False where there is none."""
-        idle = [s for s in self.served.values() if s.llm is not None and not s.users and s is not but]
-        if not idle:
+    def _fits_now(self, served: Served) -> bool:
+        """Loads it; False where the machine has too little memory, and others could go."""
+        try:
+            self._load_one(served)
+        except MemoryLimitError:
+            if not self._idle(but=served):
+                raise
             return False
-        return await self.unload(min(idle, key=lambda s: s.last_used))
+        return True
+
+    def _load_one(self, served: Served, **more: Any) -> None:
+        limit = self._memory_limit
+        if limit is not None:
+            more["free_memory"] = lambda: limit - self._held(but=served) - held_bytes(served.llm)
+        llm = self._load(served.path, **more)
+        llm.name = served.name  # what messages call it: no path goes to a client
+        served.llm, served.last_used = llm, time.monotonic()
+        log.info("loaded %s in %.1f s", served.name, llm.load_s)
+
+    def _bytes_of(self, served: Served) -> int:
+        """What it takes at least, as far as anybody asks."""
+        if self._memory_limit is None or self._needed is None:
+            return 0
+        return self._needed(served.path)
+
+    def _in_the_way(self, served: Served, n_bytes: int) -> list[Served]:
+        """Idle ones of which the first has to go before `served` is loaded; with none its bytes are kept for
+        it. Raises _NoRoom where it does not fit even without them."""
+        limit = self._memory_limit
+        if limit is None:
+            return []
+        if n_bytes > limit:
+            raise _NoRoom(
+                f"{served.name} takes {size_text(n_bytes)} at least, more than the {size_text(limit)} that "
+                "this server may hold (--memory-limit)"
+            )
+        held, idle = self._held(but=served), self._idle(but=served)
+        if held + n_bytes <= limit:
+            served.reserved = n_bytes
+            return []
+        in_use = held - sum(other.n_bytes for other in idle)
+        if in_use + n_bytes > limit:
+            raise _NoRoom(
+                f"{served.name} takes {size_text(n_bytes)} at least, and the models that are in use take "
+                f"{size_text(in_use)} of the {size_text(limit)} that this server may hold: come back later"
+            )
+        return idle
+
+    def _held(self, but: Served) -> int:
+        return sum(other.n_bytes for other in self.served.values() if other is not but)
+
+    def _idle(self, but: Served) -> list[Served]:
+        """Loaded, and used by nobody; the one asked for least recently first."""
+        idle = [s for s in self.served.values() if s.llm is not None and not s.users and s is not but]
+        return sorted(idle, key=lambda s: s.last_used)
+
+    async def _unload(self, served: Served) -> bool:
+        if served.users:
+            return False
+        if await self._free(served):
+            log.info("unloaded %s", served.name)
+        return True
+
+    async def _free(self, served: Served) -> bool:
+        """Whether there was anything to free. Nobody gets the model from the first step on."""
+        llm, served.llm = served.llm, None
+        if llm is None:
+            return False
+        await shielded(asyncio.to_thread(llm.close))
+        served.reserved = 0
+        return True
+
+
+class _NoRoom(MemoryLimitError):
+    """Under the limit of this server; says so in words for everybody."""
+
+
+def _told(served: Served, error: tinyllm.Error) -> Exception:
+    """What a client hears of a model that cannot be loaded: its files' names are in the log alone."""
+    if isinstance(error, _NoRoom):
+        return error
+    if isinstance(error, MemoryLimitError):
+        return MemoryLimitError(f"{served.name} does not fit into the memory that is free on this server")
+    return Refusal(500, f"{served.name} cannot be loaded: the server's log says why", code="model_error")

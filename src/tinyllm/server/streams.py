@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from tinyllm.server.ask import Refusal
 
 Value = TypeVar("Value")
 
@@ -45,20 +47,26 @@ def line(value: Any) -> str:
     return dumps(value) + "\n"
 
 
-async def until_gone(request: Request, work: Coroutine[Any, Any, Value]) -> Value:
-    """The result of `work`, which is cancelled when the client goes. Raises Gone then. The request's body
-    must have been read."""
+async def until_gone(
+    request: Request, work: Coroutine[Any, Any, Value], time_s: float | None = None
+) -> Value:
+    """The result of `work`, which is cancelled when the client goes, or after time_s. Raises Gone, or Refusal
+    (504). The request's body must have been read."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnect(request))
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Gone
-        return task.result()
+        done, _ = await asyncio.wait({task, watch}, timeout=time_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Gone if done else out_of_time(time_s or 0.0)
     finally:
         for one in (task, watch):
             one.cancel()
         await asyncio.gather(task, watch, return_exceptions=True)
+
+
+def out_of_time(time_s: float) -> Refusal:
+    return Refusal(504, f"not finished within {time_s:g} s, the most that a request may take", code="timeout")
 
 
 async def _disconnect(request: Request) -> None:
@@ -68,7 +76,8 @@ async def _disconnect(request: Request) -> None:
 
 class Events(StreamingResponse):
     """A response whose parts are made while they are sent, and which holds `stack` until it is over. failed:
-    the last part of one that an error ends, whose status is already out."""
+    the last part of one that an error ends, whose status is already out. check: called after each part;
+    raises where the response has to end."""
 
     def __init__(
         self,
@@ -76,30 +85,46 @@ class Events(StreamingResponse):
         stack: AsyncExitStack,
         failed: Callable[[Exception], str],
         media_type: str = "text/event-stream",
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         async def all_parts() -> AsyncIterator[str]:
             try:
                 async for part in parts:
                     yield part
+                    check()
             except Exception as error:
                 yield failed(error)
 
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(all_parts(), headers=headers, media_type=media_type)
-        self._stack = stack
+        self._stack, self._parts = stack, parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await shielded(self._stack.aclose())
+            await shielded(self._end())
+
+    async def _end(self) -> None:
+        try:
+            for generator in (self.body_iterator, self._parts):  # Python would close them at its leisure
+                if isinstance(generator, AsyncGenerator):
+                    await generator.aclose()
+        finally:
+            await self._stack.aclose()
 
 
 async def shielded(work: Awaitable[Value]) -> Value:
-    """Finishes `work` even where this task is being cancelled."""
+    """Finishes `work` even where this task is being cancelled, however often."""
     task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # else asyncio says that nobody has looked at it
+        raise cancelled
+    return task.result()

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from tinyllm.server.ask import Refusal
 
 FIRST_GUESS_S = 1.0  # that a request takes, while none has ended
+ENDING_S = 5  # after which a client may look for another server
 NEWS = 0.2  # how much of what is known of that one that ends replaces
 
 
@@ -27,6 +28,7 @@ class Turns:
     def __init__(self, parallel: int, queue: int) -> None:
         self.parallel, self.queue = parallel, queue
         self.running = 0  # texts that are computed
+        self.is_closed = False
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._usual_s = FIRST_GUESS_S
 
@@ -37,7 +39,10 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, n: int = 1) -> AsyncIterator[None]:
-        """Waits for n places and holds them."""
+        """Waits for n places and holds them. Raises Refusal: 400 for more than there are, 429 where too many
+        wait, 503 once it is closed."""
+        if self.is_closed:
+            raise _ending()
         if n > self.parallel:
             raise Refusal(400, f"n is {n}, this server computes {self.parallel} texts at once", param="n")
         if self._waiting or self.running + n > self.parallel:
@@ -67,10 +72,18 @@ class Turns:
         except BaseException:
             if place in self._waiting:
                 self._waiting.remove(place)
-            elif place[1].done() and not place[1].cancelled():
-                self.running -= n  # it was admitted and cancelled in the same moment
+            elif _is_admitted(place[1]):
+                self.running -= n  # and cancelled in the same moment
             self._admit()
             raise
+
+    def close(self) -> None:
+        """Lets nobody in any more; those that wait are refused, those that run go on."""
+        self.is_closed = True
+        while self._waiting:
+            _, place = self._waiting.popleft()
+            if not place.done():
+                place.set_exception(_ending())
 
     def _admit(self) -> None:
         """Gives free places to those who wait, in their order. They count as running from here on."""
@@ -83,3 +96,11 @@ class Turns:
     def _retry_after(self) -> int:
         rounds = (len(self._waiting) + 1) / self.parallel
         return max(1, min(600, math.ceil(rounds * self._usual_s)))
+
+
+def _is_admitted(place: asyncio.Future[None]) -> bool:
+    return place.done() and not place.cancelled() and place.exception() is None
+
+
+def _ending() -> Refusal:
+    return Refusal(503, "the server is ending", code="closing", retry_after=ENDING_S)
