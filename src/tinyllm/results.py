@@ -88,11 +88,13 @@ class Completion:
 @dataclass(frozen=True)
 class Score:
     """How likely a text is. logprobs[i] is the natural log probability of tokens[i + 1] after those before
-    it; the first token has none.
+    it; the first token has none. top_logprobs[i]: the most likely (id, log probability) there, where asked
+    for.
     """
 
     tokens: list[int]
     logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
     @property
     def total(self) -> float:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -64,6 +65,42 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, Value]) -> Valu
 async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def gathered(works: Sequence[Callable[[], Coroutine[Any, Any, Value]]], at_once: int) -> list[Value]:
+    """What all of them give, in their order. The first error ends the others."""
+    places = asyncio.Semaphore(at_once)
+
+    async def one(work: Callable[[], Coroutine[Any, Any, Value]]) -> Value:
+        async with places:
+            return await work()
+
+    tasks = [asyncio.ensure_future(one(work)) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def merged(streams: Sequence[AsyncIterator[Value]], at_once: int) -> AsyncIterator[tuple[int, Value]]:
+    """What comes of all of them as it comes, with the number of its stream."""
+    news: asyncio.Queue[tuple[int, Value] | None] = asyncio.Queue()
+
+    async def read(i: int) -> None:
+        async for value in streams[i]:
+            news.put_nowait((i, value))
+
+    reading = asyncio.ensure_future(gathered([partial(read, i) for i in range(len(streams))], at_once))
+    reading.add_done_callback(lambda _: news.put_nowait(None))
+    try:
+        while (item := await news.get()) is not None:
+            yield item
+        await reading
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
 
 class Events(StreamingResponse):
