@@ -968,6 +968,7 @@ class LLM:
         now = time.perf_counter()
         prompt_done, ended = g.prompt_done or g.ended or now, g.ended or now
         assert params.seed is not None
+        n_adopted = g.sequence.n_adopted if g.sequence is not None else 0
         return Completion(
             g.text,
             list(g.tokens),
@@ -978,7 +979,12 @@ class LLM:
             params.seed,
             list(request.prompt),
             Timings(
-                self.load_s, len(request.prompt), prompt_done - g.started, len(g.tokens), ended - prompt_done
+                self.load_s,
+                len(request.prompt),
+                prompt_done - g.started,
+                len(g.tokens),
+                ended - prompt_done,
+                min(n_adopted, len(request.prompt)),
             ),
             self.device,
             g.reasoning if g.split.has_reasoning else None,

@@ -30,6 +30,7 @@ def several(made: Sequence[tuple[Answer, Sequence[Completion]]]) -> dict[str, An
             **asdict(firsts[0].timings),
             "prompt_tokens": sum(c.timings.prompt_tokens for c in firsts),
             "prompt_s": max(c.timings.prompt_s for c in firsts),
+            "cached_tokens": sum(c.timings.cached_tokens for c in firsts),
             "generated_tokens": sum(t.generated_tokens for t in every),
             "generate_s": max(t.generate_s for t in every),
         },

@@ -153,11 +153,16 @@ def with_tops(completion: Completion) -> list[tuple[int, float, Sequence[tuple[i
     return list(zip(completion.tokens, logprobs, tops, strict=True))
 
 
-def usage_of(groups: Sequence[Sequence[Completion]]) -> dict[str, int]:
+def usage_of(groups: Sequence[Sequence[Completion]]) -> dict[str, Any]:
     """Of all prompts of a request, each with its answers."""
     prompt = sum(len(group[0].prompt_tokens) for group in groups)
     made = sum(len(c.tokens) for group in groups for c in group)
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": sum(g[0].timings.cached_tokens for g in groups)},
+    }
 
 
 def mean_logprob(completion: Completion) -> float:

@@ -251,6 +251,7 @@ def _usage(completion: Completion, output: Output) -> dict[str, Any]:
     n_in, n_out = len(completion.prompt_tokens), len(completion.tokens)
     return {
         "input_tokens": n_in,
+        "input_tokens_details": {"cached_tokens": completion.timings.cached_tokens},
         "output_tokens": n_out,
         "output_tokens_details": {"reasoning_tokens": output.reasoning_tokens},
         "total_tokens": n_in + n_out,
