@@ -182,7 +182,7 @@ def test_roles_and_parts(client: openai.OpenAI, llm: tinyllm.LLM) -> None:
     ]
     assert made.choices[0].message.content == llm.chat(plain, **GREEDY).text
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
-    with pytest.raises(openai.BadRequestError, match="image_url.*reads text alone") as caught:
+    with pytest.raises(openai.BadRequestError, match=r"image_url.*reads text alone") as caught:
         client.chat.completions.create(model="chat", messages=[{"role": "user", "content": [image]}])  # type: ignore[list-item]
     assert caught.value.param == "messages[0].content[0].type"
 
@@ -207,7 +207,9 @@ def test_reasoning_effort_is_the_templates(client: openai.OpenAI, llm: tinyllm.L
     made = client.chat.completions.create(model="chat", messages=MESSAGES, extra_body=kwargs, **GREEDY)
     assert made.choices[0].message.content == off.text
     for unread in ({"messages": []}, {"depth": 3}):
-        with pytest.raises(openai.BadRequestError, match="does not read the variable.*reads enable_thinking"):
+        with pytest.raises(
+            openai.BadRequestError, match=r"does not read the variable.*reads enable_thinking"
+        ):
             client.chat.completions.create(
                 model="chat", messages=MESSAGES, extra_body={"chat_template_kwargs": unread}
             )

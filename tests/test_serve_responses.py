@@ -224,7 +224,7 @@ def test_a_conversation_goes_on(client: openai.OpenAI, says: Says, llm: tinyllm.
     assert kept.usage.input_tokens == len(same.prompt_tokens)
     assert kept.previous_response_id == first.id
     client.responses.create(model="chat", previous_response_id=kept.id, input="And now?", **GREEDY)
-    with pytest.raises(openai.BadRequestError, match="no response.*whole conversation") as caught:
+    with pytest.raises(openai.BadRequestError, match=r"no response.*whole conversation") as caught:
         client.responses.create(model="chat", previous_response_id=stateless.id, input="And now?")
     assert caught.value.code == "previous_response_not_found"
 

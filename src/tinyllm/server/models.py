@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from tinyllm import LLM, MemoryLimitError
-from tinyllm.errors import size_text
+from tinyllm.errors import Error, size_text
 from tinyllm.server.ask import Refusal
 
 log = logging.getLogger(__name__)
@@ -117,10 +117,12 @@ class Models:
             while True:
                 try:
                     llm = await asyncio.to_thread(self._load, served.path)
-                except MemoryLimitError:
+                except MemoryLimitError as error:
                     if not await self._unload_one(but=served):
-                        raise
+                        raise _failed(served, error, "there is not enough memory for it", 503) from None
                     continue
+                except (Error, OSError) as error:
+                    raise _failed(served, error, "its files cannot be read", 500) from None
                 n_bytes = llm.model.weight_bytes
                 held = sum(other.n_bytes for other in self.served.values())
                 if self._memory_limit is None or held + n_bytes <= self._memory_limit:
@@ -141,3 +143,15 @@ class Models:
         if not idle:
             return False
         return await self.unload(min(idle, key=lambda s: s.last_used))
+
+
+def _failed(served: Served, error: Exception, why: str, status: int) -> Refusal:
+    """Why a model could not be loaded. The whole reason has the model's path, and is for the log."""
+    log.error("%s was not loaded: %s", served.name, error)
+    return Refusal(
+        status,
+        f"{served.name} could not be loaded: {why}; the server's log has more",
+        param="model",
+        code="model_error",
+        retry_after=1 if status == 503 else None,
+    )
