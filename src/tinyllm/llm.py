@@ -613,18 +613,24 @@ class LLM:
             "model": self._fingerprint,
         }
 
-    def score(self, prompt: Prompt, *, special: bool = False) -> Score:
-        """How likely a text (or ids) is, token by token. Raises ContextError when it is longer than the
-        context, FormatError where a broken model computes what is not finite.
+    def score(self, prompt: Prompt, *, special: bool = False, top_logprobs: int = 0) -> Score:
+        """How likely a text (or ids) is, token by token. top_logprobs: how many alternatives each token comes
+        with. Raises ContextError when it is longer than the context, FormatError where a broken model
+        computes what is not finite.
 
         llm.score("The cat sat on the mat.").perplexity
         """
         ids = self._fit(self._ids(prompt, special))
+        n_top = min(integer("top_logprobs", top_logprobs, 0, backends.MOST_INT), self.config.vocab_size)
         logprobs: list[float] = []
+        tops: list[list[tuple[int, float]]] = []
         for rows in self._rows(ids[:-1]):
             for row in rows:
                 logprobs.append(backends.logprob(row, ids[len(logprobs) + 1]))
-        return Score(ids, logprobs)
+                if n_top:
+                    tokens, values = backends.top_logprobs(row, n_top)
+                    tops.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
+        return Score(ids, logprobs, tops if n_top else None)
 
     def logits(self, prompt: Prompt, *, special: bool = False) -> Logits:
         """The logits after each of n tokens (ids, or a text): float32 [n, vocab_size].
@@ -970,6 +976,7 @@ class LLM:
         now = time.perf_counter()
         prompt_done, ended = g.prompt_done or g.ended or now, g.ended or now
         assert params.seed is not None
+        n_adopted = g.sequence.n_adopted if g.sequence is not None else 0
         return Completion(
             g.text,
             list(g.tokens),
@@ -980,7 +987,12 @@ class LLM:
             params.seed,
             list(request.prompt),
             Timings(
-                self.load_s, len(request.prompt), prompt_done - g.started, len(g.tokens), ended - prompt_done
+                self.load_s,
+                len(request.prompt),
+                prompt_done - g.started,
+                len(g.tokens),
+                ended - prompt_done,
+                min(n_adopted, len(request.prompt)),
             ),
             self.device,
             g.reasoning if g.split.has_reasoning else None,

@@ -175,7 +175,8 @@ class Piece:
     may become a stop string or a tag are held back until they are certain.
 
     Each token comes with one piece; token and logprob are None on further pieces that only bring held-back
-    text. logprob is the model's own, a natural logarithm. kind: "reasoning" for what a chat model thinks
+    text. logprob is the model's own, a natural logarithm; top_logprobs: the most likely (id, log probability)
+    in its place, where asked for. kind: "reasoning" for what a chat model thinks
     before it answers, "tool_call" for further text of a call's arguments, which is no part of the answer's
     text; else "text".
 
@@ -195,6 +196,7 @@ class Piece:
     call_id: str = ""
     tool_call: ToolCall | None = None
     sample: int = 0
+    top_logprobs: SequenceOf[tuple[int, float]] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -334,7 +336,8 @@ class Generation:
         elif len(self.tokens) == self.max_tokens or len(self.sequence.tokens) >= self.context:
             pieces += self.finish("length")
         first, *rest = pieces or [Piece("", kind=self.split.kind)]
-        return [replace(first, token=sampled.token, logprob=sampled.logprob), *rest]
+        first = replace(first, token=sampled.token, logprob=sampled.logprob, top_logprobs=tuple(sampled.top))
+        return [first, *rest]
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> list[Piece]:
         """Ends the text. Returns the held-back rest, if there is any."""

@@ -110,7 +110,7 @@ class Loop:
                     self._step(batch, live)
                 if not self._is_closed:  # else the step was broken off
                     self._end_what_is_over(live)
-        except Exception as error:  # a fault of ours: all who wait hear of it, and a later request starts anew
+        except Exception as error:  # a fault of ours: all who wait hear of it; a later request starts anew
             end = error
         finally:
             with self._wake:
