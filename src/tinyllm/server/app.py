@@ -2,8 +2,8 @@
 
 Invariant: a handler's every error comes out in its dialect's own shape, with a status, and never with a
 traceback. Imports ask.py, models.py, turns.py, streams.py, guard.py, metrics.py, kept.py, thinking.py
-and page/. cli/serve.py makes a `Server` of the command line; listen.py runs `application(server, dialects)` under
-uvicorn.
+and page/. cli/serve.py makes a `Server` of the command line; listen.py runs `application(server, dialects)`
+under uvicorn.
 """
 
 from __future__ import annotations
