@@ -18,6 +18,7 @@ from helpers_serve import Running, Says, serving, write_chat_model
 import tinyllm
 from tinyllm.engine.next_token import look
 from tinyllm.engine.sampling import SamplingParams
+from tinyllm.measure.inspection import inspect_model
 
 MESSAGES = [{"role": "user", "content": "Tell me of a dog."}]
 TEXT = "Once upon a time, Léa saw a 🐕.\n"
@@ -57,6 +58,7 @@ def test_models_are_known_once_they_are_loaded(tmp_path: Path) -> None:
         assert httpx.get(f"{running.url}/tinyllm/models").json()["models"][0]["kind"] == "base"
     assert stories["loaded"] is False
     assert facts == chat
+    assert chat["parameters"] == inspect_model("stories").n_parameters
     assert chat.pop("sampling") == {
         "temperature": pytest.approx(0.8),
         "top_k": 40,

@@ -209,6 +209,29 @@ def test_what_a_model_writes_is_text(at: Browser, says: Says) -> None:
     assert [one.text for one in at.all(".body td")] == ["1", "<i>2</i>"]
 
 
+def test_markdown_ends_whatever_is_written(at: Browser) -> None:
+    """And it drops no letter of it."""
+    texts = [
+        *(
+            mark * 20_000
+            for mark in ("*", "_", "`", "**a ", "*a ", "_a ", "`a ", "> ", "- ", "1. ", "|", "#", "~")
+        ),
+        *("- " * 5000 + "x", "\n".join("> " * i + "x" for i in range(200))),
+        *("\n".join(" " * i + "- x" for i in range(300)), "x|\n" + "-" * 20_000, "x|\n" + "-|" * 20_000),
+        *("```\nx", "~~~~\nx\n~~~", "- \n\n  x\n\n\n- y", "|\n|-|\n|", "**", "1) x\n2) y", "\\", "a\\*b"),
+    ]
+    script = """
+      const [texts, done] = arguments;
+      import("/page/markdown.js").then(({ markdown }) => done(texts.map((text) => {
+        const node = document.createElement("div");
+        node.append(markdown(text));
+        return [...node.textContent].filter((c) => /[a-z]/.test(c)).length;
+      })));
+    """
+    seen = at.driver.execute_async_script(script, texts)
+    assert seen == [sum(c.isalpha() for c in text) for text in texts]
+
+
 def test_reasoning_is_folded_away(at: Browser, says: Says) -> None:
     says.text = "<think>\nThey ask of a dog.\n</think>\n\nIt barks."
     say(at, "What does a dog do?")
@@ -545,6 +568,19 @@ def test_errors_are_told_in_words(at: Browser, running: Running) -> None:
     at.click(".error button")
     done(at)
     assert not at.all(".error")
+    try:
+        at.cdp("Network.enable")
+        conditions = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        at.cdp("Network.emulateNetworkConditions", offline=True, **conditions)
+        say(at, "Are you there?")
+        assert at.one(".error").text.startswith("Le serveur ne répond pas.")
+        assert len(at.all(".bubble")) == 2, "what was written is still there"
+    finally:
+        at.cdp("Network.emulateNetworkConditions", offline=False, **conditions)
+    (line,) = at.errors()
+    assert "ERR_INTERNET_DISCONNECTED" in line
+    at.click(".error button")
+    done(at)
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:

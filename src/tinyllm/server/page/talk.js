@@ -135,10 +135,10 @@ export function show(error = null) {
   live = null;
   document.body.classList.toggle("running", isRunning());
   const parts = [];
+  if (messages.length && kind === "base") parts.push(wholeTextView(messages));
+  else if (messages.length) parts.push(...messages.map((message, i) => (message.role === "user" ? question(message, i) : reply(message, i))));
+  else if (!error && !models.problem) parts.push(welcome(model));
   if (models.problem) parts.push(errorBox(models.problem, models.refresh));
-  else if (!messages.length && !error) parts.push(welcome(model));
-  else if (kind === "base") parts.push(wholeTextView(messages));
-  else parts.push(...messages.map((message, i) => (message.role === "user" ? question(message, i) : reply(message, i))));
   if (messages.length && model?.kind && model.kind !== kind) {
     parts.push(el("p", { class: "notice" }, t("other_kind", { kind: t(`kind_${kind}`) })));
   }
