@@ -110,7 +110,8 @@ class LLM:
     """A loaded model. Made by `load`; any number of threads may use one.
 
     model: the layer below, with `model.forward`. tokenizer: None for a model that takes and gives ids only.
-    chat_template: None for a base model. defaults: the model's own sampling parameters, by name. embedding:
+    chat_template: None for a base model. formats: {"Q4_K": 10**9, ...}, how many of its numbers each format
+    holds, the most first. defaults: the model's own sampling parameters, by name. embedding:
     what its files say of vectors of texts. context: how many tokens a sequence may hold. chunk: tokens of a
     call of the model at most. load_s: seconds of loading.
     """
@@ -124,6 +125,7 @@ class LLM:
         embedding: EmbeddingDefaults | None = None,
         *,
         name: str = "the model",
+        formats: Mapping[str, int] | None = None,
         cache_type: CacheType = "f16",
         max_pages: int | None = None,
         free_memory: Callable[[], int] | None = None,
@@ -134,6 +136,7 @@ class LLM:
         config = model.config
         self.model, self.tokenizer, self.chat_template, self.config = model, tokenizer, chat_template, config
         self.name, self.cache_type, self.load_s = name, cache_type, load_s
+        self.formats = dict(formats or {})
         self._prompts: dict[bool, Prompts] = {}  # by whether it is the model's own template
         self._said_special = False
         self.device, self.context = model.device, config.context
@@ -613,10 +616,17 @@ class LLM:
             "model": self._fingerprint,
         }
 
-    def score(self, prompt: Prompt, *, special: bool = False, top_logprobs: int = 0) -> Score:
+    def score(
+        self,
+        prompt: Prompt,
+        *,
+        special: bool = False,
+        top_logprobs: int = 0,
+        cancel: Cancel | None = None,
+    ) -> Score:
         """How likely a text (or ids) is, token by token. top_logprobs: how many alternatives each token comes
-        with. Raises ContextError when it is longer than the context, FormatError where a broken model
-        computes what is not finite.
+        with. cancel: as in a call; what there is has fewer logprobs. Raises ContextError when it is longer
+        than the context, FormatError where a broken model computes what is not finite.
 
         llm.score("The cat sat on the mat.").perplexity
         """
@@ -624,7 +634,7 @@ class LLM:
         n_top = min(integer("top_logprobs", top_logprobs, 0, backends.MOST_INT), self.config.vocab_size)
         logprobs: list[float] = []
         tops: list[list[tuple[int, float]]] = []
-        for rows in self._rows(ids[:-1]):
+        for rows in self._rows(ids[:-1], cancel):
             for row in rows:
                 logprobs.append(backends.logprob(row, ids[len(logprobs) + 1]))
                 if n_top:
@@ -1001,13 +1011,13 @@ class LLM:
             "; ".join(g.call_errors) or None,
         )
 
-    def _rows(self, ids: list[int]) -> Iterator[Logits]:
-        """The logits after each token, a chunk at a time."""
+    def _rows(self, ids: list[int], cancel: Cancel | None = None) -> Iterator[Logits]:
+        """The logits after each token, a chunk at a time, until they are cancelled."""
         if not ids:
             return
         sequence = self._engine.sequence(ids, threading.get_ident())
         try:
-            for rows in self._engine.evaluate(Job(sequence, first_row=0)):
+            for rows in self._engine.evaluate(Job(sequence, first_row=0), cancel):
                 require_finite(rows)
                 yield rows
         finally:

@@ -1,15 +1,16 @@
 """The application: what a dialect asks of the server, and the routes of all of them.
 
 Invariant: a handler's every error comes out in its dialect's own shape, with a status, and never with a
-traceback. Imports ask.py, models.py, turns.py, streams.py, guard.py, metrics.py, kept.py and thinking.py.
-cli/serve.py makes a `Server` of the command line; listen.py runs `application(server, dialects)` under
-uvicorn.
+traceback. Imports ask.py, models.py, turns.py, streams.py, guard.py, metrics.py, kept.py, thinking.py
+and page/. cli/serve.py makes a `Server` of the command line; listen.py runs `application(server, dialects)`
+under uvicorn.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -28,6 +29,7 @@ from starlette.routing import Route
 
 from tinyllm import LLM, Completion, Piece, SamplingParams
 from tinyllm.results import AsyncStream
+from tinyllm.server import page
 from tinyllm.server.ask import Ask, Fields, Refusal, read_json, refusal_of
 from tinyllm.server.guard import Access, Guard
 from tinyllm.server.kept import Kept
@@ -237,6 +239,7 @@ class Call:
 
     def __init__(self, server: Server, dialect: Dialect, request: Request) -> None:
         self.server, self.dialect, self.request = server, dialect, request
+        self.gone = threading.Event()  # set when the client goes while something is computed for it
 
     async def fields(self) -> Fields:
         """The members of the body, which must be a JSON object."""
@@ -257,9 +260,15 @@ class Call:
 
     async def compute(self, model: str | None, work: Callable[[LLM], Value]) -> Value:
         """The result of `work` with a model, in a thread, when it is its turn. Nothing is given back before
-        it has ended."""
+        it has ended; what asks `gone.is_set` ends early where nobody waits for it."""
         async with self.server.model(model) as llm:
-            return await shielded(asyncio.to_thread(work, llm))
+            task = asyncio.ensure_future(asyncio.to_thread(work, llm))
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                self.gone.set()
+                await asyncio.gather(task, return_exceptions=True)
+                raise
 
     async def events(
         self,
@@ -391,6 +400,7 @@ def application(server: Server, dialects: Sequence[Dialect]) -> Starlette:
     app = Starlette(
         routes=[
             *(route for dialect in dialects for route in routes_of(server, dialect)),
+            *page.routes(),
             Route("/metrics", metrics),
         ],
         middleware=middleware,
