@@ -94,9 +94,7 @@ def _run(argv: list[str]) -> int:
 
         def on_end() -> None:
             if n := server.metrics.open_requests:
-                note(
-                    f"ending: {counted(n, 'request')} may go on for {seconds(args.grace)}; Ctrl-C ends now"
-                )
+                note(f"ending: {counted(n, 'request')} may go on for {seconds(args.grace)}; Ctrl-C ends now")
 
         runner = Listener(server, application(server, DIALECTS), grace_s=args.grace, on_end=on_end)
         runner.run(sockets=[listener])

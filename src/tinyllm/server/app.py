@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinyllm import LLM, Completion, SamplingParams
+from tinyllm import LLM, ArgumentError, Completion, SamplingParams
 from tinyllm.results import AsyncStream
 from tinyllm.server.ask import Ask, Fields, Refusal, read_json, refusal_of
 from tinyllm.server.guard import Access, Guard
@@ -95,7 +95,7 @@ class Server:
             await stack.enter_async_context(self.turns.turn(ask.n))
             llm = await stack.enter_async_context(self.models.use(ask.model))
             waited_s = time.monotonic() - asked_at
-            stream = await shielded(asyncio.to_thread(_begin, llm, ask))
+            stream = await shielded(asyncio.to_thread(_begun, llm, ask))
             stack.callback(lambda: self.metrics.ended(waited_s, stream.completions))
             stack.push_async_callback(stream.aclose)
             yield Answer(ask, self.models.find(ask.model).name, llm, stream)
@@ -131,6 +131,14 @@ class Server:
             raise Refusal(
                 400, "templates of requests are refused here: start the server with --allow-templates"
             )
+
+
+def _begun(llm: LLM, ask: Ask) -> AsyncStream:
+    """`_begin`, whose complaints about types are about what the client wrote."""
+    try:
+        return _begin(llm, ask)
+    except TypeError as error:
+        raise ArgumentError(str(error)) from error
 
 
 def _begin(llm: LLM, ask: Ask) -> AsyncStream:
