@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,9 @@ def post(path: str, body: bytes, *more: str, length: int | None = None) -> bytes
 
 
 def read_all(client: socket.socket) -> bytes:
-    """Until the server closes."""
+    """Until the server closes or resets the connection."""
     data = b""
-    while part := client.recv(1 << 16):
-        data += part
+    with suppress(ConnectionResetError):
+        while part := client.recv(1 << 16):
+            data += part
     return data

@@ -86,12 +86,18 @@ def settled(it: Listening) -> None:
             until(lambda cache=served.llm._cache: is_empty(cache))
 
 
-def is_empty(cache: KVCache, but_sequences: bool = False) -> bool:
-    """No page is used, and there is no sequence that somebody could hold."""
-    gc.collect()
+def unused(cache: KVCache) -> bool:
+    """No text holds a page."""
     with cache.lock:
         cache.collect()
-        return cache.n_used == 0 and (but_sequences or not cache._tables_of)
+        return cache.n_used == 0
+
+
+def is_empty(cache: KVCache) -> bool:
+    """Nor is there a sequence that somebody could hold."""
+    if unused(cache):
+        gc.collect()
+    return unused(cache) and not cache._tables_of
 
 
 def until(is_so: Callable[[], object], most_s: float = 20.0) -> None:
@@ -214,17 +220,17 @@ def is_paused(it: Listening) -> bool:
 
 
 def test_what_waits_for_a_slow_reader_is_bounded(model: Path) -> None:
-    limits = Limits(unread_pieces=300)
+    limits = Limits(unread_pieces=100)
     with listening({"m": model}, load, limits=limits, send_buffer=4096) as it:
         with it.connect() as client:
-            client.sendall(wire(n_tokens=600, n=8, stream=True))
+            client.sendall(wire(n_tokens=200, n=8, stream=True))
             until(lambda: is_paused(it))
-            until(lambda: is_empty(it.llm()._cache, but_sequences=True))  # all is made, and not taken
+            until(lambda: unused(it.llm()._cache))  # all is made, and not taken
             text = b""
             while not text.endswith(b"0\r\n\r\n"):
                 text += client.recv(1 << 16)
         assert b'"code":"slow_reader"' in text, "the last event says why"
-        assert b"the most is 300" in text
+        assert b"the most is 100" in text
         settled(it)
 
 
@@ -284,10 +290,7 @@ def test_random_bytes(running: Listening) -> None:
         with running.connect() as client:
             client.sendall(heads[i % len(heads)] + rng.randbytes(rng.randrange(1, 3000)) + b"\r\n\r\n")
             client.shutdown(socket.SHUT_WR)
-            try:
-                got = read_all(client)
-            except ConnectionResetError:
-                continue
+            got = read_all(client)
             assert got[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 404", b"HTTP/1.1 403"), got[:200]
 
 
