@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,17 @@ def listening(
     queue: int = 64,
     grace_s: float = 5.0,
     of_models: Mapping[str, Any] | None = None,
+    send_buffer: int | None = None,
     **options: Any,
 ) -> Iterator[Listening]:
-    """Runs a server. options: of `Server`."""
+    """Runs a server. options: of `Server`. send_buffer: bytes that the system keeps for a client that does
+    not read; None: as many as it likes."""
     models = Models({name: str(path) for name, path in paths.items()}, load, **(of_models or {}))
     server = Server(models, Turns(parallel, queue), **options)
     listener = Listener(server, application(server, dialects), grace_s=grace_s)
     with bind("127.0.0.1", 0) as where:
+        if send_buffer is not None:
+            where.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         running = Listening(server, listener, where.getsockname()[1])
         thread = threading.Thread(target=listener.run, args=([where],), name="server")
         thread.start()
@@ -80,8 +84,9 @@ def post(path: str, body: bytes, *more: str, length: int | None = None) -> bytes
 
 
 def read_all(client: socket.socket) -> bytes:
-    """Until the server closes."""
+    """Until the server closes or resets the connection."""
     data = b""
-    while part := client.recv(1 << 16):
-        data += part
+    with suppress(ConnectionResetError):
+        while part := client.recv(1 << 16):
+            data += part
     return data

@@ -207,6 +207,13 @@ def test_two_host_headers_are_refused(running: Listening) -> None:
         assert client.recv(100).startswith((b"HTTP/1.1 400", b"HTTP/1.1 403"))
 
 
+def test_a_base_model_without_a_template_says_so() -> None:
+    with listening({"tales": "stories"}) as it:
+        answer = httpx.post(it.url + CHAT, json=HELLO)
+    assert answer.status_code == 400
+    assert "tales has no chat template" in answer.json()["error"]["message"]
+
+
 # --- size
 
 

@@ -62,7 +62,8 @@ def _run(argv: list[str]) -> int:
         from tinyllm.server.models import Loader, Models
         from tinyllm.server.turns import Turns
     except ModuleNotFoundError as error:
-        raise UsageError(f"the server needs {error.name}: pip install '.[serve]' in the clone") from None
+        package = str(error.name).partition(".")[0]
+        raise UsageError(f"the server needs {package}: pip install '.[serve]' in the clone") from None
 
     loopback = is_loopback(args.host)
     if not (loopback or key or args.no_auth):

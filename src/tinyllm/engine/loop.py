@@ -100,11 +100,7 @@ class Loop:
                 if not live:
                     self._await_company()
                 while self._new:
-                    request = self._new.popleft()
-                    try:
-                        self._begin(batch, live, request)
-                    except Exception as error:
-                        self._fail(batch, live, request, error)
+                    self._begin(batch, live, self._new.popleft())
                 self._drop_cancelled(batch, live)
                 if batch.jobs:
                     self._step(batch, live)
@@ -135,11 +131,14 @@ class Loop:
 
     def _begin(self, batch: Batch, live: list[Request], request: Request) -> None:
         live.append(request)
-        for group in request.groups:
-            for generation in group:
-                if generation.sequence is not None:
-                    generation.sequence.runner = threading.get_ident()
-            batch.add(group, is_watched=request.is_watched)
+        try:
+            for group in request.groups:
+                for generation in group:
+                    if generation.sequence is not None:
+                        generation.sequence.runner = threading.get_ident()
+                batch.add(group, is_watched=request.is_watched)
+        except Exception as error:
+            self._fail(batch, live, request, error)
 
     def _drop_cancelled(self, batch: Batch, live: list[Request]) -> None:
         for request in live:

@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinyllm import LLM, Completion, Piece, SamplingParams
+from tinyllm import LLM, ArgumentError, Completion, Piece, SamplingParams
 from tinyllm.results import AsyncStream
 from tinyllm.server import page
 from tinyllm.server.ask import Ask, Fields, Refusal, read_json, refusal_of
@@ -141,7 +141,7 @@ class Server:
             waited_s = time.monotonic() - asked_at
             name, answers = self.models.find(asks[0].model).name, []
             for ask in asks:
-                stream = await shielded(asyncio.to_thread(_begin, llm, ask))
+                stream = await shielded(asyncio.to_thread(_begun, llm, ask))
                 stack.callback(self._ended, waited_s, stream)
                 stack.push_async_callback(stream.aclose)
                 answers.append(Answer(ask, name, llm, stream, self.weights))
@@ -199,6 +199,14 @@ class Server:
             raise Refusal(
                 400, "templates of requests are refused here: start the server with --allow-templates"
             )
+
+
+def _begun(llm: LLM, ask: Ask) -> AsyncStream:
+    """`_begin`, whose complaints about types are about what the client wrote."""
+    try:
+        return _begin(llm, ask)
+    except TypeError as error:
+        raise ArgumentError(str(error)) from error
 
 
 def _begin(llm: LLM, ask: Ask) -> AsyncStream:

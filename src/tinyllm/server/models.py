@@ -28,6 +28,7 @@ from tinyllm.modelfiles import ModelFiles, read_model
 from tinyllm.server.ask import Refusal
 from tinyllm.server.streams import shielded
 
+STEP_BYTES = 64 << 20  # by which a cache grows (SLAB_BYTES of the core)
 LOOKS_S = 0.25  # how often somebody looks for models whose time is over
 
 log = logging.getLogger(__name__)
@@ -194,13 +195,21 @@ class Models:
         return True
 
     def _load_one(self, served: Served, **more: Any) -> None:
-        limit = self._memory_limit
-        if limit is not None:
-            more["free_memory"] = lambda: limit - self._held(but=served) - held_bytes(served.llm)
+        if self._memory_limit is not None:
+            more["free_memory"] = lambda: self._left(served)
         llm = self._load(served.path, **more)
+        pages = llm.cache_pages
+        first_step = min(STEP_BYTES, pages.most * pages.page_bytes)
+        served.reserved = max(served.reserved, llm.model.weight_bytes + first_step)
         llm.name = served.name  # what messages call it: no path goes to a client
         served.llm, served.last_used = llm, time.monotonic()
         log.info("loaded %s in %.1f s", served.name, llm.load_s)
+
+    def _left(self, served: Served) -> int:
+        """What a model may take beside what it has, under the limit: of the cache's growth whole steps."""
+        left = (self._memory_limit or 0) - self._held(but=served) - held_bytes(served.llm)
+        is_growing = served.llm is not None and served.llm.cache_pages.allocated > 0
+        return left - STEP_BYTES if is_growing else left
 
     def _bytes_of(self, served: Served) -> int:
         """What it takes at least, as far as anybody asks."""
