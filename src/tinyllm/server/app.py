@@ -42,6 +42,7 @@ class Limits:
 
     body_bytes: int = 16 << 20
     n: int = 128
+    prompts: int = 2048
     stop_strings: int = 64
     schema_bytes: int = 256 << 10
     time_s: float = 3600.0
