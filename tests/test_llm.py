@@ -183,6 +183,29 @@ def test_score_is_what_the_logits_say(model: tinyllm.LLM) -> None:
     assert pages_in_use(model) == 0
 
 
+def test_likeliest_tokens_of_scores_and_pieces(model: tinyllm.LLM) -> None:
+    made = model("Once", max_tokens=6, temperature=0, top_logprobs=3)
+    assert made.top_logprobs is not None
+    pieces = list(model.stream("Once", max_tokens=6, temperature=0, top_logprobs=3))
+    assert [list(p.top_logprobs) for p in pieces if p.token is not None] == made.top_logprobs
+    score = model.score(made.prompt_tokens + made.tokens, top_logprobs=3)
+    assert score.top_logprobs is not None
+    for found, same in zip(score.top_logprobs[-6:], made.top_logprobs, strict=True):
+        assert [token for token, _ in found] == [token for token, _ in same]
+        assert [value for _, value in found] == pytest.approx([value for _, value in same], abs=1e-4)
+    assert model.score("Once").top_logprobs is None
+    with pytest.raises(tinyllm.ArgumentError, match="top_logprobs is -1"):
+        model.score("Once", top_logprobs=-1)
+
+
+def test_timings_count_what_was_there_already(model: tinyllm.LLM) -> None:
+    prompt = "Tim and his red kite went up the hill to see how far it would fly. " * 4
+    first = model(prompt, max_tokens=2)
+    again = model(prompt, max_tokens=2)
+    assert first.timings.cached_tokens == 0
+    assert 0 < again.timings.cached_tokens < len(again.prompt_tokens)
+
+
 def test_score_agrees_with_generation(model: tinyllm.LLM) -> None:
     c = model(PROMPTS[2], seed=3, max_tokens=40, logprobs=True)
     score = model.score(c.prompt_tokens + c.tokens)

@@ -57,6 +57,7 @@ class Limits:
 
     body_bytes: int = 16 << 20
     n: int = 128
+    prompts: int = 2048
     stop_strings: int = 64
     stop_chars: int = 1024  # of each
     schema_bytes: int = 256 << 10

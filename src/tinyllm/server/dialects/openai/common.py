@@ -72,13 +72,15 @@ def own_form_of(fields: Fields) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def prompts_of(fields: Fields, name: str) -> list[str | list[int]]:
-    """A text, ids, or a list of such prompts."""
+def prompts_of(fields: Fields, name: str, most: int) -> list[str | list[int]]:
+    """A text, ids, or a list of at most so many prompts."""
     given = fields.need(name, object)
     prompts: list[Any] = given if isinstance(given, list) and not _is_prompt(given) else [given]
     if not prompts or not all(map(_is_prompt, prompts)):
         what = "must be a text, a list of token ids, or a list of such prompts, and none without an id"
         raise fields.refusal(name, what, code="invalid_type")
+    if len(prompts) > most:
+        raise fields.refusal(name, f"has {len(prompts)} texts, the most is {most}")
     return prompts
 
 

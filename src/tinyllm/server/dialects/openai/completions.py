@@ -52,8 +52,10 @@ class _Wishes:
 async def completions(call: Call) -> Response:
     fields = await call.fields()
     streams = fields.take("stream", bool, False)
-    wishes, asks = _asks(fields, stream_options(fields, streams))
-    if streams and asks[0].n != wishes.n:
+    wishes, ask = _ask(fields, stream_options(fields, streams))
+    prompts = prompts_of(fields, "prompt", call.server.limits.prompts)
+    asks = [replace(ask, prompt=prompt) for prompt in prompts]
+    if streams and ask.n != wishes.n:
         raise fields.refusal("best_of", "chooses at the end: it cannot be used with stream")
     fields.finish()
     server = call.server
@@ -67,7 +69,8 @@ async def completions(call: Call) -> Response:
     return await call.json(work())
 
 
-def _asks(fields: Fields, has_usage: bool) -> tuple[_Wishes, list[Ask]]:
+def _ask(fields: Fields, has_usage: bool) -> tuple[_Wishes, Ask]:
+    """All but the prompts."""
     fields.harmless(*HARMLESS)
     fields.only("suffix", "", why="is not supported: texts are continued, not filled in")
     n, echo = fields.take("n", int, 1), fields.take("echo", bool, False)
@@ -90,8 +93,7 @@ def _asks(fields: Fields, has_usage: bool) -> tuple[_Wishes, list[Ask]]:
         special=fields.take("special", bool, False),
         replay=fields.take("replay", bool, False),
     )
-    asks = [replace(ask, prompt=prompt) for prompt in prompts_of(fields, "prompt")]
-    return _Wishes(n, top, echo, generates, has_usage), asks
+    return _Wishes(n, top, echo, generates, has_usage), ask
 
 
 async def _whole(answers: Sequence[Answer], wishes: _Wishes, at_once: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tinyllm.server.dialects.openai.common import HARMLESS, prompts_of
 async def embeddings(call: Call) -> Response:
     fields = await call.fields()
     fields.harmless(*HARMLESS)
-    model, texts = fields.take("model", str), prompts_of(fields, "input")
+    model, texts = fields.take("model", str), prompts_of(fields, "input", call.server.limits.prompts)
     encoding = fields.word("encoding_format", "float", "base64", default="float")
     dimensions = fields.take("dimensions", int)
     fields.finish()
