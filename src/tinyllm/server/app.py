@@ -45,7 +45,7 @@ class Limits:
     """What one request may ask for; more is refused with its numbers. time_s: until its answer is all sent.
     unread_pieces: of a stream, that wait for a client that reads slower than they are made."""
 
-    body_bytes: int = 16 << 20
+    body_bytes: int = 8 << 20
     n: int = 128
     stop_strings: int = 64
     stop_chars: int = 1024  # of each
