@@ -493,6 +493,47 @@ class Sampling {
         return py::make_tuple(sampled.token, sampled.logprob);
     }
 
+    // What `sample` takes of a row, but for the total of candidates.
+    using Row = std::tuple<const Sampling *, Floats, Ints, uint64_t, Ints, std::optional<Bits>>;
+
+    // For each row what `sample` returns, or the message of the error that it would raise.
+    static py::list sample_rows(const std::vector<Row> &rows, int threads) {
+        Call call;
+        std::vector<tl_choice> choices;
+        size_t each_bytes = 0;
+        for (const auto &[own, logits, history, position, banned, allowed] : rows) {
+            if (allowed && allowed->size() * 32 < logits.size()) raise_argument("allowed has a bit for each logit");
+            tl_choice c{};
+            c.logits = logits.data();
+            c.n = static_cast<int>(logits.size());
+            c.history = history.data();
+            c.n_history = static_cast<int>(history.size());
+            c.sampling = own->settings;
+            c.sampling.allowed = allowed ? allowed->data() : nullptr;
+            c.sampling.n_banned = static_cast<int>(banned.size());
+            c.sampling.banned = banned.data();
+            c.seed = own->seed;
+            c.position = position;
+            each_bytes = std::max(each_bytes, tl_sample_scratch(c.n, c.n_history));
+            choices.push_back(c);
+        }
+        each_bytes = (each_bytes + 63) / 64 * 64; // no two threads write to one line
+        threads = std::max(1, std::min(threads, static_cast<int>(choices.size())));
+        std::unique_ptr<char[]> scratch(new char[each_bytes * static_cast<size_t>(threads)]);
+        {
+            Released released(call);
+            tl_sample_rows(choices.data(), static_cast<int>(choices.size()), threads, scratch.get(), each_bytes);
+        }
+        py::list out;
+        for (const tl_choice &c : choices) {
+            if (c.status == TL_OK)
+                out.append(py::make_tuple(c.sampled.token, c.sampled.logprob));
+            else
+                out.append(py::str(c.message.text));
+        }
+        return out;
+    }
+
   private:
     static Sequences sorted(Sequences sequences) {
         std::sort(sequences.begin(), sequences.end());
@@ -627,6 +668,7 @@ PYBIND11_MODULE(_core, m) {
              py::arg("seed"))
         .def("sample", &Sampling::sample, py::arg("logits"), py::arg("history"), py::arg("position"), py::arg("banned"),
              py::arg("total") = py::none(), py::arg("allowed") = py::none());
+    m.def("sample_rows", &Sampling::sample_rows, py::arg("rows"), py::arg("threads"));
     m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"), py::arg("total") = py::none());
     m.def("logprob", &logprob, py::arg("logits"), py::arg("token"));
     m.def("random", &tl_random, py::arg("seed"), py::arg("position"));

@@ -429,6 +429,26 @@ tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampli
     return TL_OK;
 }
 
+typedef struct rows_job {
+    tl_choice *choices;
+    char *scratch;
+    size_t each_bytes;
+} rows_job;
+
+static void sample_row(void *data, int unit, int thread) {
+    const rows_job *job = data;
+    tl_choice *c = &job->choices[unit];
+    c->status = tl_sample(&c->sampled, c->logits, c->n, &c->sampling, c->history, c->n_history, c->seed, c->position,
+                          NULL, job->scratch + (size_t)thread * job->each_bytes, &c->message);
+}
+
+void tl_sample_rows(tl_choice *choices, int n_choices, int threads, void *scratch, size_t each_bytes) {
+    rows_job job = {choices, scratch, each_bytes};
+    tl_pool_enter();
+    tl_parallel(threads, n_choices, sample_row, &job);
+    tl_pool_leave();
+}
+
 tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, const double *total,
                           void *scratch, tl_message *message) {
     float max;

@@ -424,6 +424,19 @@ size_t tl_sample_scratch(int n, int n_history);
 tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampling *sampling, const int32_t *history,
                     int n_history, uint64_t seed, uint64_t position, const double *total, void *scratch,
                     tl_message *message);
+// What tl_sample takes and gives of one row; status and message are its own.
+typedef struct tl_choice {
+    const float *logits;
+    const int32_t *history;
+    int n, n_history;
+    tl_sampling sampling;
+    uint64_t seed, position;
+    tl_sampled sampled;
+    tl_status status;
+    tl_message message;
+} tl_choice;
+// Many rows at once, shared out to threads. scratch: for each thread what the row that needs most does, each_bytes.
+void tl_sample_rows(tl_choice *choices, int n_choices, int threads, void *scratch, size_t each_bytes);
 // The k most likely tokens of the model's own distribution, most likely first (ties: lower id first): tokens
 // [k], logprobs [k], 1 <= k <= n. Errors and scratch as above, without a history.
 tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, const double *total,

@@ -36,10 +36,12 @@ TEMPLATE = (
 )
 
 
-def write_chat_model(path: Path, template: str = TEMPLATE) -> Path:
-    """`stories` with a chat template, as a GGUF file."""
+def write_chat_model(
+    path: Path, template: str = TEMPLATE, *, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """`stories` with a chat template, as a GGUF file. metadata: further keys."""
     source = read_gguf(Path(tinyllm.__file__).parent / "data" / "stories.gguf")
-    metadata = {**source.metadata, "tokenizer.chat_template": template}
+    metadata = {**source.metadata, "tokenizer.chat_template": template, **(metadata or {})}
     raw = source.files[0].read_bytes()
     tensors = [
         OutTensor(info.name, info.shape, info.format, partial(_part, raw, info.offset, info.n_bytes))

@@ -33,7 +33,13 @@ def in_asyncio(main: Callable[[], Any]) -> None:
     asyncio.run(main())
 
 
-RUNNERS = pytest.mark.parametrize("run", [in_asyncio, in_trio])
+def in_anyio(main: Callable[[], Any]) -> None:
+    anyio = pytest.importorskip("anyio")
+    anyio.run(main, backend="asyncio")
+    anyio.run(main, backend="trio")
+
+
+RUNNERS = pytest.mark.parametrize("run", [in_asyncio, in_trio, in_anyio])
 
 
 def until(condition: Callable[[], bool]) -> None:

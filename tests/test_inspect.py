@@ -22,8 +22,8 @@ from test_sampling import random_logits, reference
 import tinyllm
 from tinyllm import backends
 from tinyllm.chat.templates import without_template
-from tinyllm.cli import next_token
 from tinyllm.cli.inspect import main, visible
+from tinyllm.engine.next_token import look
 from tinyllm.engine.sampling import SamplingParams
 from tinyllm.measure.inspection import _tokenizer_warnings, inspect_model
 from tinyllm.modelfiles import read_model
@@ -333,7 +333,7 @@ def test_what_is_kept_is_what_sampling_keeps(settings: dict[str, Any]) -> None:
     params = SamplingParams(
         **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 0.7, **settings}
     ).resolve()
-    found = next_token.look(logits, [1.0, 0.7, 0.0], params)
+    found = look(logits, [1.0, 0.7, 0.0], params)
     survivors, p = reference(logits, params, [])
     kept = [i for rank, i in enumerate(found.ids) if found.dropped_by(rank) is None]
     assert kept == survivors.tolist()

@@ -80,6 +80,26 @@ def test_a_list_equals_a_loop(model: tinyllm.LLM) -> None:
     assert pages_in_use(model) == 0
 
 
+def test_one_call_chooses_the_tokens_of_a_whole_batch(
+    model: tinyllm.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one a text; a text with a processor, which is Python code, chooses for itself."""
+    calls: list[int] = []
+    original = backends.sample_rows
+
+    def counted(rows: list[Any], threads: int) -> Any:
+        calls.append(len(rows))
+        return original(rows, threads)
+
+    monkeypatch.setattr(backends, "sample_rows", counted)
+    prompts = [[1, 2], [3, 4], [5, 6]]
+    model(prompts, n=2, max_tokens=4, seed=1)
+    assert calls == [6, 6, 6, 6]
+    calls.clear()
+    model(prompts, max_tokens=4, seed=1, processors=[lambda logits, tokens: None])
+    assert calls == []
+
+
 def test_samples_equal_solo_runs_with_their_seeds(model: tinyllm.LLM) -> None:
     samples = model(PROMPTS[2], n=8, seed=7, temperature=1, max_tokens=20, logprobs=True)
     assert [sample.seed for sample in samples] == [stream_seed(7, i) for i in range(8)]
@@ -161,6 +181,29 @@ def test_score_is_what_the_logits_say(model: tinyllm.LLM) -> None:
     assert math.isclose(score.perplexity, math.exp(-score.total / 149))
     assert math.isnan(model.score(ids[:1]).perplexity)
     assert pages_in_use(model) == 0
+
+
+def test_likeliest_tokens_of_scores_and_pieces(model: tinyllm.LLM) -> None:
+    made = model("Once", max_tokens=6, temperature=0, top_logprobs=3)
+    assert made.top_logprobs is not None
+    pieces = list(model.stream("Once", max_tokens=6, temperature=0, top_logprobs=3))
+    assert [list(p.top_logprobs) for p in pieces if p.token is not None] == made.top_logprobs
+    score = model.score(made.prompt_tokens + made.tokens, top_logprobs=3)
+    assert score.top_logprobs is not None
+    for found, same in zip(score.top_logprobs[-6:], made.top_logprobs, strict=True):
+        assert [token for token, _ in found] == [token for token, _ in same]
+        assert [value for _, value in found] == pytest.approx([value for _, value in same], abs=1e-4)
+    assert model.score("Once").top_logprobs is None
+    with pytest.raises(tinyllm.ArgumentError, match="top_logprobs is -1"):
+        model.score("Once", top_logprobs=-1)
+
+
+def test_timings_count_what_was_there_already(model: tinyllm.LLM) -> None:
+    prompt = "Tim and his red kite went up the hill to see how far it would fly. " * 4
+    first = model(prompt, max_tokens=2)
+    again = model(prompt, max_tokens=2)
+    assert first.timings.cached_tokens == 0
+    assert 0 < again.timings.cached_tokens < len(again.prompt_tokens)
 
 
 def test_score_agrees_with_generation(model: tinyllm.LLM) -> None:

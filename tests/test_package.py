@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import tinyllm
+from tinyllm.server.page import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILERS = ("cc", "gcc", "clang", "c++", "g++", "clang++")
@@ -81,6 +82,7 @@ def test_sdist_has_all_that_a_build_and_the_tests_need(source: Path) -> None:
 def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     package = ROOT / "src" / "tinyllm"
     wanted = {f"tinyllm/{p.relative_to(package).as_posix()}" for p in package.rglob("*.py")}
+    wanted |= {f"tinyllm/server/page/{name}" for name, _ in FILES.values()}
     wanted |= {"tinyllm/_core.pyi", "tinyllm/py.typed", "tinyllm/data/stories.gguf"}
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -946,3 +946,41 @@ def test_stop_string_across_pieces() -> None:
     assert matcher.found == "</end>"
     assert matcher.feed("later") == ""
     assert matcher.flush() == ""
+
+
+# ---- many rows in one call
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**32))
+def test_many_rows_at_once_are_the_same_choices(n: int, threads: int, seed: int) -> None:
+    """Each with its own parameters, history, mask and errors, bit for bit as alone."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (n, 200)).astype(np.float32)
+    rows, alone = [], []
+    for i in range(n):
+        params = SamplingParams(
+            temperature=float(rng.choice([0, 0.7, 1.5])),
+            top_k=int(rng.choice([0, 5, 40])),
+            repetition_penalty=float(rng.choice([1, 1.3])),
+            logit_bias={3: 1.5} if rng.random() < 0.5 else {},
+            seed=int(rng.integers(2**32)),
+        )
+        sampler = Sampler(params, 200)
+        history = [int(t) for t in rng.integers(0, 200, 30)]
+        mask = rng.integers(1, 2**32, 7, dtype=np.uint32) if rng.random() < 0.5 else None
+        if rng.random() < 0.2:
+            logits[i, 7] = np.nan
+        rows.append(sampler.row(logits[i], history, 30, mask))
+        try:
+            chosen = sampler(logits[i], history, 30, mask)
+            alone.append((chosen.token, chosen.logprob))
+        except ArgumentError as error:
+            alone.append(str(error))
+    assert backends.sample_rows(rows, threads) == alone
+
+
+def test_no_rows_and_a_mask_that_is_too_short() -> None:
+    assert backends.sample_rows([], 2) == []
+    row = Sampler(SamplingParams(seed=1), 64).row(np.zeros(64, np.float32), [], 0, np.ones(1, np.uint32))
+    with pytest.raises(ArgumentError, match="a bit for each logit"):
+        backends.sample_rows([row], 1)

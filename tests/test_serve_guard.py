@@ -107,7 +107,7 @@ def test_an_error_has_the_shape_of_its_path(running: Listening, client: httpx.Cl
     wrong = client.get("/other/size")
     assert (wrong.status_code, list(wrong.json()), wrong.headers["allow"]) == (405, ["other"], "POST")
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
-    assert client.get("/").json()["error"]["code"] == "not_found"
+    assert client.get("/nothing").json()["error"]["code"] == "not_found"
     assert client.get("/v1/models/", follow_redirects=False).status_code == 404
     assert dialect_of("/other", [*DIALECTS, OTHER]) is OTHER
     assert dialect_of("", [*DIALECTS, OTHER]) is DIALECTS[0]

@@ -110,6 +110,13 @@ class Sampling:
         allowed: NDArray[np.uint32] | None = None,
     ) -> tuple[int, float]: ...
 
+Row = tuple[
+    Sampling, NDArray[np.float32], NDArray[np.int32], int, NDArray[np.int32], NDArray[np.uint32] | None
+]
+
+def sample_rows(rows: Sequence[Row], threads: int) -> list[tuple[int, float] | str]:
+    """`sample` for each, its arguments but the total, in one call; the message where it would raise."""
+
 def formats() -> list[tuple[int, str, int, int, int]]:
     """(id, name, numbers a block, bytes a block, bytes of 16 rows' blocks when packed)."""
 

@@ -44,8 +44,9 @@ from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pool
 from tinyllm.constraints import Form, Grammar, Vocabulary, form_of, form_of_calls
 from tinyllm.engine import saved
 from tinyllm.engine.breakers import breaker_ids
+from tinyllm.engine.choosing import choose, require_finite
 from tinyllm.engine.embedding import vectors
-from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece, choose, require_finite
+from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece
 from tinyllm.engine.kvcache import KVCache, Sequence, root_key
 from tinyllm.engine.loop import Inbox, Loop
 from tinyllm.engine.needs import cache_pages, call_tokens
@@ -109,7 +110,8 @@ class LLM:
     """A loaded model. Made by `load`; any number of threads may use one.
 
     model: the layer below, with `model.forward`. tokenizer: None for a model that takes and gives ids only.
-    chat_template: None for a base model. defaults: the model's own sampling parameters, by name. embedding:
+    chat_template: None for a base model. formats: {"Q4_K": 10**9, ...}, how many of its numbers each format
+    holds, the most first. defaults: the model's own sampling parameters, by name. embedding:
     what its files say of vectors of texts. context: how many tokens a sequence may hold. chunk: tokens of a
     call of the model at most. load_s: seconds of loading.
     """
@@ -123,6 +125,7 @@ class LLM:
         embedding: EmbeddingDefaults | None = None,
         *,
         name: str = "the model",
+        formats: Mapping[str, int] | None = None,
         cache_type: CacheType = "f16",
         max_pages: int | None = None,
         free_memory: Callable[[], int] | None = None,
@@ -133,6 +136,7 @@ class LLM:
         config = model.config
         self.model, self.tokenizer, self.chat_template, self.config = model, tokenizer, chat_template, config
         self.name, self.cache_type, self.load_s = name, cache_type, load_s
+        self.formats = dict(formats or {})
         self._prompts: dict[bool, Prompts] = {}  # by whether it is the model's own template
         self._said_special = False
         self.device, self.context = model.device, config.context
@@ -161,6 +165,7 @@ class LLM:
             context=config.context,
             chunk=self.chunk,
             call_s=call_s,
+            threads=model.threads,
         )
         self._loop = Loop(self._engine)
         self._fingerprint: str | None = None
@@ -611,18 +616,31 @@ class LLM:
             "model": self._fingerprint,
         }
 
-    def score(self, prompt: Prompt, *, special: bool = False) -> Score:
-        """How likely a text (or ids) is, token by token. Raises ContextError when it is longer than the
-        context, FormatError where a broken model computes what is not finite.
+    def score(
+        self,
+        prompt: Prompt,
+        *,
+        special: bool = False,
+        top_logprobs: int = 0,
+        cancel: Cancel | None = None,
+    ) -> Score:
+        """How likely a text (or ids) is, token by token. top_logprobs: how many alternatives each token comes
+        with. cancel: as in a call; what there is has fewer logprobs. Raises ContextError when it is longer
+        than the context, FormatError where a broken model computes what is not finite.
 
         llm.score("The cat sat on the mat.").perplexity
         """
         ids = self._fit(self._ids(prompt, special))
+        n_top = min(integer("top_logprobs", top_logprobs, 0, backends.MOST_INT), self.config.vocab_size)
         logprobs: list[float] = []
-        for rows in self._rows(ids[:-1]):
+        tops: list[list[tuple[int, float]]] = []
+        for rows in self._rows(ids[:-1], cancel):
             for row in rows:
                 logprobs.append(backends.logprob(row, ids[len(logprobs) + 1]))
-        return Score(ids, logprobs)
+                if n_top:
+                    tokens, values = backends.top_logprobs(row, n_top)
+                    tops.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
+        return Score(ids, logprobs, tops if n_top else None)
 
     def logits(self, prompt: Prompt, *, special: bool = False) -> Logits:
         """The logits after each of n tokens (ids, or a text): float32 [n, vocab_size].
@@ -968,6 +986,7 @@ class LLM:
         now = time.perf_counter()
         prompt_done, ended = g.prompt_done or g.ended or now, g.ended or now
         assert params.seed is not None
+        n_adopted = g.sequence.n_adopted if g.sequence is not None else 0
         return Completion(
             g.text,
             list(g.tokens),
@@ -978,7 +997,12 @@ class LLM:
             params.seed,
             list(request.prompt),
             Timings(
-                self.load_s, len(request.prompt), prompt_done - g.started, len(g.tokens), ended - prompt_done
+                self.load_s,
+                len(request.prompt),
+                prompt_done - g.started,
+                len(g.tokens),
+                ended - prompt_done,
+                min(n_adopted, len(request.prompt)),
             ),
             self.device,
             g.reasoning if g.split.has_reasoning else None,
@@ -987,13 +1011,13 @@ class LLM:
             "; ".join(g.call_errors) or None,
         )
 
-    def _rows(self, ids: list[int]) -> Iterator[Logits]:
-        """The logits after each token, a chunk at a time."""
+    def _rows(self, ids: list[int], cancel: Cancel | None = None) -> Iterator[Logits]:
+        """The logits after each token, a chunk at a time, until they are cancelled."""
         if not ids:
             return
         sequence = self._engine.sequence(ids, threading.get_ident())
         try:
-            for rows in self._engine.evaluate(Job(sequence, first_row=0)):
+            for rows in self._engine.evaluate(Job(sequence, first_row=0), cancel):
                 require_finite(rows)
                 yield rows
         finally:

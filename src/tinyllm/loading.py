@@ -7,9 +7,11 @@ next: llm.py, what `load` returns.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from tinyllm import backends
@@ -24,7 +26,7 @@ from tinyllm.errors import (
     out_of_memory,
     size_text,
 )
-from tinyllm.files import BF16, F16, F32
+from tinyllm.files import BF16, F16, F32, FORMATS
 from tinyllm.files.names import Weights, in_gguf
 from tinyllm.llm import LLM
 from tinyllm.modelfiles import ModelFiles, read_model
@@ -132,6 +134,7 @@ def load(
             files.defaults,
             files.embedding,
             name=name,
+            formats=_numbers_in(files.weights, formats),
             cache_type=cache_type,
             max_pages=max_pages,
             free_memory=free,
@@ -193,6 +196,14 @@ def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[t
     if not matrices:
         raise ArgumentError(f"{name} is quantized already; weights= is for float models")
     return formats | {key: chosen[tensors[key][0]] for key in matrices}
+
+
+def _numbers_in(weights: Weights, formats: Mapping[tuple[str, int | None], int]) -> dict[str, int]:
+    """How many numbers each format holds, by its name, the most first."""
+    held: Counter[str] = Counter()
+    for key, format in formats.items():
+        held[FORMATS[format].name] += math.prod(weights[key].shape)
+    return dict(held.most_common())
 
 
 def cache_bytes(config: ModelConfig, cache_type: CacheType, context: int) -> int:

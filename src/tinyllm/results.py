@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Timings:
     """Where the time went. `generate_s` runs from the end of the prompt; in a batch, each text has its own
-    clock.
+    clock. cached_tokens: how many of the prompt's were there already, of an earlier text that began so.
     """
 
     load_s: float
@@ -31,6 +31,7 @@ class Timings:
     prompt_s: float
     generated_tokens: int
     generate_s: float
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,13 @@ class Completion:
 @dataclass(frozen=True)
 class Score:
     """How likely a text is. logprobs[i] is the natural log probability of tokens[i + 1] after those before
-    it; the first token has none.
+    it; the first token has none. top_logprobs[i]: the most likely (id, log probability) there, where asked
+    for.
     """
 
     tokens: list[int]
     logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
     @property
     def total(self) -> float:

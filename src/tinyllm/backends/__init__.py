@@ -41,6 +41,7 @@ CACHE_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q8_0": 8}  # by name: the co
 FORMAT_IDS: dict[str, int] = {name: id for id, name, *_ in _core.formats()}
 
 Sampling = _core.Sampling
+sample_rows = _core.sample_rows
 top_logprobs = _core.top_logprobs
 logprob = _core.logprob
 live_allocations = _core.live_allocations  # () -> (blocks, bytes) that the core holds now

@@ -319,6 +319,7 @@ def _cells(pieces: list[tuple[int, bytes]], tokenizer: Tokenizer) -> Iterator[st
 
 def _print_next(args: argparse.Namespace) -> int:
     from tinyllm.cli import next_token
+    from tinyllm.engine.next_token import look, record
     from tinyllm.engine.sampling import SamplingParams
 
     if args.plot is not None:
@@ -330,10 +331,10 @@ def _print_next(args: argparse.Namespace) -> int:
             prompt = llm.chat_ids([{"role": "user", "content": args.next}])
         with llm.session() as session:
             session.append(prompt)
-            found = next_token.look(session.logits, args.temperatures, given.resolve(llm.defaults))
+            found = look(session.logits, args.temperatures, given.resolve(llm.defaults))
         names = [visible(llm.tokenizer.token_bytes(i)) if llm.tokenizer else str(i) for i in found.ids]
     if args.output == "json":
-        put(json_text(next_token.record(found, names, args.rows)))
+        put(json_text(record(found, names, args.rows)))
     else:
         for line in next_token.lines(found, names, args.rows):
             put(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,19 +75,33 @@ def run_batch(args: argparse.Namespace, prompts: list[str], params: SamplingPara
 
 
 def replay(args: argparse.Namespace) -> int:
-    """Generates the results in a file of --json or --prompts again; says of each whether every token is the
-    same."""
+    """Generates the results in a file of --json or --prompts, or the answers of a served request, again; says
+    of each whether every token is the same."""
     results = _read_results(Path(args.replay).expanduser())
     first = results[0]
     settings = {name: first["settings"].get(name) for name in ("context", "cache_type", "weights")}
     n_same = 0
     with load_model(args.model or first["model"], args, **settings) as llm:
         for number, result in enumerate(results, 1):
-            completion = llm(result["prompt_ids"], **result["parameters"])
+            completion = _again(llm, result)
             verdict = _compare(llm, result["tokens"], completion.tokens)
+            if completion.prompt_tokens != result["prompt_ids"]:
+                verdict = "different: the conversation makes another prompt"
             n_same += verdict.startswith("same")
             put(f"result {number}: {verdict}" if len(results) > 1 else verdict)
     return EXIT_OK if n_same == len(results) else EXIT_ERROR
+
+
+def _again(llm: LLM, result: Mapping[str, Any]) -> Completion:
+    parameters, conversation = dict(result["parameters"]), result.get("conversation")
+    if bias := parameters.get("logit_bias"):
+        parameters["logit_bias"] = {int(token): value for token, value in bias.items()}  # JSON has texts
+    completion: Completion
+    if conversation:
+        completion = llm.chat(**conversation, **parameters)
+    else:
+        completion = llm(result["prompt_ids"], **parameters, reasoning=bool(result.get("chat")))
+    return completion
 
 
 def _compare(llm: LLM, before: list[int], now: list[int]) -> str:
@@ -114,14 +129,17 @@ _KINDS: dict[str, type] = {
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:
-    """The results in a file: one object, or one a line."""
+    """The results in a file: one object, or one a line; of a served answer those that its "replay" has."""
     from tinyllm.errors import FormatError
 
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        results = [json.loads(line) for line in lines]
+        found = _json_values(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise FormatError(f"{path} is not what --json writes: {e}") from None
+    results: list[Any] = []
+    for value in found:
+        served = value.get("replay") if isinstance(value, dict) else None
+        results += served if isinstance(served, list) else [value]
     for result in results or [None]:
         missing = [
             key
@@ -131,3 +149,13 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
         if missing:
             raise FormatError(f"{path} is not what --json writes: it has no {', '.join(missing)}")
     return results
+
+
+def _json_values(text: str) -> list[Any]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        if lines[0].strip() == "{":  # one object, over many lines
+            return [json.loads(text)]
+        raise

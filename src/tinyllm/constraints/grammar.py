@@ -133,6 +133,8 @@ class GrammarConstraint:
 
     def accept(self, token: int) -> None:
         """The next token of the text, one of those allowed."""
+        if self._coming is not None:  # nobody asked for that mask, and the parser is busy with it
+            self.mask()
         if not self._matcher.consume_token(token):
             raise ConstraintError(f"token {token} is not one that the form allows")
         self._is_over = self._matcher.is_stopped()

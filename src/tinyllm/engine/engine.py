@@ -26,14 +26,14 @@ from tinyllm.chat.reasoning import Kind, Part, Plain, Splitter
 from tinyllm.chat.tools.answers import AnswerSplitter
 from tinyllm.chat.tools.calls import Part as CallPart
 from tinyllm.chat.tools.shapes import ToolCall
+from tinyllm.engine.choosing import Mask, Wish, choose, grant, taken
 from tinyllm.engine.kvcache import PAGE, KVCache, Sequence
 from tinyllm.engine.pace import Pace
-from tinyllm.engine.sampling import Candidates, Logits, Sampled, StopStrings
+from tinyllm.engine.sampling import Candidates, Logits, Sampled, Sampler, StopStrings
 from tinyllm.errors import (
     ArgumentError,
     CancelledError,
     ContextError,
-    FormatError,
     MemoryLimitError,
     ModelClosedError,
 )
@@ -47,6 +47,7 @@ MAX_LOGITS_BYTES = 64 << 20  # of a call
 MOST_CHOSEN = 64  # rows whose candidates a call finds on the device
 MOST_GIVEN = 32  # tokens of a text that are taken in one call without a choice between them
 ASK_S = 0.02  # after which a thread that waits asks its cancel=, or looks for pages again
+LOOK_S = 0.1  # after which one without a cancel= looks whether somebody still calls the model
 PATIENCE_S = 0.002  # that a call waits at most for texts of the last one, whose threads choose a token
 PATIENCE = 0.1  # likewise as a share of what the last call took, where that is longer
 RECENT_S = 0.5  # for so long after its last token a text counts as being written
@@ -110,7 +111,8 @@ class Job:
     """A sequence to bring up to date, and what came of it in the last step.
 
     first_row: the position of the first token whose logits are wanted; None: the sequence's last. is_watched:
-    somebody reads along while it is written; None: as streams and sessions are.
+    somebody reads along while it is written; None: as streams and sessions are. wishes: the choices that the
+    last row is computed for, asked for when it is there.
     """
 
     def __init__(
@@ -120,8 +122,9 @@ class Job:
         first_row: int | None = None,
         n_candidates: int | None = None,
         is_watched: bool | None = None,
+        wishes: Callable[[F32], list[Wish]] = lambda row: [],
     ) -> None:
-        self.sequence, self.n_candidates = sequence, n_candidates
+        self.sequence, self.n_candidates, self.wishes = sequence, n_candidates, wishes
         self.is_watched = sequence.runner is None if is_watched is None else is_watched
         self.news_at = -math.inf  # when it last came with logits, by time.perf_counter
         self.is_late = False  # its thread took long to come back after that
@@ -172,7 +175,8 @@ class Piece:
     may become a stop string or a tag are held back until they are certain.
 
     Each token comes with one piece; token and logprob are None on further pieces that only bring held-back
-    text. logprob is the model's own, a natural logarithm. kind: "reasoning" for what a chat model thinks
+    text. logprob is the model's own, a natural logarithm; top_logprobs: the most likely (id, log probability)
+    in its place, where asked for. kind: "reasoning" for what a chat model thinks
     before it answers, "tool_call" for further text of a call's arguments, which is no part of the answer's
     text; else "text".
 
@@ -192,6 +196,7 @@ class Piece:
     call_id: str = ""
     tool_call: ToolCall | None = None
     sample: int = 0
+    top_logprobs: SequenceOf[tuple[int, float]] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -234,6 +239,8 @@ class Generation:
     prompt_done: float | None = None  # when the prompt was computed
     ended: float | None = None
     _given: list[int] = field(default_factory=list)  # the sequence's last tokens, that were not chosen
+    # What another thread chose: after how many tokens, and the token, or why there is none.
+    _granted: tuple[int, Sampled | Exception] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -242,8 +249,22 @@ class Generation:
 
     def prepare(self) -> None:
         """Its next token will be chosen: what that takes may be made meanwhile."""
-        if self.constraint is not None and self.split.is_answer:
+        if self.constraint is not None and self.split.is_answer and self._granted is None:
             self.constraint.prepare()
+
+    def wish(self, row: F32, tokens: list[int]) -> Wish | None:
+        """The choice that `accept` will make of this row, after `tokens`; None where it is to make it itself:
+        it runs Python code, or what comes before it decides it."""
+        sampler, constraint = self.sampler, self.constraint if self.split.is_answer else None
+        if not isinstance(sampler, Sampler) or not sampler.is_of_core or self._given:
+            return None
+        if len(tokens) >= self.context or (constraint is not None and constraint.is_over):
+            return None
+
+        def give(found: Sampled | Exception) -> None:
+            self._granted = len(tokens), found
+
+        return Wish(sampler, row, tokens, None if constraint is None else self._mask(constraint), give)
 
     def accept(self, rows: SequenceOf[Logits]) -> list[Piece]:
         """Chooses the next token. rows: the logits of the last n_rows tokens, each as the sampler takes it.
@@ -263,8 +284,7 @@ class Generation:
         constraint = self.constraint if self.split.is_answer else None
         if constraint is not None and constraint.is_over:
             return pieces + self.finish("stop")
-        mask = None if constraint is None else self._mask(constraint)
-        sampled = choose(self.sampler, rows[-1], tokens, mask)
+        sampled = self._chosen(rows[-1], tokens, constraint)
         if sampled.token in self.eos_ids:
             return pieces + self.finish("stop", sampled.token)
         tokens.append(sampled.token)
@@ -276,7 +296,16 @@ class Generation:
             self._force(constraint)
         return pieces
 
-    def _mask(self, constraint: Constraint) -> npt.NDArray[np.uint32]:
+    def _chosen(self, row: Logits, tokens: list[int], constraint: Constraint | None) -> Sampled:
+        granted, self._granted = self._granted, None
+        if granted is None or granted[0] != len(tokens):
+            mask = None if constraint is None else self._mask(constraint)
+            return choose(self.sampler, row, tokens, mask)
+        if isinstance(granted[1], Exception):
+            raise granted[1]
+        return granted[1]
+
+    def _mask(self, constraint: Constraint) -> Mask:
         mask = constraint.mask()
         if self.opening and not self.tokens:
             mask = mask.copy()
@@ -307,7 +336,8 @@ class Generation:
         elif len(self.tokens) == self.max_tokens or len(self.sequence.tokens) >= self.context:
             pieces += self.finish("length")
         first, *rest = pieces or [Piece("", kind=self.split.kind)]
-        return [replace(first, token=sampled.token, logprob=sampled.logprob), *rest]
+        first = replace(first, token=sampled.token, logprob=sampled.logprob, top_logprobs=tuple(sampled.top))
+        return [first, *rest]
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> list[Piece]:
         """Ends the text. Returns the held-back rest, if there is any."""
@@ -361,18 +391,19 @@ class Batch:
     group share a prompt, which is computed once.
     """
 
-    def __init__(self, engine: Engine, *, is_watched: bool | None = None) -> None:
-        """is_watched: as a Job's."""
-        self._engine, self._is_watched = engine, is_watched
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._watched: dict[Generation, bool | None] = {}
         self._siblings: dict[Generation, list[Generation]] = {}  # that wait for the first of their group
         self._open: set[Generation] = set()
         self._rows: dict[Job, list[Any]] = {}  # the logits so far, of a job that is not done
         self.jobs: dict[Generation, Job] = {}
 
-    def add(self, group: list[Generation]) -> None:
-        """Texts with the same prompt; the first has the sequence."""
+    def add(self, group: list[Generation], *, is_watched: bool | None = None) -> None:
+        """Texts with the same prompt; the first has the sequence. is_watched: as a Job's."""
         first, *rest = group
         self._open |= {first, *rest}
+        self._watched |= dict.fromkeys(group, is_watched)
         self._siblings[first] = rest
         self._start(first)
 
@@ -428,6 +459,7 @@ class Batch:
         if job := self.jobs.pop(generation, None):
             self._rows.pop(job, None)
         self._open.discard(generation)
+        self._watched.pop(generation, None)
 
     def close(self) -> None:
         """Ends all texts."""
@@ -439,19 +471,27 @@ class Batch:
         wanted = [g.n_candidates for g in (generation, *self._siblings.get(generation, ()))]
         n = None if None in wanted else max(n for n in wanted if n is not None)
         generation.prepare()
-        self.jobs[generation] = Job(generation.sequence, n_candidates=n, is_watched=self._is_watched)
+        tokens = generation.sequence.tokens
+
+        def wishes(row: F32) -> list[Wish]:
+            texts = (generation, *self._siblings.get(generation, ()))
+            return [wish for text in texts if (wish := text.wish(row, tokens)) is not None]
+
+        watched = self._watched[generation]
+        self.jobs[generation] = Job(generation.sequence, n_candidates=n, is_watched=watched, wishes=wishes)
 
 
 @dataclass(eq=False)
 class _Call:
     """One thread's wait for news about its jobs. cancel: asked by that thread alone, so that what it raises
-    ends nobody else's wait."""
+    ends nobody else's wait. wake: set when there is news, or nobody who calls the model."""
 
     jobs: list[Job]
     cancel: Callable[[], bool] | None = None
     is_cancelled: bool = False
     is_abandoned: bool = False
     thread: int = field(default_factory=threading.get_ident)
+    wake: threading.Event = field(default_factory=threading.Event)
 
     @property
     def is_done(self) -> bool:
@@ -484,12 +524,13 @@ class Engine:
         context: int,
         chunk: int = CHUNK,
         call_s: float = math.inf,
+        threads: int = 1,
     ) -> None:
         """context: tokens of a sequence at most. chunk: tokens of a call at most. call_s: seconds that a call
-        should take at most, on a device that cannot stop within one."""
+        should take at most, on a device that cannot stop within one. threads: that choose tokens."""
         assert chunk <= cache.ahead
         self.model, self.cache, self._context = model, cache, context
-        self._most, self._pace = chunk, Pace(chunk, call_s)
+        self._most, self._pace, self._threads = chunk, Pace(chunk, call_s), threads
         self.is_closed = False
         self._max_rows = max(1, MAX_LOGITS_BYTES // (4 * vocab_size))
         self._calls: list[_Call] = []
@@ -582,6 +623,8 @@ class Engine:
         else:
             cache.lock, cache.is_torn = threading.RLock(), True
         self._calls = [call for call in self._calls if call.thread == this_thread]
+        for call in self._calls:
+            call.wake = threading.Event()  # whose own lock another thread may have held
         for sequence in cache.holders():
             if sequence.runner not in (None, this_thread):
                 sequence.close()
@@ -599,23 +642,37 @@ class Engine:
             )
 
     def _take_turn(self, call: _Call) -> bool:
-        """Waits until no other thread calls the model, then calls it until there is news about `call`. A
-        wait with a `cancel` ends after ASK_S, for that to be asked. False where there is nothing to do but to
-        wait for pages.
+        """Calls the model until there is news about `call`; where another thread does, waits for that news or
+        for the end of its turn. A wait with a `cancel` ends after ASK_S, for that to be asked. False where
+        there is nothing to do but to wait for pages.
         """
         try:
-            if self.cache.lock.acquire(timeout=-1 if call.cancel is None else ASK_S):
+            if self.cache.lock.acquire(blocking=False):
                 while not call.is_done and not call.is_cancelled:
                     if not self._run(call):
                         return call.is_done
-            return True
+                return True
         finally:
             # `with` cannot wait for a time. Only the lock knows whether an interrupt came before or after it
             # was acquired, and there must be no other call before this one, where the next would come.
-            try:  # noqa: SIM105
+            try:
                 self.cache.lock.release()
             except RuntimeError:  # it was not
                 pass
+            else:
+                self._pass_on(call)
+        # Not for the lock: who comes first would take it from those who only want to learn their news, and
+        # wait in `_gather` for their next tokens in vain.
+        call.wake.wait(LOOK_S if call.cancel is None else ASK_S)
+        call.wake.clear()
+        return True
+
+    def _pass_on(self, own: _Call) -> None:
+        """Wakes a thread to call the model next."""
+        for call in self._waiting():
+            if call is not own:
+                call.wake.set()
+                return
 
     def _run(self, own: _Call) -> bool:
         """One call of the model for all who wait, in the thread of `own`; False where all of them wait for
@@ -654,9 +711,25 @@ class Engine:
             start, end = end, end + part.n_rows
             self.cache.commit(part.job.sequence, part.n)
             part.job.advance(logits[start:end])
+        self._grant([part.job for part in parts])
+        for call in list(self._calls):
+            if call.is_done:
+                call.wake.set()
         here = {part.job for part in parts if part.job.is_done}
         self._written = [weakref.ref(job) for job in here | {*self._missing(here)}]
         return True
+
+    def _grant(self, jobs: list[Job]) -> None:
+        """Makes the choices that the jobs are computed for, as far as they are the core's alone: the threads
+        that wait for them have one thing less to do, one after the other, before the next call."""
+        wishes: list[Wish] = []
+        for job in jobs:
+            if job.is_done and len(job.logits) and not isinstance(job.logits, Candidates):
+                try:
+                    wishes += job.wishes(job.logits[-1])
+                except Exception:  # the text's own, which its thread meets again
+                    log.debug("a choice is left to its thread", exc_info=True)
+        grant(wishes, self._threads)
 
     @property
     def _patience_s(self) -> float:
@@ -791,37 +864,6 @@ class Engine:
         if n_candidates := self._n_candidates(parts):
             return self.model.candidates(*given, n=n_candidates, **options)
         return self.model.forward(*given, **options)
-
-
-def choose(
-    sampler: Callable[..., Sampled],
-    logits: Logits,
-    tokens: list[int],
-    mask: npt.NDArray[np.uint32] | None = None,
-) -> Sampled:
-    """The token after `tokens`, of those whose bits are set in the mask, if there is one. Raises
-    ArgumentError, and FormatError where the model computes logits that are NaN or infinite: to the sampler
-    -inf is a token that must not come, which is for its user to say."""
-    require_finite(logits.totals if isinstance(logits, Candidates) else logits)
-    if mask is None:
-        return sampler(logits, tokens, len(tokens))
-    return sampler(logits, tokens, len(tokens), mask)
-
-
-def taken(sampler: Any, logits: Any, token: int) -> Sampled:
-    """What the sampler says of a token that was taken without a choice. logits: float32 [vocab_size]."""
-    require_finite(logits)
-    sampled: Sampled = sampler.taken(logits, token)
-    return sampled
-
-
-def require_finite(computed: npt.NDArray[np.floating[Any]]) -> None:
-    """Raises FormatError where what a model computed is NaN or infinite."""
-    if not np.isfinite(computed).all():
-        raise FormatError(
-            "the model computes numbers that are NaN or infinite: its weights hold such numbers or are "
-            "damaged; get or convert its files again"
-        ) from None
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

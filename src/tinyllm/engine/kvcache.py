@@ -83,6 +83,7 @@ class Sequence:
         self.tables: list[list[int]] = [[] for _ in cache.windows]
         self.tokens = list(tokens)
         self.n_cached = 0
+        self.n_adopted = 0  # tokens that somebody else had computed
         self.is_closed = False
         self.order = next(cache._orders)  # age: the lower, the older
         self.runner = runner  # the thread whose call closes it, or None: somebody does when it suits them
@@ -212,6 +213,7 @@ class KVCache:
         if end == first:
             return
         sequence.n_cached = end * PAGE
+        sequence.n_adopted += (end - first) * PAGE
         self._trim(sequence)
         for table, window in enumerate(self.windows):
             seen = first_seen(sequence.n_cached, window)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,11 +21,16 @@ from tinyllm.engine.wake import waker
 from tinyllm.errors import ModelClosedError
 
 IDLE_S = 1.0  # after which the thread ends, lest it keep a model alive that nobody uses
+COMPANY_S = (
+    0.001  # after the last of several requests that come at once, until the first call is made for them
+)
+MOST_COMPANY_S = 0.005  # that one waits for others in all
 
 
 class Request:
     """Texts that somebody waits for: groups as of `Engine.generate`. take: gets their pieces; done: is told
     their end, and the error that was it, or None. Both are called in the loop's thread and must not block.
+    is_watched: somebody reads along, for whom other texts' prompts are cut short.
     """
 
     def __init__(
@@ -32,8 +38,10 @@ class Request:
         groups: Sequence[list[Generation]],
         take: Callable[[Generation, Piece], None],
         done: Callable[[BaseException | None], None],
+        *,
+        is_watched: bool = True,
     ) -> None:
-        self.groups, self.take, self.done = groups, take, done
+        self.groups, self.take, self.done, self.is_watched = groups, take, done, is_watched
         self.is_cancelled = False
         self.texts = {generation for group in groups for generation in group}  # that are not over
 
@@ -80,15 +88,17 @@ class Loop:
 
     def _run(self) -> None:
         live: list[Request] = []
-        batch = Batch(self._engine, is_watched=True)
+        batch = Batch(self._engine)
         end: Exception = ModelClosedError("the model is closed")
         try:
             while not self._is_closed:
                 with self._wake:
                     while not (live or self._new or self._is_closed):
                         if not self._wake.wait(IDLE_S) and not self._new:
-                            self._thread = None
+                            self._thread = None  # from here on `submit` starts another
                             return
+                if not live:
+                    self._await_company()
                 while self._new:
                     self._begin(batch, live, self._new.popleft())
                 self._drop_cancelled(batch, live)
@@ -96,20 +106,28 @@ class Loop:
                     self._step(batch, live)
                 if not self._is_closed:  # else the step was broken off
                     self._end_what_is_over(live)
-        except (
-            Exception
-        ) as error:  # a fault of ours: all who wait hear of it, and a later request starts anew
+        except Exception as error:  # a fault of ours: all who wait hear of it; a later request starts anew
             end = error
         finally:
             with self._wake:
-                self._thread = None
-                left = [*live, *self._new]
-                self._new.clear()
+                left = live
+                if self._thread is threading.current_thread():
+                    self._thread = None
+                    left = [*live, *self._new]
+                    self._new.clear()
             try:
                 batch.close()
             finally:
                 for request in left:
                     request.done(end)
+
+    def _await_company(self) -> None:
+        """Tasks that begin together ask one after the other; the first is not computed alone for that."""
+        end = time.monotonic() + MOST_COMPANY_S
+        n = 0
+        while n < len(self._new) and time.monotonic() < end and not self._is_closed:
+            n = len(self._new)
+            time.sleep(COMPANY_S)
 
     def _begin(self, batch: Batch, live: list[Request], request: Request) -> None:
         live.append(request)
@@ -118,7 +136,7 @@ class Loop:
                 for generation in group:
                     if generation.sequence is not None:
                         generation.sequence.runner = threading.get_ident()
-                batch.add(group)
+                batch.add(group, is_watched=request.is_watched)
         except Exception as error:
             self._fail(batch, live, request, error)
 
@@ -171,7 +189,7 @@ class Inbox:
         self._error: BaseException | None = None
         self._keeps_pieces = keeps_pieces
         self._sample = {text: i for group in groups for i, text in enumerate(group)}
-        self.request = Request(groups, self._take, self._done)
+        self.request = Request(groups, self._take, self._done, is_watched=keeps_pieces)
         loop.submit(self.request)
 
     async def next(self) -> Piece | None:

@@ -385,6 +385,11 @@ class Sampler:
         return -1 if -1 in reaches else max(reaches, default=0)
 
     @property
+    def is_of_core(self) -> bool:
+        """Whether the core alone makes a choice, no Python code."""
+        return not self.params.processors
+
+    @property
     def n_candidates(self) -> int | None:
         """How many of the largest logits are enough to choose as from all of them; None: all are needed."""
         params = self.params
@@ -414,30 +419,48 @@ class Sampler:
         Raises ArgumentError for logits of another shape or dtype, for NaN or +inf among them, and where
         nothing is left to choose (all -inf).
         """
-        banned = _NOTHING
-        if self._banned is not None:
-            banned = self._banned[position == self._start, position >= self._may_end]
         if isinstance(logits, Candidates):
-            return self._choose(logits, position, banned)
+            return self._choose(logits, position, self._banned_at(position))
+        core, row, seen, position, banned, allowed = self.row(logits, history, position, allowed)
+        processed = self._process(row, history) if self.params.processors else row
+        try:
+            token, logprob = core.sample(processed, seen, position, banned, None, allowed)
+        except ArgumentError as error:
+            if processed is row:
+                raise
+            names = ", ".join(map(_name, self.params.processors))
+            raise ArgumentError(f"after the processors ({names}): {error}") from None
+        if processed is not row:
+            logprob = backends.logprob(row, token)
+        return self.sampled(row, token, logprob)
+
+    def row(
+        self,
+        logits: npt.NDArray[np.float32],
+        history: Sequence[int],
+        position: int,
+        allowed: npt.NDArray[np.uint32] | None,
+    ) -> tuple[Any, ...]:
+        """What the core takes for a choice, as `backends.sample_rows` wants it; arguments and errors as of a
+        call."""
         if logits.shape != (self.vocab_size,) or logits.dtype != np.float32:
             raise ArgumentError(
                 f"logits are {logits.dtype} {list(logits.shape)}, expected float32 [{self.vocab_size}]"
             )
-        logits = np.ascontiguousarray(logits)
-        processed = self._process(logits, history) if self.params.processors else logits
         seen = _NOTHING
         if self._reach:
             seen = np.array(history if self._reach < 0 else history[-self._reach :], dtype=np.int32)
-        try:
-            token, logprob = self._core.sample(processed, seen, position, banned, None, allowed)
-        except ArgumentError as error:
-            if processed is logits:
-                raise
-            names = ", ".join(map(_name, self.params.processors))
-            raise ArgumentError(f"after the processors ({names}): {error}") from None
-        if processed is not logits:
-            logprob = backends.logprob(logits, token)
+        logits = np.ascontiguousarray(logits)
+        return self._core, logits, seen, position, self._banned_at(position), allowed
+
+    def sampled(self, logits: npt.NDArray[np.float32], token: int, logprob: float) -> Sampled:
+        """A choice of the core with what was asked for beside it."""
         return Sampled(int(token), float(logprob), self._top(logits))
+
+    def _banned_at(self, position: int) -> npt.NDArray[np.int32]:
+        if self._banned is None:
+            return _NOTHING
+        return self._banned[position == self._start, position >= self._may_end]
 
     def taken(self, logits: npt.NDArray[np.float32], token: int) -> Sampled:
         """What a choice of this token tells; for one that nobody chose. logits: float32 [vocab_size]."""

@@ -25,7 +25,8 @@ import numpy as np
 
 from tinyllm import backends
 from tinyllm.backends import I32, PAGE, CacheType, PagePool
-from tinyllm.engine.engine import CHUNK, require_finite
+from tinyllm.engine.choosing import require_finite
+from tinyllm.engine.engine import CHUNK
 from tinyllm.engine.needs import call_tokens
 from tinyllm.errors import ArgumentError, MemoryLimitError
 from tinyllm.files import BF16, F16, F32, FORMATS, FileReader, TensorInfo

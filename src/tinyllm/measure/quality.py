@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllm.backends import F32, I32, MOST_INT, PAGE, integers
-from tinyllm.engine.engine import require_finite
+from tinyllm.engine.choosing import require_finite
 from tinyllm.errors import ArgumentError, ContextError, integer
 from tinyllm.llm import LLM
 from tinyllm.results import perplexity_of

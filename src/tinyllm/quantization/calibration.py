@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tinyllm.engine.engine import require_finite
+from tinyllm.engine.choosing import require_finite
 from tinyllm.files.names import TABLE, fused_in_gguf
 from tinyllm.llm import LLM
 from tinyllm.quantization.imatrix import Imatrix, write_imatrix

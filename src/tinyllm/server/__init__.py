@@ -2,6 +2,6 @@
 
 A dialect (a file in dialects/) translates its requests to `ask.Ask` and what comes of them back; nothing else
 knows a dialect. models.py holds the models, turns.py says who is computed when, guard.py who may ask,
-streams.py how answers go out, and app.py puts them together. Only cli/serve.py imports this package, which
-needs the extra `serve`. Read next: ask.py.
+streams.py how answers go out, page/ is what people see in a browser, and app.py puts them together. Only
+cli/serve.py imports this package, which needs the extra `serve`. Read next: ask.py.
 """

@@ -1,21 +1,23 @@
 """The application: what a dialect asks of the server, and the routes of all of them.
 
 Invariant: a handler's every error comes out in its dialect's own shape, with a status, and never with a
-traceback. Imports ask.py, models.py, turns.py, streams.py, guard.py, metrics.py. cli/serve.py makes a
-`Server` of the command line; listen.py runs `application(server, dialects)` under uvicorn.
+traceback. Imports ask.py, models.py, turns.py, streams.py, guard.py, metrics.py, kept.py, thinking.py
+and page/. cli/serve.py makes a `Server` of the command line; listen.py runs `application(server, dialects)`
+under uvicorn.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,19 +27,27 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinyllm import LLM, ArgumentError, Completion, SamplingParams
+from tinyllm import LLM, ArgumentError, Completion, Piece, SamplingParams
 from tinyllm.results import AsyncStream
+from tinyllm.server import page
 from tinyllm.server.ask import Ask, Fields, Refusal, read_json, refusal_of
 from tinyllm.server.guard import Access, Guard
+from tinyllm.server.kept import Kept
 from tinyllm.server.metrics import MEDIA_TYPE, ROUTE, Counted, Metrics
 from tinyllm.server.models import Models
 from tinyllm.server.streams import Events, Gone, dumps, json_response, out_of_time, shielded, until_gone
+from tinyllm.server.thinking import template_args
 from tinyllm.server.turns import Turns
 
 CUT_S = 5.0  # for the last words of what was cut off
 LOOKS_S = 0.02
 
 log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+
+FORMS = ("json_schema", "regex", "choices", "grammar")  # of an answer: fields of SamplingParams
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Limits:
 
     body_bytes: int = 8 << 20
     n: int = 128
+    prompts: int = 2048
     stop_strings: int = 64
     stop_chars: int = 1024  # of each
     schema_bytes: int = 256 << 10
@@ -56,21 +67,46 @@ class Limits:
 
 @dataclass(frozen=True)
 class Answer:
-    """The texts that an `Ask` asked for, in the making. llm: the model that makes them, `name` as served."""
+    """The texts that an `Ask` asked for, in the making. llm: the model that makes them, `name` as served, its
+    weights loaded as `weights` says."""
 
     ask: Ask
     name: str
     llm: LLM
     stream: AsyncStream
+    weights: str | None = None
 
     async def whole(self) -> list[Completion]:
         """All n, at their end."""
-        return await self.stream.rest()
+        await self.stream.rest()
+        return self.completions
+
+    @property
+    def completions(self) -> list[Completion]:
+        """What there is so far of each, with no more calls of tools than may be."""
+        made = self.stream.completions
+        return [replace(one, tool_calls=one.tool_calls[:1]) for one in made] if self.ask.one_call else made
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The same while it is made. What would be a call too many comes as pieces without text."""
+        over: set[int] = set()  # samples that have their call
+        async for piece in self.stream:
+            if self.ask.one_call and piece.index is not None and piece.sample in over:
+                is_text = piece.kind == "text"
+                piece = replace(
+                    piece, kind="text", text=piece.text if is_text else "", index=None, name="", call_id="",
+                    tool_call=None,
+                )  # fmt: skip
+            elif piece.tool_call is not None:
+                over.add(piece.sample)
+            yield piece
 
 
 @dataclass
 class Server:
-    """What is served, to whom, and how much at once. logs_prompts: whether what clients ask is in the log."""
+    """What is served, to whom, and how much at once. logs_prompts: whether what clients ask is in the log.
+    weights: the quantization that float models are loaded with, for those who make an answer again. kept:
+    answers that a later request may name."""
 
     models: Models
     turns: Turns
@@ -78,6 +114,8 @@ class Server:
     access: Access = field(default_factory=Access)
     allows_templates: bool = False
     logs_prompts: bool = False
+    weights: str | None = None
+    kept: Kept = field(default_factory=Kept)
     is_ending: bool = field(default=False, init=False)
     metrics: Metrics = field(init=False)
 
@@ -87,18 +125,42 @@ class Server:
     @asynccontextmanager
     async def answer(self, ask: Ask) -> AsyncIterator[Answer]:
         """Waits for the request's turn and begins with it. Leaving frees everything."""
-        self._check(ask)
-        if self.logs_prompts:
-            log.info("asked: %s", dumps(ask.prompt if ask.messages is None else ask.messages))
-        asked_at = time.monotonic()
+        async with self.answers([ask]) as (answer,):
+            yield answer
+
+    @asynccontextmanager
+    async def answers(self, asks: Sequence[Ask]) -> AsyncIterator[list[Answer]]:
+        """The same of several that one request asks of one model. They wait for one turn, of as many places
+        as there are at most; who reads them keeps to these (`at_once`)."""
+        for ask in asks:
+            self._check(ask)
+            if self.logs_prompts:
+                log.info("asked: %s", dumps(ask.prompt if ask.messages is None else ask.messages))
+        places, asked_at = max(ask.n for ask in asks) * self.at_once(asks), time.monotonic()
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.turns.turn(ask.n))
-            llm = await stack.enter_async_context(self.models.use(ask.model))
+            llm = await stack.enter_async_context(self.model(asks[0].model, places))
             waited_s = time.monotonic() - asked_at
-            stream = await shielded(asyncio.to_thread(_begun, llm, ask))
-            stack.callback(lambda: self.metrics.ended(waited_s, stream.completions))
-            stack.push_async_callback(stream.aclose)
-            yield Answer(ask, self.models.find(ask.model).name, llm, stream)
+            name, answers = self.models.find(asks[0].model).name, []
+            for ask in asks:
+                stream = await shielded(asyncio.to_thread(_begun, llm, ask))
+                stack.callback(self._ended, waited_s, stream)
+                stack.push_async_callback(stream.aclose)
+                answers.append(Answer(ask, name, llm, stream, self.weights))
+            yield answers
+
+    def _ended(self, waited_s: float, stream: AsyncStream) -> None:
+        self.metrics.ended(waited_s, stream.completions)
+
+    def at_once(self, asks: Sequence[Ask]) -> int:
+        """How many of them may be computed at once."""
+        return max(1, min(len(asks), self.turns.parallel // max(ask.n for ask in asks)))
+
+    @asynccontextmanager
+    async def model(self, name: str | None, places: int = 1) -> AsyncIterator[LLM]:
+        """Waits for a turn, and for the model to be loaded."""
+        self.models.find(name)
+        async with self.turns.turn(places), self.models.use(name) as llm:
+            yield llm
 
     async def end(self, grace_s: float) -> None:
         """Takes nothing more, lets what runs finish in grace_s seconds, ends the rest, frees the models."""
@@ -115,7 +177,6 @@ class Server:
 
     def _check(self, ask: Ask) -> None:
         """Limits, before anything is waited for or computed."""
-        self.models.find(ask.model)
         if not 1 <= ask.n <= self.limits.n:
             raise Refusal(400, f"n is {ask.n}, expected 1 to {self.limits.n}", param="n")
         stop = ask.sampling.get("stop") or ()
@@ -127,6 +188,14 @@ class Server:
         longest, most = max(map(len, texts), default=0), self.limits.stop_chars
         if longest > most:
             raise Refusal(400, f"a stop string has {longest} characters, the most is {most}", param="stop")
+        form = next((name for name in FORMS if ask.sampling.get(name) is not None), None)
+        if form and ask.tools and ask.tool_choice != "none":
+            raise Refusal(400, f"tools and {form} cannot be used together: an answer has one form")
+        n_bytes = len(dumps([ask.tools, form and ask.sampling[form]]))
+        if n_bytes > self.limits.schema_bytes:
+            raise Refusal(
+                400, f"schemas and tools have {n_bytes} bytes, the most is {self.limits.schema_bytes}"
+            )
         if ask.chat_template is not None and not self.allows_templates:
             raise Refusal(
                 400, "templates of requests are refused here: start the server with --allow-templates"
@@ -155,7 +224,7 @@ def _begin(llm: LLM, ask: Ask) -> AsyncStream:
         tool_choice=ask.tool_choice,
         strict=ask.strict,
         chat_template=ask.chat_template,
-        template_args=ask.template_args or None,
+        template_args=template_args(llm, ask) or None,
     )
     return stream
 
@@ -179,6 +248,7 @@ class Call:
 
     def __init__(self, server: Server, dialect: Dialect, request: Request) -> None:
         self.server, self.dialect, self.request = server, dialect, request
+        self.gone = threading.Event()  # set when the client goes while something is computed for it
 
     async def fields(self) -> Fields:
         """The members of the body, which must be a JSON object."""
@@ -191,7 +261,23 @@ class Call:
             async with self.server.answer(ask) as answer:
                 return shape(answer, await answer.whole())
 
-        return json_response(await until_gone(self.request, work(), self.server.limits.time_s))
+        return await self.json(work())
+
+    async def json(self, work: Coroutine[Any, Any, Any]) -> Response:
+        """Answers with what `work` makes, which ends when the client goes, or its time is over."""
+        return json_response(await until_gone(self.request, work, self.server.limits.time_s))
+
+    async def compute(self, model: str | None, work: Callable[[LLM], Value]) -> Value:
+        """The result of `work` with a model, in a thread, when it is its turn. Nothing is given back before
+        it has ended; what asks `gone.is_set` ends early where nobody waits for it."""
+        async with self.server.model(model) as llm:
+            task = asyncio.ensure_future(asyncio.to_thread(work, llm))
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                self.gone.set()
+                await asyncio.gather(task, return_exceptions=True)
+                raise
 
     async def events(
         self,
@@ -200,33 +286,42 @@ class Call:
         media_type: str = "text/event-stream",
     ) -> Response:
         """Answers with parts as they come. What is wrong with the request is still told by a status."""
+        return await self.parts([ask], lambda answers: parts(answers[0]), media_type)
+
+    async def parts(
+        self,
+        asks: Sequence[Ask],
+        parts: Callable[[list[Answer]], AsyncIterator[str]],
+        media_type: str = "text/event-stream",
+    ) -> Response:
+        """The same of several texts that one request asks for."""
         stack, limits, started = AsyncExitStack(), self.server.limits, time.monotonic()
 
-        async def begin() -> Answer:
-            answer = await stack.enter_async_context(self.server.answer(ask))
-            await answer.stream.begin()
-            return answer
+        async def begin() -> list[Answer]:
+            answers = await stack.enter_async_context(self.server.answers(asks))
+            await answers[0].stream.begin()
+            return answers
 
         try:
-            answer = await until_gone(self.request, begin(), limits.time_s)
+            answers = await until_gone(self.request, begin(), limits.time_s)
         except BaseException:
             await stack.aclose()
             raise
 
         def failed(error: Exception) -> str:
-            return self.dialect.failed(_told(error))
+            return self.dialect.failed(told(error))
 
         def check() -> None:
             if time.monotonic() - started > limits.time_s:
                 raise out_of_time(limits.time_s)
-            if (n := answer.stream.n_unread) > limits.unread_pieces:
+            if (n := sum(answer.stream.n_unread for answer in answers)) > limits.unread_pieces:
                 why = f"{n} pieces wait to be read, the most is {limits.unread_pieces}: read faster"
                 raise Refusal(408, why, code="slow_reader")
 
-        return Events(parts(answer), stack, failed, media_type, check)
+        return Events(parts(answers), stack, failed, media_type, check)
 
 
-def _told(error: Exception) -> Refusal:
+def told(error: Exception) -> Refusal:
     """What the client is told of an error; what is our fault is logged by its kind alone."""
     refusal = refusal_of(error)
     if refusal.status == 500:
@@ -251,7 +346,7 @@ def _endpoint(
         except (Gone, ClientDisconnect):
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
-            return refused(dialect, _told(error))
+            return refused(dialect, told(error))
 
     return endpoint
 
@@ -300,7 +395,7 @@ def application(server: Server, dialects: Sequence[Dialect]) -> Starlette:
         return response
 
     async def broken(request: Request, error: Exception) -> Response:
-        return refuse(request.url.path, _told(error))
+        return refuse(request.url.path, told(error))
 
     async def metrics(request: Request) -> Response:
         return Response(server.metrics.text(), media_type=MEDIA_TYPE)
@@ -314,6 +409,7 @@ def application(server: Server, dialects: Sequence[Dialect]) -> Starlette:
     app = Starlette(
         routes=[
             *(route for dialect in dialects for route in routes_of(server, dialect)),
+            *page.routes(),
             Route("/metrics", metrics),
         ],
         middleware=middleware,

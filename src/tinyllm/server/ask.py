@@ -2,16 +2,17 @@
 
 Invariant: nothing that a request says is ignored in silence. `Fields` hands out the members of a body; each
 is taken, or is one of those that a dialect lists as harmless, or the request is refused by its name. Imports
-`errors` alone of ours; every dialect stands on it.
+`errors` and SamplingParams; every dialect stands on it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
+from tinyllm import SamplingParams
 from tinyllm.errors import (
     ArgumentError,
     ContextError,
@@ -69,7 +70,9 @@ class Ask:
     """One request for text: of a conversation (`messages`) or after a prompt (a text or ids), never both.
 
     model: a name, None for the first one served. sampling: the fields of SamplingParams that the client gave.
-    n: how many answers. The rest are arguments of `LLM.achat` and `LLM.astream`.
+    n: how many answers. one_call: at most one call of a tool in each. effort: how much a model is to think,
+    in OpenAI's words ("none", "low"...). replay: whether the answer is to carry what `tinyllm-run --replay`
+    reads. The rest are arguments of `LLM.achat` and `LLM.astream`.
     """
 
     model: str | None = None
@@ -83,6 +86,9 @@ class Ask:
     chat_template: str | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
     special: bool = False
+    one_call: bool = False
+    effort: str | None = None
+    replay: bool = False
 
 
 def read_json(body: bytes) -> Any:
@@ -156,6 +162,9 @@ class Fields:
             raise self.refusal(name, "is missing", code="missing_required_parameter")
         return value
 
+    def is_list(self, name: str) -> bool:
+        return isinstance(self._left.get(name), list)
+
     def objects(self, name: str) -> list[Fields] | None:
         """A list of objects."""
         items = self.take(name, list)
@@ -167,9 +176,42 @@ class Fields:
         value = self.take(name, dict)
         return None if value is None else Fields(value, f"{self._where}{name}.")
 
+    def need_object(self, name: str) -> Fields:
+        """One that has to be there."""
+        return Fields(self.need(name, dict), f"{self._where}{name}.")
+
+    @overload
+    def word(self, name: str, *words: str) -> str | None: ...
+
+    @overload
+    def word(self, name: str, *words: str, default: str) -> str: ...
+
+    def word(self, name: str, *words: str, default: str | None = None) -> str | None:
+        """A member that is one of these."""
+        value = self.take(name, str)
+        if value is not None and value not in words:
+            shown = value if len(value) <= 64 else value[:61] + "..."
+            raise self.refusal(name, f"is {shown!r}, expected {' or '.join(map(repr, words))}")
+        return default if value is None else value
+
     def renamed(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Members that mean fields of SamplingParams, which checks them: {field: value} of {name: field}."""
-        return {names[n]: self._left.pop(n) for n in names if n in self._left}
+        """Members that mean fields of SamplingParams: {field: value} of {member: field}. Refuses a value that
+        the field does not take, in the client's word for it, and two members that mean one field otherwise.
+        """
+        found: dict[str, Any] = {}
+        given: dict[str, str] = {}
+        for member in [name for name in names if name in self._left]:
+            value, field = self._left.pop(member), names[member]
+            if field in found and found[field] != value:
+                raise self.refusal(member, f"means the same as {given[field]}: give one of them")
+            try:
+                SamplingParams(**{field: value})
+            except (ArgumentError, TypeError) as error:
+                code = "invalid_type" if isinstance(error, TypeError) else "invalid_value"
+                where = f"{self._where}{member}"
+                raise Refusal(400, str(error).replace(field, where), param=where, code=code) from None
+            found[field], given[field] = value, member
+        return found
 
     def harmless(self, *names: str) -> None:
         """Known, and without a meaning here: an answer is the same with and without."""
@@ -181,6 +223,13 @@ class Fields:
         value = self._left.pop(name, None)
         if value is not None and not any(value == v and type(value) is type(v) for v in values):
             raise self.refusal(name, why, code="unsupported_parameter")
+
+    def drop(self, name: str, value: Any) -> bool:
+        """Takes a member where it is just this value; whether it was."""
+        found = type(self._left.get(name)) is type(value) and self._left[name] == value
+        if found:
+            del self._left[name]
+        return found
 
     def finish(self) -> None:
         """Refuses what nobody has taken."""
@@ -196,18 +245,3 @@ class Fields:
         """A 400 about a member."""
         shown = name if len(name) <= 64 else name[:61] + "..."
         return Refusal(400, f"{self._where}{shown} {why}", param=f"{self._where}{shown}", code=code)
-
-
-def refused_as(make: Callable[[], Value], names: Mapping[str, str]) -> Value:
-    """`make()`, whose error about a field of SamplingParams names the member that the client wrote: `names`
-    is {member: field}."""
-    try:
-        return make()
-    except (ArgumentError, TypeError) as error:
-        message = str(error)
-        for member, name in names.items():
-            if name in message:
-                raise Refusal(
-                    400, message.replace(name, member), param=member, code="invalid_value"
-                ) from None
-        raise Refusal(400, message, code="invalid_value") from None

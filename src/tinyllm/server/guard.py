@@ -3,7 +3,8 @@
 Invariant: a request without the key, from another site's page, or to a name that is not this server's, is
 answered before anything of it is read or done. A page that a browser shows can reach this machine, too: it
 may bend its own name to 127.0.0.1, which the Host header tells, or ask across sites, which Origin tells. No
-body is kept past the limit. Imports ask.py and starlette; app.py puts it around the routes.
+body is kept past the limit. The page's files need no key, they ask people for it. Imports ask.py, page/ and
+starlette; app.py puts it around the routes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tinyllm.server import page
 from tinyllm.server.ask import Refusal
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-OPEN_PATHS = ("/health",)  # what a supervisor asks without a key
+OPEN_PATHS = ("/health", *page.FILES)  # what a supervisor and a browser ask without a key
 SWALLOWED_BYTES = 64 << 20  # of a body that is too large, so that its client gets to read the answer
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -73,6 +74,49 @@ def out_of_time(time_s: float) -> Refusal:
 async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def gathered(works: Sequence[Callable[[], Coroutine[Any, Any, Value]]], at_once: int) -> list[Value]:
+    """What all of them give, in their order. The first error ends the others."""
+    places = asyncio.Semaphore(at_once)
+
+    async def one(work: Callable[[], Coroutine[Any, Any, Value]]) -> Value:
+        async with places:
+            return await work()
+
+    tasks = [asyncio.ensure_future(one(work)) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def merged(streams: Sequence[AsyncIterator[Value]], at_once: int) -> AsyncIterator[tuple[int, Value]]:
+    """What comes of all of them as it comes, with the number of its stream."""
+    news: asyncio.Queue[tuple[int, Value] | None] = asyncio.Queue(1)  # who reads slowly is waited for
+
+    async def read(i: int) -> None:
+        async for value in streams[i]:
+            await news.put((i, value))
+
+    async def read_all() -> None:
+        try:
+            await gathered([partial(read, i) for i in range(len(streams))], at_once)
+        except Exception:
+            await news.put(None)
+            raise
+        await news.put(None)
+
+    reading = asyncio.ensure_future(read_all())
+    try:
+        while (item := await news.get()) is not None:
+            yield item
+        await reading
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
 
 class Events(StreamingResponse):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,8 +96,17 @@ class _Vocabulary:
     unk_id: int | None
     eos_ids: frozenset[int]
 
+    @cached_property
+    def _by_type(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for i, kind in enumerate(self.types):
+            found.setdefault(kind, []).append(i)
+        return found
+
     def of_type(self, *types: int) -> dict[str, int]:
-        return {self.tokens[i]: i for i, kind in enumerate(self.types) if kind in types}
+        """Tokens of these types with their ids, in their order."""
+        ids = sorted(i for kind in types for i in self._by_type.get(kind, ()))
+        return {self.tokens[i]: i for i in ids}
 
 
 def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:

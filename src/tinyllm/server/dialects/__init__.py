@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tinyllm.server.app import Dialect
+from tinyllm.server.dialects.inspect import INSPECT
 from tinyllm.server.dialects.openai import OPENAI
 
-DIALECTS: list[Dialect] = [OPENAI]
+DIALECTS: list[Dialect] = [OPENAI, INSPECT]
