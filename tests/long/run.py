@@ -172,6 +172,7 @@ STAGES: dict[str, Stage] = {
     "threads": Stage("pressure", 1, script("threads")),
     "requests": Stage("pressure", 0, script("requests", parts=0)),
     "memory": Stage("pressure", 0, script("memory", parts=0)),
+    "serve_faults": Stage("pressure", 0, script("serve_faults", parts=0)),
     "c-address": Stage(
         "sanitizers",
         0,

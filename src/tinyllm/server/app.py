@@ -56,7 +56,7 @@ class Limits:
     """What one request may ask for; more is refused with its numbers. time_s: until its answer is all sent.
     unread_pieces: of a stream, that wait for a client that reads slower than they are made."""
 
-    body_bytes: int = 16 << 20
+    body_bytes: int = 8 << 20
     n: int = 128
     prompts: int = 2048
     stop_strings: int = 64

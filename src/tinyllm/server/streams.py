@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from tinyllm.server.ask import Refusal
 
 Value = TypeVar("Value")
+AT_ONCE = 4  # parts, where many are ready; then others' turn comes, and the news that the client has gone
 
 
 class Gone(Exception):
@@ -138,10 +139,14 @@ class Events(StreamingResponse):
         check: Callable[[], None] = lambda: None,
     ) -> None:
         async def all_parts() -> AsyncIterator[str]:
+            n = 0
             try:
                 async for part in parts:
                     yield part
                     check()
+                    n += 1
+                    if n % AT_ONCE == 0:
+                        await asyncio.sleep(0)
             except Exception as error:
                 yield failed(error)
 
