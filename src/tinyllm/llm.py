@@ -890,7 +890,8 @@ class LLM:
             StopStrings(params.stop or ()),
             self._text_stream(prompt[-1], reasoning, shown),
             context=context,
-            n_candidates=sampler.n_candidates if form is None else None,
+            # The model's likeliest tokens need not be among those that a form allows.
+            n_candidates=None if form is not None and params.top_logprobs else sampler.n_candidates,
             max_tokens=params.max_tokens,
             eos_ids=eos_ids,
             split=self._splitter(prompt, calling) if reasoning else Plain(),
