@@ -19,7 +19,6 @@ from helpers_serve import Running, Says, serving, write_chat_model
 from ollama._utils import convert_function_to_tool
 
 import tinyllm
-from tinyllm.chat.tools import ToolCall
 from tinyllm.server.ask import Fields, Refusal
 from tinyllm.server.dialects.ollama.asked import keep_alive_of, message_of, typed
 
@@ -236,7 +235,9 @@ def tool_of(function: Callable[..., Any]) -> dict[str, Any]:
     return made
 
 
-def test_calls_of_a_python_function(client: ollama.Client, says: Says, llm: tinyllm.LLM) -> None:
+def test_calls_of_a_python_function(
+    client: ollama.Client, running: Running, says: Says, llm: tinyllm.LLM
+) -> None:
     says.text = f"Let me see.\n{WRITTEN}\n{WRITTEN.replace('Paris', 'Rome')}"
     made = client.chat("chat", MESSAGES, tools=[get_weather])
     assert made.message.content == "Let me see."
@@ -255,6 +256,10 @@ def test_calls_of_a_python_function(client: ollama.Client, says: Says, llm: tiny
     says.text = "Well."
     answer = client.chat("chat", [*MESSAGES, made.message, *results], tools=[get_weather])
     assert answer.message.content == "Well."
+    body: dict[str, Any] = {"model": "chat", "stream": False, "replay": True, "tools": [tool_of(get_weather)]}
+    body["messages"] = [*MESSAGES, made.message.model_dump(exclude_none=True), *results]
+    replay = httpx.post(f"{running.url}/api/chat", json=body).json()["replay"]
+    assert replay[0]["conversation"]["messages"][2]["name"] == "get_weather"
     as_openai = [
         {"id": id, "type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}}
         for id, city in (("call_0", "Paris"), ("call_1", "Rome"))
@@ -278,7 +283,7 @@ def test_results_are_matched_with_calls(llm: tinyllm.LLM) -> None:
         "{{ c.function.arguments }};{% endfor %}{% if m.role == 'tool' %}"
         "{{ m.tool_call_id }}:{{ m.content }};{% endif %}{% endfor %}"
     )
-    calls = [ToolCall("", name, {}) for name in ("f", "g", "f")]
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in ("f", "g", "f")]
     messages: list[dict[str, Any]] = [{"role": "assistant", "content": "", "tool_calls": calls}]
     results: list[dict[str, Any]] = [
         {"role": "tool", "name": "g", "content": "1"},
@@ -317,7 +322,7 @@ def test_messages_member_by_member() -> None:
         "role": "assistant",
         "content": "",
         "reasoning_content": "Hm.",
-        "tool_calls": [ToolCall("i", "f", {"a": 1})],
+        "tool_calls": [{"id": "i", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
     }
     result = {"role": "tool", "content": "x", "tool_name": "f", "tool_call_id": "i", "images": []}
     assert message_of(Fields(result)) == {"role": "tool", "content": "x", "name": "f", "tool_call_id": "i"}

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllm.chat.tools import ToolCall
 from tinyllm.server.app import Call
 from tinyllm.server.ask import Fields
 from tinyllm.server.models import Served
@@ -159,16 +158,16 @@ def _role(fields: Fields) -> str:
     return fields.word("role", "system", "user", "assistant", "tool", default="")
 
 
-def _call(fields: Fields) -> ToolCall:
-    """Clients mostly drop the id; results are then matched by name and order."""
-    id = fields.take("id", str, "")
+def _call(fields: Fields) -> dict[str, Any]:
+    """Clients mostly drop the id; `LLM.chat` gives one then, and to results by name and order."""
+    id = fields.take("id", str)
     fields.word("type", "function")
     function = fields.need_object("function")
-    made = ToolCall(id, function.need("name", str), function.take("arguments", dict, {}))
+    made = {"name": function.need("name", str), "arguments": function.take("arguments", dict, {})}
     function.harmless("index", "description")
     function.finish()
     fields.finish()
-    return made
+    return {**({"id": id} if id else {}), "type": "function", "function": made}
 
 
 def typed(schema: Any) -> Any:
