@@ -295,7 +295,7 @@ typedef struct tl_batch {
     const uint32_t *allowed;
     tl_candidate *candidates; // [n_rows, n_candidates] the largest first, of equal ones the lower token
     tl_total *totals;         // [n_rows]
-    float *activations; // [n, dim], or NULL
+    float *activations;       // [n, dim], or NULL
     int threads;
     int (*stop)(void *); // asked before each layer; non-zero cancels; or NULL
     void *stop_data;

@@ -4,6 +4,7 @@ tensor cores' roundings) is not tested here. docs/cuda.md explains."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -673,7 +674,7 @@ def bits_of(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
 
 @pytest.mark.parametrize("size", [41, 4129, 9000])
 def test_candidates_of_a_mask(size: int, host: Host, tmp_path: Path) -> None:
-    """Random masks, of rows beside such as have none: what is allowed in descending order, and of the whole row
+    """Random masks, also of all and of nothing: what is allowed in descending order, and of the whole row
     what a probability needs, so that a choice is that from the whole row with the mask, to the bit. The same
     launches again take another mask; a call without one is another graph."""
     config = one_layer(hidden_size=64, intermediate_size=64, vocab_size=size)
@@ -755,6 +756,46 @@ def test_choosing_from_candidates_is_choosing_from_all(
     assert len(asked) < 12
     for a, b in zip(some, every, strict=True):
         assert (a.tokens, a.logprobs, a.top_logprobs) == (b.tokens, b.logprobs, b.top_logprobs)
+
+
+BALL = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "size": {"type": "integer"}},
+    "required": ["colour", "size"],
+    "additionalProperties": False,
+}
+PLAIN_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_forms_are_chosen_from_candidates(
+    host: Host, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of one prompt, tokens without a choice, a free text in the same calls, and a form that
+    opens the reasoning it is not for: the tokens and log probabilities of whole rows, of which none is
+    fetched."""
+    options: dict[str, Any] = {"logprobs": True, "max_tokens": 9, "temperature": 2, "seed": 3}
+    chat: dict[str, Any] = {"regex": "<think>[a-z]{3}", "chat_template": PLAIN_TEMPLATE, **options}
+    words: dict[str, Any] = {"choices": ["yes", "no"], "logprobs": True, "temperature": 0}
+
+    def made(llm: tinyllm.LLM) -> list[tuple[list[int], list[float]]]:
+        async def together() -> list[Any]:
+            samples = llm.acall("A ball", n=2, json_schema=BALL, **options)
+            return [*await asyncio.gather(samples, llm.acall("One day", **options))]
+
+        samples, free = asyncio.run(together())
+        thought = llm.chat([{"role": "user", "content": "Once"}], **chat)
+        texts = [*samples, free, thought, llm("Is it?", **words)]
+        return [(text.tokens, text.logprobs) for text in texts]
+
+    with load(data_dir / "models/stories260K/stories260K.gguf") as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.model, "forward", None)
+            some = made(llm)
+        # The likeliest tokens of all need not be among those that a form allows.
+        word = llm("Is it?", top_logprobs=3, **words)
+        assert (word.tokens, word.logprobs) == some[-1]
+        monkeypatch.setattr(backends.Model, "most_candidates", 0)
+        assert some == made(llm)
 
 
 def test_no_number_among_candidates_is_said(chooser: tinyllm.LLM) -> None:

@@ -7,10 +7,10 @@
 #include "activations.cuh"
 
 #define MOST_CANDIDATES 64
-#define SORT_PIECE      4096 // logits that a block sorts
-#define MOST_MERGED     8192 // candidates that a block merges
-#define SUM_PIECE       1024 // sample.c's PIECE
-#define SUM_LANES       16   // and LANES
+#define SORT_PIECE      4096                // logits that a block sorts
+#define MOST_MERGED     8192                // candidates that a block merges
+#define SUM_PIECE       1024                // sample.c's PIECE
+#define SUM_LANES       16                  // and LANES
 #define NO_CANDIDATE    0xff800000ffffffffu // token -1 with the logit -inf: behind all others
 
 struct candidate_arguments {

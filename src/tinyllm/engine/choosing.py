@@ -24,9 +24,9 @@ Mask = npt.NDArray[np.uint32]
 def choose(
     sampler: Callable[..., Sampled], logits: Logits, tokens: list[int], mask: Mask | None = None
 ) -> Sampled:
-    """The token after `tokens`, of those whose bits are set in the mask, if there is one (candidates are of
-    those already). Raises ArgumentError, and FormatError where the model computes logits that are NaN or infinite: to the sampler
-    -inf is a token that must not come, which is for its user to say."""
+    """The token after `tokens`, of those whose bits are set in the mask, if there is one; candidates are of
+    such already. Raises ArgumentError, and FormatError where the model computes logits that are NaN or
+    infinite: to the sampler -inf is a token that must not come, which is for its user to say."""
     _require_numbers(logits)
     if mask is None:
         return sampler(logits, tokens, len(tokens))

@@ -315,8 +315,8 @@ class Generation:
         return granted[1]
 
     def mask_after(self, position: int) -> Mask | None:
-        """What the candidates for `accept` are of, in the row of the token at this position: what may come, or
-        the one token that was given there; None: all."""
+        """Of which tokens `accept` wants the candidates in the row of the token at this position: those that
+        may follow, or the one that was given; None: all."""
         assert self.sequence is not None
         tokens = self.sequence.tokens
         if position < len(tokens) - 1:
