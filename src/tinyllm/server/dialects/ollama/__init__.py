@@ -24,11 +24,6 @@ async def version(call: Call) -> Response:
     return json_response({"version": tinyllm.__version__})
 
 
-async def running(call: Call) -> Response:
-    """What its clients look for before anything else."""
-    return Response(status_code=200, media_type="text/plain")
-
-
 async def refused(call: Call) -> Response:
     raise Refusal(
         501, f"{call.request.url.path} is not supported: the models are those of the server's command line"
@@ -50,7 +45,6 @@ OLLAMA = Dialect(
         ("GET", "/api/ps", ps),
         ("POST", "/api/show", show),
         ("GET", "/api/version", version),
-        ("HEAD", "/", running),
         ("POST", "/api/pull", refused),
         ("POST", "/api/push", refused),
         ("POST", "/api/create", refused),
