@@ -307,7 +307,7 @@ class Generation:
         granted, self._granted = self._granted, None
         if granted is None or granted[0] != len(tokens):
             mask = None
-            if constraint is not None and not isinstance(row, Candidates):  # which `mask_after` chose
+            if constraint is not None and not isinstance(row, Candidates):  # these are of `mask_after`'s
                 mask = self._mask(constraint)
             return choose(self.sampler, row, tokens, mask)
         if isinstance(granted[1], Exception):
@@ -323,7 +323,9 @@ class Generation:
             return only(tokens[position + 1], self.sampler.vocab_size)
         constraint = self.constraint if self.split.is_answer else None
         self._is_masked = constraint is not None and not constraint.is_over
-        return self._mask(constraint) if constraint is not None and self._is_masked else None
+        if constraint is None or constraint.is_over:
+            return None
+        return self._mask(constraint)
 
     def _mask(self, constraint: Constraint) -> Mask:
         mask = constraint.mask()
@@ -895,8 +897,8 @@ class Engine:
     def _allowed(self, parts: list[_Part]) -> Mask | None:
         """What the candidates of each row are of, as bits [rows, words]; None: of all tokens.
 
-        For whole rows a mask may come while the model computes; the device needs it before. So a call waits
-        for what `prepare` began, 50 us a text, where a row of a large vocabulary takes as long on its way.
+        Whole rows meet their masks after the call, which are made meanwhile; the device needs them before it.
+        So the call waits for what `prepare` began after the last token, 50 us a text at most.
         """
         masks: list[Mask | None] = []
         for part in parts:

@@ -466,6 +466,7 @@ class Sampler:
         """What a choice of this token tells; for one that nobody chose. logits: float32 [vocab_size], or
         candidates where this token alone may come."""
         if isinstance(logits, Candidates):
+            assert logits.tokens[0] == token
             return Sampled(token, float(backends.top_logprobs(logits.logits, 1, logits.total)[1][0]), [])
         return Sampled(token, float(backends.logprob(logits, token)), self._top(logits))
 
