@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pytest
 import reference
 from families_table import FILES
-from helpers_gguf import FORMATS, write_gguf
+from helpers_gguf import FORMATS, small_tokenizer, write_gguf
 from helpers_models import (
     GOLDEN_DIR,
     golden_model,
@@ -767,7 +767,7 @@ PLAIN_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 def test_forms_are_chosen_from_candidates(
-    host: Host, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Samples of one prompt, tokens without a choice, a free text in the same calls, and a form that
     opens the reasoning it is not for: the tokens and log probabilities of whole rows, of which none is
@@ -786,7 +786,10 @@ def test_forms_are_chosen_from_candidates(
         texts = [*samples, free, thought, llm("Is it?", **words)]
         return [(text.tokens, text.logprobs) for text in texts]
 
-    with load(data_dir / "models/stories260K/stories260K.gguf") as llm:
+    config = one_layer(hidden_size=64, intermediate_size=64, vocab_size=400)
+    weights = random_weights(config, seed=3)
+    write_gguf(tmp_path / "model.gguf", config, weights, tokenizer=small_tokenizer(400))
+    with load(tmp_path / "model.gguf") as llm:
         with monkeypatch.context() as patch:
             patch.setattr(llm.model, "forward", None)
             some = made(llm)
