@@ -274,7 +274,8 @@ struct Model {
 
     py::object forward(Cache &cache, const py::object &tokens, const py::object &x, const Ints &positions,
                        const Ints &sequences, const Ints &page_tables, const Ints &rows, int first_layer,
-                       int last_layer, bool logits, int n_candidates, int threads, const py::object &should_stop) {
+                       int last_layer, bool logits, int n_candidates, const std::optional<Bits> &allowed, int threads,
+                       const py::object &should_stop) {
         Call call;
         std::shared_ptr<tl_model> model = (get(), p);
         std::shared_ptr<tl_cache> pages = (cache.get(), cache.p);
@@ -304,17 +305,23 @@ struct Model {
         batch.threads = threads;
         Floats out;
         std::vector<tl_candidate> candidates;
-        py::array_t<double> totals;
+        std::vector<tl_total> totals;
         if (n_candidates == 0) {
             out = array_of<Floats>({logits ? batch.n_rows : batch.n, logits ? config.vocab_size : config.dim});
             (logits ? batch.logits : batch.activations) = out.mutable_data();
         } else {
             const int most = std::clamp(n_candidates, 0, model->backend->most_candidates);
             candidates.resize(static_cast<size_t>(batch.n_rows) * static_cast<size_t>(most));
-            totals = py::array_t<double>(batch.n_rows);
+            totals.resize(static_cast<size_t>(batch.n_rows));
             batch.n_candidates = n_candidates;
             batch.candidates = candidates.data();
-            batch.totals = totals.mutable_data();
+            batch.totals = totals.data();
+        }
+        if (allowed) {
+            const py::ssize_t words = (config.vocab_size + 31) / 32;
+            if (allowed->ndim() != 2 || allowed->shape(0) != batch.n_rows || allowed->shape(1) != words)
+                raise_argument("allowed must be [" + std::to_string(batch.n_rows) + ", " + std::to_string(words) + "]");
+            batch.allowed = allowed->data();
         }
         Watch watch{should_stop, on_main_thread()};
         batch.stop = Watch::ask;
@@ -329,12 +336,17 @@ struct Model {
         if (status != TL_OK) raise(status, message);
         if (n_candidates == 0) return std::move(out);
         Ints ids({batch.n_rows, n_candidates});
-        Floats largest({batch.n_rows, n_candidates});
+        Floats their_logits({batch.n_rows, n_candidates}), largest(batch.n_rows);
+        py::array_t<double> sums(batch.n_rows);
         for (size_t i = 0; i < candidates.size(); i++) {
             ids.mutable_data()[i] = candidates[i].token;
-            largest.mutable_data()[i] = candidates[i].logit;
+            their_logits.mutable_data()[i] = candidates[i].logit;
         }
-        return py::make_tuple(ids, largest, totals);
+        for (size_t i = 0; i < totals.size(); i++) {
+            sums.mutable_data()[i] = totals[i].sum;
+            largest.mutable_data()[i] = totals[i].largest;
+        }
+        return py::make_tuple(ids, their_logits, sums, largest);
     }
 
     Floats unpack(const std::string &name, int layer) {
@@ -435,6 +447,12 @@ struct Flat {
     tl_sequences view() const { return {static_cast<int>(ends.size()), ids.data(), ends.data()}; }
 };
 
+using Total = std::pair<double, float>; // a tl_total
+
+tl_total total_of(const std::optional<Total> &total) {
+    return total ? tl_total{total->first, total->second} : tl_total{};
+}
+
 // What a text asks of sampling: made once, used for each of its tokens, by any thread.
 class Sampling {
   public:
@@ -471,7 +489,7 @@ class Sampling {
     Sampling(const Sampling &) = delete;
 
     py::tuple sample(const Floats &logits, const Ints &history, uint64_t position, const Ints &banned,
-                     const std::optional<double> &total, const std::optional<Bits> &allowed) const {
+                     const std::optional<Total> &total, const std::optional<Bits> &allowed) const {
         if (allowed && allowed->size() * 32 < logits.size()) raise_argument("allowed has a bit for each logit");
         Call call;
         tl_sampling s = settings;
@@ -481,13 +499,14 @@ class Sampling {
         int n = static_cast<int>(logits.size()), n_history = static_cast<int>(history.size());
         // Uninitialized on purpose: it is large.
         std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n, n_history)]);
+        const tl_total of_row = total_of(total);
         tl_sampled sampled{};
         tl_message message;
         tl_status status;
         {
             Released released(call);
             status = tl_sample(&sampled, logits.data(), n, &s, history.data(), n_history, seed, position,
-                               total ? &*total : nullptr, scratch.get(), &message);
+                               total ? &of_row : nullptr, scratch.get(), &message);
         }
         if (status != TL_OK) raise(status, message);
         return py::make_tuple(sampled.token, sampled.logprob);
@@ -547,15 +566,16 @@ class Sampling {
     tl_sampling settings{};
 };
 
-py::tuple top_logprobs(const Floats &logits, int k, const std::optional<double> &total) {
+py::tuple top_logprobs(const Floats &logits, int k, const std::optional<Total> &total) {
     int n = static_cast<int>(logits.size());
     if (k < 0 || k > n) raise_argument("k must be in 0.." + std::to_string(n));
     Ints tokens(k);
     Floats logprobs(k);
     std::unique_ptr<char[]> scratch(new char[tl_sample_scratch(n, 0)]); // uninitialized on purpose: it is large
+    const tl_total of_row = total_of(total);
     tl_message message;
     tl_status status = tl_top_logprobs(tokens.mutable_data(), logprobs.mutable_data(), k, logits.data(), n,
-                                       total ? &*total : nullptr, scratch.get(), &message);
+                                       total ? &of_row : nullptr, scratch.get(), &message);
     if (status != TL_OK) raise(status, message);
     return py::make_tuple(tokens, logprobs);
 }
@@ -642,7 +662,7 @@ PYBIND11_MODULE(_core, m) {
         .def("check", &Model::check)
         .def("forward", &Model::forward, py::arg("cache"), py::arg("tokens"), py::arg("x"), py::arg("positions"),
              py::arg("sequences"), py::arg("page_tables"), py::arg("rows"), py::arg("first_layer"),
-             py::arg("last_layer"), py::arg("logits"), py::arg("n_candidates"), py::arg("threads"),
+             py::arg("last_layer"), py::arg("logits"), py::arg("n_candidates"), py::arg("allowed"), py::arg("threads"),
              py::arg("should_stop"))
         .def_property_readonly("most_candidates",
                                [](const Model &model) { return model.get()->backend->most_candidates; })

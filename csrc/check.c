@@ -126,6 +126,8 @@ tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_
         (b->n_candidates && b->n_rows > 64))
         return tl_fail(message, TL_ARGUMENT, "%d candidates of %d rows, not 0..%d of 64 at most", b->n_candidates,
                        b->n_rows, model->backend->most_candidates);
+    if (b->allowed && !b->n_candidates)
+        return tl_fail(message, TL_ARGUMENT, "a mask says which candidates there may be, but none are asked for");
     if ((b->logits || b->n_candidates) && b->last_layer != c->n_layers)
         return tl_fail(message, TL_ARGUMENT, "logits come after layer %d, not after %d", c->n_layers, b->last_layer);
     if (!b->tokens == !b->x) return tl_fail(message, TL_ARGUMENT, "give either token ids or activations");

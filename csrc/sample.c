@@ -266,8 +266,8 @@ static tl_status check(int n, const tl_sampling *s, const int32_t *history, int 
     return tl_check_repetition(n, s, message);
 }
 
-static tl_status check_total(const double *total, tl_message *message) {
-    if (!total || isfinite(*total)) return TL_OK;
+static tl_status check_total(const tl_total *total, tl_message *message) {
+    if (!total || isfinite(total->sum)) return TL_OK;
     return tl_fail(message, TL_ARGUMENT, "among the logits is NaN or +inf, or all are -inf: leave a token to choose");
 }
 
@@ -404,7 +404,7 @@ static int32_t first_of(const float *x, const float *block_max, float value) {
 }
 
 tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampling *sampling, const int32_t *history,
-                    int n_history, uint64_t seed, uint64_t position, const double *total, void *scratch,
+                    int n_history, uint64_t seed, uint64_t position, const tl_total *total, void *scratch,
                     tl_message *message) {
     tl_status status = check(n, sampling, history, n_history, message);
     if (!status) status = check_total(total, message);
@@ -415,6 +415,7 @@ tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampli
     status = scan_checked(&own_max, logits, n, w.block_max, "", message);
     if (status) return status;
     max = own_max;
+    if (total) own_max = total->largest;
     if (sampling->n_bias || sampling->n_banned || sampling->allowed || tl_minds_history(sampling)) {
         memcpy(w.logits, logits, (size_t)n * sizeof(float));
         adjust(&w, n, sampling, history, n_history);
@@ -425,7 +426,7 @@ tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampli
     out->token =
         sampling->temperature > 0 ? draw(&w, x, n, max, sampling, seed, position) : first_of(x, w.block_max, max);
     out->logprob = (float)((double)logits[out->token] - (double)own_max -
-                           log_positive(total ? *total : exp_sum(logits, n, own_max)));
+                           log_positive(total ? total->sum : exp_sum(logits, n, own_max)));
     return TL_OK;
 }
 
@@ -449,7 +450,7 @@ void tl_sample_rows(tl_choice *choices, int n_choices, int threads, void *scratc
     tl_pool_leave();
 }
 
-tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, const double *total,
+tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, const tl_total *total,
                           void *scratch, tl_message *message) {
     float max;
     if (n <= 0) return tl_fail(message, TL_ARGUMENT, "there are %d logits, expected at least 1", n);
@@ -458,7 +459,8 @@ tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *
     tl_status status = check_total(total, message);
     if (!status) status = scan_checked(&max, logits, n, w.block_max, "", message);
     if (status) return status;
-    double log_total = log_positive(total ? *total : exp_sum(logits, n, max));
+    if (total) max = total->largest;
+    double log_total = log_positive(total ? total->sum : exp_sum(logits, n, max));
     gather(&w, logits, n, kth_threshold(&w, n, k));
     for (int i = 0; i < k; i++) {
         tokens[i] = w.ids[i];

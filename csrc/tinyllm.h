@@ -265,9 +265,15 @@ void tl_cache_free(tl_cache *cache);
 // gaps; sequences ascend. They enter as ids (tokens) or as activations (x), pass layers [first_layer,
 // last_layer), and leave as logits for the chosen rows (last_layer == n_layers) and/or as activations.
 typedef struct tl_candidate {
-    int32_t token;
+    int32_t token; // -1, with the logit -inf, where fewer may come
     float logit;
 } tl_candidate;
+
+// What a probability needs of a row: log softmax of x is x - largest - log(sum).
+typedef struct tl_total {
+    double sum;    // of e^(logit - largest) over all logits; not finite where one is no logit
+    float largest; // of all logits
+} tl_total;
 
 typedef struct tl_batch {
     int n;
@@ -285,9 +291,11 @@ typedef struct tl_batch {
     float *logits;       // [n_rows, vocab_size], or NULL
     // > 0: so many of each row's largest instead, at most the backend's most_candidates and of 64 rows at most.
     int n_candidates;
+    // [n_rows, vocab_size / 32, rounded up] a bit a token, lowest first: what may be a candidate; NULL: all.
+    const uint32_t *allowed;
     tl_candidate *candidates; // [n_rows, n_candidates] the largest first, of equal ones the lower token
-    double *totals;     // [n_rows] the sum of e^(logit - largest) over all logits; not finite where one is no logit
-    float *activations; // [n, dim], or NULL
+    tl_total *totals;         // [n_rows]
+    float *activations;       // [n, dim], or NULL
     int threads;
     int (*stop)(void *); // asked before each layer; non-zero cancels; or NULL
     void *stop_data;
@@ -417,12 +425,12 @@ typedef struct tl_sampled {
 // last as the steps look at.
 // The draw depends on (seed, position) only. scratch: tl_sample_scratch(n, n_history) bytes, aligned to 4; what they
 // hold does not matter. A logit of -inf is a masked token. NaN or +inf among the logits, or nothing but -inf,
-// is TL_ARGUMENT. total: logits are only the largest of a row, in order, and this is the row's sum (tl_batch); NULL: they
-// are all. The largest top_k + 1 (of greedy choice: 1) give the same as all, and one more for each that is banned, if
-// nothing else changes logits.
+// is TL_ARGUMENT. total: logits are only the largest of a row, or of what may come of it, in order, and this is the row's
+// (tl_batch); NULL: they are all. The largest top_k + 1 (of greedy choice: 1) give the same as all, and one more for each
+// that is banned, if nothing else changes logits.
 size_t tl_sample_scratch(int n, int n_history);
 tl_status tl_sample(tl_sampled *out, const float *logits, int n, const tl_sampling *sampling, const int32_t *history,
-                    int n_history, uint64_t seed, uint64_t position, const double *total, void *scratch,
+                    int n_history, uint64_t seed, uint64_t position, const tl_total *total, void *scratch,
                     tl_message *message);
 // What tl_sample takes and gives of one row; status and message are its own.
 typedef struct tl_choice {
@@ -439,7 +447,7 @@ typedef struct tl_choice {
 void tl_sample_rows(tl_choice *choices, int n_choices, int threads, void *scratch, size_t each_bytes);
 // The k most likely tokens of the model's own distribution, most likely first (ties: lower id first): tokens
 // [k], logprobs [k], 1 <= k <= n. Errors and scratch as above, without a history.
-tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, const double *total,
+tl_status tl_top_logprobs(int32_t *tokens, float *logprobs, int k, const float *logits, int n, const tl_total *total,
                           void *scratch, tl_message *message);
 // Uniform in [0, 1) from a counter-based generator.
 double tl_random(uint64_t seed, uint64_t position);

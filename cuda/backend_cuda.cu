@@ -226,10 +226,21 @@ static void moe(tl_run *run, int layer) {
 // Of the rows of logits just computed, LOGIT_ROWS at most.
 static void candidates(cuda_run *r, int n) {
     const int vocabulary = r->base.model->config.vocab_size, k = r->base.batch->n_candidates;
-    const candidate_arguments c = {r->logits,    in_block(r, 4 * N_ROWS), vocabulary, k, r->best, r->result,
-                                   r->sum_parts, r->row_arrived};
+    const uint32_t *allowed = (const uint32_t *)(const void *)(r->block + r->at.allowed);
+    candidate_arguments c = {};
+    c.logits = r->logits;
+    c.n_rows = in_block(r, 4 * N_ROWS);
+    c.n = vocabulary;
+    c.k = k;
+    c.allowed = r->shape.mask_words ? allowed : NULL;
+    c.best = r->best;
+    c.largest = r->largest;
+    c.result = r->result;
+    c.parts = r->sum_parts;
+    c.arrived = r->row_arrived;
     const int pieces = n_sorted(vocabulary);
-    launch(r, sort_pieces, {pieces, n, 1}, BLOCK_THREADS, SORT_PIECE * sizeof(uint64_t), true, c);
+    const size_t sorted = BLOCK_WARPS * sizeof(float) + SORT_PIECE * sizeof(uint64_t);
+    launch(r, sort_pieces, {pieces, n, 1}, BLOCK_THREADS, sorted, true, c);
     launch(r, merge_pieces, {n, 1, 1}, BLOCK_THREADS, (size_t)power_from(pieces * k) * sizeof(uint64_t), true, c);
     launch(r, sum_exponentials, {n_summed(vocabulary), n, 1}, BLOCK_THREADS, SUM_PIECE * sizeof(float) + 16, true, c);
 }
@@ -452,7 +463,7 @@ static tl_status end_call(tl_run *run, tl_message *message) {
             r->error = gpu_run(d->stream, graph);
         }
     }
-    const size_t k = (size_t)b->n_candidates, row_bytes = k ? (1 + k) * 8 : (size_t)run->model->config.vocab_size * 4;
+    const size_t k = (size_t)b->n_candidates, row_bytes = k ? (2 + k) * 8 : (size_t)run->model->config.vocab_size * 4;
     const size_t n_bytes = (size_t)b->n_rows * row_bytes;
     const bool fetch = b->n_rows > 0 && (k || (r->record && b->logits));
     bool changed;
@@ -468,11 +479,12 @@ static tl_status end_call(tl_run *run, tl_message *message) {
     if (fetch && !k) memcpy(b->logits, r->fetched, n_bytes);
     for (size_t i = 0; fetch && k && i < (size_t)b->n_rows; i++) {
         const uint64_t *row = (const uint64_t *)(const void *)(r->fetched + i * row_bytes);
-        memcpy(b->totals + i, row, sizeof *b->totals);
+        memcpy(&b->totals[i].sum, row, sizeof b->totals[i].sum);
+        memcpy(&b->totals[i].largest, row + 1, sizeof b->totals[i].largest); // of 8 bytes the first 4
         for (size_t j = 0; j < k; j++) {
             tl_candidate *c = b->candidates + i * k + j;
-            const uint32_t bits = candidate_bits(row[1 + j]);
-            c->token = (int32_t)(uint32_t)row[1 + j];
+            const uint32_t bits = candidate_bits(row[2 + j]);
+            c->token = (int32_t)(uint32_t)row[2 + j];
             memcpy(&c->logit, &bits, sizeof c->logit);
         }
     }

@@ -1,4 +1,4 @@
-// call.cuh: a call's state on the device. What changes from call to call (tokens, positions, pages) goes as one block of
+// call.cuh: a call's state on the device. What changes from call to call (tokens, masks, pages) goes as one block of
 // integers into a fixed place, so that the launches of a call can be recorded as a graph and run again by the next call of
 // the same shape: as many tokens (rounded up to a power of two) and segments. Includes gpu.h, load.cuh.
 #ifndef TINYLLM_CUDA_CALL_CUH
@@ -17,15 +17,16 @@ struct call_shape {
     int n, n_segments, n_rows; // rounded up
     bool stores;               // every sequence has one token
     int cache_type, n_candidates;
+    int mask_words; // of a row; 0: every token may be a candidate
     bool operator<(const call_shape &o) const {
-        return std::tie(n, n_segments, n_rows, stores, cache_type, n_candidates) <
-               std::tie(o.n, o.n_segments, o.n_rows, o.stores, o.cache_type, o.n_candidates);
+        return std::tie(n, n_segments, n_rows, stores, cache_type, n_candidates, mask_words) <
+               std::tie(o.n, o.n_segments, o.n_rows, o.stores, o.cache_type, o.n_candidates, o.mask_words);
     }
 };
 
 // A call's integers: where each array stands in the block, in bytes.
 struct call_block {
-    size_t tokens, positions, sequences, rows, query_scales, tiles, pages, n_bytes;
+    size_t tokens, positions, sequences, rows, query_scales, allowed, tiles, pages, n_bytes;
     int page_stride; // pages of a table
 };
 enum { N_TOKENS, N_ROWS, N_TILES, N_COUNTS = 4 }; // the block's first integers
@@ -52,10 +53,10 @@ struct cuda_run {
     expert_weights *experts; // [layers, experts, EXPERT_MATRICES], as long as the run
     int *arrived;
     uint64_t *best, *result; // candidates.cuh, of up to LOGIT_ROWS rows
-    float *sum_parts;
+    float *largest, *sum_parts;
     int *row_arrived;
     double *frequencies; // [n_ropes, rope_dim / 2]
-    uint8_t *fetched;    // pinned: logits, or candidates with their sums
+    uint8_t *fetched;    // pinned: logits, or candidates with their totals
     size_t fetched_bytes;
     std::map<call_shape, gpu_graph> graphs;
     int n_tiles, tile_limit; // of this call: there are; there may be
@@ -124,7 +125,8 @@ static size_t place_buffers(cuda_run *r, uint8_t *base) {
     PLACE(row_arrived, int, LOGIT_ROWS * sizeof(int));
     const size_t rows = r->candidates > 0 ? (size_t)r->logit_rows : 0, k = (size_t)r->candidates;
     PLACE(best, uint64_t, rows *(size_t)n_sorted(c.vocab_size) * k * 8);
-    PLACE(result, uint64_t, rows * (1 + k) * 8);
+    PLACE(largest, float, rows *(size_t)n_sorted(c.vocab_size) * 4);
+    PLACE(result, uint64_t, rows * (2 + k) * 8);
     PLACE(sum_parts, float, rows *(size_t)n_summed(c.vocab_size) * SUM_LANES * 4);
     PLACE(partial, float, (size_t)r->n_parts *partial_size(v_stride) * 4);
 #undef PLACE
@@ -140,7 +142,8 @@ static call_block block_of(const call_shape &s, int tile_capacity, int n_page_ta
     b.sequences = b.positions + 4 * n;
     b.rows = b.sequences + 4 * n;
     b.query_scales = b.rows + 4 * n;
-    b.tiles = b.query_scales + 4 * n;
+    b.allowed = b.query_scales + 4 * n;
+    b.tiles = b.allowed + 4 * (size_t)s.n_rows * (size_t)s.mask_words;
     b.page_stride = s.n_segments * SEGMENT_PAGES;
     b.pages = (b.tiles + (size_t)tile_capacity * sizeof(attend_tile) + 7) / 8 * 8;
     b.n_bytes = b.pages + (size_t)n_page_tables * (size_t)b.page_stride * 8;
@@ -181,6 +184,7 @@ static void fill_block(cuda_run *r, uint8_t *to) {
     if (b->tokens) memcpy(to + r->at.tokens, b->tokens, (size_t)b->n * 4);
     memcpy(to + r->at.positions, b->positions, (size_t)b->n * 4);
     if (b->n_rows) memcpy(to + r->at.rows, b->rows, (size_t)b->n_rows * 4);
+    if (b->allowed) memcpy(to + r->at.allowed, b->allowed, (size_t)b->n_rows * (size_t)r->shape.mask_words * 4);
     for (int t = 0; t < b->n; t++) query_scales[t] = query_scale(c, b->positions[t]);
     int n_sequences = 0;
     r->n_tiles = 0;
@@ -221,7 +225,8 @@ static int prepare_call(cuda_run *r) {
                 b->logits || b->n_candidates ? round_up_to_power(b->n_rows) : 0,
                 n_sequences == b->n,
                 r->base.cache->type,
-                b->n_candidates};
+                b->n_candidates,
+                b->allowed ? mask_words(c.vocab_size) : 0};
     // Tiles: every sequence may begin one that is not full.
     const int tiles = r->shape.n * ((heads_a_kv_head(c) + TOKENS - 1) / TOKENS);
     const int units = tiles * c.n_kv_heads;

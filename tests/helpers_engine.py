@@ -4,6 +4,7 @@ so any mistake with pages, positions or sequences changes the text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from hashlib import blake2b
 from itertools import accumulate
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tinyllm import backends
 from tinyllm.engine.kvcache import PAGE
 from tinyllm.errors import CancelledError
 
@@ -23,6 +25,15 @@ VOCAB = 260  # the bytes, and four more
 EOS = 256
 N_LAYERS = 4
 NOTHING = -1  # a slot of a page that was cleared
+
+
+def candidates(logits: F32, n: int, allowed: npt.NDArray[np.bool_] | None = None) -> backends.Candidates:
+    """What a device gives of a row."""
+    some = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
+    order = np.argsort(-some, kind="stable")[:n].astype(np.int32)
+    tokens = np.where(some[order] == -np.inf, np.int32(-1), order)
+    sums = np.array([math.exp(-backends.logprob(logits, int(np.argmax(logits))))])
+    return backends.Candidates(tokens[None], some[order][None], sums, logits.max(keepdims=True))[0]
 
 
 class MockPool:
@@ -94,6 +105,7 @@ class MockModel:
     def __init__(self, windows: tuple[int, ...] = (0,)) -> None:
         self.windows = windows
         self.most_candidates = 0
+        self.n_asked: list[tuple[int, int]] = []  # rows and candidates of each call for these
         self.calls: list[int] = []  # tokens of each call
         self.n_layers_run = 0
         self.before_layer: Callable[[], None] = lambda: None
@@ -135,3 +147,20 @@ class MockModel:
                 assert (seen[-1] != NOTHING).all(), "a slot was read that nobody wrote"
             out.append(logits_from(np.concatenate(seen)))
         return np.array(out, dtype=np.float32).reshape(-1, VOCAB)
+
+    def candidates(
+        self, *arguments: Any, n: int, allowed: npt.NDArray[np.uint32] | None = None, **options: Any
+    ) -> backends.Candidates:
+        logits = self.forward(*arguments, **options)
+        self.n_asked.append((len(logits), n))
+        masks: list[Any] = [None] * len(logits)
+        if allowed is not None:
+            assert allowed.shape == (len(logits), -(-VOCAB // 32))
+            masks = list(np.unpackbits(allowed.view(np.uint8), axis=1, count=VOCAB, bitorder="little") > 0)
+        rows = [candidates(row, n, mask) for row, mask in zip(logits, masks, strict=True)]
+        return backends.Candidates(
+            *(
+                np.array([getattr(row, name) for row in rows])
+                for name in ("tokens", "logits", "sums", "largest")
+            )
+        )

@@ -4,6 +4,7 @@ tensor cores' roundings) is not tested here. docs/cuda.md explains."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -34,6 +35,7 @@ from safetensors.numpy import load_file, save_file
 
 import tinyllm
 from tinyllm import backends
+from tinyllm.engine.sampling import Sampler
 from tinyllm.files import TensorInfo
 from tinyllm.modelfiles import read_model
 
@@ -658,8 +660,70 @@ def test_candidates(chooser: tinyllm.LLM) -> None:
         np.testing.assert_array_equal(found.tokens, order)
         np.testing.assert_array_equal(found.logits, np.take_along_axis(logits, order, 1))
         sums = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True)).sum(axis=1)
-        np.testing.assert_allclose(found.totals, sums, rtol=1e-6)
+        np.testing.assert_allclose(found.sums, sums, rtol=1e-6)
+        np.testing.assert_array_equal(found.largest, logits.max(axis=1))
     pool.close()
+
+
+def bits_of(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
+    """Masks [rows, tokens], a bit a token; what is past the last token is set, and means nothing."""
+    packed = np.packbits(np.pad(allowed, ((0, 0), (0, 31)), constant_values=True), axis=1, bitorder="little")
+    n_words = -(-allowed.shape[1] // 32)
+    return np.ascontiguousarray(packed[:, : 4 * n_words]).view(np.uint32)
+
+
+@pytest.mark.parametrize("size", [41, 4129, 9000])
+def test_candidates_of_a_mask(size: int, host: Host, tmp_path: Path) -> None:
+    """Random masks, also of all and of nothing: what is allowed in descending order, and of the whole row
+    what a probability needs, so that a choice is that from the whole row with the mask, to the bit. The same
+    launches again take another mask; a call without one is another graph."""
+    config = one_layer(hidden_size=64, intermediate_size=64, vocab_size=size)
+    weights = random_weights(config, seed=3)
+    weights["lm_head.weight"][size // 2 : size // 2 * 2] = weights["lm_head.weight"][
+        : size // 2
+    ]  # equal ones
+    write_gguf(tmp_path / "model.gguf", config, weights)
+    random = np.random.default_rng(size)
+    with load(tmp_path / "model.gguf", context=100) as llm:
+        pool = llm.model.cache("f16", 4)
+        pool.grow(4)
+        for turn, (n_tokens, rows, n) in enumerate(
+            [(3, [2, 0, 1], 5), (3, [0, 1, 2], 5), (3, [1, 2, 0], 41), (1, [0], 1), (90, [89, 4, 4, 7], 9)]
+        ):
+            positions = np.arange(n_tokens)
+            call = ((positions + 8) % size, positions, np.zeros(n_tokens, np.int32), [[0, 1]])
+            logits = llm.model.forward(*call, rows=rows, cache=pool)
+            for _ in range(2):
+                shares = random.choice([0, 2 / size, 0.02, 0.5, 0.999, 1], (len(rows), 1))
+                allowed = random.random((len(rows), size)) < shares
+                host.shuffle(turn)
+                masks = bits_of(allowed)
+                found = llm.model.candidates(*call, rows=rows, n=n, allowed=masks, cache=pool)
+                masked = np.where(allowed, logits, np.float32(-np.inf))
+                order = np.argsort(-masked, axis=1, kind="stable")[:, :n]
+                expected = np.take_along_axis(masked, order, 1)
+                np.testing.assert_array_equal(found.logits, expected)
+                np.testing.assert_array_equal(found.tokens, np.where(expected == -np.inf, -1, order))
+                np.testing.assert_array_equal(found.largest, logits.max(axis=1))
+                for i in np.flatnonzero(allowed.any(axis=1)):
+                    for sampler in (
+                        Sampler(tinyllm.SamplingParams(temperature=0), size),
+                        Sampler(tinyllm.SamplingParams(temperature=3, top_k=n - 1 or 40, seed=turn), size),
+                    ):
+                        if (sampler.n_candidates or size) <= n:
+                            whole = sampler(logits[i], [], 5, masks[i])
+                            assert sampler(found[int(i)], [], 5) == whole
+                            assert allowed[i, whole.token]
+            every = llm.model.candidates(*call, rows=rows, n=n, cache=pool)
+            np.testing.assert_array_equal(every.tokens, np.argsort(-logits, axis=1, kind="stable")[:, :n])
+            np.testing.assert_array_equal(every.sums, found.sums)
+        for wrong in (masks[1:], masks[:, 1:], masks.T, masks[0]):
+            with pytest.raises(tinyllm.ArgumentError, match=rf"allowed must be \[4, {-(-size // 32)}\]"):
+                llm.model.candidates(*call, rows=rows, n=n, allowed=wrong, cache=pool)
+        with pytest.raises(TypeError, match="allowed must be uint32, not bool"):
+            llm.model.candidates(*call, rows=rows, n=n, allowed=allowed, cache=pool)  # type: ignore[arg-type]
+        pool.close()
+    host.shuffle(0)
 
 
 @pytest.mark.parametrize(
@@ -692,6 +756,46 @@ def test_choosing_from_candidates_is_choosing_from_all(
     assert len(asked) < 12
     for a, b in zip(some, every, strict=True):
         assert (a.tokens, a.logprobs, a.top_logprobs) == (b.tokens, b.logprobs, b.top_logprobs)
+
+
+BALL = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "size": {"type": "integer"}},
+    "required": ["colour", "size"],
+    "additionalProperties": False,
+}
+PLAIN_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def test_forms_are_chosen_from_candidates(
+    host: Host, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of one prompt, tokens without a choice, a free text in the same calls, and a form that
+    opens the reasoning it is not for: the tokens and log probabilities of whole rows, of which none is
+    fetched."""
+    options: dict[str, Any] = {"logprobs": True, "max_tokens": 9, "temperature": 2, "seed": 3}
+    chat: dict[str, Any] = {"regex": "<think>[a-z]{3}", "chat_template": PLAIN_TEMPLATE, **options}
+    words: dict[str, Any] = {"choices": ["yes", "no"], "logprobs": True, "temperature": 0}
+
+    def made(llm: tinyllm.LLM) -> list[tuple[list[int], list[float]]]:
+        async def together() -> list[Any]:
+            samples = llm.acall("A ball", n=2, json_schema=BALL, **options)
+            return [*await asyncio.gather(samples, llm.acall("One day", **options))]
+
+        samples, free = asyncio.run(together())
+        thought = llm.chat([{"role": "user", "content": "Once"}], **chat)
+        texts = [*samples, free, thought, llm("Is it?", **words)]
+        return [(text.tokens, text.logprobs) for text in texts]
+
+    with load(data_dir / "models/stories260K/stories260K.gguf") as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.model, "forward", None)
+            some = made(llm)
+        # The likeliest tokens of all need not be among those that a form allows.
+        word = llm("Is it?", top_logprobs=3, **words)
+        assert (word.tokens, word.logprobs) == some[-1]
+        monkeypatch.setattr(backends.Model, "most_candidates", 0)
+        assert some == made(llm)
 
 
 def test_no_number_among_candidates_is_said(chooser: tinyllm.LLM) -> None:
@@ -743,7 +847,9 @@ for config, format, cache, calls in (
             call = (positions, positions, sequences, tables)
             llm.model.forward(*call, rows=[len(positions) - 1], cache=pool)
         if config is llama and cache == "f16":
-            llm.model.candidates(*call, rows=[0, len(positions) - 1], n=5, cache=pool)
+            masks = np.full((2, 35), 0x10101010, np.uint32)
+            for allowed in (None, masks):
+                llm.model.candidates(*call, rows=[0, len(positions) - 1], n=5, allowed=allowed, cache=pool)
         pool.close()
 print("ran")
 """

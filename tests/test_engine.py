@@ -19,10 +19,10 @@ from helpers_interrupts import handlers_exception_may_be_lost, raise_amid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyllm.engine.engine import Engine, Generation, Job, Piece, _Call
+from tinyllm.engine.engine import Batch, Engine, Generation, Job, Piece, _Call
 from tinyllm.engine.kvcache import PAGE, KVCache, pages_held
-from tinyllm.engine.sampling import Sampled, StopStrings
-from tinyllm.errors import ContextError, MemoryLimitError, ModelClosedError
+from tinyllm.engine.sampling import Sampled, Sampler, SamplingParams, StopStrings
+from tinyllm.errors import ConstraintError, ContextError, MemoryLimitError, ModelClosedError
 
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 CONTEXT = 600
@@ -756,3 +756,115 @@ def test_calls_are_kept_short_where_a_device_cannot_stop_within_one(monkeypatch:
     while not job.is_done:
         engine.step([job])
     assert model.calls == [64, 192, 64, 64, 64, 64, 38]
+
+
+# ---- forms on a device that finds the largest logits by itself
+
+
+class Form:
+    """Any tenth token may come, which ones depends on those so far; every fifth has n_forced after it."""
+
+    def __init__(self, n_forced: int = 3, fails_at: int | None = None) -> None:
+        self.tokens: list[int] = []
+        self.asked: list[int] = []  # after how many tokens each mask was
+        self._n_forced, self._fails_at, self._is_forced = n_forced, fails_at, False
+
+    def _random(self) -> np.random.Generator:
+        return np.random.default_rng([len(self.tokens), *self.tokens])
+
+    def prepare(self) -> None:
+        pass
+
+    def mask(self) -> Any:
+        self.asked.append(len(self.tokens))
+        if len(self.tokens) == self._fails_at:
+            raise ConstraintError("too large")
+        allowed = self._random().random(VOCAB) < 0.1
+        return np.pad(np.packbits(allowed, bitorder="little"), (0, 3)).view(np.uint32)
+
+    def accept(self, token: int) -> None:
+        self.tokens.append(token)
+
+    def forced(self) -> list[int]:
+        n = self._n_forced if len(self.tokens) % 5 == 0 else 0
+        return [int(token) for token in self._random().integers(0, 256, n)]
+
+    @property
+    def is_over(self) -> bool:
+        return len(self.tokens) > 70
+
+
+def formed(
+    engine: Engine | None, prompt: list[int], form: Form | None, seed: int, **params: Any
+) -> Generation:
+    chooses = Sampler(SamplingParams(**{"temperature": 1, "top_k": 12, "seed": seed, **params}), VOCAB)
+    options: dict[str, Any] = {
+        "constraint": form,
+        "opening": frozenset({7}) if form else frozenset(),
+        "max_tokens": 40,
+    }
+    if engine:
+        options["runner"] = threading.get_ident()  # nobody reads along, so its tokens are not cut into calls
+    made = generation(engine, prompt, n_candidates=chooses.n_candidates, **options)
+    made.sampler = chooses
+    return made
+
+
+def assert_alike(some: list[Generation], others: list[Generation]) -> None:
+    for a, b in zip(some, others, strict=True):
+        assert (a.tokens, a.finish_reason) == (b.tokens, b.finish_reason)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)  # the mock adds up in another order
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0}, {"top_k": 1}], ids=str)
+def test_a_form_is_the_same_whether_the_device_finds_the_largest_logits_or_not(
+    params: dict[str, Any],
+) -> None:
+    """With samples of one prompt, and beside a text that is free. No row leaves the device whole, and each
+    mask is made once."""
+    made = []
+    for most_candidates in (0, 64):
+        engine = make_engine()
+        engine.model.most_candidates = most_candidates  # type: ignore[misc]
+        forms = [Form(), Form(), Form()]
+        group = [
+            formed(engine if i == 0 else None, text(9), form, i, **params) for i, form in enumerate(forms)
+        ]
+        free = formed(engine, text(70, seed=1), None, 5, **params)
+        run(engine, [group, [free]])
+        model: Any = engine.model
+        assert all(len(set(form.asked)) == len(form.asked) > 3 for form in forms)
+        assert len(model.n_asked) == (len(model.calls) if most_candidates else 0)
+        made.append([*group, free])
+        assert any(len(g.tokens) > 10 for g in group)
+    assert_alike(*made)
+
+
+def test_more_rows_than_a_device_takes_masks_for_come_whole() -> None:
+    made = []
+    for most_candidates in (0, 64):
+        engine = make_engine()
+        engine.model.most_candidates = most_candidates  # type: ignore[misc]
+        texts = [formed(engine, text(9, seed=i), Form(n_forced=25), seed=i) for i in range(4)]
+        run(engine, [[g] for g in texts])
+        made.append(texts)
+    model: Any = engine.model
+    assert 0 < len(model.n_asked) < len(model.calls)
+    assert_alike(*made)
+
+
+def test_a_mask_that_cannot_be_made_ends_its_own_text_alone() -> None:
+    engine = make_engine()
+    engine.model.most_candidates = 64  # type: ignore[misc]
+    good, bad = formed(engine, text(9), Form(), 1), formed(engine, text(8), Form(fails_at=4), 1)
+    batch, failed = Batch(engine), []
+    batch.add([bad])
+    batch.add([good])
+    while batch.jobs:
+        list(batch.step(None, failed))
+        for broken, _ in failed:
+            batch.end(broken)
+    assert [(broken, str(error)) for broken, error in failed] == [(bad, "too large")]
+    assert len(bad.tokens) == 4
+    assert len(good.tokens) > 10
+    assert pages_in_use(engine) == 0

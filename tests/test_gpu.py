@@ -182,6 +182,25 @@ def test_choosing_on_the_device_is_choosing_from_all(
         assert (a.tokens, a.logprobs, a.top_logprobs) == (b.tokens, b.logprobs, b.top_logprobs)
 
 
+def test_candidates_of_a_mask(llm: tinyllm.LLM) -> None:
+    pool = llm.model.cache(llm.cache_type, 2)
+    pool.grow(2)
+    call = (IDS[:9], np.arange(9), np.zeros(9, np.int32), [[0, 1]])
+    logits = llm.model.forward(*call, rows=[8, 2], cache=pool)
+    words = -(-logits.shape[1] // 32)
+    for bits in (0x80000001, 0x00100000):  # the second time from the graph
+        masks = np.full((2, words), bits, np.uint32)
+        allowed = np.unpackbits(masks.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little") > 0
+        found = llm.model.candidates(*call, rows=[8, 2], n=7, allowed=masks, cache=pool)
+        order = np.argsort(-np.where(allowed, logits, -np.inf), axis=1, kind="stable")[:, :7]
+        n = min(7, int(allowed[0].sum()))
+        np.testing.assert_array_equal(found.tokens[:, :n], order[:, :n])
+        np.testing.assert_array_equal(found.logits[:, :n], np.take_along_axis(logits, order, 1)[:, :n])
+        assert (found.tokens[:, n:] == -1).all()
+        np.testing.assert_array_equal(found.largest, logits.max(axis=1))
+    pool.close()
+
+
 # ---- manners
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from helpers_engine import candidates
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -548,13 +549,6 @@ def test_tokens_that_may_not_end_or_begin() -> None:
         chosen(11, suppress_tokens=[1, 2, 3], min_tokens=5)
 
 
-def candidates(logits: Floats, n: int) -> backends.Candidates:
-    """What a device gives of a row."""
-    tokens = np.argsort(-logits, kind="stable")[:n].astype(np.int32)
-    total = math.exp(-backends.logprob(logits, int(tokens[0])))
-    return backends.Candidates(tokens[None], logits[tokens][None], np.array([total]))[0]
-
-
 @pytest.mark.parametrize(
     "case",
     [
@@ -568,18 +562,27 @@ def candidates(logits: Floats, n: int) -> backends.Candidates:
     ],
     ids=lambda case: "+".join(case),
 )
-def test_the_largest_logits_are_enough(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize("share", [None, 0.5, 0.03], ids="allowed {}".format)
+def test_the_largest_logits_are_enough(case: dict[str, Any], share: float | None) -> None:
+    """Of all, or of those that a mask allows, which may be fewer."""
     for seed in range(20):
         logits = random_logits(seed, 300, 2.0)
+        mask, bits = None, None
+        if share is not None:
+            mask = np.random.default_rng(seed).random(320) < share
+            mask[np.argsort(-logits)[5]] = True  # one that is not banned
+            mask, bits = mask[:300], np.packbits(mask, bitorder="little").view(np.uint32)
         order = np.argsort(-logits).tolist()
         params = {name: order[:3] if value == "the largest" else value for name, value in case.items()}
         sampler = sampler_for(logits, **{"top_k": 8, "start": 0, "eos_ids": order[2:5], **params})
         assert sampler.n_candidates is not None
         assert sampler.n_candidates < 30
-        few = candidates(logits, sampler.n_candidates)
+        few = candidates(logits, sampler.n_candidates, mask)
         for position in range(6):
-            all, some = sampler(logits, [], position), sampler(few, [], position)
-            assert (all.token, [i for i, _ in all.top]) == (some.token, [i for i, _ in some.top])
+            all, some = sampler(logits, [], position, bits), sampler(few, [], position)
+            assert all.token == some.token
+            if mask is None:  # else the likeliest of all are not among those that may come
+                assert [i for i, _ in all.top] == [i for i, _ in some.top]
             # The core's own sum, in its own order, is in tests of the backends.
             assert all.logprob == pytest.approx(some.logprob, abs=1e-6)
 

@@ -1,29 +1,33 @@
-// kernels/candidates.cuh: of each row of logits the k largest and what a probability needs of the others, so that a
-// vocabulary need not cross the bus: pieces of a row are sorted, their best merged, and the sum of exponentials is added up
-// in the order of csrc/sample.c's exp_sum, to the same bits. Includes activations.cuh.
+// kernels/candidates.cuh: of each row of logits the k largest that may come, and what a probability needs of the others, so
+// that a vocabulary need not cross the bus: pieces of a row are sorted, their best merged, and the sum of exponentials, over
+// all logits, is added up in the order of csrc/sample.c's exp_sum, to the same bits. Includes activations.cuh.
 #ifndef TINYLLM_CUDA_CANDIDATES_CUH
 #define TINYLLM_CUDA_CANDIDATES_CUH
 
 #include "activations.cuh"
 
 #define MOST_CANDIDATES 64
-#define SORT_PIECE      4096 // logits that a block sorts
-#define MOST_MERGED     8192 // candidates that a block merges
-#define SUM_PIECE       1024 // sample.c's PIECE
-#define SUM_LANES       16   // and LANES
+#define SORT_PIECE      4096                // logits that a block sorts
+#define MOST_MERGED     8192                // candidates that a block merges
+#define SUM_PIECE       1024                // sample.c's PIECE
+#define SUM_LANES       16                  // and LANES
+#define NO_CANDIDATE    0xff800000ffffffffu // token -1 with the logit -inf: behind all others
 
 struct candidate_arguments {
     const float *logits; // [rows, n]
     const int *n_rows;
-    int n, k;         // logits of a row; candidates wanted, k <= n
-    uint64_t *best;   // [rows, pieces, k] of each piece, in order
-    uint64_t *result; // [rows, 1 + k]: the sum, a float64, then candidates in order
-    float *parts;     // [rows, sum pieces, SUM_LANES]
-    int *arrived;     // [rows], zeros between kernels
+    int n, k;                // logits of a row; candidates wanted, k <= n
+    const uint32_t *allowed; // [rows, mask_words(n)] a bit a token, lowest first: what may be a candidate; NULL: all
+    uint64_t *best;          // [rows, pieces, k] of each piece, in order
+    float *largest;          // [rows, pieces] of all logits of each piece
+    uint64_t *result;        // [rows, 2 + k]: the sum, a float64; the largest of all; then candidates in order
+    float *parts;            // [rows, sum pieces, SUM_LANES]
+    int *arrived;            // [rows], zeros between kernels
 };
 
 BOTH int n_sorted(int n) { return (n + SORT_PIECE - 1) / SORT_PIECE; }
 BOTH int n_summed(int n) { return (n + SUM_PIECE - 1) / SUM_PIECE; }
+BOTH int mask_words(int n) { return (n + 31) / 32; }
 BOTH int power_from(int n) {
     int power = 2;
     while (power < n) power *= 2;
@@ -59,17 +63,30 @@ DEVICE void sort_shared(uint64_t *x, int n) {
 
 // block_x: the piece, block_y: the row.
 KERNEL(BLOCK_THREADS, 1) sort_pieces(const candidate_arguments c) {
-    uint64_t *x = (uint64_t *)(void *)shared_memory();
+    float *of_warps = (float *)(void *)shared_memory(); // [BLOCK_WARPS] the largest of all logits that a warp read
+    uint64_t *x = (uint64_t *)(void *)(of_warps + BLOCK_WARPS);
     wait_for_previous();
     let_next_start();
     const int row = block_y(), first = block_x() * SORT_PIECE, left = c.n - first;
     if (row >= *c.n_rows) return;
     const int n = left < SORT_PIECE ? left : SORT_PIECE, padded = power_from(n < c.k ? c.k : n);
-    for (int i = thread_id(); i < padded; i += n_threads())
-        x[i] = i < n ? candidate_of(c.logits[(size_t)row * c.n + first + i], first + i) : ~(uint64_t)0;
+    const float *logits = c.logits + (size_t)row * c.n;
+    const uint32_t *allowed = c.allowed ? c.allowed + (size_t)row * mask_words(c.n) : NULL;
+    float largest = -INFINITY;
+    for (int i = thread_id(); i < padded; i += n_threads()) {
+        const int id = first + i;
+        const bool is_allowed = i < n && (!allowed || (allowed[id / 32] >> id % 32 & 1));
+        if (i < n) largest = larger(largest, logits[id]);
+        x[i] = is_allowed ? candidate_of(logits[id], id) : NO_CANDIDATE;
+    }
+    largest = warp_largest(largest);
+    if (lane_id() == 0) of_warps[warp_id()] = largest;
     sort_shared(x, padded);
-    uint64_t *best = c.best + ((size_t)row * n_sorted(c.n) + block_x()) * c.k;
-    for (int i = thread_id(); i < c.k; i += n_threads()) best[i] = x[i];
+    const size_t piece = (size_t)row * n_sorted(c.n) + block_x();
+    for (int i = thread_id(); i < c.k; i += n_threads()) c.best[piece * c.k + i] = x[i];
+    if (thread_id() > 0) return;
+    for (int i = 1; i < BLOCK_WARPS; i++) largest = larger(largest, of_warps[i]);
+    c.largest[piece] = largest;
 }
 
 // block_x: the row.
@@ -77,11 +94,16 @@ KERNEL(BLOCK_THREADS, 1) merge_pieces(const candidate_arguments c) {
     uint64_t *x = (uint64_t *)(void *)shared_memory();
     wait_for_previous();
     let_next_start();
-    const int row = block_x(), n = n_sorted(c.n) * c.k, padded = power_from(n);
+    const int row = block_x(), pieces = n_sorted(c.n), n = pieces * c.k, padded = power_from(n);
     if (row >= *c.n_rows) return;
-    for (int i = thread_id(); i < padded; i += n_threads()) x[i] = i < n ? c.best[(size_t)row * n + i] : ~(uint64_t)0;
+    for (int i = thread_id(); i < padded; i += n_threads()) x[i] = i < n ? c.best[(size_t)row * n + i] : NO_CANDIDATE;
     sort_shared(x, padded);
-    for (int i = thread_id(); i < c.k; i += n_threads()) c.result[(size_t)row * (1 + c.k) + 1 + i] = x[i];
+    uint64_t *result = c.result + (size_t)row * (2 + c.k);
+    for (int i = thread_id(); i < c.k; i += n_threads()) result[2 + i] = x[i];
+    if (thread_id() > 0) return;
+    float largest = c.largest[(size_t)row * pieces];
+    for (int i = 1; i < pieces; i++) largest = larger(largest, c.largest[(size_t)row * pieces + i]);
+    result[1] = as_bits(largest);
 }
 
 // e^x for x <= 0, as sample.c's exponent and exp_of have it.
@@ -108,8 +130,8 @@ KERNEL(BLOCK_THREADS, 1) sum_exponentials(const candidate_arguments c) {
     let_next_start();
     const int row = block_y(), first = block_x() * SUM_PIECE, left = c.n - first, n_parts = n_summed(c.n);
     if (row >= *c.n_rows) return;
-    uint64_t *result = c.result + (size_t)row * (1 + c.k);
-    const float largest = as_float(candidate_bits(result[1])), *x = c.logits + (size_t)row * c.n + first;
+    uint64_t *result = c.result + (size_t)row * (2 + c.k);
+    const float largest = as_float((uint32_t)result[1]), *x = c.logits + (size_t)row * c.n + first;
     for (int i = thread_id(); i < SUM_PIECE; i += n_threads())
         e[i] = i < left ? sample_exponential(x[i] - largest) : 0.0f;
     block_barrier();

@@ -59,6 +59,7 @@ class Model:
         last_layer: int,
         logits: bool,
         n_candidates: int,
+        allowed: NDArray[np.uint32] | None,
         threads: int,
         should_stop: Callable[[], bool] | None,
     ) -> Any: ...
@@ -106,7 +107,7 @@ class Sampling:
         history: NDArray[np.int32],
         position: int,
         banned: NDArray[np.int32],
-        total: float | None = None,
+        total: tuple[float, float] | None = None,
         allowed: NDArray[np.uint32] | None = None,
     ) -> tuple[int, float]: ...
 
@@ -131,7 +132,7 @@ def convert(
     threads: int,
 ) -> NDArray[np.uint8]: ...
 def top_logprobs(
-    logits: NDArray[np.float32], k: int, total: float | None = None
+    logits: NDArray[np.float32], k: int, total: tuple[float, float] | None = None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
 def logprob(logits: NDArray[np.float32], token: int) -> float: ...
 def random(seed: int, position: int) -> float: ...

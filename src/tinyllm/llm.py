@@ -502,7 +502,7 @@ class LLM:
         `chat`."""
         prompts = self._prompts_of(chat_template)
         told: SequenceOf[Mapping[str, Any]] | None = as_tools(tools or ()) or None
-        if told or any(isinstance(c, ToolCall) for c in _calls_in(messages)):
+        if told or any(map(_is_to_be_completed, _calls_in(messages))):
             assert self.tokenizer is not None
             template = prompts.template
             source = template.tool_source if told and template.tool_source else template.source
@@ -890,7 +890,8 @@ class LLM:
             StopStrings(params.stop or ()),
             self._text_stream(prompt[-1], reasoning, shown),
             context=context,
-            n_candidates=sampler.n_candidates if form is None else None,
+            # The model's likeliest tokens need not be among those that a form allows.
+            n_candidates=None if form is not None and params.top_logprobs else sampler.n_candidates,
             max_tokens=params.max_tokens,
             eos_ids=eos_ids,
             split=self._splitter(prompt, calling) if reasoning else Plain(),
@@ -1211,6 +1212,11 @@ def _calls_in(messages: SequenceOf[Mapping[str, Any]]) -> Iterator[Any]:
     for message in messages if isinstance(messages, SequenceOf) else ():
         if isinstance(message, Mapping):
             yield from message.get("tool_calls") or ()
+
+
+def _is_to_be_completed(call: object) -> bool:
+    """Whether no template knows such a call of a conversation: a completion's own, or one without an id."""
+    return isinstance(call, ToolCall) or (isinstance(call, Mapping) and not call.get("id"))
 
 
 def _refuse_lookalikes(prompt: object) -> None:

@@ -329,20 +329,27 @@ def _core_config(config: ModelConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The largest logits of rows, and what a probability needs of the others: all that sampling with a top_k
-    below their number, or greedily, asks of a row, to the same bits.
+    """The largest logits of rows, of those tokens that may come, and what a probability needs of the others:
+    all that sampling with a top_k below their number, or greedily, asks of a row, to the same bits.
 
-    tokens int32 and logits float32 [rows, n]: the largest first, of equal ones the lower token. totals
-    float64 [rows]: the sum over all tokens of e^(logit - largest), as csrc/sample.c adds it up; not finite
-    where a logit is NaN or +inf. An index picks rows, as of an array.
+    tokens int32 and logits float32 [rows, n]: the largest first, of equal ones the lower token; where fewer
+    may come, the rest are -1 and -inf. sums float64 [rows]: over all tokens, of e^(logit - largest), as
+    csrc/sample.c adds it up; not finite where a logit is NaN or +inf. largest float32 [rows]: of all logits.
+    An index picks rows, as of an array.
     """
 
     tokens: npt.NDArray[np.int32]
     logits: F32
-    totals: npt.NDArray[np.float64]
+    sums: npt.NDArray[np.float64]
+    largest: F32
+
+    @property
+    def total(self) -> tuple[float, float]:
+        """Of one row, what the core takes beside its logits."""
+        return float(self.sums), float(self.largest)
 
     def __getitem__(self, rows: int | slice) -> Candidates:
-        return Candidates(self.tokens[rows], self.logits[rows], self.totals[rows])
+        return Candidates(self.tokens[rows], self.logits[rows], self.sums[rows], self.largest[rows])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -547,14 +554,21 @@ class Model:
         *,
         rows: npt.ArrayLike,
         n: int,
+        allowed: npt.NDArray[np.uint32] | None = None,
         cache: PagePool,
         should_stop: Callable[[], bool] | None = None,
     ) -> Candidates:
         """As `forward` through all layers, but of each of at most 64 rows only the n largest logits, so that
-        a vocabulary need not leave the device. n: 1 to most_candidates."""
+        a vocabulary need not leave the device. n: 1 to most_candidates. allowed: of which tokens, a bit a
+        token, the lowest first: uint32 [rows, vocab_size / 32, rounded up]; None: of all."""
         n = integer("n", n, 1, self.most_candidates, f"candidates that {self.device} finds")
+        if allowed is not None:
+            allowed = _array("allowed", allowed)
+            if allowed.dtype != np.uint32:
+                raise TypeError(f"allowed must be uint32, not {allowed.dtype}")
+            allowed = np.array(allowed, order="C")
         found = self._forward(
-            tokens, positions, sequences, page_tables, rows, None, None, n, cache, should_stop
+            tokens, positions, sequences, page_tables, rows, None, None, n, cache, should_stop, allowed
         )
         return Candidates(*found)
 
@@ -575,6 +589,7 @@ class Model:
         n_candidates: int,
         cache: PagePool,
         should_stop: Callable[[], bool] | None,
+        allowed: npt.NDArray[np.uint32] | None = None,
     ) -> Any:
         if not isinstance(cache, PagePool):
             raise TypeError(f"cache must be what `Model.cache` returns, not {type(cache).__name__}")
@@ -610,6 +625,7 @@ class Model:
             between[1],
             wants_logits,
             n_candidates,
+            allowed,
             self.threads,
             should_stop,
         )

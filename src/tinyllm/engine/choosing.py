@@ -24,18 +24,18 @@ Mask = npt.NDArray[np.uint32]
 def choose(
     sampler: Callable[..., Sampled], logits: Logits, tokens: list[int], mask: Mask | None = None
 ) -> Sampled:
-    """The token after `tokens`, of those whose bits are set in the mask, if there is one. Raises
-    ArgumentError, and FormatError where the model computes logits that are NaN or infinite: to the sampler
-    -inf is a token that must not come, which is for its user to say."""
-    require_finite(logits.totals if isinstance(logits, Candidates) else logits)
+    """The token after `tokens`, of those whose bits are set in the mask, if there is one; candidates are of
+    such already. Raises ArgumentError, and FormatError where the model computes logits that are NaN or
+    infinite: to the sampler -inf is a token that must not come, which is for its user to say."""
+    _require_numbers(logits)
     if mask is None:
         return sampler(logits, tokens, len(tokens))
     return sampler(logits, tokens, len(tokens), mask)
 
 
 def taken(sampler: Any, logits: Any, token: int) -> Sampled:
-    """What the sampler says of a token that was taken without a choice. logits: float32 [vocab_size]."""
-    require_finite(logits)
+    """What the sampler says of a token that was taken without a choice. logits: as the sampler's `taken`."""
+    _require_numbers(logits)
     sampled: Sampled = sampler.taken(logits, token)
     return sampled
 
@@ -70,6 +70,17 @@ def grant(wishes: Sequence[Wish], threads: int) -> None:
             wish.give(ArgumentError(found))
         else:
             wish.give(wish.sampler.sampled(row[1], *found))
+
+
+def only(token: int, vocab_size: int) -> Mask:
+    """The mask of a single token."""
+    mask = np.zeros(-(-vocab_size // 32), np.uint32)
+    mask[token // 32] = 1 << token % 32
+    return mask
+
+
+def _require_numbers(logits: Logits) -> None:
+    require_finite(logits.sums if isinstance(logits, Candidates) else logits)
 
 
 def require_finite(computed: npt.NDArray[np.floating[Any]]) -> None:

@@ -26,7 +26,7 @@ from tinyllm.chat.reasoning import Kind, Part, Plain, Splitter
 from tinyllm.chat.tools.answers import AnswerSplitter
 from tinyllm.chat.tools.calls import Part as CallPart
 from tinyllm.chat.tools.shapes import ToolCall
-from tinyllm.engine.choosing import Mask, Wish, choose, grant, taken
+from tinyllm.engine.choosing import Mask, Wish, choose, grant, only, taken
 from tinyllm.engine.kvcache import PAGE, KVCache, Sequence
 from tinyllm.engine.pace import Pace
 from tinyllm.engine.sampling import Candidates, Logits, Sampled, Sampler, StopStrings
@@ -82,6 +82,7 @@ class Model(Protocol):
         *,
         rows: I32,
         n: int,
+        allowed: Mask | None = None,
         cache: Any,
         should_stop: Callable[[], bool] | None = None,
     ) -> Candidates: ...
@@ -112,7 +113,8 @@ class Job:
 
     first_row: the position of the first token whose logits are wanted; None: the sequence's last. is_watched:
     somebody reads along while it is written; None: as streams and sessions are. wishes: the choices that the
-    last row is computed for, asked for when it is there.
+    last row is computed for, asked for when it is there. mask: what may come after a position, asked for
+    before the call where candidates are enough; None: anything.
     """
 
     def __init__(
@@ -123,8 +125,9 @@ class Job:
         n_candidates: int | None = None,
         is_watched: bool | None = None,
         wishes: Callable[[F32], list[Wish]] = lambda row: [],
+        mask: Callable[[int], Mask | None] = lambda position: None,
     ) -> None:
-        self.sequence, self.n_candidates, self.wishes = sequence, n_candidates, wishes
+        self.sequence, self.n_candidates, self.wishes, self.mask = sequence, n_candidates, wishes, mask
         self.is_watched = sequence.runner is None if is_watched is None else is_watched
         self.news_at = -math.inf  # when it last came with logits, by time.perf_counter
         self.is_late = False  # its thread took long to come back after that
@@ -239,6 +242,7 @@ class Generation:
     prompt_done: float | None = None  # when the prompt was computed
     ended: float | None = None
     _given: list[int] = field(default_factory=list)  # the sequence's last tokens, that were not chosen
+    _is_masked: bool = False  # whether `mask_after` had a form's mask for the last row
     # What another thread chose: after how many tokens, and the token, or why there is none.
     _granted: tuple[int, Sampled | Exception] | None = None
 
@@ -284,6 +288,9 @@ class Generation:
         constraint = self.constraint if self.split.is_answer else None
         if constraint is not None and constraint.is_over:
             return pieces + self.finish("stop")
+        if constraint is None and self._is_masked and isinstance(rows[-1], Candidates):
+            self._is_masked = False
+            return pieces  # the given tokens opened reasoning, which is free: the row is computed again
         sampled = self._chosen(rows[-1], tokens, constraint)
         if sampled.token in self.eos_ids:
             return pieces + self.finish("stop", sampled.token)
@@ -299,11 +306,26 @@ class Generation:
     def _chosen(self, row: Logits, tokens: list[int], constraint: Constraint | None) -> Sampled:
         granted, self._granted = self._granted, None
         if granted is None or granted[0] != len(tokens):
-            mask = None if constraint is None else self._mask(constraint)
+            mask = None
+            if constraint is not None and not isinstance(row, Candidates):  # these are of `mask_after`'s
+                mask = self._mask(constraint)
             return choose(self.sampler, row, tokens, mask)
         if isinstance(granted[1], Exception):
             raise granted[1]
         return granted[1]
+
+    def mask_after(self, position: int) -> Mask | None:
+        """Of which tokens `accept` wants the candidates in the row of the token at this position: those that
+        may follow, or the one that was given; None: all."""
+        assert self.sequence is not None
+        tokens = self.sequence.tokens
+        if position < len(tokens) - 1:
+            return only(tokens[position + 1], self.sampler.vocab_size)
+        constraint = self.constraint if self.split.is_answer else None
+        self._is_masked = constraint is not None and not constraint.is_over
+        if constraint is None or constraint.is_over:
+            return None
+        return self._mask(constraint)
 
     def _mask(self, constraint: Constraint) -> Mask:
         mask = constraint.mask()
@@ -406,6 +428,7 @@ class Batch:
         self._watched |= dict.fromkeys(group, is_watched)
         self._siblings[first] = rest
         self._start(first)
+        first.prepare()
 
     def step(
         self,
@@ -470,7 +493,6 @@ class Batch:
         assert generation.sequence is not None
         wanted = [g.n_candidates for g in (generation, *self._siblings.get(generation, ()))]
         n = None if None in wanted else max(n for n in wanted if n is not None)
-        generation.prepare()
         tokens = generation.sequence.tokens
 
         def wishes(row: F32) -> list[Wish]:
@@ -478,7 +500,14 @@ class Batch:
             return [wish for text in texts if (wish := text.wish(row, tokens)) is not None]
 
         watched = self._watched[generation]
-        self.jobs[generation] = Job(generation.sequence, n_candidates=n, is_watched=watched, wishes=wishes)
+        # The texts of a group have one form, and at its beginning one mask.
+        self.jobs[generation] = Job(
+            generation.sequence,
+            n_candidates=n,
+            is_watched=watched,
+            wishes=wishes,
+            mask=generation.mask_after,
+        )
 
 
 @dataclass(eq=False)
@@ -862,8 +891,29 @@ class Engine:
             "should_stop": should_stop,
         }
         if n_candidates := self._n_candidates(parts):
-            return self.model.candidates(*given, n=n_candidates, **options)
+            return self.model.candidates(*given, n=n_candidates, allowed=self._allowed(parts), **options)
         return self.model.forward(*given, **options)
+
+    def _allowed(self, parts: list[_Part]) -> Mask | None:
+        """What the candidates of each row are of, as bits [rows, words]; None: of all tokens.
+
+        Whole rows meet their masks after the call, which are made meanwhile; the device needs them before it.
+        So the call waits for what `prepare` began after the last token, 50 us a text at most.
+        """
+        masks: list[Mask | None] = []
+        for part in parts:
+            end = part.job.sequence.n_cached + part.n
+            for position in range(end - part.n_rows, end):
+                try:
+                    masks.append(part.job.mask(position))
+                except Exception as error:  # the text's own, which its thread raises
+                    part.job.error = error
+                    masks.append(None)
+        some = [mask for mask in masks if mask is not None]
+        if not some:
+            return None
+        everything = np.full_like(some[0], 0xFFFFFFFF)
+        return np.stack([everything if mask is None else mask for mask in masks])
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -393,7 +393,7 @@ class Sampler:
     def n_candidates(self) -> int | None:
         """How many of the largest logits are enough to choose as from all of them; None: all are needed."""
         params = self.params
-        if params.processors or params.logit_bias or self._reach or params.has_form:
+        if params.processors or params.logit_bias or self._reach:
             return None
         if params.temperature == 0:
             n = 1
@@ -415,7 +415,7 @@ class Sampler:
         logits: float32 [vocab_size], left as they are, or a row's n_candidates largest; history: the tokens
         so far, prompt included; position: the new token's, 0 or more. The random numbers are a function of
         (params.seed, position), nothing else. allowed: a bit a token, the lowest first, [vocab_size / 32,
-        rounded up]: those that may come; for logits that are all there. None: all may.
+        rounded up]: those that may come; None: all may. Candidates are the largest of those already.
         Raises ArgumentError for logits of another shape or dtype, for NaN or +inf among them, and where
         nothing is left to choose (all -inf).
         """
@@ -462,8 +462,12 @@ class Sampler:
             return _NOTHING
         return self._banned[position == self._start, position >= self._may_end]
 
-    def taken(self, logits: npt.NDArray[np.float32], token: int) -> Sampled:
-        """What a choice of this token tells; for one that nobody chose. logits: float32 [vocab_size]."""
+    def taken(self, logits: Logits, token: int) -> Sampled:
+        """What a choice of this token tells; for one that nobody chose. logits: float32 [vocab_size], or
+        candidates where this token alone may come."""
+        if isinstance(logits, Candidates):
+            assert logits.tokens[0] == token
+            return Sampled(token, float(backends.top_logprobs(logits.logits, 1, logits.total)[1][0]), [])
         return Sampled(token, float(backends.logprob(logits, token)), self._top(logits))
 
     def _top(self, logits: npt.NDArray[np.float32]) -> list[tuple[int, float]]:
@@ -473,14 +477,13 @@ class Sampler:
         return list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
 
     def _choose(self, row: Candidates, position: int, banned: npt.NDArray[np.int32]) -> Sampled:
-        total = float(row.totals)
         if len(banned):
             banned = np.flatnonzero(np.isin(row.tokens, banned)).astype(np.int32)
-        i, logprob = self._core.sample(row.logits, _NOTHING, position, banned, total)
+        i, logprob = self._core.sample(row.logits, _NOTHING, position, banned, row.total)
         top: list[tuple[int, float]] = []
         if self.params.top_logprobs:
             n = min(self.params.top_logprobs, self.vocab_size)
-            found, logprobs = backends.top_logprobs(row.logits, n, total)
+            found, logprobs = backends.top_logprobs(row.logits, n, row.total)
             top = list(zip(row.tokens[found].tolist(), logprobs.tolist(), strict=True))
         return Sampled(int(row.tokens[i]), float(logprob), top)
 

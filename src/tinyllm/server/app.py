@@ -25,7 +25,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from tinyllm import LLM, ArgumentError, Completion, Piece, SamplingParams
 from tinyllm.results import AsyncStream
@@ -235,12 +236,14 @@ Handler = Callable[["Call"], Awaitable[Response]]
 @dataclass(frozen=True)
 class Dialect:
     """A protocol that clients speak: a file each. routes: (method, path, handler). error: a refusal as its
-    clients expect it, the body of an answer. failed: the same as the last part of a stream."""
+    clients expect it, the body of an answer. failed: the same as the last part of a stream. header: what only
+    its clients send; routes that another dialect has as well are its own where that is there."""
 
     name: str
     routes: Sequence[tuple[str, str, Handler]]
     error: Callable[[Refusal], Any]
     failed: Callable[[Refusal], str]
+    header: str | None = None
 
 
 class Call:
@@ -266,6 +269,11 @@ class Call:
     async def json(self, work: Coroutine[Any, Any, Any]) -> Response:
         """Answers with what `work` makes, which ends when the client goes, or its time is over."""
         return json_response(await until_gone(self.request, work, self.server.limits.time_s))
+
+    async def of_model(self, model: str | None, work: Callable[[LLM], Value]) -> Value:
+        """The result of `work`, which computes nothing with the model, in a thread and at once."""
+        async with self.server.models.use(model) as llm:
+            return await shielded(asyncio.to_thread(work, llm))
 
     async def compute(self, model: str | None, work: Callable[[LLM], Value]) -> Value:
         """The result of `work` with a model, in a thread, when it is its turn. Nothing is given back before
@@ -351,9 +359,22 @@ def _endpoint(
     return endpoint
 
 
+class _Route(Route):
+    """Of requests that have the dialect's header, where it has one."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], method: str, header: str | None) -> None:
+        super().__init__(path, endpoint, methods=[method])
+        self._header = header.encode() if header else None
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if self._header and all(name != self._header for name, _ in scope.get("headers", ())):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
 def routes_of(server: Server, dialect: Dialect) -> list[Route]:
     return [
-        Route(path, _endpoint(server, dialect, path, handler), methods=[method])
+        _Route(path, _endpoint(server, dialect, path, handler), method, dialect.header)
         for method, path, handler in dialect.routes
     ]
 
@@ -362,10 +383,11 @@ def dialect_of(path: str, dialects: Sequence[Dialect]) -> Dialect:
     """Whose clients ask for such a path: the one with the route that begins most like it."""
 
     def alike(route: str) -> int:
-        pairs = zip(path.split("/"), route.split("/"), strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        pairs = zip(path[1:].split("/"), route[1:].split("/"), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] != "", pairs))
 
-    return max(dialects, key=lambda d: max(alike(route) for _, route, _ in d.routes))
+    anybodys = [dialect for dialect in dialects if dialect.header is None]
+    return max(anybodys, key=lambda d: max(alike(route) for _, route, _ in d.routes))
 
 
 def application(server: Server, dialects: Sequence[Dialect]) -> Starlette:
@@ -400,6 +422,7 @@ def application(server: Server, dialects: Sequence[Dialect]) -> Starlette:
     async def metrics(request: Request) -> Response:
         return Response(server.metrics.text(), media_type=MEDIA_TYPE)
 
+    ordered = sorted(dialects, key=lambda dialect: dialect.header is None)  # the first that fits is taken
     origins = server.access.origins
     middleware = [
         Middleware(Counted, server.metrics),
@@ -408,7 +431,7 @@ def application(server: Server, dialects: Sequence[Dialect]) -> Starlette:
     ]
     app = Starlette(
         routes=[
-            *(route for dialect in dialects for route in routes_of(server, dialect)),
+            *(route for dialect in ordered for route in routes_of(server, dialect)),
             *page.routes(),
             Route("/metrics", metrics),
         ],

@@ -102,6 +102,7 @@ class Models:
         keep_alive_s: float = math.inf,
     ) -> None:
         self.served = {name: Served(name, path, keep_alive_s=keep_alive_s) for name, path in paths.items()}
+        self.keep_alive_s = keep_alive_s  # of every model, unless a request says otherwise
         self._load, self._needed, self._memory_limit = load, needed, memory_limit
         self._changing = asyncio.Lock()  # what is loaded; one lock for all, lest two wait for each other
         self._is_closed = False

@@ -11,6 +11,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
+from datetime import datetime, timezone
 from functools import partial
 from typing import Any, TypeVar
 
@@ -47,6 +48,11 @@ def event(value: Any, name: str | None = None) -> str:
 def line(value: Any) -> str:
     """One line of JSON, as Ollama streams."""
     return dumps(value) + "\n"
+
+
+def rfc3339(seconds: float) -> str:
+    """A time, in seconds since 1970, as JSON mostly has it."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
 
 
 async def until_gone(

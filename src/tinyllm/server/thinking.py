@@ -14,6 +14,7 @@ from tinyllm.chat.templates import ChatTemplate
 from tinyllm.server.ask import Ask, Refusal
 
 SWITCHES = ("enable_thinking", "thinking")  # of templates that know on and off
+ENABLED = "enabled"  # an effort: as the model does where it thinks, and nothing where it cannot
 
 
 def template_args(llm: LLM, ask: Ask) -> Mapping[str, Any]:
@@ -33,9 +34,9 @@ def _effort(llm: LLM, effort: str | None, read: Collection[str]) -> dict[str, An
     if effort is None:
         return {}
     found: dict[str, Any] = {name: effort != "none" for name in SWITCHES if name in read}
-    if "reasoning_effort" in read:
+    if "reasoning_effort" in read and effort != ENABLED:
         found["reasoning_effort"] = effort
-    if not found and effort != "none":
+    if not found and effort not in ("none", ENABLED):
         why = _unread(llm, "how much to think", read)
         raise Refusal(400, why, param="reasoning_effort", code="unsupported_parameter")
     return found

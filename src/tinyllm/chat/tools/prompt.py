@@ -142,8 +142,11 @@ def _told(
 
 
 def _plain(messages: Sequence[Message], format: Format) -> Messages:
-    """Copies in which calls are dicts with an id and arguments that are dicts."""
+    """Copies in which calls are dicts with an id and arguments that are dicts, and results have the id of
+    their call. A result that came without is that of the first call before it that has none, of its name if
+    it says one."""
     made, n = [], 0
+    open_calls: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
         one = dict(message)
         if one.get("tool_calls"):
@@ -153,6 +156,12 @@ def _plain(messages: Sequence[Message], format: Format) -> Messages:
                 for k, c in enumerate(calls)
             ]
             n += len(calls)
+            open_calls = list(one["tool_calls"])
+        if one.get("role") == "tool":
+            id, name = one.get("tool_call_id"), one.get("name")
+            is_own = [id == c["id"] if id else name in (None, c["function"]["name"]) for c in open_calls]
+            if True in is_own:
+                one["tool_call_id"] = open_calls.pop(is_own.index(True))["id"]
         made.append(one)
     return made
 
