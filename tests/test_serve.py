@@ -6,7 +6,6 @@ What an answer looks like is for the tests of the dialects.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from tinyllm.server.turns import Turns
 
 SERVE = [sys.executable, "-W", "error", "-m", "tinyllm.cli.serve"]
 CHAT = "/v1/chat/completions"
+HTTP = httpx.Client(verify=False, timeout=60)
 
 
 @pytest.fixture
@@ -95,7 +95,10 @@ def test_stories_at_once(tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text(TEMPLATE)
     hello = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "model": "stories"}
-    with process("stories", "--chat-template", str(template)) as it, httpx.Client(base_url=it.url) as client:
+    with (
+        process("stories", "--chat-template", str(template)) as it,
+        httpx.Client(base_url=it.url, verify=False) as client,
+    ):
         assert client.get("/v1/models").json()["data"][0]["id"] == "stories"
         assert client.post(CHAT, json=hello).json()["usage"]["completion_tokens"] == 5
         assert client.post(CHAT, json=hello | {"stream": True}).text.endswith("data: [DONE]\n\n")
@@ -106,49 +109,76 @@ def test_stories_at_once(tmp_path: Path) -> None:
         assert it.ended() == (0, "")
 
 
-def long_stream(url: str, data: bytearray, begun: threading.Event) -> None:
+@contextmanager
+def reading(url: str, key: str = "") -> Iterator[bytearray]:
+    """What comes of a long stream, which has begun; all of it at the end."""
+    data, begun = bytearray(), threading.Event()
     body = {
         "messages": [{"role": "user", "content": "Hi"}],
         "max_tokens": 600,
         "min_tokens": 600,
         "stream": True,
     }
-    with httpx.stream("POST", url + CHAT, json=body, timeout=60) as response:
-        for part in response.iter_bytes():
-            data.extend(part)
-            begun.set()
+
+    def read() -> None:
+        headers = {"x-api-key": key}
+        with (
+            suppress(httpx.RemoteProtocolError),
+            httpx.stream("POST", url + CHAT, json=body, timeout=60, headers=headers) as response,
+        ):
+            for part in response.iter_bytes():
+                data.extend(part)
+                begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(60)
+    yield data
+    reader.join(60)
 
 
-@pytest.mark.parametrize("how", ["grace", "cut", "twice"])
-def test_signals_end_the_server(tmp_path: Path, how: str) -> None:
-    model = write_chat_model(tmp_path / "chat.gguf")
-    data, begun = bytearray(), threading.Event()
-    grace = "0.1" if how == "cut" else "60s"
-    with process(str(model), "--grace", grace, "--context", "2048") as it:
-
-        def read() -> None:
-            try:
-                long_stream(it.url, data, begun)
-            except httpx.RemoteProtocolError:
-                data.extend(b"broken off")
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        assert begun.wait(60)
-        it.popen.send_signal(signal.SIGINT if how == "twice" else signal.SIGTERM)
-        if how == "twice":
-            assert it.popen.stderr is not None
-            assert "ending: 1 request may go on for" in it.popen.stderr.readline()
-            it.popen.send_signal(signal.SIGINT)
-        code, err = it.ended()
-        reader.join(60)
-    if how == "twice":
-        assert (code, err) == (130, "tinyllm-serve: interrupted\n")
-        return
+def test_a_folder_is_served_and_its_answers_finish_at_the_end(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_chat_model(tmp_path / f"{name}.gguf")
+    with process("--models", str(tmp_path), "--keep-alive", "0", "--context", "2048") as it:
+        assert it.lines == [], "nothing is loaded"
+        assert [m["id"] for m in HTTP.get(it.url + "/v1/models").json()["data"]] == ["one", "two"]
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "model": "two"}
+        assert HTTP.post(it.url + CHAT, json=body).json()["model"] == "two"
+        with reading(it.url) as data:
+            it.popen.send_signal(signal.SIGTERM)
+            code, err = it.ended()
     assert code == 0
+    assert '"finish_reason":"length"' in data.decode()
+    said = [line for line in err.splitlines() if not line.startswith("context 2048 is more than")]
+    assert re.fullmatch("loaded two", said[0].partition(" in ")[0])
+    assert set(said[1:]) >= {"ending: 1 request may go on for 30.0 s; Ctrl-C ends now"}
     assert "Traceback" not in err
-    last = '"code":"closing"' if how == "cut" else '"finish_reason":"length"'
-    assert last in data.decode()
+
+
+def test_another_host_needs_a_key_and_the_end_cuts_answers_off(tmp_path: Path) -> None:
+    model, key = write_chat_model(tmp_path / "chat.gguf"), {serve.KEY_VARIABLE: "k-123"}
+    with process(str(model), "--host", "0.0.0.0", "--grace", "0.1", "--context", "2048", **key) as it:
+        url = it.url.replace("0.0.0.0", "127.0.0.1")
+        assert HTTP.get(url + "/v1/models").status_code == 401
+        assert HTTP.get(url + "/v1/models", headers={"x-api-key": "k-123"}).status_code == 200
+        assert "k-123" not in Path(f"/proc/{it.popen.pid}/cmdline").read_text()
+        with reading(url, "k-123") as data:
+            it.popen.send_signal(signal.SIGTERM)
+            code, err = it.ended()
+    assert code == 0
+    assert '"code":"closing"' in data.decode()
+    assert "Traceback" not in err
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    model = write_chat_model(tmp_path / "chat.gguf")
+    with process(str(model), "--context", "2048") as it, reading(it.url):
+        it.popen.send_signal(signal.SIGINT)
+        assert it.popen.stderr is not None
+        assert "ending: 1 request may go on for" in it.popen.stderr.readline()
+        it.popen.send_signal(signal.SIGINT)
+        assert it.ended() == (130, "tinyllm-serve: interrupted\n")
 
 
 def test_help_is_instant_and_names_every_option(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,16 +274,6 @@ def test_without_the_extra_one_line_says_what_to_install(
     assert result.err.count("\n") == 1
 
 
-def test_another_host_needs_a_key_or_a_word(tmp_path: Path) -> None:
-    key = {serve.KEY_VARIABLE: "k-123"}
-    with process("stories", "--host", "0.0.0.0", **key) as it:
-        url = it.url.replace("0.0.0.0", "127.0.0.1")
-        assert httpx.get(url + "/v1/models").status_code == 401
-        assert httpx.get(url + "/v1/models", headers={"x-api-key": "k-123"}).status_code == 200
-        command = Path(f"/proc/{it.popen.pid}/cmdline").read_text()
-        assert "k-123" not in command
-
-
 def test_another_host_without_a_key_takes_a_word(cli: Cli) -> None:
     with socket.create_server(("0.0.0.0", 0)) as taken:
         result = cli("stories", "--host", "0.0.0.0", "--no-auth", "--port", str(taken.getsockname()[1]))
@@ -327,20 +347,6 @@ def test_a_folder_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         serve._paths(args)
     with pytest.raises(serve.UsageError, match=r"no \.gguf file and no folder"):
         serve._paths(serve._parser().parse_args(["--models", str(tmp_path / "other")]))
-
-
-def test_a_folder_is_served_and_loaded_when_asked_for(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        write_chat_model(tmp_path / f"{name}.gguf")
-    with process("--models", str(tmp_path), "--keep-alive", "0") as it:
-        assert it.lines == [], "nothing is loaded"
-        assert [m["id"] for m in httpx.get(it.url + "/v1/models").json()["data"]] == ["one", "two"]
-        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "model": "two"}
-        assert httpx.post(it.url + CHAT, json=body).json()["model"] == "two"
-        it.popen.send_signal(signal.SIGTERM)
-        code, err = it.ended()
-    assert code == 0
-    assert re.fullmatch(r"loaded two in \S+ s\n(unloaded two\n)?", err)
 
 
 # --- models
@@ -469,18 +475,12 @@ def test_caches_grow_within_the_limit_alone(files: dict[str, str]) -> None:
         async with models.use("a") as llm:
             pages = llm.cache_pages
             assert llm.model.weight_bytes + pages.most * pages.page_bytes <= limit
-            async with asyncio.timeout(60) if sys.version_info >= (3, 11) else _no_limit():
-                streams = [llm.astream([1] * 400, max_tokens=100, min_tokens=100, seed=i) for i in range(12)]
-                await asyncio.gather(*(stream.rest() for stream in streams))
+            streams = [llm.astream([1] * 400, max_tokens=40, min_tokens=40, seed=i) for i in range(12)]
+            await asyncio.wait_for(asyncio.gather(*(stream.rest() for stream in streams)), 60)
             assert held_bytes(llm) <= limit
         await models.close()
 
     asyncio.run(work())
-
-
-@contextmanager
-def _no_limit() -> Iterator[None]:
-    yield
 
 
 def test_the_machine_runs_out_before_the_limit(
@@ -703,7 +703,7 @@ class TurnsMachine(RuleBasedStateMachine):
 
 
 TestTurns = TurnsMachine.TestCase
-TestTurns.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestTurns.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
 def test_the_guess_of_when_to_come_back_follows_what_requests_take() -> None:
@@ -743,4 +743,3 @@ def test_arguments_of_the_limit_of_memory_reach_load(files: dict[str, str]) -> N
         tinyllm.load(files["a"], free_memory=lambda: needed // 2)
     with pytest.raises(ArgumentError):
         needed_bytes(read_model(files["a"]), context=1 << 40)
-    assert json.dumps(str(pages))

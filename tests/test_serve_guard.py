@@ -24,6 +24,7 @@ from tinyllm.server.guard import Access, is_loopback, name_of
 from tinyllm.server.streams import json_response
 
 CHAT = "/v1/chat/completions"
+HTTP = httpx.Client(verify=False, timeout=60)  # for requests without a key
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 
 
@@ -89,7 +90,7 @@ def test_the_key_opens(client: httpx.Client) -> None:
 def test_without_the_key_nothing_opens(
     running: Listening, headers: dict[str, str], method: str, path: str
 ) -> None:
-    answer = httpx.request(method, running.url + path, headers=headers)
+    answer = HTTP.request(method, running.url + path, headers=headers)
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] == "invalid_api_key"
     assert "s3cre" not in answer.text
@@ -97,11 +98,11 @@ def test_without_the_key_nothing_opens(
 
 @pytest.mark.parametrize("headers", [{"x-api-key": "s3cret"}, {"Authorization": "bearer s3cret"}])
 def test_each_header_carries_the_key(running: Listening, headers: dict[str, str]) -> None:
-    assert httpx.get(running.url + "/v1/models", headers=headers).status_code == 200
+    assert HTTP.get(running.url + "/v1/models", headers=headers).status_code == 200
 
 
 def test_an_error_has_the_shape_of_its_path(running: Listening, client: httpx.Client) -> None:
-    assert "other" in httpx.post(running.url + "/other/size").json()
+    assert "other" in HTTP.post(running.url + "/other/size").json()
     missing = client.get("/other/nothing")
     assert (missing.status_code, list(missing.json())) == (404, ["other"])
     wrong = client.get("/other/size")
@@ -159,10 +160,10 @@ def test_pages_of_other_sites_are_refused(client: httpx.Client, origin: str, sta
 
 def test_a_preflight_is_answered_for_the_origins_that_may_ask(running: Listening) -> None:
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    ours = httpx.options(running.url + CHAT, headers={"Origin": "https://chat.example", **asked})
+    ours = HTTP.options(running.url + CHAT, headers={"Origin": "https://chat.example", **asked})
     assert ours.status_code == 200
     assert ours.headers["access-control-allow-origin"] == "https://chat.example"
-    theirs = httpx.options(running.url + CHAT, headers={"Origin": "https://evil.example", **asked})
+    theirs = HTTP.options(running.url + CHAT, headers={"Origin": "https://evil.example", **asked})
     assert theirs.status_code == 400
     assert "access-control-allow-origin" not in theirs.headers
 
@@ -170,17 +171,17 @@ def test_a_preflight_is_answered_for_the_origins_that_may_ask(running: Listening
 def test_no_page_may_ask_by_default(model: Path) -> None:
     asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     with listening({"m": model}) as it:
-        answer = httpx.options(it.url + CHAT, headers=asked)
+        answer = HTTP.options(it.url + CHAT, headers=asked)
         assert answer.status_code == 403
         assert not [name for name in answer.headers if name.startswith("access-control")]
     with listening({"m": model}, access=Access(origins=["*"])) as it:
-        assert httpx.get(it.url + "/v1/models", headers=asked).headers["access-control-allow-origin"] == "*"
+        assert HTTP.get(it.url + "/v1/models", headers=asked).headers["access-control-allow-origin"] == "*"
 
 
 def test_addresses_are_names_of_a_server_that_others_reach(model: Path) -> None:
     with listening({"m": model}, access=Access(hosts=["My.Host"], any_address=True)) as it:
         for host, status in (("192.168.1.7:80", 200), ("[fe80::1]", 200), ("my.host", 200), ("other", 403)):
-            assert httpx.get(it.url + "/v1/models", headers={"Host": host}).status_code == status, host
+            assert HTTP.get(it.url + "/v1/models", headers={"Host": host}).status_code == status, host
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_two_host_headers_are_refused(running: Listening) -> None:
 
 def test_a_base_model_without_a_template_says_so() -> None:
     with listening({"tales": "stories"}) as it:
-        answer = httpx.post(it.url + CHAT, json=HELLO)
+        answer = HTTP.post(it.url + CHAT, json=HELLO)
     assert answer.status_code == 400
     assert "tales has no chat template" in answer.json()["error"]["message"]
 
@@ -267,10 +268,10 @@ def test_limits_are_told_with_their_numbers(
 def test_the_time_of_a_request_is_bounded(model: Path) -> None:
     body = {"messages": HELLO["messages"], "max_tokens": 400, "temperature": 0, "stream": True}
     with listening({"m": model}, limits=Limits(time_s=0.05)) as it:
-        whole = httpx.post(it.url + CHAT, json=body | {"stream": False})
+        whole = HTTP.post(it.url + CHAT, json=body | {"stream": False})
         assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
         assert "0.05 s" in whole.json()["error"]["message"]
-        stream = httpx.post(it.url + CHAT, json=body)
+        stream = HTTP.post(it.url + CHAT, json=body)
         assert stream.status_code == 504 or '"code":"timeout"' in stream.text
 
 
@@ -309,7 +310,7 @@ def test_a_model_that_cannot_be_loaded_shows_no_path(
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(100))
     with listening({"m": broken}) as it:
-        answer = httpx.post(it.url + CHAT, json=HELLO)
+        answer = HTTP.post(it.url + CHAT, json=HELLO)
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "m cannot be loaded: the server's log says why"
     assert str(broken) in caplog.text
@@ -323,7 +324,7 @@ def test_prompts_and_keys_are_not_logged(
     assert client.post(CHAT + "?zebra", json=ask).status_code == 200
     assert client.post(CHAT, json=ask | {"stop": "zebra" * 9}).status_code == 400
     assert client.post(CHAT, content=b"zebra").status_code == 400
-    assert httpx.post(running.url + CHAT, headers={"x-api-key": "zebra"}, json=ask).status_code == 401
+    assert HTTP.post(running.url + CHAT, headers={"x-api-key": "zebra"}, json=ask).status_code == 401
     with running.connect() as raw:
         raw.sendall(b"zebra\r\n\r\n")
         read_all(raw)
@@ -331,7 +332,7 @@ def test_prompts_and_keys_are_not_logged(
     assert "zebra" not in "\n".join(ours)
     assert "s3cret" not in "\n".join(ours)
     with listening({"m": model}, logs_prompts=True) as it:
-        assert httpx.post(it.url + CHAT, json=ask).status_code == 200
+        assert HTTP.post(it.url + CHAT, json=ask).status_code == 200
     assert '"content":"zebra"' in caplog.text
 
 
@@ -367,8 +368,8 @@ def test_metrics_hold_nothing_that_clients_write(running: Listening, client: htt
 def test_tokens_are_counted_once(model: Path) -> None:
     with listening({"m": model}) as it:
         ask = HELLO | {"n": 3, "max_tokens": 5, "temperature": 0, "seed": 1}
-        usage = httpx.post(it.url + CHAT, json=ask).json()["usage"]
-        text = httpx.get(it.url + "/metrics").text
+        usage = HTTP.post(it.url + CHAT, json=ask).json()["usage"]
+        text = HTTP.get(it.url + "/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values["llamacpp:prompt_tokens_total"]) == usage["prompt_tokens"]
     assert float(values["llamacpp:tokens_predicted_total"]) == usage["completion_tokens"]

@@ -86,6 +86,7 @@ def _run(argv: list[str]) -> int:
         access=access,
         allows_templates=args.allow_templates,
         logs_prompts=args.log_prompts,
+        weights=args.weights,
     )
     with bind(args.host, args.port) as listener:
         if args.model is not None or args.more:

@@ -128,6 +128,10 @@ def _stop(clock: asyncio.TimerHandle | None) -> None:
         clock.cancel()
 
 
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 class Listener(uvicorn.Server):
     """uvicorn, which ends as `Server.end` says: grace_s is for answers that run. on_end: called when the end
     begins. `run(sockets=[...])` runs it; KeyboardInterrupt comes out of a second Ctrl-C."""
@@ -151,6 +155,7 @@ class Listener(uvicorn.Server):
             )
         )
         self._server, self._grace_s, self._on_end = server, grace_s, on_end
+        self._n_signals = 0
         self._ending: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it says holds frames and texts
@@ -165,12 +170,14 @@ class Listener(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin_end)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._is_ending and sig == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._is_ending = True
-        self.end()
-
-    _is_ending = False
+        self._n_signals += 1
+        if self._n_signals == 1:
+            self.end()
+        elif sig == signal.SIGINT:
+            if self._n_signals > 2:  # the loop itself stands still
+                raise KeyboardInterrupt
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(_interrupt)  # between two steps of tasks
 
     def _begin_end(self) -> None:
         if self._ending is None:
