@@ -29,7 +29,9 @@ static void prepare_row(void *data, int t, int thread) {
         tl_cpu_norm(j->norm, normed, x, in->k);
         x = normed;
     }
-    if (j->quantize) tl_isa()->quantize(in->q + row * k, in->groups + row * (k / TL_Q), x, in->k);
+    if (!j->quantize) return;
+    tl_isa()->quantize(in->q + row * k, in->groups + row * (k / TL_Q), x, in->k);
+    if (in->tiles) tl_isa()->arrange(in, t);
 }
 
 void tl_cpu_multiply(const tl_product *p, int first, int last, int from, int to) {
@@ -89,6 +91,7 @@ void tl_cpu_products(tl_cpu_run *r, const float *x, const int32_t *rows, int n, 
     job j = {.run = r, .x = x, .rows = rows, .norm = norm, .n_tokens = n, .products = products};
     r->in.x = norm ? r->normed : x;
     r->in.k = products[0].w->k;
+    r->in.n_rows = n;
     for (int i = 0; i < n_products; i++)
         for (tl_product *p = &products[i]; p; p = p->up) {
             p->in = &r->in;
