@@ -19,14 +19,23 @@ typedef struct t_shapes {
 // never stored; and its _tile_loadd does not say that it reads memory at all.
 #define T_BEGIN(shapes) __asm__ volatile("ldtilecfg %0" ::"m"(*(shapes)))
 #define T_END()         __asm__ volatile("tilerelease" ::)
-#define T_ZERO(t)       __asm__ volatile("tilezero %%tmm" #t ::)
 #define T_LOAD(t, p, stride)                                                                                           \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"((size_t)(stride)) : "memory")
+#define T_ZERO(t)       __asm__ volatile("tilezero %%tmm" #t ::)
 #define T_STORE(p, stride, t)                                                                                          \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"((size_t)(stride)) : "memory")
 #define T_DOT(sum, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
 
-static inline vi t_row(const int32_t *p) { return _mm512_load_si512(p); }
+// Integers become floats by two additions: put into the last bits of 1.5 * 2^23, whose float is then as much larger (of
+// 1.5 * 2^30 in units of 128), which is taken off. A processor whose matrix unit is in use has one port left for 512-bit
+// conversions, products and fmas, and two for additions.
+static inline vf t_added(const int32_t *p, float large) {
+    const __m512i bits = _mm512_add_epi32(_mm512_load_si512(p), _mm512_castps_si512(_mm512_set1_ps(large)));
+    return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(large));
+}
+static inline vf t_sums(const int32_t *p) { return t_added(p, 0x1.8p23f); }
+static inline vf t_high(const int32_t *p) { return t_added(p, 0x1.8p30f); }
+static inline vf t_low(const int32_t *p) { return _mm512_cvtepi32_ps(_mm512_load_si512(p)); }
 static inline void t_put(int8_t *p, vb a) { _mm512_store_si512(p, a); }
 static inline __attribute__((always_inline)) vb t_signed(vb code, const int zero) {
     return zero ? _mm512_sub_epi8(code, _mm512_set1_epi8((char)zero)) : code;
@@ -76,14 +85,17 @@ static inline void t_dot(int sum, int a, int b) {
         memcpy(t_unit.bytes[sum][i], s, sizeof s);
     }
 }
+#define T_ZERO(t)             t_zero(t)
 #define T_BEGIN(shapes)       t_begin(shapes)
 #define T_END()               memset(&t_unit, 0, sizeof t_unit)
-#define T_ZERO(t)             t_zero(t)
 #define T_LOAD(t, p, stride)  t_load(t, p, (size_t)(stride))
 #define T_STORE(p, stride, t) t_store(p, (size_t)(stride), t)
 #define T_DOT(sum, a, b)      t_dot(sum, a, b)
 
-static inline vi t_row(const int32_t *p) { V_OP(vi, p[i]); }
+// Integers, below 2^22, to floats; of the high part of a split number times 128.
+static inline vf t_sums(const int32_t *p) { V_OP(vf, (float)p[i]); }
+static inline vf t_high(const int32_t *p) { V_OP(vf, (float)(128 * p[i])); }
+static inline vf t_low(const int32_t *p) { V_OP(vf, (float)p[i]); }
 static inline void t_put(int8_t *p, vb a) { memcpy(p, a.v, sizeof a.v); }
 static inline vb t_signed(vb code, int zero) { // code - zero, in 8 bits
     V_BYTES code.v[i] = (uint8_t)(code.v[i] - zero);
