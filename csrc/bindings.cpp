@@ -1,5 +1,6 @@
 // bindings.cpp: the core as a Python module: numpy arrays in and out, the GIL released while C runs, C's
-// errors raised as tinyllm's. No logic. Includes tinyllm.h only; backends.py is the one importer.
+// errors raised as tinyllm's. No logic. Includes tinyllm.h only; backends/ imports it, and files/gguf.py its reading of
+// strings.
 #include "tinyllm.h"
 
 #include <pybind11/numpy.h>
@@ -601,6 +602,23 @@ double multiply_rate(bool floats, int threads, int repetitions) {
     return measured(tl_multiply_rate, floats, threads, repetitions);
 }
 
+// Strings of a file's header, each behind its length in 8 bytes, the lowest first: those of `count` that are whole in `data`
+// from `at` on are appended to `found`. Returns where the next one begins; UnicodeDecodeError for one that is no UTF-8.
+size_t read_strings(const py::bytes &data, size_t at, size_t count, const py::list &found) {
+    const char *bytes = PyBytes_AS_STRING(data.ptr());
+    const auto end = static_cast<size_t>(PyBytes_GET_SIZE(data.ptr()));
+    for (; count > 0 && at <= end && end - at >= 8; count--) {
+        uint64_t length = 0;
+        for (size_t i = 8; i-- > 0;) length = length << 8 | static_cast<uint8_t>(bytes[at + i]);
+        if (length > end - at - 8) break;
+        const auto text = py::reinterpret_steal<py::object>(
+            PyUnicode_DecodeUTF8(bytes + at + 8, static_cast<py::ssize_t>(length), nullptr));
+        if (!text || PyList_Append(found.ptr(), text.ptr()) != 0) throw py::error_already_set();
+        at += 8 + static_cast<size_t>(length);
+    }
+    return at;
+}
+
 float logprob(const Floats &logits, int32_t token) {
     if (token < 0 || token >= logits.size()) raise_argument("token " + std::to_string(token) + " is out of range");
     return tl_logprob(logits.data(), static_cast<int>(logits.size()), token);
@@ -691,6 +709,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("sample_rows", &Sampling::sample_rows, py::arg("rows"), py::arg("threads"));
     m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"), py::arg("total") = py::none());
     m.def("logprob", &logprob, py::arg("logits"), py::arg("token"));
+    m.def("read_strings", &read_strings, py::arg("data"), py::arg("at"), py::arg("count"), py::arg("found"));
     m.def("random", &tl_random, py::arg("seed"), py::arg("position"));
     m.def("read_bandwidth", &read_bandwidth, py::arg("n_bytes"), py::arg("threads"), py::arg("repetitions"));
     m.def("multiply_rate", &multiply_rate, py::arg("floats"), py::arg("threads"), py::arg("repetitions"));

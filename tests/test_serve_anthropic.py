@@ -465,6 +465,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [TOOL, TOOL]}, "two tools named 'get_weather'"),
     ({"tool_choice": {"type": "some"}}, "tool_choice.type is 'some'"),
     ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice is 'g'"),
+    ({"tool_choice": {"type": "tool", "name": "none"}}, "tool_choice.name is 'none'"),
     ({"thinking": {"type": "between_tools"}}, "thinking.type is 'between_tools'"),
     ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "budget_tokens is 0"),
     ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "cannot be enforced"),

@@ -107,7 +107,8 @@ def test_a_completion_has_the_tokens_of_a_call(running: Running, llm: tinyllm.LL
     assert (made["content"], made["tokens"]) == (same.text, same.tokens)
     assert (made["tokens_evaluated"], made["tokens_predicted"]) == (len(same.prompt_tokens), 16)
     assert (made["stop"], made["stop_type"], made["stopping_word"]) == (True, "limit", "")
-    assert (made["model"], made["prompt"], made["truncated"], made["seed"]) == ("plain", PROMPT, False, 7)
+    assert (made["model"], made["prompt"], made["truncated"]) == ("plain", f"<s> {PROMPT}", False)
+    assert (made["index"], made["tokens_cached"], made["seed"]) == (0, len(same.prompt_tokens) + 15, 7)
     settings = made["generation_settings"]
     assert {name: settings[name] for name in ASKED if name != "prompt"} == {
         name: value for name, value in ASKED.items() if name != "prompt"
@@ -159,6 +160,20 @@ def test_prompts_of_texts_and_ids(running: Running, llm: tinyllm.LLM) -> None:
     check([*ids[:-2], "a time"], [*ids[:-2], *tail])
     check(["Once", ids[-1]], [*tokenizer.encode("Once"), ids[-1]])
     check(["Once"], tokenizer.encode("Once"))
+
+
+def test_several_prompts(running: Running, llm: tinyllm.LLM) -> None:
+    prompts: list[Any] = [PROMPT, [1, "Lily"], [1, 412]]
+    ids: list[Any] = [PROMPT, [1, *llm.tokenizer.encode("Lily", bos=False)], [1, 412]]  # type: ignore[union-attr]
+    same = [llm(prompt, **SAME) for prompt in ids]
+    made = post(running, "/completion", prompt=prompts, **DRAWN)
+    assert [one["index"] for one in made] == [0, 1, 2]
+    assert [one["tokens"] for one in made] == [one.tokens for one in same]
+    parts = stream(running, prompt=prompts, **DRAWN)
+    for i, one in enumerate(same):
+        mine = [part for part in parts if part["index"] == i]
+        assert [token for part in mine[:-1] for token in part["tokens"]] == one.tokens
+        assert mine[-1]["stop"] is True
 
 
 def test_how_a_completion_ends(running: Running, says: Says) -> None:
@@ -345,10 +360,11 @@ def test_what_the_server_is(running: Running, llm: tinyllm.LLM) -> None:
 ONE: dict[str, Any] = {"prompt": "x"}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("completion", {}, "prompt is missing"),
-    ("completion", {"prompt": ["a", "b"]}, "prompt has several texts"),
-    ("completion", {"prompt": [[1, 2], [3]]}, "prompt must be a text, or a list of token ids and texts"),
-    ("completion", {"prompt": [True]}, "prompt must be a text, or"),
-    ("completion", {"prompt": {"prompt_string": "x", "multimodal_data": []}}, "prompt must be a text, or"),
+    ("completion", {"prompt": []}, "prompt must be a text, a list of token ids and texts, or"),
+    ("completion", {"prompt": [["a"], [5]]}, "prompt must be a text, a list of"),
+    ("completion", {"prompt": [True]}, "prompt must be a text, a list of"),
+    ("completion", {"prompt": {"prompt_string": "x", "multimodal_data": []}}, "prompt must be a text, a"),
+    ("completion", {"prompt": ["x"] * 5000}, "prompt has 5000 prompts, the most is"),
     ("completion", {"prompt": [99999]}, "token id 99999 is not in the vocabulary"),
     ("completion", {**ONE, "colour": "red"}, "colour is not known here"),
     ("completion", {**ONE, "temperature": -1}, "temperature is -1"),

@@ -67,7 +67,10 @@ static void prepare_row(void *data, int row, int thread) {
     tl_activations *in = &j->run->in;
     const size_t k = (size_t)in->k, at = (size_t)row * k;
     const float *x = j->gathered ? j->run->normed + (size_t)j->routing->tokens[row] * k : j->x + at;
-    if (j->quantize) tl_isa()->quantize(in->q + at, in->groups + at / TL_Q, x, in->k);
+    if (j->quantize) {
+        tl_isa()->quantize(in->q + at, in->groups + at / TL_Q, x, in->k);
+        if (in->tiles) tl_isa()->arrange(in, row);
+    }
     if (j->gathered) memcpy(j->x + at, x, k * sizeof(float));
 }
 
@@ -115,6 +118,7 @@ static void half(job *j, int n_rows, const tl_matrix *w) {
     j->block = tl_cpu_block(w, j->routing->n_active * n_panels / wanted);
     j->run->in.x = j->x;
     j->run->in.k = w->k;
+    j->run->in.n_rows = n_rows;
     if (j->quantize || j->gathered) tl_parallel(n_rows < TL_FEW_TOKENS ? 1 : threads, n_rows, prepare_row, j);
     observe(j);
     tl_parallel(threads, j->routing->n_active * ((n_panels + j->block - 1) / j->block), expert_unit, j);

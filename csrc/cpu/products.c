@@ -6,6 +6,7 @@
 #define BLOCK_BYTES  (512 << 10) // weights a unit reads: about half of L2, so that they stay there for all its tokens
 #define MOST_TOKENS  96          // of a unit: what it writes and reads again (gate and up) stays in L2, too
 #define FEWEST_TOKEN 48          // tokens a unit is not cut below
+#define MOST_TILED   176         // of a unit whose weights are unpacked for a matrix unit: once for all of its tokens
 
 typedef struct job {
     tl_cpu_run *run;
@@ -29,7 +30,9 @@ static void prepare_row(void *data, int t, int thread) {
         tl_cpu_norm(j->norm, normed, x, in->k);
         x = normed;
     }
-    if (j->quantize) tl_isa()->quantize(in->q + row * k, in->groups + row * (k / TL_Q), x, in->k);
+    if (!j->quantize) return;
+    tl_isa()->quantize(in->q + row * k, in->groups + row * (k / TL_Q), x, in->k);
+    if (in->tiles) tl_isa()->arrange(in, t);
 }
 
 void tl_cpu_multiply(const tl_product *p, int first, int last, int from, int to) {
@@ -63,9 +66,11 @@ static void cut(job *j, int n_products, int threads) {
     const int wanted = threads == 1 ? 1 : TL_UNITS_THREAD * threads;
     int panels = 0;
     for (int i = 0; i < n_products; i++) panels += tl_panels(j->products[i].w);
-    j->token_block = tl_min(j->n_tokens, MOST_TOKENS);
+    const int tiled = j->run->in.tiles && j->quantize, step = tiled ? 16 : 6; // tokens at once
+    const int most = tiled ? MOST_TILED : MOST_TOKENS, n_blocks = (j->n_tokens + most - 1) / most;
+    j->token_block = tiled ? (j->n_tokens / n_blocks + step - 1) / step * step : tl_min(j->n_tokens, most);
     while (j->token_block > FEWEST_TOKEN && panels / TL_GROUP * (j->n_tokens / j->token_block) < wanted)
-        j->token_block = (j->token_block / 2 + 5) / 6 * 6;
+        j->token_block = (j->token_block / 2 + step - 1) / step * step;
     j->n_token_blocks = (j->n_tokens + j->token_block - 1) / j->token_block;
     for (int i = 0; i < n_products; i++) {
         const tl_matrix *w = j->products[i].w;
@@ -89,6 +94,7 @@ void tl_cpu_products(tl_cpu_run *r, const float *x, const int32_t *rows, int n, 
     job j = {.run = r, .x = x, .rows = rows, .norm = norm, .n_tokens = n, .products = products};
     r->in.x = norm ? r->normed : x;
     r->in.k = products[0].w->k;
+    r->in.n_rows = n;
     for (int i = 0; i < n_products; i++)
         for (tl_product *p = &products[i]; p; p = p->up) {
             p->in = &r->in;

@@ -28,6 +28,12 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     PLACE(sin, float, n_angles);
     PLACE(in.q, int8_t, n_q);
     PLACE(in.groups, tl_q_group, n_q / TL_Q);
+    r->in.tiles = NULL;
+    if (tl_isa()->arrange) {
+        const size_t most_k = width > dim ? (width > ff ? width : ff) : dim > ff ? dim : ff;
+        PLACE(in.tiles, int8_t, n_q + 16 * most_k + 128);
+        PLACE(in.scales, float, (n_q + 16 * most_k) / TL_Q * 4);
+    }
     PLACE(visits, float, visits *dim);
     PLACE(routing.scores, float, n *experts);
     PLACE(routing.experts, int, visits);

@@ -12,13 +12,20 @@ typedef struct tl_q_group {
     int32_t sum, half[2];
 } tl_q_group;
 
-// Activations of n tokens: as floats x [n, k] and, for quantized weights, as int8 q [n, k] with groups [n, k / 32].
+// Activations of n tokens: as floats x [n, k] and, for quantized weights, as int8 q [n, k] with groups [n, k / 32]. Where
+// there is a matrix unit the latter stand in its order, too, or tiles is NULL: isa/tiles.inc's arrange has it.
 typedef struct tl_activations {
     const float *x;
     int8_t *q;
     tl_q_group *groups;
-    int k;
+    int k, n_rows;           // n_rows: of tiles and scales
+    int8_t *tiles;           // TL_TILES_BYTES(n_rows, k)
+    float *scales;           // TL_TILES_SCALES(n_rows, k)
 } tl_activations;
+
+// What tiles and scales hold: a register reads 16 tokens, up to 15 of them past the last.
+#define TL_TILES_BYTES(n_rows, k)  (((size_t)(n_rows) + 16) * (size_t)(k) + 128)
+#define TL_TILES_SCALES(n_rows, k) (((size_t)(n_rows) + 16) * (size_t)(k) / TL_Q * 4)
 
 // The first block of a panel, and how far apart its blocks are: the panels of a group store theirs side by side.
 static inline uint8_t *tl_panel(const tl_matrix *w, int panel, size_t *side) {
@@ -91,6 +98,7 @@ typedef struct tl_kernels {
     // A row of floats to a file's blocks, as tl_format.quantize; and n numbers of a format of floats to floats.
     void (*to_blocks[TL_N_FORMATS])(uint8_t *blocks, const float *x, size_t k, const float *importance);
     void (*to_floats)(float *out, const uint8_t *in, size_t n, int index);
+    void (*arrange)(const tl_activations *in, int row); // or NULL: a row of q and groups into tiles and scales
 } tl_kernels;
 
 const tl_kernels *tl_isa(void); // the one in use

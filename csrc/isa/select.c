@@ -10,6 +10,7 @@
 
 extern const tl_kernels tl_kernels_scalar;
 #ifdef X86
+extern tl_kernels tl_kernels_amx; // filled by its usable
 extern const tl_kernels tl_kernels_avx512vnni, tl_kernels_avx512, tl_kernels_avx2vnni, tl_kernels_avx2;
 #endif
 #ifdef ARM64
@@ -18,7 +19,7 @@ extern const tl_kernels tl_kernels_neondot, tl_kernels_neon;
 
 static const tl_kernels *const built[] = {
 #ifdef X86
-    &tl_kernels_avx512vnni, &tl_kernels_avx512, &tl_kernels_avx2vnni, &tl_kernels_avx2,
+    &tl_kernels_amx,     &tl_kernels_avx512vnni, &tl_kernels_avx512, &tl_kernels_avx2vnni, &tl_kernels_avx2,
 #endif
 #ifdef ARM64
     &tl_kernels_neondot,    &tl_kernels_neon,

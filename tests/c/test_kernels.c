@@ -122,6 +122,17 @@ static void free_matrix(matrix *a) {
     free(a->min);
 }
 
+// What is rounded, in a matrix unit's order as well: of the last instruction set that has one, as all have the same.
+static void arrange(tl_activations *in, int n_tokens) {
+    in->n_rows = n_tokens;
+    in->tiles = exactly(TL_TILES_BYTES(n_tokens, in->k));
+    in->scales = exactly(TL_TILES_SCALES(n_tokens, in->k) * sizeof(float));
+    memset(in->tiles, 0, TL_TILES_BYTES(n_tokens, in->k));
+    memset(in->scales, 0, TL_TILES_SCALES(n_tokens, in->k) * sizeof(float));
+    for (int i = 0; i < n_kernels; i++)
+        for (int t = 0; kernels[i]->arrange && t < n_tokens; t++) kernels[i]->arrange(in, t);
+}
+
 static tl_activations make_activations(const tl_format *f, int n_tokens, int k) {
     const size_t n = (size_t)n_tokens * (size_t)k;
     tl_activations in = {.k = k};
@@ -146,10 +157,13 @@ static tl_activations make_activations(const tl_format *f, int n_tokens, int k) 
         in.groups[g].scale = extreme == 2 ? 0 : 0.02f * (1.5f + random_float());
         in.groups[g].scaled_sum = in.groups[g].scale * (float)in.groups[g].sum;
     }
+    arrange(&in, n_tokens);
     return in;
 }
 
 static void free_activations(tl_activations *in) {
+    free(in->tiles);
+    free(in->scales);
     free((void *)(uintptr_t)in->x);
     free(in->q);
     free(in->groups);
@@ -224,8 +238,10 @@ static void check_bad_product(const tl_format *f, const tl_kernels *kernel, int 
     float *x = random_floats(n, 1), *out = exactly((size_t)n_tokens * (size_t)rows * sizeof(float));
     x[bad_token * k + random_below(k)] = bad;
     tl_activations in = {.x = x, .q = exactly(n), .groups = exactly(n / TL_Q * sizeof(tl_q_group)), .k = k};
-    if (!f->is_float)
+    if (!f->is_float) {
         for (int t = 0; t < n_tokens; t++) kernel->quantize(in.q + t * k, in.groups + t * (k / TL_Q), x + t * k, k);
+        arrange(&in, n_tokens);
+    }
     const tl_product product = {.w = &a.m, .in = &in, .out = out, .stride = (size_t)rows};
     kernel->matmul[f - tl_formats](&product, 0, (rows + TL_ROWS - 1) / TL_ROWS, 0, n_tokens);
     for (int at = 0; at < n_tokens * rows; at++)

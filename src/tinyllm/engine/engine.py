@@ -899,7 +899,7 @@ class Engine:
         """What the candidates of each row are of, as bits [rows, words]; None: of all tokens.
 
         Whole rows meet their masks after the call, which are made meanwhile; the device needs them before it.
-        So the call waits for what `prepare` began after the last token, 50 us a text at most.
+        So the call waits for what `prepare` began after the last token, 50 us a text.
         """
         masks: list[Mask | None] = []
         for part in parts:

@@ -46,7 +46,7 @@ class Format:
     scales: tuple[int, ...] = ()
 
 
-# By GGML type number. The core keeps the same table beside its kernels (files may not import the core);
+# By GGML type number. The core keeps the same table beside its kernels;
 # tests/test_gguf.py compares the two.
 FORMATS: dict[int, Format] = {
     0: Format("F32", 1, 4),

@@ -2,7 +2,8 @@
 
 The format is described in ggml's docs/gguf.md. Every field is checked before it is used, against the real
 size of the file, so that a refused file costs work and memory in proportion to what it is, whatever it
-claims. Imports only `errors` and this package's shared part. Read next: names.py.
+claims. Imports only `errors`, this package's shared part, and of the core the reading of strings. Read next:
+names.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from tinyllm._core import read_strings
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
 from tinyllm.files import CHUNK_BYTES, FORMATS, FileReader, TensorInfo, show, show_some
 
@@ -132,29 +134,19 @@ class _Header:
         return self._text(self.take(self.u64(f"the length of {what}"), what), what)
 
     def strings(self, count: int, what: str) -> list[str]:
-        """`count` strings. A vocabulary has some 400 000 of them, so the loop runs on local variables."""
+        """`count` strings. A vocabulary has some 400 000 of them, so the core reads those of the window."""
         self.require(8 * count, what)
-        unpack = struct.Struct("<Q").unpack_from
         found: list[str] = []
-        append = found.append
         try:
-            while count:
-                buffer, here, end, needed = self._buffer, self._next, len(self._buffer), 8
-                while count and here + 8 <= end:
-                    start = here + 8
-                    stop = start + unpack(buffer, here)[0]
-                    if stop > end:
-                        needed = stop - here
-                        break
-                    append(buffer[start:stop].decode())
-                    here = stop
-                    count -= 1
-                self._next = here
-                if count:
-                    self._fill(needed, what)
+            while True:
+                self._next = read_strings(self._buffer, self._next, count - len(found), found)
+                if len(found) == count:
+                    return found
+                self._fill(8, what)
+                length = int.from_bytes(self._buffer[self._next : self._next + 8], "little")
+                self._fill(8 + length, what)
         except UnicodeDecodeError:
             self.fail(f"element {len(found)} of {what} is not UTF-8")
-        return found
 
     def _text(self, raw: bytes, what: str) -> str:
         try:

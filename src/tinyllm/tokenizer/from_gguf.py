@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tokenizers
 from tokenizers import AddedToken, models, normalizers
 
@@ -89,24 +90,17 @@ class _Vocabulary:
     """What all kinds share. Types are corrected: tokens that begin or end a text are control tokens."""
 
     tokens: list[str]
-    types: list[int]
+    types: npt.NDArray[Any]
     ids: dict[str, int]
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None
     eos_ids: frozenset[int]
 
-    @cached_property
-    def _by_type(self) -> dict[int, list[int]]:
-        found: dict[int, list[int]] = {}
-        for i, kind in enumerate(self.types):
-            found.setdefault(kind, []).append(i)
-        return found
-
     def of_type(self, *types: int) -> dict[str, int]:
         """Tokens of these types with their ids, in their order."""
-        ids = sorted(i for kind in types for i in self._by_type.get(kind, ()))
-        return {self.tokens[i]: i for i in ids}
+        found = np.logical_or.reduce([self.types == kind for kind in types])
+        return {self.tokens[i]: i for i in np.flatnonzero(found).tolist()}
 
 
 def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
@@ -116,13 +110,15 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
             _log.warning("%s%s asks for %s, which is not done", _KEY, name, what)
     tokens = _strings(metadata, "tokens")
     stated = _numbers(metadata, "token_type", len(tokens), "iu")
-    types = list(stated or ())
     if stated is None:
-        types = [NORMAL if byte_of(text) is None else BYTE for text in tokens]
-    for i, text in enumerate(tokens):
-        if not text:  # files have them where a vocabulary was padded; they can stand for nothing
-            tokens[i], types[i] = f"[EMPTY_{i}]", UNUSED
-    ids = {text: i for i, text in enumerate(tokens)}
+        types = np.array([NORMAL if byte_of(text) is None else BYTE for text in tokens], np.int64)
+    else:
+        types = stated.copy()
+    if not all(tokens):
+        for i, text in enumerate(tokens):
+            if not text:  # files have them where a vocabulary was padded; they can stand for nothing
+                tokens[i], types[i] = f"[EMPTY_{i}]", UNUSED
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(ids) != len(tokens):
         i, text = next((i, text) for i, text in enumerate(tokens) if ids[text] != i)
         raise FormatError(f"{_KEY}tokens: {show(text)} stands there twice, as {i} and {ids[text]}")
@@ -131,10 +127,12 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
         _token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")
     )
     if metadata[_KEY + "model"] == "llama":  # without ids, the names that SentencePiece gives them
-        known = {text: i for text, i in ids.items() if stated is None or types[i] in (CONTROL, UNKNOWN)}
+        names = ("<s>", "</s>", "<unk>")
         bos_id, eos_id, unk_id = (
-            known.get(text) if i is None else i
-            for i, text in ((bos_id, "<s>"), (eos_id, "</s>"), (unk_id, "<unk>"))
+            ids[text]
+            if i is None and text in ids and (stated is None or types[ids[text]] in (CONTROL, UNKNOWN))
+            else i
+            for i, text in zip((bos_id, eos_id, unk_id), names, strict=True)
         )
     ends = {ids[text] for text in TURN_ENDS if text in ids and types[ids[text]] != UNUSED}
     ends |= {ids[text] for text in CONTROL_ENDS if text in ids and types[ids[text]] == CONTROL}
@@ -172,21 +170,23 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
 
     # SentencePiece wants exactly one unknown piece; the encoder cuts at user-defined tokens before it gets to
     # see them, so to SentencePiece they are control pieces.
-    unknown = [i for i, kind in enumerate(types) if kind == UNKNOWN]
-    unk_id = vocabulary.unk_id if vocabulary.unk_id is not None else next(iter(unknown), None)
+    unknown = vocabulary.of_type(UNKNOWN)
+    unk_id = vocabulary.unk_id if vocabulary.unk_id is not None else next(iter(unknown.values()), None)
     if unk_id is None:
         raise FormatError(f"no token is of type {UNKNOWN} (unknown) and {_KEY}unknown_token_id is missing")
-    if not set(types) <= set(range(1, 7)):
-        raise FormatError(f"{_KEY}token_type holds {min(types)} to {max(types)}; there are types 1 to 6")
-    if not all(abs(score) < 1e38 for score in scores):
+    if not 1 <= types.min() <= types.max() <= 6:
+        raise FormatError(f"{_KEY}token_type holds {types.min()} to {types.max()}; there are types 1 to 6")
+    if not (np.abs(scores.astype(np.float64)) < 1e38).all():
         raise FormatError(f"{_KEY}scores holds a number that float32 has no room for")
-    kinds = [CONTROL if kind in (UNKNOWN, USER_DEFINED) else kind for kind in types]
+    kinds = np.where((types == UNKNOWN) | (types == USER_DEFINED), CONTROL, types)
     kinds[unk_id] = UNKNOWN
-    n_bytes = kinds.count(BYTE)
+    n_bytes = int(np.count_nonzero(kinds == BYTE))
     if n_bytes not in (0, 256):
         raise FormatError(f"{n_bytes} tokens are of type {BYTE} (byte); there must be all 256 or none")
     model = build_model(
-        zip(tokens, scores, kinds, strict=True),
+        tokens,
+        scores,
+        kinds,
         byte_fallback=n_bytes == 256,
         space_prefix=space_prefix,
         squeeze_spaces=_flag(metadata, "remove_extra_whitespaces", False),
@@ -222,7 +222,9 @@ def _rule(metadata: dict[str, Any]) -> PreTokenizerRule:
 
 def _bpe(metadata: dict[str, Any], rule: PreTokenizerRule) -> Tokenizer:
     vocabulary = _read_vocabulary(metadata)
-    merges = [merge.partition(" ")[::2] for merge in _strings(metadata, "merges")]
+    merges = [
+        (left, right) for left, _, right in map(str.partition, _strings(metadata, "merges"), repeat(" "))
+    ]
     for i, (left, right) in enumerate(merges):
         if not left or not right:
             raise FormatError(
@@ -311,6 +313,7 @@ def _tokenizer(
         encoder,
         speller,
         vocabulary.tokens,
+        ids=vocabulary.ids,
         special_tokens=vocabulary.of_type(CONTROL, UNKNOWN),
         literal=vocabulary.of_type(USER_DEFINED).values(),
         unused=vocabulary.of_type(UNUSED).values(),
@@ -330,14 +333,15 @@ def _strings(metadata: dict[str, Any], name: str) -> list[str]:
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
         raise FormatError(f"{_KEY}{name} must be an array of strings, not {type(value).__name__}")
     strings = list(value)
-    for i, text in enumerate(strings):
-        if not isinstance(text, str):
-            raise FormatError(f"{_KEY}{name}: entry {i} must be a string, not {type(text).__name__}")
+    if set(map(type, strings)) - {str}:
+        for i, text in enumerate(strings):
+            if not isinstance(text, str):
+                raise FormatError(f"{_KEY}{name}: entry {i} must be a string, not {type(text).__name__}")
     return strings
 
 
-def _numbers(metadata: dict[str, Any], name: str, length: int, kinds: str) -> list[Any] | None:
-    """An array of `length` numbers of the given numpy kinds, as a list; None where the file has none."""
+def _numbers(metadata: dict[str, Any], name: str, length: int, kinds: str) -> npt.NDArray[Any] | None:
+    """An array of `length` numbers of the given numpy kinds; None where the file has none."""
     value = metadata.get(_KEY + name)
     if value is None:
         return None
@@ -350,7 +354,7 @@ def _numbers(metadata: dict[str, Any], name: str, length: int, kinds: str) -> li
         raise FormatError(f"{_KEY}{name} has {len(array)} entries, {_KEY}tokens {length}")
     if not np.isfinite(array).all():
         raise FormatError(f"{_KEY}{name} has entries that are not finite")
-    return list(array.tolist())
+    return array
 
 
 def _token_id(metadata: dict[str, Any], name: str, n_tokens: int) -> int | None:

@@ -223,6 +223,8 @@ def _tool_choice(fields: Fields) -> tuple[str, bool]:
     kind = choice.word("type", "auto", "any", "tool", "none", default="auto")
     one_call = choice.take("disable_parallel_tool_use", bool, False)
     name = choice.need("name", str) if kind == "tool" else {"any": "required"}.get(kind, kind)
+    if kind == "tool" and name in ("auto", "none", "required"):
+        raise choice.refusal("name", f"is {name!r}, which means something else here")
     choice.finish()
     return name, one_call
 

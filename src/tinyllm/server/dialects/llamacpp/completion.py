@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from starlette.responses import Response
@@ -16,8 +16,8 @@ from tinyllm import LLM, Completion, SamplingParams
 from tinyllm.server.answers import extras
 from tinyllm.server.app import Answer, Call
 from tinyllm.server.ask import Ask, Fields
-from tinyllm.server.dialects.llamacpp.tokens import bytes_of, mixed, parts_of, text_of, tokenizer_of
-from tinyllm.server.streams import event
+from tinyllm.server.dialects.llamacpp.tokens import Prompt, bytes_of, is_prompt, mixed, text_of, tokenizer_of
+from tinyllm.server.streams import event, gathered, merged
 
 SAMPLING = {  # of a body: the field of SamplingParams
     "temperature": "temperature",
@@ -82,7 +82,7 @@ class Wanted:
     """A request, but for what takes the model's vocabulary to say."""
 
     model: str | None
-    prompt: str | list[int | str]
+    prompts: Sequence[Prompt]
     sampling: Mapping[str, Any]
     biases: Sequence[tuple[int | str, float]]
     ignores_eos: bool
@@ -91,33 +91,47 @@ class Wanted:
     samplers: Sequence[str]
     replay: bool
 
-    def ask(self, llm: LLM) -> Ask:
+    def asks(self, llm: LLM) -> list[Ask]:
         sampling = dict(self.sampling)
         if self.biases:
             sampling["logit_bias"] = _bias(llm, self.biases)
         if self.ignores_eos:
             sampling["suppress_tokens"] = sorted(i for i in llm.eos_ids if i < llm.config.vocab_size)
-        return Ask(
-            self.model, prompt=_read(llm, self.prompt), sampling=sampling, special=True, replay=self.replay
-        )
+        ask = Ask(self.model, sampling=sampling, special=True, replay=self.replay)
+        return [replace(ask, prompt=_read(llm, prompt)) for prompt in self.prompts]
 
 
 async def completion(call: Call) -> Response:
     fields = await call.fields()
     streams = fields.take("stream", bool, False)
-    wanted = _wanted(fields)
+    wanted = _wanted(fields, call.server.limits.prompts)
     fields.finish()
     async with call.server.models.use(wanted.model) as llm:
-        ask = wanted.ask(llm)
+        asks = wanted.asks(llm)
+        at_once = call.server.at_once(asks)
         if streams:
-            return await call.events(ask, lambda answer: _chunks(answer, wanted))
-        return await call.whole(ask, lambda answer, made: _whole(answer, made[0], wanted))
+            return await call.parts(asks, lambda answers: _all_chunks(answers, wanted, at_once))
+
+        async def work() -> Any:
+            async with call.server.answers(asks) as answers:
+                made = await gathered([answer.whole for answer in answers], at_once)
+                pairs = zip(answers, made, strict=True)
+                bodies = [_whole(answer, i, one[0], wanted) for i, (answer, one) in enumerate(pairs)]
+                return bodies if len(bodies) > 1 else bodies[0]
+
+        return await call.json(work())
+
+
+async def _all_chunks(answers: Sequence[Answer], wanted: Wanted, at_once: int) -> AsyncIterator[str]:
+    streams = [_chunks(answer, i, wanted) for i, answer in enumerate(answers)]
+    async for _, chunk in merged(streams, at_once):
+        yield chunk
 
 
 # ---- what is asked
 
 
-def _wanted(fields: Fields) -> Wanted:
+def _wanted(fields: Fields, most_prompts: int) -> Wanted:
     model = fields.take("model", str)
     fields.harmless(*HARMLESS)
     for name, values in OFF.items():
@@ -137,7 +151,7 @@ def _wanted(fields: Fields) -> Wanted:
         sampling |= {"logprobs": True, "top_logprobs": n_probs}
     return Wanted(
         model,
-        _prompt(fields, "prompt"),
+        _prompts(fields, most_prompts),
         sampling,
         _biases(fields),
         fields.take("ignore_eos", bool, False),
@@ -195,15 +209,19 @@ def _bias(llm: LLM, biases: Sequence[tuple[int | str, float]]) -> dict[int, floa
     return found
 
 
-def _prompt(fields: Fields, name: str) -> str | list[int | str]:
-    """A text, or ids and texts one after the other."""
-    parts = parts_of(fields, name)
-    if not isinstance(parts, str) and len(parts) > 1 and all(isinstance(part, str) for part in parts):
-        raise fields.refusal(name, "has several texts, which are as many prompts: send a request for each")
-    return parts
+def _prompts(fields: Fields, most: int) -> list[Prompt]:
+    """One prompt, or a list of them."""
+    given: Any = fields.need("prompt", object)
+    prompts = given if isinstance(given, list) and not is_prompt(given) else [given]
+    if not prompts or not all(map(is_prompt, prompts)):
+        what = "must be a text, a list of token ids and texts, or a list of such prompts"
+        raise fields.refusal("prompt", what, code="invalid_type")
+    if len(prompts) > most:
+        raise fields.refusal("prompt", f"has {len(prompts)} prompts, the most is {most}")
+    return prompts
 
 
-def _read(llm: LLM, prompt: str | Sequence[int | str]) -> str | list[int]:
+def _read(llm: LLM, prompt: Prompt) -> str | list[int]:
     if isinstance(prompt, str):
         return prompt
     if any(isinstance(part, str) for part in prompt):
@@ -214,20 +232,20 @@ def _read(llm: LLM, prompt: str | Sequence[int | str]) -> str | list[int]:
 # ---- what is answered
 
 
-def _whole(answer: Answer, made: Completion, wanted: Wanted) -> dict[str, Any]:
-    body = {"content": made.text, "tokens": made.tokens if wanted.returns_tokens else []}
+def _whole(answer: Answer, index: int, made: Completion, wanted: Wanted) -> dict[str, Any]:
+    body = {"index": index, "content": made.text, "tokens": made.tokens if wanted.returns_tokens else []}
     if wanted.n_probs:
         each = zip(made.tokens, made.logprobs or (), made.top_logprobs or (), strict=True)
         body["completion_probabilities"] = [_probability(answer.llm, *one) for one in each]
     return body | _end(answer, made, wanted)
 
 
-async def _chunks(answer: Answer, wanted: Wanted) -> AsyncIterator[str]:
+async def _chunks(answer: Answer, index: int, wanted: Wanted) -> AsyncIterator[str]:
     n, n_prompt = 0, len(answer.completions[0].prompt_tokens)
     async for piece in answer.pieces():
         n += piece.token is not None
         chunk: dict[str, Any] = {
-            "index": 0,
+            "index": index,
             "content": piece.text,
             "tokens": [] if piece.token is None else [piece.token],
             "stop": False,
@@ -238,28 +256,24 @@ async def _chunks(answer: Answer, wanted: Wanted) -> AsyncIterator[str]:
             one = _probability(answer.llm, piece.token, piece.logprob, piece.top_logprobs)
             chunk["completion_probabilities"] = [one]
         yield event(chunk)
-    yield event({"content": "", "tokens": [], **_end(answer, answer.completions[0], wanted)})
+    yield event({"index": index, "content": "", "tokens": [], **_end(answer, answer.completions[0], wanted)})
 
 
 def _end(answer: Answer, made: Completion, wanted: Wanted) -> dict[str, Any]:
     is_word = isinstance(made.stop_reason, str)
     why = "limit" if made.finish_reason == "length" else "word" if is_word else "eos"
-    prompt = answer.ask.prompt
-    if not isinstance(prompt, str):
-        prompt = text_of(answer.llm, made.prompt_tokens) if answer.llm.tokenizer else ""
     body = {
-        "index": 0,
         "stop": True,
         "model": answer.name,
         "tokens_predicted": len(made.tokens),
         "tokens_evaluated": len(made.prompt_tokens),
         "generation_settings": settings_of(answer.llm, answer.ask.sampling, wanted, made.seed),
-        "prompt": prompt,
+        "prompt": text_of(answer.llm, made.prompt_tokens),
         "has_new_line": "\n" in made.text,
         "truncated": False,
         "stop_type": why,
         "stopping_word": made.stop_reason if is_word else "",
-        "tokens_cached": len(made.prompt_tokens) + len(made.tokens),
+        "tokens_cached": len(made.prompt_tokens) + len(made.tokens) - 1,
     }
     return body | extras(answer, [made]) | {"timings": _timings(made)}
 

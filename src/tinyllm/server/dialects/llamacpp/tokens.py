@@ -18,10 +18,16 @@ from tinyllm.server.dialects.openai.messages import messages_of
 from tinyllm.server.streams import json_response
 from tinyllm.server.thinking import template_args
 
+Prompt = str | list[int | str]
+
 
 async def tokenize(call: Call) -> Response:
     fields = await call.fields()
-    model, content = fields.take("model", str), parts_of(fields, "content")
+    model = fields.take("model", str)
+    content: Any = fields.need("content", object)
+    parts: list[int | str] = [content] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not {*map(type, parts)} <= {int, str}:
+        raise fields.refusal("content", "must be a text, or a list of token ids and texts")
     add_special, special = (
         fields.take("add_special", bool, False),
         fields.take("parse_special", bool, True),
@@ -30,7 +36,7 @@ async def tokenize(call: Call) -> Response:
     fields.finish()
 
     def work(llm: LLM) -> list[Any]:
-        ids = mixed(tokenizer_of(llm), content, add_special=add_special, special=special)
+        ids = mixed(tokenizer_of(llm), parts, add_special=add_special, special=special)
         return [{"id": id, "piece": _piece(llm, id)} for id in ids] if with_pieces else ids
 
     return json_response({"tokens": await call.of_model(model, work)})
@@ -112,11 +118,9 @@ def tokenizer_of(llm: LLM) -> Tokenizer:
     return llm.tokenizer
 
 
-def mixed(
-    tokenizer: Tokenizer, parts: str | Sequence[int | str], *, add_special: bool, special: bool
-) -> list[int]:
+def mixed(tokenizer: Tokenizer, parts: Sequence[int | str], *, add_special: bool, special: bool) -> list[int]:
     ids: list[int] = []
-    for i, part in enumerate([parts] if isinstance(parts, str) else parts):
+    for i, part in enumerate(parts):
         if isinstance(part, str):
             ids += tokenizer.encode(part, bos=None if add_special and i == 0 else False, special=special)
         else:
@@ -124,13 +128,12 @@ def mixed(
     return ids
 
 
-def parts_of(fields: Fields, name: str) -> str | list[int | str]:
-    parts = fields.need(name, object)
-    if isinstance(parts, str):
-        return parts
-    if not isinstance(parts, list) or not {*map(type, parts)} <= {int, str}:
-        raise fields.refusal(name, "must be a text, or a list of token ids and texts", code="invalid_type")
-    return parts
+def is_prompt(value: Any) -> bool:
+    """Whether it is a text, or a list of ids, or of ids and texts; a list of texts is several."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    kinds = {*map(type, value)}
+    return int in kinds and kinds <= {int, str}
 
 
 def bytes_of(llm: LLM, token: int) -> bytes:

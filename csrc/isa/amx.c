@@ -1,0 +1,57 @@
+// isa/amx.c: AVX-512 with VNNI and AMX (Xeon since Sapphire Rapids): many tokens' products on the matrix unit, the rest is
+// avx512vnni's. The kernel is asked for the unit's registers once a process: programs may not use them unasked, since they
+// make signal frames and every thread's saved state 8 KB larger (Documentation/arch/x86/xstate.rst of Linux).
+#define _GNU_SOURCE
+#define TINYLLM_VNNI
+#define TINYLLM_AMX
+#include "isa/avx512.h"
+#include "isa/isa.h"
+#include "isa/tiles.h"
+#include <cpuid.h>
+#include <errno.h>
+#include <pthread.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define V_UNROLL _Pragma("GCC unroll 16")
+#define T_FEW    tl_kernels_avx512vnni
+extern const tl_kernels tl_kernels_avx512vnni;
+
+#include "isa/tiles.inc"
+
+static int usable(void);
+tl_kernels tl_kernels_amx = {.name = "amx", .usable = usable};
+const char *tl_amx_refused; // why a machine that has the unit does not use it, or NULL
+
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XTILEDATA           18
+
+static void ask_kernel(void) {
+    unsigned a, b, c, d, low, high;
+    const unsigned wanted = 1u << 24 | 1u << 25; // AMX-TILE, AMX-INT8
+    if (!T_FEW.usable() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & wanted) != wanted) return;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low >> 17 & 3) != 3) {
+        tl_amx_refused = "the kernel does not keep AMX's registers";
+        return;
+    }
+#ifdef __linux__
+    if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA)) {
+        tl_amx_refused = errno == ENOSPC ? "a signal stack is too small for AMX's registers"
+                                         : "the kernel does not allow this process AMX's registers";
+        return;
+    }
+    tl_kernels_amx = T_FEW;
+    tl_kernels_amx.name = "amx";
+    tl_kernels_amx.usable = usable;
+    take_tiles(&tl_kernels_amx);
+#endif
+}
+
+static int usable(void) {
+    static pthread_once_t asked = PTHREAD_ONCE_INIT;
+    pthread_once(&asked, ask_kernel);
+    return tl_kernels_amx.arrange != NULL;
+}
