@@ -50,8 +50,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def common(model: Path) -> Iterator[Listening]:
+def common(model: Path, http: httpx.Client) -> Iterator[Listening]:
     with listening({"m": model}, parallel=4, queue=2, load=load) as it:
+        assert http.post(it.url + CHAT, json=ask()).status_code == 200, "and the model is loaded"
         yield it
 
 
@@ -154,6 +155,28 @@ def test_a_client_goes_while_its_prompt_is_computed(running: Listening) -> None:
         until(lambda: running.server.turns.running == 0)
     finally:
         del engine.model.forward, engine.model.candidates
+
+
+def test_who_goes_before_the_first_token_leaves_nothing_while_others_go_on(running: Listening) -> None:
+    """The thread that computes goes on, too; what it knew of them is gone."""
+    cache = running.llm()._cache
+    with running.connect() as stays:
+        stays.sendall(wire(n_tokens=1500, stream=True))
+        assert stays.recv(100).startswith(b"HTTP/1.1 200")
+        for _ in range(3):
+            with running.connect() as goes:
+                goes.sendall(wire(n=2, words="ha " * 1200))
+                until(lambda: running.server.turns.running == 3)
+                until(lambda: len(cache._tables_of) > 1)
+
+        def is_alone() -> bool:
+            gc.collect()
+            with cache.lock:
+                cache.collect()
+                return len(cache._tables_of) == 1
+
+        until(is_alone, 10)
+        assert running.server.turns.running == 1, "the other one still runs"
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -374,7 +397,7 @@ def test_more_requests_than_pages_wait_for_each_other(model: Path, http: httpx.C
     with listening({"m": model}, with_pages(12), parallel=32) as it:
 
         def one(text: str) -> str:
-            answer = http.post(it.url + CHAT, json=ask(40, text))
+            answer = http.post(it.url + CHAT, json=ask(20, text))
             assert answer.status_code == 200, answer.text
             return str(answer.json()["choices"][0]["message"]["content"])
 
@@ -536,7 +559,7 @@ def test_the_end_cuts_off_what_takes_too_long(model: Path, http: httpx.Client) -
 def test_some_hundred_requests_leave_nothing(model: Path) -> None:
     with listening({"m": model}, load) as it:
         rng = random.Random(3)
-        for i in range(200):
+        for i in range(120):
             with it.connect() as client:
                 streams = i % 2 == 0
                 client.sendall(wire(n_tokens=1 + i % 5, stream=streams, words=f"hello {i % 7}"))

@@ -481,6 +481,7 @@ class Batch:
         generation.close()
         if job := self.jobs.pop(generation, None):
             self._rows.pop(job, None)
+        self._siblings.pop(generation, None)
         self._open.discard(generation)
         self._watched.pop(generation, None)
 

@@ -100,6 +100,10 @@ class Connection(H11Protocol):
         elif self._arriving is None or self._n_bytes >= ARRIVING_BYTES:
             self._expect()
 
+    def eof_received(self) -> None:
+        super().eof_received()
+        self.give_up()  # else asyncio would wait until what is buffered is read, and it may never be
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stalled = self.loop.call_later(STALLED_S, self.transport.abort)
@@ -114,7 +118,7 @@ class Connection(H11Protocol):
         _stop(self._stalled)
 
     def give_up(self) -> None:
-        """Cuts off an answer that is not all sent, though it has ended: its client takes nothing."""
+        """Cuts off an answer that is not all sent: nobody takes it."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()
 
