@@ -10,14 +10,18 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
+#include <csignal>
 #include <memory>
-#include <numeric>
+#include <mutex>
 #include <optional>
 #include <pthread.h>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <tuple>
 #include <unistd.h>
+#include <variant>
 #include <vector>
 
 namespace py = pybind11;
@@ -223,50 +227,6 @@ struct Model {
         return p.get();
     }
 
-    void upload(const std::string &name, int layer, int fd, uint64_t offset, int source_format, int format,
-                const py::object &row_order, int row_stride, const py::object &scales_at, int threads) {
-        Call call;
-        std::shared_ptr<tl_model> keep = (get(), p);
-        tl_source source{format_of(source_format), fd, offset, nullptr, nullptr, 0, row_stride, nullptr};
-        tl_source scales = source;
-        if (!scales_at.is_none()) {
-            std::tie(scales.fd, scales.offset) = scales_at.cast<std::pair<int, uint64_t>>();
-            source.scales = &scales;
-        }
-        Ints order;
-        if (!row_order.is_none()) {
-            order = row_order.cast<Ints>();
-            source.row_order = order.data();
-            source.n_row_order = static_cast<int>(order.size());
-        }
-        const tl_format *keep_as = format_of(format);
-        tl_message message;
-        tl_status status;
-        {
-            Released released(call);
-            status = tl_model_upload(keep.get(), name.c_str(), layer, &source, keep_as, threads, &message);
-        }
-        if (status != TL_OK) raise(status, message);
-    }
-
-    void upload_vector(const std::string &name, int layer, const Floats &values) {
-        std::shared_ptr<tl_model> keep = (get(), p);
-        std::vector<int32_t> order(static_cast<size_t>(values.size())); // as they are, and no more than there are
-        std::iota(order.begin(), order.end(), 0);
-        const tl_format *f32 = tl_format_of(0);
-        tl_source source{f32,
-                         -1,
-                         0,
-                         reinterpret_cast<const uint8_t *>(values.data()),
-                         order.data(),
-                         static_cast<int>(order.size()),
-                         1,
-                         nullptr};
-        tl_message message;
-        tl_status status = tl_model_upload(keep.get(), name.c_str(), layer, &source, f32, 1, &message);
-        if (status != TL_OK) raise(status, message);
-    }
-
     void check() {
         tl_message message;
         tl_status status = tl_model_check(get(), &message);
@@ -379,6 +339,129 @@ struct Model {
         if (status != TL_OK) raise(status, message);
         return Cache{std::shared_ptr<tl_cache>(cache, tl_cache_free)};
     }
+};
+
+// A weight on its way: its name, layer, where it lies, its format there and as it is kept, the order of its rows (or None),
+// row_stride, and where its scales lie apart (or None). It lies at an offset of an open file, or in an array of floats.
+using Place = std::pair<int, uint64_t>;
+using Weight =
+    std::tuple<std::string, int, std::variant<Place, Floats>, int, int, std::optional<Ints>, int, std::optional<Place>>;
+
+// Weights that are packed one after another by a thread of its own, which knows nothing of Python, while Python does
+// something else. It ends within a weight's time when it is told to stop, which a destructor does, too.
+class Uploads {
+  public:
+    Uploads(const Model &model, std::vector<Weight> given, py::object files, int threads)
+        : model((model.get(), model.p)), weights(std::move(given)), files(std::move(files)), threads(threads),
+          sources(2 * weights.size()) {
+        for (size_t i = 0; i < weights.size(); i++) describe(weights[i], sources[2 * i], sources[2 * i + 1]);
+        if (door.keeps_out()) Door::send_away();
+        begun_late = door.shut;
+        door.calls++; // until run() ends
+        sigset_t all, before;
+        sigfillset(&all); // signals are for the program's own threads
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        int error = 0;
+        try {
+            thread = std::make_unique<std::thread>([this] { run(); });
+        } catch (const std::system_error &) {
+            error = 1;
+            door.calls--;
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        if (error) raise("MemoryLimitError", "no memory for a thread that packs weights");
+    }
+    Uploads(const Uploads &) = delete;
+    ~Uploads() { join(); }
+
+    // How many are packed, once it is more than n, or 20 ms later.
+    size_t wait(size_t n) {
+        Call call;
+        if (pid != getpid()) raise("CancelledError", "the process was forked while a model was loaded: load it again");
+        size_t now = 0;
+        bool failed = false;
+        {
+            Released released(call);
+            std::unique_lock<std::mutex> locked(lock);
+            news.wait_for(locked, std::chrono::milliseconds(20), [&] { return n_packed > n || status != TL_OK; });
+            now = n_packed;
+            failed = status != TL_OK;
+        }
+        if (failed && now <= n) raise(status, message);
+        return now;
+    }
+
+    void stop() {
+        if (door.keeps_out()) return join();
+        Call call;
+        Released released(call);
+        join();
+    }
+
+  private:
+    static void describe(const Weight &weight, tl_source &source, tl_source &scales) {
+        const auto &[name, layer, place, from, to, order, row_stride, scales_at] = weight;
+        source = {format_of(from), -1, 0, nullptr, nullptr, 0, row_stride, nullptr};
+        format_of(to);
+        if (const auto *at = std::get_if<Place>(&place))
+            std::tie(source.fd, source.offset) = *at;
+        else
+            source.memory = reinterpret_cast<const uint8_t *>(std::get<Floats>(place).data());
+        if (order) {
+            source.row_order = order->data();
+            source.n_row_order = static_cast<int>(order->size());
+        }
+        scales = source;
+        if (scales_at) {
+            std::tie(scales.fd, scales.offset) = *scales_at;
+            source.scales = &scales;
+        }
+    }
+
+    void run() {
+        for (size_t i = 0; i < weights.size(); i++) {
+            tl_message problem{"loading was stopped"};
+            tl_status found = TL_CANCELLED;
+            if (!stopped && (!door.shut || begun_late))
+                found = tl_model_upload(model.get(), std::get<0>(weights[i]).c_str(), std::get<1>(weights[i]),
+                                        &sources[2 * i], tl_format_of(std::get<4>(weights[i])), threads, &problem);
+            std::unique_lock<std::mutex> locked(lock);
+            if (found == TL_OK) {
+                n_packed++;
+            } else {
+                status = found;
+                message = problem;
+            }
+            news.notify_all();
+            if (found != TL_OK) break;
+        }
+        door.calls--;
+    }
+
+    void join() {
+        stopped = true;
+        if (pid == getpid()) {
+            if (thread && thread->joinable()) thread->join();
+        } else {
+            (void)thread.release(); // the child of a fork does not have it
+        }
+        model.reset();
+    }
+
+    std::shared_ptr<tl_model> model;
+    const std::vector<Weight> weights;
+    const py::object files; // open until the thread has ended
+    const int threads;
+    std::vector<tl_source> sources; // of each weight its own, and that of its scales
+    const pid_t pid = getpid();
+    bool begun_late = false; // by what runs at exit
+    std::atomic<bool> stopped{false};
+    std::mutex lock; // of the four below
+    std::condition_variable news;
+    size_t n_packed = 0;
+    tl_status status = TL_OK;
+    tl_message message{};
+    std::unique_ptr<std::thread> thread;
 };
 
 py::list formats() {
@@ -672,10 +755,6 @@ PYBIND11_MODULE(_core, m) {
 
     py::class_<Model>(m, "Model")
         .def(py::init<const py::dict &, uintptr_t>(), py::arg("config"), py::arg("backend"))
-        .def("upload", &Model::upload, py::arg("name"), py::arg("layer"), py::arg("fd"), py::arg("offset"),
-             py::arg("source_format"), py::arg("format"), py::arg("row_order"), py::arg("row_stride"),
-             py::arg("scales"), py::arg("threads"))
-        .def("upload_vector", &Model::upload_vector, py::arg("name"), py::arg("layer"), py::arg("values"))
         .def("tie", [](Model &model) { tl_model_tie(model.get()); })
         .def("check", &Model::check)
         .def("forward", &Model::forward, py::arg("cache"), py::arg("tokens"), py::arg("x"), py::arg("positions"),
@@ -690,6 +769,12 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("weight_bytes", [](Model &model) { return model.get()->weight_bytes; })
         .def_property_readonly("token_bytes", [](Model &model) { return tl_model_token_bytes(model.get()); })
         .def("close", [](Model &model) { model.p.reset(); });
+
+    py::class_<Uploads>(m, "Uploads")
+        .def(py::init<const Model &, std::vector<Weight>, py::object, int>(), py::arg("model"), py::arg("weights"),
+             py::arg("files"), py::arg("threads"))
+        .def("wait", &Uploads::wait, py::arg("n"))
+        .def("stop", &Uploads::stop);
 
     m.def("formats", &formats);
     m.def("pack_unpack", &pack_unpack, py::arg("data"), py::arg("format"), py::arg("rows"), py::arg("k"));

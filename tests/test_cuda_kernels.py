@@ -183,7 +183,7 @@ def test_a_file_that_ends_early(host: Host, tmp_path: Path) -> None:
         model = llm.model
         info = TensorInfo("cut", (512, 256), 2, path, len(whole) - 1000, 512 * 144)
         with pytest.raises(tinyllm.FormatError, match="could not be read"):
-            backends.Model(model.config, device="cuda").upload("w_up", 0, info)
+            list(backends.Model(model.config, device="cuda").upload([backends.Weight("w_up", 0, info)]))
         llm.logits([1])  # frees what loading kept for the next matrix
     assert host.live() == 0
 
@@ -206,8 +206,10 @@ def test_rows_that_stand_apart_in_the_file(host: Host, tmp_path: Path) -> None:
     with load(path) as llm:
         for device in ("cpu", "cuda"):
             model = backends.Model(llm.model.config, device=device)
-            model.upload("w_gate", 0, infos[0])
-            model.upload("w_up", 0, infos[1])
+            weights = [
+                backends.Weight(name, 0, info) for name, info in zip(("w_gate", "w_up"), infos, strict=True)
+            ]
+            assert list(model.upload(weights)) == weights
             held.append((model.unpack("w_gate", 0), model.unpack("w_up", 0)))
             model.close()
     np.testing.assert_array_equal(held[0][0], held[1][0])
@@ -434,9 +436,8 @@ def load_varied(path: Path, **options: Any) -> tinyllm.LLM:
     data.write_bytes(sinks.tobytes())
     for layer in range(2):
         at = layer * config.n_heads * 4
-        llm.model.upload(
-            "sinks", layer, TensorInfo("sinks", (config.n_heads,), 0, data, at, config.n_heads * 4)
-        )
+        info = TensorInfo("sinks", (config.n_heads,), 0, data, at, config.n_heads * 4)
+        list(llm.model.upload([backends.Weight("sinks", layer, info)]))
     return llm
 
 

@@ -216,6 +216,12 @@ def test_ids_that_mean_none_are_left_out(read: Read) -> None:
     assert metadata["tokenizer.ggml.eos_token_id"] == 2
 
 
+def strings_of(second: bytes, n: int | None = None) -> bytes:
+    """An array of two strings, the second of which says that it has n bytes."""
+    first = struct.pack("<IIQQ", ARRAY, STRING, 2, 1) + b"a"
+    return first + struct.pack("<Q", len(second) if n is None else n) + second
+
+
 BROKEN: dict[str, tuple[File, str]] = {
     "magic": (replace(GOOD, magic=b"GGML"), "not a GGUF file"),
     "version 0": (replace(GOOD, version=0), "version 0"),
@@ -236,6 +242,12 @@ BROKEN: dict[str, tuple[File, str]] = {
     "string length": (with_pair("x", struct.pack("<IQ", STRING, 2**64 - 1) + b"abc"), "'x' needs"),
     "string not UTF-8": (with_pair("x", scalar(STRING, b"a\xff")), "'x' is not UTF-8"),
     "element not UTF-8": (with_pair("x", array(STRING, ["a", b"\xc3"])), "element 1 of 'x' is not UTF-8"),
+    "element of all lengths": (with_pair("x", strings_of(b"ab", n=2**64 - 1)), "needs 18446744073709551623"),
+    "element that turns back": (with_pair("x", strings_of(b"ab", n=2**64 - 8)), "needs 18446744073709551616"),
+    "element of a negative length": (with_pair("x", strings_of(b"ab", n=2**63)), "'x' needs 922337203685477"),
+    "element past the end": (with_pair("x", strings_of(b"ab", n=5000)), "'x' needs 5008 bytes"),
+    "element of a surrogate": (with_pair("x", strings_of(b"\xed\xa0\x80")), "element 1 of 'x' is not UTF-8"),
+    "element spelled too long": (with_pair("x", strings_of(b"\xc0\x80")), "element 1 of 'x' is not UTF-8"),
     "bool": (with_pair("x", scalar(BOOL, 2)), "neither 0 nor 1"),
     "bools": (with_pair("x", array(BOOL, [1, 255])), "neither 0 nor 1"),
     "alignment 0": (with_pair("general.alignment", scalar(U32, 0)), "power of two"),

@@ -3,11 +3,17 @@ while they are read. tests/long repeats these for hours."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +22,11 @@ from helpers_models import golden_spec, random_ids, random_weights, write_hf_dir
 import tinyllm
 from tinyllm import backends, errors, modelfiles
 from tinyllm.files import FileReader
+from tinyllm.files.names import Weights
 
 HERE = Path(__file__).parent
 CONFIG = golden_spec("llama3").config
+BIG = CONFIG | {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 2048, "num_attention_heads": 8}
 
 
 def run_script(name: str, *arguments: object) -> str:
@@ -228,6 +236,158 @@ def test_a_progress_callback_that_raises(tmp_path: Path) -> None:
         with pytest.raises(error):
             tinyllm.load(path, progress=progress)
         assert backends.live_allocations() == before
+
+
+# ---- weights that are packed while the vocabulary is read
+
+
+def held() -> tuple[object, int, int]:
+    """The core's memory, threads and open files of this process."""
+    threads, files = (len(os.listdir(f"/proc/self/{what}")) for what in ("task", "fd"))
+    return backends.live_allocations(), threads, files
+
+
+def read_by(read: Callable[[], Any], path: Path) -> modelfiles.ModelFiles:
+    """A model whose vocabulary is read by this function, while its weights are packed."""
+    return dataclasses.replace(modelfiles.open_model(directory(path, 6)), read_tokenizer=read)
+
+
+def with_a_hole(files: modelfiles.ModelFiles) -> modelfiles.ModelFiles:
+    """The same with a matrix that lies behind the end of its file."""
+    tensors = dict(files.weights)
+    tensors["wq", 1] = dataclasses.replace(tensors["wq", 1], offset=1 << 40)
+    return dataclasses.replace(files, weights=Weights(files.config, tensors, {}))
+
+
+def failing(error: BaseException, seconds: float) -> Callable[[], None]:
+    def read() -> None:
+        time.sleep(seconds)
+        raise error
+
+    return read
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05])  # nothing is packed, or all is
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (errors.FormatError("the vocabulary is broken"), errors.FormatError),
+        (MemoryError(), errors.MemoryLimitError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["broken", "memory", "interrupt"],
+)
+def test_a_vocabulary_that_fails_while_weights_are_packed(
+    error: BaseException, wanted: type[BaseException], seconds: float, tmp_path: Path
+) -> None:
+    files = read_by(failing(error, seconds), tmp_path / "model")
+    tinyllm.load("stories", threads=2).close()  # its threads stay
+    before = held()
+    with pytest.raises(wanted) as raised:
+        tinyllm.load(files, threads=2)
+    assert held() == before
+    if wanted is errors.FormatError:
+        assert str(raised.value) == f"{files.path}: the vocabulary is broken"
+
+
+def test_weights_that_fail_while_the_vocabulary_is_read(tmp_path: Path) -> None:
+    files = with_a_hole(read_by(lambda: time.sleep(0.05), tmp_path / "model"))
+    tinyllm.load("stories", threads=2).close()
+    before = held()
+    done: list[int] = []
+    with pytest.raises(
+        errors.FormatError, match=r"model\.safetensors: row 0 of \d+, \d+ bytes from offset 10995"
+    ):
+        tinyllm.load(files, threads=2, progress=lambda now, total: done.append(now))
+    assert held() == before
+    weights = list(files.weights.items())
+    end = [key for key, _ in weights].index(("wq", 1))
+    assert done == list(itertools.accumulate(info.n_bytes for _, info in weights[:end]))
+
+
+def test_of_two_errors_the_vocabularys_is_told(tmp_path: Path) -> None:
+    broken = read_by(failing(errors.FormatError("the vocabulary is broken"), 0.05), tmp_path / "model")
+    for files, options in (
+        (with_a_hole(broken), {}),
+        (broken, {"free_memory": lambda: 1000}),
+        (broken, {"weights": "q9_9"}),
+    ):
+        with pytest.raises(errors.FormatError, match="the vocabulary is broken"):
+            tinyllm.load(files, threads=2, **options)  # type: ignore[arg-type]
+
+
+def test_a_signal_while_weights_are_packed(tmp_path: Path) -> None:
+    """Where loading waits for them."""
+
+    def load(files: modelfiles.ModelFiles) -> None:
+        tinyllm.load(files, threads=1, weights="q4_k_m").close()
+        time.sleep(60)  # where all was packed before the signal came
+
+    path = write_hf_directory(tmp_path / "model", BIG, random_weights(BIG, 6))
+    tinyllm.load("stories", threads=2).close()
+    before = held()
+    for n in range(5):
+        timer = threading.Timer(0.004 * n, lambda: signal.raise_signal(signal.SIGINT))
+        files = dataclasses.replace(modelfiles.open_model(path), read_tokenizer=timer.start)
+        with pytest.raises(KeyboardInterrupt):
+            load(files)
+        timer.join()
+        assert held() == before
+
+
+def test_a_fork_while_weights_are_packed(tmp_path: Path) -> None:
+    """The child does not have the thread that packs: its call ends, and it can load for itself."""
+    path = directory(tmp_path / "model", 6)
+    pids: list[int] = []
+    files = dataclasses.replace(modelfiles.open_model(path), read_tokenizer=lambda: pids.append(os.fork()))
+    ids = random_ids(CONFIG, 1, 20)
+    try:
+        llm = tinyllm.load(files, threads=2)
+        right = llm.logits(ids)
+    except errors.CancelledError:
+        signal.alarm(120)
+        with tinyllm.load(path, threads=2) as own:
+            os._exit(0 if own.logits(ids).any() else 1)
+    finally:
+        if pids == [0]:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 0
+    with llm, tinyllm.load(path, threads=1) as again:
+        np.testing.assert_array_equal(again.logits(ids), right)
+
+
+LOADING_AT_EXIT = """
+import sys, threading, time, tinyllm
+tinyllm.load("stories", threads=2).close()
+def work():
+    while True:
+        tinyllm.load("stories", threads=2).close()
+for _ in range(2):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.05, 0.1])
+def test_the_interpreter_ends_amid_loading(seconds: float) -> None:
+    command = [sys.executable, "-c", LOADING_AT_EXIT, str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_weights_are_packed_and_told_in_order(tmp_path: Path) -> None:
+    """Each that is asked for is packed; the weights of a model may come in several calls."""
+    files = modelfiles.open_model(directory(tmp_path / "model", 6))
+    given = [backends.Weight(name, layer, info) for (name, layer), info in files.weights.items()]
+    model = backends.Model(files.config, device="cpu", threads=2)
+    assert list(model.upload(given)) == given
+    model.check()
+    with pytest.raises(errors.ArgumentError, match="is there already"):
+        list(model.upload(given[-1:]))
+    assert list(model.upload([])) == []
+    model.close()
+    with pytest.raises(errors.ModelClosedError):
+        model.upload(given[:1])
 
 
 def test_a_full_pool_under_many_texts(tmp_path: Path) -> None:

@@ -30,20 +30,6 @@ class Model:
     """Packed weights and the forward pass over them."""
 
     def __init__(self, config: Mapping[str, object], backend: int) -> None: ...
-    def upload(
-        self,
-        name: str,
-        layer: int,
-        fd: int,
-        offset: int,
-        source_format: int,
-        format: int,
-        row_order: NDArray[np.int32] | None,
-        row_stride: int,
-        scales: tuple[int, int] | None,
-        threads: int,
-    ) -> None: ...
-    def upload_vector(self, name: str, layer: int, values: NDArray[np.float32]) -> None: ...
     def tie(self) -> None: ...
     def check(self) -> None: ...
     def forward(
@@ -73,6 +59,27 @@ class Model:
     @property
     def token_bytes(self) -> int: ...
     def close(self) -> None: ...
+
+Place = tuple[int, int]  # the number of an open file, an offset
+Weight = tuple[
+    str,  # name
+    int,  # layer
+    Place | NDArray[np.float32],
+    int,  # format there
+    int,  # format as it is kept
+    NDArray[np.int32] | None,  # order of the rows
+    int,  # row_stride
+    Place | None,  # of scales apart
+]
+
+class Uploads:
+    """Weights that a thread packs, one after another."""
+
+    def __init__(self, model: Model, weights: Sequence[Weight], files: object, threads: int) -> None: ...
+    def wait(self, n: int) -> int:
+        """How many are packed, once it is more than n, or 20 ms later. Raises what number n met."""
+
+    def stop(self) -> None: ...
 
 class Sampling:
     """What a text asks of sampling."""

@@ -20,6 +20,7 @@ from tinyllm.config import ModelConfig
 from tinyllm.engine.needs import cache_pages, call_bytes, call_tokens
 from tinyllm.errors import (
     ArgumentError,
+    Error,
     MemoryLimitError,
     UnsupportedError,
     integer,
@@ -29,7 +30,7 @@ from tinyllm.errors import (
 from tinyllm.files import BF16, F16, F32, FORMATS
 from tinyllm.files.names import Weights, in_gguf
 from tinyllm.llm import LLM
-from tinyllm.modelfiles import ModelFiles, read_model
+from tinyllm.modelfiles import ModelFiles, open_model
 from tinyllm.quantization.mixes import tensor_formats
 
 MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
@@ -80,34 +81,33 @@ def load(
         raise ArgumentError(
             f"cache_type is {cache_type!r}, expected one of {', '.join(backends.CACHE_TYPES)}"
         )
-    files = path if isinstance(path, ModelFiles) else read_model(path)
+    files = path if isinstance(path, ModelFiles) else open_model(path)
     name = str(files.path)
-    formats = kept_formats(files.weights, weights, name)
-    weight_bytes = _weight_bytes(files, formats)
-    chosen = backends.choose_device(device, _needed(files.config, weight_bytes, context, cache_type))
 
     def free() -> int:
         left = chosen.free_memory()
         return left if free_memory is None else max(0, min(left, free_memory()))
 
     asked = context
-    context, max_pages = _fit_memory(files.config, cache_type, weight_bytes, context, name, chosen, free())
-    model = backends.Model(files.config.with_context(context), device=chosen.name, threads=threads)
+    try:
+        formats = kept_formats(files.weights, weights, name)
+        weight_bytes = _weight_bytes(files, formats)
+        chosen = backends.choose_device(device, _needed(files.config, weight_bytes, context, cache_type))
+        context, max_pages = _fit_memory(
+            files.config, cache_type, weight_bytes, context, name, chosen, free()
+        )
+        model = backends.Model(files.config.with_context(context), device=chosen.name, threads=threads)
+    except Error:
+        _ = files.tokenizer  # what is wrong with it is told first, as `read_model` does
+        raise
     try:
         done, total = 0, sum(info.n_bytes for info in files.weights.values())
-        for (weight, layer), info in files.weights.items():
-            format = formats[weight, layer] if formats[weight, layer] != info.format else None
-            model.upload(
-                weight,
-                layer,
-                info,
-                row_order=files.weights.row_order(weight),
-                format=format,
-                plus=files.weights.plus(weight),
-            )
-            done += info.n_bytes
-            if progress is not None:
-                progress(done, total)
+        with model.upload(_to_upload(files.weights, formats)) as uploads:
+            tokenizer = files.tokenizer  # read while weights are packed
+            for weight in uploads:
+                done += weight.info.n_bytes
+                if progress is not None:
+                    progress(done, total)
         if files.config.tied:
             model.tie()
         model.check()
@@ -129,7 +129,7 @@ def load(
             log.warning("context %d is more than the %d the model was trained for", context, covered)
         return LLM(
             model,
-            files.tokenizer,
+            tokenizer,
             files.template,
             files.defaults,
             files.embedding,
@@ -161,6 +161,20 @@ def needed_bytes(
 
 def _weight_bytes(files: ModelFiles, formats: Mapping[tuple[str, int | None], int]) -> int:
     return sum(backends.packed_bytes(files.weights[key].shape, f) for key, f in formats.items())
+
+
+def _to_upload(weights: Weights, formats: Mapping[tuple[str, int | None], int]) -> list[backends.Weight]:
+    return [
+        backends.Weight(
+            name,
+            layer,
+            info,
+            row_order=weights.row_order(name),
+            format=formats[name, layer] if formats[name, layer] != info.format else None,
+            plus=weights.plus(name),
+        )
+        for (name, layer), info in weights.items()
+    ]
 
 
 def _needed(config: ModelConfig, weight_bytes: int, context: int | None, cache_type: CacheType) -> int:

@@ -8,8 +8,10 @@ uploads the weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +48,38 @@ BUNDLED = {"stories": Path(__file__).parent / "data" / "stories.gguf"}
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files, read but for the weights. tokenizer None: ids in, ids out. template None: no chat.
-    has_output: False for a model that was saved without its output matrix, which gives vectors of texts, but
-    no logits."""
+    """A model's files, read but for the weights and the tokenizer. template None: no chat. has_output: False
+    for a model that was saved without its output matrix, which gives vectors of texts, but no logits."""
 
     path: Path
     config: ModelConfig
     weights: Weights
-    tokenizer: Tokenizer | None
+    read_tokenizer: Callable[[], Tokenizer | None]
     template: ChatTemplate | None
     defaults: GenerationDefaults
     embedding: EmbeddingDefaults = field(default_factory=EmbeddingDefaults)
     has_output: bool = True
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """None: ids in, ids out. Read when it is first asked for. Raises FormatError, UnsupportedError,
+        MemoryLimitError."""
+        with _told_where(self.path):
+            tokenizer = self.read_tokenizer()
+            if tokenizer:
+                tokenizer.check_fits(self.config.vocab_size)
+            return tokenizer
+
+
+@contextmanager
+def _told_where(path: Path) -> Iterator[None]:
+    """Put `path` before the message of a FormatError or UnsupportedError that does not have it."""
+    try:
+        yield
+    except (FormatError, UnsupportedError) as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
 def model_path(path: str | os.PathLike[str]) -> Path:
@@ -77,17 +99,17 @@ def read_model(path: str | os.PathLike[str]) -> ModelFiles:
     the bundled model by name; an existing path wins over the name. Raises NotFoundError, ReadError,
     FormatError, UnsupportedError.
     """
+    files = open_model(path)
+    _ = files.tokenizer
+    return files
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelFiles:
+    """As `read_model`, but what is wrong with the tokenizer is raised where it is first asked for."""
     where = model_path(path)
     kind = find_model(where)
-    try:
-        files = _read_gguf(where) if kind == "gguf" else _read_directory(where)
-        if files.tokenizer:
-            files.tokenizer.check_fits(files.config.vocab_size)
-        return files
-    except (FormatError, UnsupportedError) as error:
-        if str(where) in str(error):
-            raise
-        raise type(error)(f"{where}: {error}") from error
+    with _told_where(where):
+        return _read_gguf(where) if kind == "gguf" else _read_directory(where)
 
 
 # What general.type says of GGUF files that are no models.
@@ -117,7 +139,7 @@ def _read_gguf(path: Path) -> ModelFiles:
         path,
         config,
         map_tensors(file.tensors, config, "gguf"),
-        tokenizer_from_gguf(file.metadata) if has_tokenizer else None,
+        lambda: tokenizer_from_gguf(file.metadata) if has_tokenizer else None,
         template_from_gguf(file.metadata),
         generation_from_gguf(file.metadata, config.vocab_size),
         embedding_from_gguf(file.metadata),
@@ -141,7 +163,7 @@ def _read_directory(path: Path) -> ModelFiles:
         path,
         config,
         weights,
-        tokenizer_from_directory(folder),
+        lambda: tokenizer_from_directory(folder),
         template_from_directory(folder),
         generation_from_json(json, generation, config.vocab_size),
         _embedding(folder),

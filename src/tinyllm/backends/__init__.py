@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from typing import IO, Any, Literal
@@ -30,7 +31,8 @@ from tinyllm.errors import (
     located,
     size_text,
 )
-from tinyllm.files import FORMATS, TensorInfo, read_rows, show
+from tinyllm.files import F32 as F32_ID
+from tinyllm.files import FORMATS, FileReader, TensorInfo, read_rows, show
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -397,6 +399,125 @@ class PagePool:
         self._core.close()
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that is to become a weight of a model. layer: None for one outside the layers. row_order:
+    int32 [rows], the file's row for each of the matrix; None: as they are. format: an id to quantize a float
+    tensor to; None: as it is. plus: what is added to a vector's numbers."""
+
+    name: str
+    layer: int | None
+    info: TensorInfo
+    row_order: I32 | None = None
+    format: int | None = None
+    plus: float = 0.0
+
+
+class Uploads:
+    """Weights on their way into a model: an iterable of them, each when it is packed, and a context that
+    packing does not outlive. It begins at once, beside what the caller does before he asks.
+
+    A thread of the core's packs the weights of a file, one after another, and needs nothing of the
+    interpreter. Raises, where the weight in question is asked for, FormatError when the file has changed
+    since its header was read, NotFoundError, ReadError, MemoryLimitError, UnsupportedError, ArgumentError; no
+    weight after it is packed then.
+    """
+
+    def __init__(self, model: Model, weights: Sequence[Weight]) -> None:
+        self._model = model
+        self._batches = [list(batch) for _, batch in groupby(weights, key=_batch_key)]
+        self._core: _core.Uploads | None = None
+        self._files = ExitStack()
+        if self._batches:
+            self._begin(self._batches[0])
+
+    def __iter__(self) -> Iterator[Weight]:
+        try:
+            for batch in self._batches:
+                core = self._core or self._begin(batch)
+                for i, weight in enumerate(batch):
+                    with located(weight.info.path):
+                        while core.wait(i) <= i:
+                            pass  # handlers of signals run here
+                    yield weight
+                self.stop()
+                for info in {weight.info.path: weight.info for weight in batch}.values():
+                    with info.open():  # looks whether it is still the same
+                        pass
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Nothing is packed any more when it returns."""
+        core, self._core = self._core, None
+        if core is not None:
+            core.stop()
+        self._files.close()
+
+    def __enter__(self) -> Uploads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _begin(self, batch: Sequence[Weight]) -> _core.Uploads:
+        files: list[FileReader | IO[bytes]] = []
+
+        def opened(file: FileReader | IO[bytes]) -> int:
+            files.append(file)
+            self._files.enter_context(file)
+            return file.fileno()
+
+        try:
+            paths = {info.path: info for w in batch for info in (w.info, w.info.scales) if info}
+            numbers = {path: opened(info.open()) for path, info in paths.items()}
+            given: list[_core.Weight] = []
+            for w in batch:
+                info, order = w.info, w.row_order
+                values = self._values(w)
+                where: tuple[int, int] | F32 = (numbers[info.path], info.offset)
+                if values is not None:
+                    where, order = values, np.arange(len(values), dtype=np.int32)
+                elif info.columns:
+                    where = (opened(_turned(info)), 0)
+                given.append(
+                    (
+                        w.name,
+                        -1 if w.layer is None else w.layer,
+                        where,
+                        F32_ID if values is not None else info.format,
+                        info.format if w.format is None else w.format,
+                        order,
+                        1 if values is not None else info.row_stride,
+                        (numbers[info.scales.path], info.scales.offset) if info.scales else None,
+                    )
+                )
+            self._core = _core.Uploads(self._model._core, given, files, self._model.threads)
+        except BaseException:
+            self._files.close()
+            raise
+        return self._core
+
+    def _values(self, w: Weight) -> F32 | None:
+        """The numbers of a vector that the core does not read by itself."""
+        by_us = w.plus != 0 or (w.info.row_stride != 1 and len(w.info.shape) == 1)
+        if not by_us and w.name != "output_norm":
+            return None
+        values = w.info.read_f32().ravel()
+        if w.plus:
+            with np.errstate(invalid="ignore"):  # a NaN stays one
+                values = values + np.float32(w.plus)
+        if w.name == "output_norm":
+            self._model._output_norm = values
+        return values if w.row_order is None else values[w.row_order]
+
+
+def _batch_key(w: Weight) -> tuple[Path, tuple[int, int, int] | None, str]:
+    """The same for neighbours that are packed in one go: of one file, and of what is turned first one alone,
+    as it takes room of its own."""
+    return w.info.path, w.info.columns, w.info.name if w.info.columns else ""
+
+
 class Model:
     """One model's packed weights on one device. Not a text interface: see `tinyllm.load`.
 
@@ -432,54 +553,9 @@ class Model:
         """Bytes of weights that one token reads."""
         return self._core.token_bytes
 
-    def upload(
-        self,
-        name: str,
-        layer: int | None,
-        info: TensorInfo,
-        *,
-        row_order: I32 | None = None,
-        format: int | None = None,
-        plus: float = 0.0,
-    ) -> None:
-        """Packs one tensor from its file; `format`: an id to quantize a float tensor to. `plus` is added to
-        a vector's numbers.
-
-        Raises FormatError when the file has changed since its header was read, NotFoundError, ReadError,
-        MemoryLimitError, UnsupportedError, ArgumentError.
-        """
-        by_us = plus != 0 or (info.row_stride != 1 and len(info.shape) == 1)
-        if by_us or name == "output_norm":
-            values = info.read_f32().ravel()
-            if plus:
-                with np.errstate(invalid="ignore"):  # a NaN stays one
-                    values = values + np.float32(plus)
-            if name == "output_norm":
-                self._output_norm = values
-        if by_us:
-            values = values if row_order is None else values[row_order]
-            self._core.upload_vector(name, -1 if layer is None else layer, values)
-            return
-        scales = info.scales
-        with ExitStack() as files:
-            if info.columns:
-                fd, offset = files.enter_context(_turned(info)).fileno(), 0
-            else:
-                fd, offset = files.enter_context(info.open()).fileno(), info.offset
-            scales_file = files.enter_context(scales.open()) if scales else None
-            files.enter_context(located(info.path))
-            self._core.upload(
-                name,
-                -1 if layer is None else layer,
-                fd,
-                offset,
-                info.format,
-                info.format if format is None else format,
-                row_order,
-                info.row_stride,
-                (scales_file.fileno(), scales.offset) if scales and scales_file else None,
-                self.threads,
-            )
+    def upload(self, weights: Sequence[Weight]) -> Uploads:
+        """Begins to pack weights; what it returns says when they are. Raises as that does."""
+        return Uploads(self, weights)
 
     def tie(self) -> None:
         """The output matrix is the embedding."""
