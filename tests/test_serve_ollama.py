@@ -361,7 +361,7 @@ def test_models(client: ollama.Client, running: Running, path: Path) -> None:
         client.show("llama3")
     assert caught.value.status_code == 404
 
-    assert httpx.get(f"{running.url}/api/version").json() == {"version": tinyllm.__version__}
+    assert httpx.get(f"{running.url}/api/version").json() == {"version": "0.13.4"}  # Codex needs it
     assert httpx.head(f"{running.url}/").status_code == 200
 
 

@@ -71,8 +71,9 @@ class Ask:
 
     model: a name, None for the first one served. sampling: the fields of SamplingParams that the client gave.
     n: how many answers. one_call: at most one call of a tool in each. effort: how much a model is to think,
-    in OpenAI's words ("none", "low"...). replay: whether the answer is to carry what `tinyllm-run --replay`
-    reads. The rest are arguments of `LLM.achat` and `LLM.astream`.
+    in OpenAI's words ("none", "low"...). usual_effort: the one that means the same as none given, in its
+    dialect; a model that cannot think takes it, too. replay: whether the answer is to carry what
+    `tinyllm-run --replay` reads. The rest are arguments of `LLM.achat` and `LLM.astream`.
     """
 
     model: str | None = None
@@ -88,6 +89,7 @@ class Ask:
     special: bool = False
     one_call: bool = False
     effort: str | None = None
+    usual_effort: str | None = None
     replay: bool = False
 
 

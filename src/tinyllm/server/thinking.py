@@ -26,17 +26,18 @@ def template_args(llm: LLM, ask: Ask) -> Mapping[str, Any]:
     for name in ask.template_args:
         if name not in read:
             raise Refusal(400, _unread(llm, f"the variable {name!r}", read), code="unsupported_parameter")
-    return {**_effort(llm, ask.effort, read), **ask.template_args}
+    return {**_effort(llm, ask, read), **ask.template_args}
 
 
-def _effort(llm: LLM, effort: str | None, read: Collection[str]) -> dict[str, Any]:
+def _effort(llm: LLM, ask: Ask, read: Collection[str]) -> dict[str, Any]:
     """A template that knows on and off thinks at every effort but "none"."""
+    effort = ask.effort
     if effort is None:
         return {}
     found: dict[str, Any] = {name: effort != "none" for name in SWITCHES if name in read}
     if "reasoning_effort" in read and effort != ENABLED:
         found["reasoning_effort"] = effort
-    if not found and effort not in ("none", ENABLED):
+    if not found and effort not in ("none", ENABLED, ask.usual_effort):
         why = _unread(llm, "how much to think", read)
         raise Refusal(400, why, param="reasoning_effort", code="unsupported_parameter")
     return found

@@ -72,7 +72,10 @@ def _model(name: str, created: int) -> dict[str, Any]:
 
 def error(refusal: Refusal) -> dict[str, Any]:
     kind = TYPES.get(refusal.status) or ("api_error" if refusal.status >= 500 else TYPES[400])
-    return {"type": "error", "error": {"type": kind, "message": refusal.message}}
+    message = refusal.message
+    if refusal.code == "context_length_exceeded":
+        message = f"prompt is too long: {message}"  # the words by which Claude Code knows it
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def failed(refusal: Refusal) -> str:

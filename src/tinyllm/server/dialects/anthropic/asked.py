@@ -29,6 +29,7 @@ SAMPLING = {  # of a body: the field of SamplingParams. Those after stop_sequenc
 }
 HARMLESS = ("metadata", "cache_control", "service_tier", "inference_geo", "user_profile_id", "workspace_id")
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
+USUAL_EFFORT = "high"  # what leaving it out means to Anthropic's clients, some of which always say it
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def wanted_of(fields: Fields) -> Wanted:
     model = fields.need("model", str)
     fields.harmless(*HARMLESS)
     fields.only("speed", "standard")
+    _context_management(fields)
     effort, shows_thinking = _thinking(fields)
     asked_effort, form = _output(fields)
     tools, eager, strict = _tools(fields)
@@ -58,6 +60,7 @@ def wanted_of(fields: Fields) -> Wanted:
         strict=strict,
         one_call=one_call,
         effort=asked_effort if asked_effort and effort != "none" else effort,
+        usual_effort=USUAL_EFFORT,
         replay=fields.take("replay", bool, False),
     )
     return Wanted(ask, shows_thinking, eager)
@@ -242,6 +245,18 @@ def _thinking(fields: Fields) -> tuple[str | None, bool]:
     thinking.finish()
     is_enabled = kind != "disabled"
     return ENABLED if is_enabled else "none", is_enabled and display == "summarized"
+
+
+def _context_management(fields: Fields) -> None:
+    """A conversation is read as it is: of the edits, only the one that keeps everything may be asked for."""
+    management = fields.object("context_management")
+    for edit in (management and management.objects("edits")) or ():
+        _expect(edit, "clear_thinking_20251015")
+        if edit.need("keep", object) not in ("all", {"type": "all"}):
+            raise edit.refusal("keep", "must be 'all': nothing is left out here", "unsupported_parameter")
+        edit.finish()
+    if management is not None:
+        management.finish()
 
 
 def _output(fields: Fields) -> tuple[str | None, dict[str, Any]]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from starlette.responses import Response
 
-import tinyllm
 from tinyllm.server.app import Call, Dialect
 from tinyllm.server.ask import Refusal
 from tinyllm.server.dialects.ollama.models import ps, show, tags
@@ -19,9 +18,12 @@ from tinyllm.server.dialects.ollama.texts import chat, generate
 from tinyllm.server.dialects.ollama.vectors import embed, embeddings
 from tinyllm.server.streams import json_response, line
 
+# Whose API this is, not which tinyllm: clients such as Codex ask whether an Ollama is new enough for them.
+VERSION = "0.13.4"
+
 
 async def version(call: Call) -> Response:
-    return json_response({"version": tinyllm.__version__})
+    return json_response({"version": VERSION})
 
 
 async def refused(call: Call) -> Response:

@@ -96,7 +96,7 @@ def _kept(call: Call) -> Any:
 
 def _ask(fields: Fields, server: Server) -> tuple[Ask, _Wishes]:
     metadata, user = fields.take("metadata", dict, {}), fields.take("user", str)
-    fields.harmless(*HARMLESS)
+    fields.harmless(*HARMLESS, "client_metadata")  # Codex says by it who it is
     fields.only("background", False)
     fields.only("truncation", "disabled", why="is not supported: a conversation that is too long is refused")
     for name in _UNSUPPORTED:
