@@ -47,7 +47,7 @@ HTTP = httpx.Client(verify=False, timeout=60)
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv("TINYLLM_API_KEY", raising=False)
     return in_process(serve.main, monkeypatch, capsys)
 
 
@@ -159,7 +159,7 @@ def test_a_folder_is_served_and_its_answers_finish_at_the_end(tmp_path: Path) ->
 
 
 def test_another_host_needs_a_key_and_the_end_cuts_answers_off(tmp_path: Path) -> None:
-    model, key = write_chat_model(tmp_path / "chat.gguf"), {serve.KEY_VARIABLE: "k-123"}
+    model, key = write_chat_model(tmp_path / "chat.gguf"), {"TINYLLM_API_KEY": "k-123"}
     with process(str(model), "--host", "0.0.0.0", "--grace", "0.1", "--context", "2048", **key) as it:
         url = it.url.replace("0.0.0.0", "127.0.0.1")
         assert HTTP.get(url + "/v1/models").status_code == 401

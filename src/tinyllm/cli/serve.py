@@ -31,7 +31,6 @@ from tinyllm.cli.common import (
 )
 
 PROG = "tinyllm-serve"
-KEY_VARIABLE = "TINYLLM_API_KEY"
 
 DESCRIPTION = """Serves models over HTTP, to the clients of OpenAI, Anthropic, Ollama and llama.cpp, and to a
 browser."""
@@ -41,7 +40,7 @@ EPILOG = f"""examples:
   {PROG} model.gguf --name llama      the name that clients ask for
   {PROG} --models ~/models            every model in a folder, each loaded when first asked for
   {PROG} small.gguf --model big=~/big.gguf --memory-limit 16GB --keep-alive 10m
-  {KEY_VARIABLE}=... {PROG} model.gguf --host 0.0.0.0
+  TINYLLM_API_KEY=... {PROG} model.gguf --host 0.0.0.0
 
 {EXIT_CODES}"""
 
@@ -68,7 +67,7 @@ def _run(argv: list[str]) -> int:
     loopback = is_loopback(args.host)
     if not (loopback or key or args.no_auth):
         raise UsageError(
-            f"whoever reaches {args.host} could use this server: give --api-key KEY (or {KEY_VARIABLE}), or "
+            f"whoever reaches {args.host} could use this server: give --api-key KEY (or TINYLLM_API_KEY), or "
             "--no-auth if they may"
         )
     _check_paths(paths)
@@ -120,7 +119,7 @@ def _show_log() -> None:
 
 
 def _key(args: argparse.Namespace) -> str | None:
-    key: str | None = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
+    key: str | None = args.api_key if args.api_key is not None else os.environ.get("TINYLLM_API_KEY")
     if key is not None and not re.fullmatch(r"[\x21-\x7e]+", key):
         raise UsageError("a key is one or more characters of ASCII, without spaces")
     return key
@@ -258,7 +257,7 @@ def _parser() -> Parser:
     safety.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"what clients must send (better: in the variable {KEY_VARIABLE}, which other users do not see)",
+        help="what clients must send (better: in the variable TINYLLM_API_KEY, which other users do not see)",
     )
     safety.add_argument("--no-auth", action="store_true", help="let whoever reaches --host in without a key")
     safety.add_argument(
