@@ -23,7 +23,7 @@ static const tl_kernels *const built[] = {
     &tl_kernels_amx,     &tl_kernels_avx512vnni, &tl_kernels_avx512, &tl_kernels_avx2vnni, &tl_kernels_avx2,
 #endif
 #ifdef ARM64
-    &tl_kernels_neondot,    &tl_kernels_neon,
+    &tl_kernels_neondot, &tl_kernels_neon,
 #endif
     &tl_kernels_scalar,
 };
