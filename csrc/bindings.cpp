@@ -809,5 +809,11 @@ PYBIND11_MODULE(_core, m) {
         return names;
     });
     m.def("isa_name", [] { return std::string(tl_isa_name()); });
-    m.def("select_isa", [](const std::string &name) { return tl_isa_select(name.c_str()) == 0; }, py::arg("name"));
+    m.def("isa_refused", [] {
+        const char *reason = tl_isa_refused();
+        return reason ? py::object(py::str(reason)) : py::object(py::none());
+    });
+    m.def(
+        "select_isa", [](const std::string &name) { return tl_isa_select(name.c_str()) == 0; }, py::arg("name"),
+        py::call_guard<py::gil_scoped_release>());
 }

@@ -369,7 +369,8 @@ void tl_pool_leave(void);
 // those built in and usable on this machine, best first, ends with NULL.
 const char *const *tl_isa_names(void);
 const char *tl_isa_name(void);       // the one in use
-int tl_isa_select(const char *name); // 0, or -1 if it is not usable here
+int tl_isa_select(const char *name); // 0, or -1 if it is not usable here; waits for calls that are running
+const char *tl_isa_refused(void);    // why one that the processor has is not usable, or NULL
 
 // How fast `threads` threads of the pool read n_bytes (at least 1 MB) of memory, in 1e9 bytes a second over all
 // repetitions: the limit of decoding. Takes the memory and writes it once before. TL_ARGUMENT, TL_MEMORY.

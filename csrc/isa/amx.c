@@ -34,13 +34,13 @@ static void ask_kernel(void) {
     if (!T_FEW.usable() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & wanted) != wanted) return;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low >> 17 & 3) != 3) {
-        tl_amx_refused = "the kernel does not keep AMX's registers";
+        tl_amx_refused = "amx: the kernel does not keep its registers";
         return;
     }
 #ifdef __linux__
     if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA)) {
-        tl_amx_refused = errno == ENOSPC ? "a signal stack is too small for AMX's registers"
-                                         : "the kernel does not allow this process AMX's registers";
+        tl_amx_refused = errno == ENOSPC ? "amx: a signal stack of this process is too small for its registers"
+                                         : "amx: the kernel does not allow this process its registers";
         return;
     }
     tl_kernels_amx = T_FEW;

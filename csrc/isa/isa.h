@@ -18,9 +18,9 @@ typedef struct tl_activations {
     const float *x;
     int8_t *q;
     tl_q_group *groups;
-    int k, n_rows;           // n_rows: of tiles and scales
-    int8_t *tiles;           // TL_TILES_BYTES(n_rows, k)
-    float *scales;           // TL_TILES_SCALES(n_rows, k)
+    int k, n_rows; // n_rows: of tiles and scales
+    int8_t *tiles; // TL_TILES_BYTES(n_rows, k)
+    float *scales; // TL_TILES_SCALES(n_rows, k)
 } tl_activations;
 
 // What tiles and scales hold: a register reads 16 tokens, up to 15 of them past the last.

@@ -11,6 +11,7 @@
 extern const tl_kernels tl_kernels_scalar;
 #ifdef X86
 extern tl_kernels tl_kernels_amx; // filled by its usable
+extern const char *tl_amx_refused;
 extern const tl_kernels tl_kernels_avx512vnni, tl_kernels_avx512, tl_kernels_avx2vnni, tl_kernels_avx2;
 #endif
 #ifdef ARM64
@@ -22,7 +23,7 @@ static const tl_kernels *const built[] = {
     &tl_kernels_amx,     &tl_kernels_avx512vnni, &tl_kernels_avx512, &tl_kernels_avx2vnni, &tl_kernels_avx2,
 #endif
 #ifdef ARM64
-    &tl_kernels_neondot,    &tl_kernels_neon,
+    &tl_kernels_neondot, &tl_kernels_neon,
 #endif
     &tl_kernels_scalar,
 };
@@ -48,10 +49,21 @@ const char *const *tl_isa_names(void) {
     return names;
 }
 
+const char *tl_isa_refused(void) {
+#ifdef X86
+    tl_kernels_amx.usable();
+    return tl_amx_refused;
+#else
+    return NULL;
+#endif
+}
+
 int tl_isa_select(const char *name) {
     for (size_t i = 0; i < N_BUILT; i++)
         if (!strcmp(built[i]->name, name) && built[i]->usable()) {
+            tl_pool_enter(); // between calls: one keeps to the buffers that it began with
             current = built[i];
+            tl_pool_leave();
             return 0;
         }
     return -1;

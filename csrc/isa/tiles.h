@@ -17,14 +17,13 @@ typedef struct t_shapes {
 #ifdef TINYLLM_AMX
 // Registers are named by literals. GCC 12's own _tile_loadconfig says that it reads 8 bytes of the 64, so that the rest is
 // never stored; and its _tile_loadd does not say that it reads memory at all.
-#define T_BEGIN(shapes) __asm__ volatile("ldtilecfg %0" ::"m"(*(shapes)))
-#define T_END()         __asm__ volatile("tilerelease" ::)
-#define T_LOAD(t, p, stride)                                                                                           \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"((size_t)(stride)) : "memory")
-#define T_ZERO(t)       __asm__ volatile("tilezero %%tmm" #t ::)
+#define T_BEGIN(shapes)      __asm__ volatile("ldtilecfg %0" ::"m"(*(shapes)))
+#define T_END()              __asm__ volatile("tilerelease" ::)
+#define T_LOAD(t, p, stride) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"(p), "r"((size_t)(stride)) : "memory")
+#define T_ZERO(t)            __asm__ volatile("tilezero %%tmm" #t::)
 #define T_STORE(p, stride, t)                                                                                          \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"((size_t)(stride)) : "memory")
-#define T_DOT(sum, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+#define T_DOT(sum, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::)
 
 // Integers become floats by two additions: put into the last bits of 1.5 * 2^23, whose float is then as much larger (of
 // 1.5 * 2^30 in units of 128), which is taken off. A processor whose matrix unit is in use has one port left for 512-bit

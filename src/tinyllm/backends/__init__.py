@@ -215,12 +215,15 @@ def multiply_rate(threads: int, repetitions: int = 20) -> tuple[float, float]:
 
 
 def info() -> dict[str, Any]:
-    """Version, instruction sets (in use, usable), default threads, the GPUs, or why none is used."""
+    """Version, instruction sets (in use, usable, why one that the processor has is not), default threads, the
+    GPUs, or why none is used.
+    """
     gpus, reason = find_gpus()
     return {
         "version": version,
         "isa": _core.isa_name(),
         "isa_usable": _core.isa_names(),
+        "isa_refused": _core.isa_refused(),
         "threads": default_threads(),
         "cuda": bool(gpus),
         "cuda_reason": reason,
