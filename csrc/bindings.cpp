@@ -1,6 +1,6 @@
 // bindings.cpp: the core as a Python module: numpy arrays in and out, the GIL released while C runs, C's
-// errors raised as tinyllm's. No logic. Includes tinyllm.h only; backends/ imports it, and files/gguf.py its reading of
-// strings.
+// errors raised as tinyllm's. No logic. Includes tinyllm.h only; backends/ imports it, and two files what loops
+// over a vocabulary's strings: files/gguf.py and tokenizer/spm.py.
 #include "tinyllm.h"
 
 #include <pybind11/numpy.h>
@@ -12,6 +12,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <csignal>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -702,6 +703,31 @@ size_t read_strings(const py::bytes &data, size_t at, size_t count, const py::li
     return at;
 }
 
+// The pieces of SentencePiece's ModelProto: field 1, each a message of its text, score and type (fields 1 to 3).
+py::bytes sentencepiece_pieces(const py::list &texts, const Floats &scores, const Bytes &types) {
+    const auto n = static_cast<py::ssize_t>(texts.size());
+    if (scores.size() != n || types.size() != n) raise_argument("texts, scores and types must be of one length");
+    std::string out;
+    const auto varint = [](std::string &to, size_t value) {
+        for (; value > 0x7f; value >>= 7) to += static_cast<char>(value | 0x80);
+        to += static_cast<char>(value);
+    };
+    for (py::ssize_t i = 0; i < n; i++) {
+        py::ssize_t length = 0;
+        const char *text = PyUnicode_AsUTF8AndSize(PyList_GET_ITEM(texts.ptr(), i), &length);
+        if (!text) throw py::error_already_set();
+        std::string head{1 << 3 | 2}, piece{1 << 3 | 2};
+        varint(head, static_cast<size_t>(length));
+        varint(piece, head.size() + static_cast<size_t>(length) + 7);
+        uint32_t score;
+        std::memcpy(&score, scores.data() + i, sizeof score);
+        char tail[7] = {2 << 3 | 5, 0, 0, 0, 0, 3 << 3, static_cast<char>(types.data()[i])};
+        for (int byte = 0; byte < 4; byte++) tail[1 + byte] = static_cast<char>(score >> 8 * byte);
+        out.append(piece).append(head).append(text, static_cast<size_t>(length)).append(tail, sizeof tail);
+    }
+    return out;
+}
+
 float logprob(const Floats &logits, int32_t token) {
     if (token < 0 || token >= logits.size()) raise_argument("token " + std::to_string(token) + " is out of range");
     return tl_logprob(logits.data(), static_cast<int>(logits.size()), token);
@@ -795,6 +821,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("top_logprobs", &top_logprobs, py::arg("logits"), py::arg("k"), py::arg("total") = py::none());
     m.def("logprob", &logprob, py::arg("logits"), py::arg("token"));
     m.def("read_strings", &read_strings, py::arg("data"), py::arg("at"), py::arg("count"), py::arg("found"));
+    m.def("sentencepiece_pieces", &sentencepiece_pieces, py::arg("texts"), py::arg("scores"), py::arg("types"));
     m.def("random", &tl_random, py::arg("seed"), py::arg("position"));
     m.def("read_bandwidth", &read_bandwidth, py::arg("n_bytes"), py::arg("threads"), py::arg("repetitions"));
     m.def("multiply_rate", &multiply_rate, py::arg("floats"), py::arg("threads"), py::arg("repetitions"));

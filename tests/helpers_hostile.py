@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from conftest import ReadCount
 from helpers_gguf import write_gguf
 from helpers_models import Spec, golden_specs, random_weights, write_hf_directory
@@ -297,7 +298,15 @@ def tiny_sentencepiece_model(*pieces: tuple[str, float, int]) -> bytes:
     """A tokenizer.model of 6 tokens and `pieces`."""
     some = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
     some += [("a", -1.0, 1), ("b", -2.0, 1), ("\u2581", -3.0, 1), *pieces]
-    return build_model(some, byte_fallback=False, space_prefix=True, squeeze_spaces=False)
+    texts, scores, types = zip(*some, strict=True)
+    return build_model(
+        list(texts),
+        np.array(scores),
+        np.array(types),
+        byte_fallback=False,
+        space_prefix=True,
+        squeeze_spaces=False,
+    )
 
 
 _FILE = re.compile(rb"=== ([a-z_.]{1,40})\n", re.DOTALL)

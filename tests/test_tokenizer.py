@@ -26,7 +26,7 @@ from tinyllm.errors import ArgumentError, FormatError, NotFoundError, Unsupporte
 from tinyllm.files.gguf import read_gguf
 from tinyllm.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 from tinyllm.tokenizer.pretokenizers import PRE_TOKENIZERS
-from tinyllm.tokenizer.spm import _any_of
+from tinyllm.tokenizer.spm import CONTROL, NORMAL, UNKNOWN, UNUSED, _any_of, build_model, load_processor
 
 VOCABULARIES = ["deepseek-llm", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"]
 STORIES = "models/stories260K/stories260K.gguf"
@@ -128,6 +128,28 @@ def test_broken_utf8_is_replaced_as_python_does(data_dir: Path) -> None:
         ids = [tokenizer.id_of(f"<0x{byte:02X}>") for byte in data]
         assert None not in ids
         assert tokenizer.decode([i for i in ids if i is not None]) == data.decode("utf-8", "replace")
+
+
+def test_pieces_of_a_sentencepiece_model() -> None:
+    """Read back by the package: lengths at which heads of messages grow, types, scores."""
+    lengths = (1, 2, 114, 115, 116, 117, 118, 126, 127, 128, 129, 3000)
+    texts = [
+        "<unk>",
+        "<s>",
+        *(chr(0x100 + i) * n for i, n in enumerate(lengths)),
+        *("x" * n for n in lengths),
+    ]
+    scores = np.linspace(-1e30, 1e-30, len(texts), dtype=np.float32)
+    kinds = np.array([UNKNOWN, CONTROL, *[NORMAL, UNUSED] * len(lengths)])
+    model = build_model(texts, scores, kinds, byte_fallback=False, space_prefix=False, squeeze_spaces=False)
+    processor = load_processor(model, "pieces")
+    assert processor.get_piece_size() == len(texts)
+    for i, text in enumerate(texts):
+        assert processor.id_to_piece(i) == text
+        assert np.float32(processor.get_score(i)) == scores[i]
+        assert processor.is_control(i) == (kinds[i] == CONTROL)
+        assert processor.is_unknown(i) == (kinds[i] == UNKNOWN)
+        assert processor.is_unused(i) == (kinds[i] == UNUSED)
 
 
 def test_a_rebuilt_sentencepiece_model_equals_the_original(data_dir: Path) -> None:

@@ -146,6 +146,9 @@ def read_strings(data: bytes, at: int, count: int, found: list[str]) -> int:
     """Appends to `found` those of `count` strings, each behind its length (uint64), that are whole in `data`
     from `at` on; returns where the next one begins. Raises UnicodeDecodeError."""
 
+def sentencepiece_pieces(texts: list[str], scores: NDArray[np.float32], types: NDArray[np.uint8]) -> bytes:
+    """The pieces of a ModelProto (sentencepiece_model.proto), a type below 128 each."""
+
 def random(seed: int, position: int) -> float: ...
 def read_bandwidth(n_bytes: int, threads: int, repetitions: int) -> float: ...
 def multiply_rate(floats: bool, threads: int, repetitions: int) -> float: ...

@@ -15,6 +15,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from tinyllm.errors import ArgumentError, Error, FormatError, MemoryLimitError, comes_from, size_text
@@ -94,7 +95,6 @@ class Tokenizer:
         speller: Speller,
         tokens: Sequence[str],
         *,
-        ids: Mapping[str, int] | None = None,
         special_tokens: Mapping[str, int],
         literal: Collection[int] = (),
         unused: Collection[int] = (),
@@ -105,10 +105,9 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         leading_space: bool = False,
     ) -> None:
-        """`tokens[id]` is the vocabulary's spelling, `ids` the way back where it is made already. Special and
-        `literal` tokens stand for that very text, `unused` ones for nothing. `prefix` and `suffix` are what
-        the files say to put around a text; `leading_space` says that the encoder puts a space before a text,
-        which decoding then takes away."""
+        """`tokens[id]` is the vocabulary's spelling. Special and `literal` tokens stand for that very text,
+        `unused` ones for nothing. `prefix` and `suffix` are what the files say to put around a text;
+        `leading_space` says that the encoder puts a space before a text, which decoding then takes away."""
         self.special_tokens: dict[str, int] = dict(special_tokens)
         self.special_ids = frozenset(self.special_tokens.values())
         self.bos_id = bos_id
@@ -117,12 +116,15 @@ class Tokenizer:
         self._encoder = encoder
         self._speller = speller
         self._tokens = tokens
-        self._ids = {text: i for i, text in enumerate(tokens) if text} if ids is None else ids
         self._literal = self.special_ids | frozenset(literal)
         self._unused = frozenset(unused)
         self._prefix = list(prefix)
         self._suffix = list(suffix)
         self._leading_space = leading_space
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {text: i for i, text in enumerate(self._tokens) if text}
 
     @property
     def vocab_size(self) -> int:

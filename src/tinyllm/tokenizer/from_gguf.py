@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import Any
 
@@ -50,6 +51,8 @@ _log = logging.getLogger(__name__)
 
 _KEY = "tokenizer.ggml."
 _NO_TOKEN = 0xFFFFFFFF
+_OF_SENTENCEPIECE = ("<s>", "</s>", "<unk>")  # where no ids say which begins, ends, is unknown
+_NAMES = frozenset((*TURN_ENDS, *CONTROL_ENDS, *_OF_SENTENCEPIECE))  # that tell what a token does
 
 # What files may ask for and tinyllm does not do, and what to do about it.
 _NOT_DONE = {
@@ -91,11 +94,14 @@ class _Vocabulary:
 
     tokens: list[str]
     types: npt.NDArray[Any]
-    ids: dict[str, int]
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None
     eos_ids: frozenset[int]
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        return dict(zip(self.tokens, range(len(self.tokens)), strict=True))
 
     def of_type(self, *types: int) -> dict[str, int]:
         """Tokens of these types with their ids, in their order."""
@@ -118,21 +124,22 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
         for i, text in enumerate(tokens):
             if not text:  # files have them where a vocabulary was padded; they can stand for nothing
                 tokens[i], types[i] = f"[EMPTY_{i}]", UNUSED
-    ids = dict(zip(tokens, range(len(tokens)), strict=True))
-    if len(ids) != len(tokens):
+    different = set(tokens)
+    if len(different) != len(tokens):
+        ids = {text: i for i, text in enumerate(tokens)}
         i, text = next((i, text) for i, text in enumerate(tokens) if ids[text] != i)
         raise FormatError(f"{_KEY}tokens: {show(text)} stands there twice, as {i} and {ids[text]}")
+    ids = {text: tokens.index(text) for text in _NAMES & different}
 
     bos_id, eos_id, eot_id, eom_id, unk_id = (
         _token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown")
     )
     if metadata[_KEY + "model"] == "llama":  # without ids, the names that SentencePiece gives them
-        names = ("<s>", "</s>", "<unk>")
         bos_id, eos_id, unk_id = (
             ids[text]
             if i is None and text in ids and (stated is None or types[ids[text]] in (CONTROL, UNKNOWN))
             else i
-            for i, text in zip((bos_id, eos_id, unk_id), names, strict=True)
+            for i, text in zip((bos_id, eos_id, unk_id), _OF_SENTENCEPIECE, strict=True)
         )
     ends = {ids[text] for text in TURN_ENDS if text in ids and types[ids[text]] != UNUSED}
     ends |= {ids[text] for text in CONTROL_ENDS if text in ids and types[ids[text]] == CONTROL}
@@ -153,7 +160,7 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
         types[i] = CONTROL
     if unk_id is not None:
         types[unk_id] = UNKNOWN
-    return _Vocabulary(tokens, types, ids, bos_id, eos_id, unk_id, frozenset(ends))
+    return _Vocabulary(tokens, types, bos_id, eos_id, unk_id, frozenset(ends))
 
 
 def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
@@ -313,7 +320,6 @@ def _tokenizer(
         encoder,
         speller,
         vocabulary.tokens,
-        ids=vocabulary.ids,
         special_tokens=vocabulary.of_type(CONTROL, UNKNOWN),
         literal=vocabulary.of_type(USER_DEFINED).values(),
         unused=vocabulary.of_type(UNUSED).values(),

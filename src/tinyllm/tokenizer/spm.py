@@ -2,7 +2,8 @@
 pieces.
 
 A SentencePiece model is a protobuf message, ModelProto; the field numbers below are those of
-sentencepiece_model.proto. Imports core. Used by from_gguf.py and from_directory.py.
+sentencepiece_model.proto. Imports core, and of the built module what writes the pieces. Used by from_gguf.py
+and from_directory.py.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import re
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor
 
+from tinyllm._core import sentencepiece_pieces
 from tinyllm.tokenizer.core import TokenFlags, refused
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, and of GGUF tokens
@@ -192,7 +193,7 @@ def load_processor(model: bytes, name: str) -> SentencePieceProcessor:
 
 
 def build_model(
-    texts: Sequence[str],
+    texts: list[str],
     scores: npt.NDArray[Any],
     types: npt.NDArray[Any],
     *,
@@ -200,18 +201,11 @@ def build_model(
     space_prefix: bool,
     squeeze_spaces: bool,
 ) -> bytes:
-    """A BPE ModelProto from the text, score and type of each piece, with the identity normalizer.
-
-    A vocabulary has up to 262 000 pieces, so what stands before and behind a text is made for all at once."""
-    data = list(map(str.encode, texts))
-    heads = {n: _piece_head(n) for n in set(map(len, data))}
-    tails = np.empty(len(data), _TAIL)
-    tails["score_tag"], tails["score"] = 2 << 3 | 5, scores
-    tails["type_tag"], tails["type"] = 3 << 3, types  # a type is never 0, at which numpy's S would end
-    pieces = zip(map(heads.__getitem__, map(len, data)), data, tails.view("S7").tolist(), strict=True)
+    """A BPE ModelProto from the text, score and type (1 to 6) of each piece, with the identity normalizer."""
+    vocabulary = sentencepiece_pieces(texts, scores.astype(np.float32), types.astype(np.uint8))
     trainer = _number(3, _BPE) + _number(35, byte_fallback)
     return (
-        b"".join(chain.from_iterable(pieces))
+        vocabulary
         + _message(2, trainer)
         + _message(3, _message(1, b"identity"))
         + normalizer(space_prefix=space_prefix, squeeze_spaces=squeeze_spaces)
@@ -240,13 +234,3 @@ def _number(field: int, value: int) -> bytes:
 
 def _message(field: int, payload: bytes) -> bytes:
     return _varint(field << 3 | 2) + _varint(len(payload)) + payload
-
-
-def _piece_head(n: int) -> bytes:
-    """What comes before the text, of n bytes, of a piece: a message that begins with its text and goes on
-    with a float and a type, of one byte."""
-    text_head = _varint(1 << 3 | 2) + _varint(n)
-    return _varint(1 << 3 | 2) + _varint(len(text_head) + n + 5 + 2) + text_head
-
-
-_TAIL = np.dtype([("score_tag", "u1"), ("score", "<f4"), ("type_tag", "u1"), ("type", "u1")])
