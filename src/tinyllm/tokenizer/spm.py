@@ -182,13 +182,8 @@ def _any_of(tokens: Iterable[str]) -> _Find:
 
 def load_processor(model: bytes, name: str) -> SentencePieceProcessor:
     """A processor for a serialized ModelProto; FormatError, naming `name`, for anything else."""
-    with (
-        _door,
-        refused(
-            f"{name}: not a SentencePiece model (where this is a tiktoken file, put the tokenizer.json of the "
-            "same model next to it)"
-        ),
-    ):
+    what = f"{name}: not a SentencePiece model (where this is a tiktoken file, put the tokenizer.json of the"
+    with _door, refused(what + " same model next to it)"):
         return SentencePieceProcessor(model_proto=model)
 
 
