@@ -1,10 +1,10 @@
-"""What a matrix unit (AMX) needs from the system: the kernel's leave, registers that are a thread's own,
-larger signal frames. That it computes the same bits as everything else is what test_numbers.py and tests/c
-show."""
+"""What a matrix unit (AMX) needs from the system: the kernel's leave, registers that are a thread's own, larger
+signal frames. That it computes the same bits as everything else is what test_numbers.py and tests/c show."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -27,11 +27,9 @@ needs_amx = pytest.mark.skipif(
 )
 
 
-def run(code: str, **env: str) -> dict[str, object]:
-    import os
-
+def run(code: str, before: str = LOGITS, **env: str) -> dict[str, object]:
     done = subprocess.run(
-        [sys.executable, "-c", LOGITS + code],
+        [sys.executable, "-c", before + code],
         env=os.environ | env,
         capture_output=True,
         text=True,
@@ -56,14 +54,10 @@ memory = ctypes.create_string_buffer(8192)
 stack = Stack(ctypes.addressof(memory), 0, len(memory))
 assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
 """
-    code = LOGITS.replace(
-        "import faulthandler, json, os, signal, sys, tinyllm", small_stack + "import json, tinyllm"
-    )
-    code += "i = backends.info(); said = {'isa': i['isa'], 'why': i['isa_refused']}\n"
-    code += "print(json.dumps({'logits': logits(2), **said}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    code = small_stack + LOGITS
+    code += "i = backends.info()\n"
+    code += "print(json.dumps({'logits': logits(2), 'isa': i['isa'], 'why': i['isa_refused']}))"
+    found = run(code, before="")
     assert found["isa"] == "avx512vnni"
     assert found["why"] == "amx: a signal stack of this process is too small for its registers"
     assert found["logits"] == run(PLAIN, TINYLLM_ISA="amx")["logits"]
@@ -95,8 +89,7 @@ print(json.dumps({"same": before == inside == logits(2), "isa": backends.info()[
 
 @needs_amx
 def test_signals_while_its_registers_are_in_use() -> None:
-    """faulthandler's own stack holds the larger frames, and registers are as they were when a handler
-    returns."""
+    """faulthandler's own stack holds the larger frames; registers are as they were when a handler returns."""
     code = """
 import threading, time
 quiet = logits(1)
