@@ -55,7 +55,9 @@ memory = ctypes.create_string_buffer(8192)
 stack = Stack(ctypes.addressof(memory), 0, len(memory))
 assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
 """
-    code = LOGITS.replace("import faulthandler, json, os, signal, sys, tinyllm", small_stack + "import json, tinyllm")
+    code = LOGITS.replace(
+        "import faulthandler, json, os, signal, sys, tinyllm", small_stack + "import json, tinyllm"
+    )
     code += "i = backends.info(); print(json.dumps({'logits': logits(2), 'isa': i['isa'], 'why': i['isa_refused']}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
