@@ -736,12 +736,15 @@ class Engine:
         self._last_s = self._last_end - started
         n_texts = sum(part.job.is_text for part in parts)
         self._pace.learn(n_texts, sum(part.n for part in parts) - n_texts, self._last_s)
-        end = 0
+        ends = np.cumsum([part.n_rows for part in parts])
+        of_parts = [
+            (part.job, logits[end - part.n_rows : end]) for part, end in zip(parts, ends, strict=True)
+        ]
         for part in parts:
-            start, end = end, end + part.n_rows
             self.cache.commit(part.job.sequence, part.n)
-            part.job.advance(logits[start:end])
-        self._grant([part.job for part in parts])
+        self._grant(of_parts)
+        for job, rows in of_parts:  # last: its thread may see this before it is woken, and go on
+            job.advance(rows)
         for call in list(self._calls):
             if call.is_done:
                 call.wake.set()
@@ -749,14 +752,14 @@ class Engine:
         self._written = [weakref.ref(job) for job in here | {*self._missing(here)}]
         return True
 
-    def _grant(self, jobs: list[Job]) -> None:
+    def _grant(self, computed: list[tuple[Job, Any]]) -> None:
         """Makes the choices that the jobs are computed for, as far as they are the core's alone: the threads
         that wait for them have one thing less to do, one after the other, before the next call."""
         wishes: list[Wish] = []
-        for job in jobs:
-            if job.is_done and len(job.logits) and not isinstance(job.logits, Candidates):
+        for job, rows in computed:
+            if job.sequence.n_pending == 0 and len(rows) and not isinstance(rows, Candidates):
                 try:
-                    wishes += job.wishes(job.logits[-1])
+                    wishes += job.wishes(rows[-1])
                 except Exception:  # the text's own, which its thread meets again
                     log.debug("a choice is left to its thread", exc_info=True)
         grant(wishes, self._threads)
