@@ -1,5 +1,5 @@
-"""What a matrix unit (AMX) needs from the system: the kernel's leave, registers that are a thread's own, larger
-signal frames. That it computes the same bits as everything else is what test_numbers.py and tests/c show."""
+"""What a matrix unit (AMX) needs from the system: the kernel's leave, registers of each thread, larger signal
+frames. That it computes the same bits as everything else is what test_numbers.py and tests/c show."""
 
 from __future__ import annotations
 
