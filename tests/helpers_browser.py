@@ -54,11 +54,11 @@ class Browser:
     def cdp(self, command: str, **values: Any) -> Any:
         return self.driver.execute_cdp_cmd(command, values)
 
-    def until(self, holds: Callable[[], Any], what: str = "") -> None:
+    def until(self, holds: Callable[[], Any], what: str = "", most_s: float = 10.0) -> None:
         """Waits until something holds. An element that is drawn anew meanwhile is looked for again."""
         from selenium.common.exceptions import StaleElementReferenceException
 
-        for _ in range(400):
+        for _ in range(int(most_s / 0.025)):
             try:
                 if holds():
                     return

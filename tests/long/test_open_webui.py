@@ -148,15 +148,9 @@ def test_its_page(webui: WebUI, tmp_path: Path) -> None:
     webui.says.text = SAID
     with chromium(tmp_path / "profile", tmp_path) as browser:
         browser.driver.get(webui.url)
-        end = time.monotonic() + 60
-        while not browser.all("#chat-input"):
-            assert time.monotonic() < end, "the page did not come"
-            time.sleep(0.2)
+        browser.until(lambda: browser.all("#chat-input"), "the page", 60)
         time.sleep(2)  # what is new in this version is shown above it
-        for button in browser.all("div.modal button"):
-            button.click()
-        browser.click("#chat-input")
+        browser.js("document.querySelectorAll('div.modal button').forEach(button => button.click())")
+        browser.until(lambda: browser.click("#chat-input") or True, "the field")
         browser.press(QUESTION, "\n")
-        while SAID not in browser.one("body").text:
-            assert time.monotonic() < end + 120, browser.one("body").text
-            time.sleep(0.5)
+        browser.until(lambda: SAID in browser.one("body").text, "the answer", 180)
