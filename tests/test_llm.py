@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,28 @@ def test_one_call_chooses_the_tokens_of_a_whole_batch(
     calls.clear()
     model(prompts, max_tokens=4, seed=1, processors=[lambda logits, tokens: None])
     assert calls == []
+
+
+def test_a_text_goes_on_after_the_choice_that_another_thread_makes_for_it(
+    model: tinyllm.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that look for their news every 20 ms do not see it before their token is chosen."""
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 1.5}
+    prompts = [[1, 2], [3, 4, 5], [6]]
+    want = [model(prompt, seed=i, **options).tokens for i, prompt in enumerate(prompts)]
+    original = backends.sample_rows
+
+    def slow(rows: list[Any], threads: int) -> Any:
+        time.sleep(0.06)
+        return original(rows, threads)
+
+    monkeypatch.setattr(backends, "sample_rows", slow)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        calls = [
+            pool.submit(model, prompt, seed=i, cancel=lambda: False, **options)
+            for i, prompt in enumerate(prompts)
+        ]
+        assert [call.result(60).tokens for call in calls] == want
 
 
 def test_samples_equal_solo_runs_with_their_seeds(model: tinyllm.LLM) -> None:
