@@ -31,7 +31,7 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     r->in.tiles = NULL;
     if (tl_isa()->arrange) {
         const size_t most_k = width > dim ? (width > ff ? width : ff) : dim > ff ? dim : ff;
-        PLACE(in.tiles, int8_t, n_q + 32 * most_k); // TL_TILES_BYTES of whatever rows and k
+        PLACE(in.tiles, int8_t, n_q + 48 * most_k); // TL_TILES_BYTES of whatever rows and k
         PLACE(in.scales, float, (n_q + 16 * most_k) / TL_Q * 4);
     }
     PLACE(visits, float, visits *dim);

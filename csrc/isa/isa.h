@@ -23,9 +23,9 @@ typedef struct tl_activations {
     float *scales; // TL_TILES_SCALES(n_rows, k)
 } tl_activations;
 
-// What tiles and scales hold: a register reads 16 tokens, up to 15 of them past the last, and one more is read that nobody
+// What tiles and scales hold: a register reads 16 tokens, up to 15 of them past the last, and two more are read that nobody
 // needs.
-#define TL_TILES_BYTES(n_rows, k)  (((size_t)(n_rows) + 32) * (size_t)(k))
+#define TL_TILES_BYTES(n_rows, k)  (((size_t)(n_rows) + 48) * (size_t)(k))
 #define TL_TILES_SCALES(n_rows, k) (((size_t)(n_rows) + 16) * (size_t)(k) / TL_Q * 4)
 
 // The first block of a panel, and how far apart its blocks are: the panels of a group store theirs side by side.
