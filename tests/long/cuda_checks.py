@@ -1,6 +1,7 @@
 """What of the CUDA source takes a minute to check: races between the kernels' threads, and the real compiler.
 
-`pytest tests/long/test_cuda_long.py`; the rest is tests/test_cuda_kernels.py."""
+`pytest tests/long/cuda_checks.py`: pytest does not collect it by itself. The
+rest is tests/test_cuda_kernels.py."""
 
 from __future__ import annotations
 
