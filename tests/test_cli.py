@@ -144,6 +144,7 @@ def test_json_has_what_it_promises(cli: Cli) -> None:
         "prompt_s",
         "generated_tokens",
         "generate_s",
+        "cached_tokens",
         "peak_memory_bytes",
     }
     assert value["model"] == "stories"

@@ -73,7 +73,7 @@ def test_goldens_notice_each_feature(spec: Spec, tmp_path: Path, monkeypatch: py
             return replace(files, config=replace(files.config, **changed))
 
         with monkeypatch.context() as patch:
-            patch.setattr(loading, "read_model", read)
+            patch.setattr(loading, "open_model", read)
             assert families_table.error(spec, path) > 3 * TOLERANCE, name
 
 

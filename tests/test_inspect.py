@@ -198,7 +198,7 @@ def test_quantizing_while_loading_is_counted(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
-    monkeypatch.setattr(backends, "free_memory", lambda: 14_000_000)
+    monkeypatch.setattr(backends, "free_memory", lambda: 14_800_000)
     found = inspect_model("stories")
     assert 0 < found.memory.fitting_context < 512
     assert found.warnings == ["a context of 512 does not fit into this machine's free memory"]

@@ -73,7 +73,9 @@ def files_of(shape_name: str, type_name: str) -> ModelFiles:
         tensors[t.name] = TensorInfo(t.name, t.shape, format, path, 0, t.n_bytes)
     config = config_from_gguf(synthetic.metadata(shape, type, {}), tensors)
     weights = map_tensors(tensors, config, "gguf")
-    return ModelFiles(Path(f"{shape_name} {type_name}"), config, weights, None, None, GenerationDefaults())
+    return ModelFiles(
+        Path(f"{shape_name} {type_name}"), config, weights, lambda: None, None, GenerationDefaults()
+    )
 
 
 def memory_file(format: str, k: int, n_bytes: int) -> Path:

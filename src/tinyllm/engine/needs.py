@@ -22,12 +22,13 @@ def cache_pages(config: ModelConfig) -> int:
 def call_bytes(config: ModelConfig, n: int) -> int:
     """About what a call of n tokens needs beside weights and cache, with one row of logits: float32
     activations, twice as wide as the residual, the heads and the hidden layer, what attention adds up head by
-    head, and a copy in 8 bits."""
+    head, and a copy in 8 bits; a second one, with half a byte of scales a number, for a matrix unit."""
     c, rows = config, config.n_experts_used or 1  # of the hidden layer
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     floats = 2 * c.dim + 2 * heads + c.n_heads * (c.head_dim + 32) + 2 * kv + 2 * rows * c.ff_dim + c.rope_dim
     floats += 4 * c.n_heads // c.n_kv_heads + c.n_experts + c.n_experts_used * c.dim
-    return n * (4 * floats + max(heads, rows * max(c.dim, c.ff_dim))) + 4 * c.vocab_size
+    rounded = max(heads, rows * max(c.dim, c.ff_dim)) * (5 if backends.isa_name() == "amx" else 2) // 2
+    return n * (4 * floats + rounded) + 4 * c.vocab_size
 
 
 def call_tokens(config: ModelConfig, weight_bytes: int) -> int:
