@@ -321,13 +321,14 @@ def test_a_signal_while_weights_are_packed(tmp_path: Path) -> None:
 
     def load(files: modelfiles.ModelFiles) -> None:
         tinyllm.load(files, threads=1, weights="q4_k_m").close()
-        time.sleep(60)  # where all was packed before the signal came
+        for _ in range(6000):  # where all was packed before the signal came
+            time.sleep(0.01)
 
     path = write_hf_directory(tmp_path / "model", BIG, random_weights(BIG, 6))
     tinyllm.load("stories", threads=2).close()
     before = held()
     for n in range(5):
-        timer = threading.Timer(0.004 * n, lambda: signal.raise_signal(signal.SIGINT))
+        timer = threading.Timer(0.004 * n, lambda: os.kill(os.getpid(), signal.SIGINT))
         files = dataclasses.replace(modelfiles.open_model(path), read_tokenizer=timer.start)
         with pytest.raises(KeyboardInterrupt):
             load(files)

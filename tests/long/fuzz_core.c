@@ -363,8 +363,9 @@ static void sample(input *in) {
     s.bias_tokens = bias_tokens;
     s.bias = bias;
     void *scratch = exactly(tl_sample_scratch(n, n_history));
-    const double row = oddly(in, 8) ? (double)any_float(in) : 1 + (double)below(in, 1000);
-    const double *total = oddly(in, 4) ? &row : NULL; // with it, logits that are not in order are a lie
+    const double sum = oddly(in, 8) ? (double)any_float(in) : 1 + (double)below(in, 1000);
+    const tl_total row = {sum, n > 0 ? logits[0] : 0};
+    const tl_total *total = oddly(in, 4) ? &row : NULL; // with it, logits that are not in order are a lie
     tl_sampled sampled;
     tl_message message = {""};
     if (ok(tl_sample(&sampled, logits, n, &s, history, n_history, 7, 9, total, scratch, &message), &message))
