@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-STRETCH = 1.75  # twice is promised; the rest is for what differs from call to call
+STRETCH = 1.5  # twice is promised; the rest is for what differs from call to call
 FIRST = 16  # tokens of prompts beside texts, while nothing is known
 LEAST = 64  # tokens of a call on a device that cannot stop within one
 NEWS = 0.3  # how much of what is known a call replaces
