@@ -1,9 +1,9 @@
 """Runs sequences: builds the batches for the model, and continues texts token by token.
 
 `Engine.step` makes one call of the model for everything that any thread waits for, whoever comes first
-doing it for all. `Engine.generate` is the loop above it: it samples in the caller's own thread, so a
-sampler may be any Python code. Imports `kvcache`, `sampling`, chat's reasoning and `errors`. Read next:
-llm.py, the interface.
+doing it for all, and choosing the next tokens of all (choosing.py). `Engine.generate` is the loop above it:
+a sampler that runs Python code chooses there, in its caller's own thread. Imports `choosing`, `kvcache`,
+`pace`, `sampling`, chat's reasoning and calls, and `errors`. Read next: llm.py, the interface.
 """
 
 from __future__ import annotations

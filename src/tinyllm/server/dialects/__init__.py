@@ -1,4 +1,4 @@
-"""The dialects that are served, a row each, each in its own file. cli/serve.py hands them to app.py."""
+"""The dialects that are served, a row each, each in its own folder or file. cli/serve.py hands them on."""
 
 from __future__ import annotations
 
