@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from tinyllm.engine.engine import Batch, Engine, Generation, Job, Piece, _Call
 from tinyllm.engine.kvcache import PAGE, KVCache, pages_held
+from tinyllm.engine.pace import SHORT
 from tinyllm.engine.sampling import Sampled, Sampler, SamplingParams, StopStrings
 from tinyllm.errors import ConstraintError, ContextError, MemoryLimitError, ModelClosedError
 
@@ -756,6 +757,55 @@ def test_calls_are_kept_short_where_a_device_cannot_stop_within_one(monkeypatch:
     while not job.is_done:
         engine.step([job])
     assert model.calls == [64, 192, 64, 64, 64, 64, 38]
+
+
+def prompts_beside_a_text(monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]]) -> list[int]:
+    """Tokens of each call from when these prompts come beside a text that is read along until they are read,
+    on a machine that takes 50 ms for a call and 5 ms for a token of it more."""
+    clock = [0.0]
+    monkeypatch.setattr("tinyllm.engine.engine.time.perf_counter", lambda: clock[0])
+    engine = make_engine(max_pages=200)
+    model: Any = engine.model
+
+    def before_layer() -> None:
+        clock[0] += (0.05 + model.calls[-1] * 0.005) / N_LAYERS
+
+    model.before_layer = before_layer
+    reading = Job(engine.sequence(text(300, seed=99)))
+    list(engine.evaluate(reading))
+    jobs: list[Job] = []
+    for i in range(500):
+        if i == 5:
+            model.calls.clear()
+            jobs = [Job(engine.sequence(prompt)) for prompt in prompts]
+        reading.sequence.tokens.append(1)
+        engine.step([reading, *jobs])
+        for job in jobs:
+            if job.is_done:
+                job.sequence.close()  # nobody goes on with it, so that no call waits for that
+        if i >= 5 and not (jobs := [job for job in jobs if not job.is_done]):
+            return list(model.calls)
+    raise AssertionError("the prompts are never read")
+
+
+def test_a_text_does_not_stand_still_beside_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are half as long again, from 55 to 82 ms: 5 tokens more; what is short at last comes at once."""
+    calls = prompts_beside_a_text(monkeypatch, [text(600)])
+    assert sum(calls) == 600 + len(calls)
+    assert max(calls[:-1]) <= 1 + 6
+    assert calls[-1] <= 1 + SHORT
+    assert len(calls) < (600 - SHORT) / 4
+
+
+def test_short_prompts_beside_a_text_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prompts_beside_a_text(monkeypatch, [text(100, seed=i) for i in range(8)]) == [512, 290]
+
+
+def test_calls_are_longer_where_more_wait_than_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = prompts_beside_a_text(monkeypatch, [text(600)])
+    eight = prompts_beside_a_text(monkeypatch, [text(600, seed=i) for i in range(8)])
+    assert eight[0] > 6 * one[0]
+    assert len(eight) < 3 * len(one)
 
 
 # ---- forms on a device that finds the largest logits by itself

@@ -28,7 +28,7 @@ from tinyllm.chat.tools.calls import Part as CallPart
 from tinyllm.chat.tools.shapes import ToolCall
 from tinyllm.engine.choosing import Mask, Wish, choose, grant, only, taken
 from tinyllm.engine.kvcache import PAGE, KVCache, Sequence
-from tinyllm.engine.pace import Pace
+from tinyllm.engine.pace import SHORT, Pace
 from tinyllm.engine.sampling import Candidates, Logits, Sampled, Sampler, StopStrings
 from tinyllm.errors import (
     ArgumentError,
@@ -844,21 +844,23 @@ class Engine:
         """Which tokens the next call computes."""
         parts = []
         texts, here = [job for job in jobs if job.is_text], set(jobs)
+        n_tokens = min(self._most, len(texts) + self._pace.room(0))
+        n_long = n_tokens  # of prompts for which others would wait
         if any(job.is_watched for job in (*texts, *self._missing(here))):
-            n_tokens = min(self._most, len(texts) + self._pace.room(max(1, len(texts))))
-        else:
-            n_tokens = self._pace.room(0)
+            n_long = self._pace.room(max(1, len(texts)), len(jobs) - len(texts))
         n_rows = self._max_rows
-        for job in sorted(jobs, key=lambda job: not job.is_text):
+        for job in sorted(jobs, key=lambda job: (not job.is_text, job.sequence.n_pending <= SHORT)):
             sequence = job.sequence
+            is_long = sequence.n_pending > SHORT
             # A thread that wrongly shares a session may add tokens meanwhile, for which there are no pages.
             room = PAGE * min(map(len, sequence.tables)) - sequence.n_cached
-            n = min(sequence.n_pending, room, n_tokens)
+            n = min(sequence.n_pending, room, n_tokens, n_long if is_long else n_tokens)
             n_unwanted = max(0, job.next_row - sequence.n_cached)  # leading tokens whose logits nobody needs
             n = min(n, n_unwanted + n_rows)
             if n > 0:
                 parts.append(_Part(job, n, max(0, n - n_unwanted)))
                 n_tokens -= n
+                n_long -= n if is_long else 0
                 n_rows -= parts[-1].n_rows
         return parts
 
