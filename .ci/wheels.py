@@ -357,9 +357,7 @@ def run_both(out: Path, work: Path) -> str:
     wheels = [next(out.glob(f"*-cp311-cp311-manylinux_2_17_{p}.whl"), None) for p in ("x86_64", "aarch64")]
     native = shutil.which("python3.11")
     if None in wheels or native is None:
-        raise CannotError(
-            "no wheel is run: it takes those of 3.11 for x86-64 and aarch64, and a python3.11"
-        )
+        raise CannotError("no wheel is run: it takes those of 3.11 for x86-64 and aarch64, and a python3.11")
     python, env = python_aarch64(work)
     here = tokens_of(wheels[0], [native], work / "run-x86_64")
     there = tokens_of(wheels[1], python, work / "run-aarch64", **env)

@@ -29,17 +29,21 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     sends: dict[str, bytes] = field(default_factory=dict)
     breaks_at: dict[str, int] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)  # "METHOD path"
     ranges: list[str] = field(default_factory=list)  # that were asked for
     url: str = ""
 
-    def facts(self, path: str, content: bytes, **names: str) -> dict[str, Any]:
-        """A file as the API lists it. names: what that part of the API calls path, oid and sha256."""
+    def facts(self, file: str, content: bytes, *, path: str, oid: str, sha: str) -> dict[str, Any]:
+        """A file as the API lists it. path, oid, sha: what that part of the API calls these."""
         git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        facts: dict[str, Any] = {names["path"]: path, "size": len(content), names["oid"]: git}
-        if path.endswith(LARGE):
-            sha = hashlib.sha256(content).hexdigest()
-            facts["lfs"] = {names["sha"]: sha, "size": len(content), "pointerSize": 134}
+        facts: dict[str, Any] = {path: file, "size": len(content), oid: git}
+        if file.endswith(LARGE):
+            facts["lfs"] = {
+                sha: hashlib.sha256(content).hexdigest(),
+                "size": len(content),
+                "pointerSize": 134,
+            }
         return facts
 
 
@@ -82,6 +86,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self._tree(match[1], match[2])
             elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 self._file(match[1], match[2], match[3])
+            elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
+                self._bytes(match[1], match[2])
             else:
                 self._refuse(404, "EntryNotFound")
 
@@ -116,7 +122,24 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if path not in files:
                 self._refuse(404, "EntryNotFound")
                 return
-            content = hub.sends.get(path, files[path])
+            facts = hub.facts(path, files[path], path="path", oid="oid", sha="sha")
+            if "lfs" not in facts:
+                self._bytes(repo, path)
+                return
+            self.send_response(302)  # to another host, usually
+            self.send_header("Location", f"{hub.url}/cdn/{repo}/{path}")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Linked-Etag", f'"{facts["lfs"]["sha"]}"')
+            self.send_header("X-Linked-Size", str(facts["size"]))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def _bytes(self, repo: str, path: str) -> None:
+            true = hub.repos[repo][path]
+            if path in hub.gone:
+                self._refuse(503, "")
+                return
+            content = hub.sends.get(path, true)
             start = 0
             if asked := self.headers.get("Range"):
                 hub.ranges.append(f"{path} {asked}")
@@ -124,14 +147,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send_response(206 if start else 200)
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            facts = hub.facts(path, files[path], path="path", oid="oid", sha="sha")
             self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", f'"{facts.get("lfs", {}).get("sha", facts["oid"])}"')
+            self.send_header("ETag", f'"{hub.facts(path, true, path="path", oid="oid", sha="sha")["oid"]}"')
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             if self.command == "GET":
                 end = hub.breaks_at.pop(path, len(content))
+                hub.gone |= {path} if end < len(content) else set()
                 self.wfile.write(content[start:end])
                 self.close_connection = end < len(content)
 

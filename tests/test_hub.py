@@ -74,7 +74,7 @@ def hub(running: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
     monkeypatch.setenv("LLAMA_CACHE", str(tmp_path / "llama.cpp"))
-    running.gated, running.sends, running.breaks_at = {"org/gated"}, {}, {}
+    running.gated, running.sends, running.breaks_at, running.gone = {"org/gated"}, {}, {}, set()
     running.asked.clear()
     running.ranges.clear()
     return running
@@ -172,11 +172,17 @@ def test_a_directory_is_fetched_without_what_nobody_reads(hub: Hub, directory: d
         assert llm.logits([1, 2]).shape[0] == 2
 
 
-def test_pull_goes_on_where_it_ended(hub: Hub) -> None:
-    hub.breaks_at["stories-Q8_0.gguf"] = 1000
+def test_pull_goes_on_where_it_ended(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # of 10 MB nothing would have been written
+    hub.breaks_at["stories-Q8_0.gguf"] = 2500
+    with pytest.raises(tinyllm.ReadError, match=r"Q8_0: the hub answers: .*503"):
+        tinyllm.pull("hf:org/stories-GGUF:Q8_0")
+    hub.gone.clear()
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 20)
     path = tinyllm.pull("hf:org/stories-GGUF:Q8_0")
     assert path.read_bytes() == STORIES
-    assert hub.ranges == ["stories-Q8_0.gguf bytes=1000-"]
+    assert hub.ranges == ["stories-Q8_0.gguf bytes=2000-"]
+    assert not list(path.parents[2].rglob("*.tinyllm-part"))
 
 
 def test_what_differs_from_its_checksum_is_removed(hub: Hub) -> None:

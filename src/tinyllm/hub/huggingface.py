@@ -1,14 +1,16 @@
-"""Hugging Face's cache, and fetching into it: through huggingface_hub, which locks, resumes and shows
-progress.
+"""Hugging Face's cache, and fetching into it: through huggingface_hub, which speaks to the hub, lays out the
+cache and shows progress.
 
-What arrives is compared with the checksums that the hub lists, and removed where it differs. A name that
-chooses a file is answered from the cache without a connection; one that leaves the choice to us asks the hub
-first, so that it means the same whatever the cache has. Imports `choose`, `names` and `errors`. Read next:
-cached.py.
+What arrives is compared with the checksums that the hub lists, and removed where it differs. Large files are
+put into the cache's blobs from here, since huggingface_hub throws away what it had of a file when a download
+ends early. A name that chooses a file is answered from the cache without a connection; one that leaves the
+choice to us asks the hub first, so that it means the same whatever the cache has. Imports `choose`, `names`
+and `errors`. Read next: cached.py.
 """
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import logging
@@ -53,9 +55,13 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
+def _home(name: RepoName) -> Path:
+    return cache_folder() / f"models--{name.repo.replace('/', '--')}"
+
+
 def snapshot_of(name: RepoName) -> Path | None:
     """The folder of a repository's files in the cache, those of one revision; None without one."""
-    home = cache_folder() / f"models--{name.repo.replace('/', '--')}"
+    home = _home(name)
     revision = name.revision or "main"
     ref = home / "refs" / revision
     commit = ref.read_text(encoding="ascii", errors="replace").strip() if ref.is_file() else revision
@@ -91,11 +97,13 @@ def _fetch(name: RepoName) -> Path:
         )
         there = {file.rfilename: file for file in info.siblings or ()}
         chosen = choose(there, name.choice, str(name))
-        folder = cache_folder() / f"models--{name.repo.replace('/', '--')}" / "snapshots" / str(info.sha)
-        new = [file for file in chosen.files if not (folder / file).is_file()]
+        home = _home(name)
+        new = [file for file in chosen.files if not (home / "snapshots" / str(info.sha) / file).is_file()]
         if new:
             n_bytes = sum(there[file].size or 0 for file in new)
             log.info("%s: fetching %d files, %d bytes", name, len(new), n_bytes)
+        for file in new:
+            _fetch_blob(home, there[file], name, str(info.sha))
         snapshot = Path(
             huggingface_hub.snapshot_download(
                 name.repo,
@@ -105,15 +113,48 @@ def _fetch(name: RepoName) -> Path:
             )
         )
     for file in new:
-        _check(snapshot / file, there[file], str(name))
+        if not (there[file].lfs and (home / "blobs" / there[file].lfs.sha256).is_file()):  # checked already
+            _check(snapshot / file, there[file], str(name))
     return snapshot / chosen.load
+
+
+def _fetch_blob(home: Path, listed: Any, name: RepoName, commit: str) -> None:
+    """A large file into the cache's blobs, where huggingface_hub finds it, going on where a try ended.
+    Leaves to huggingface_hub what plain HTTP does not give."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    if not listed.lfs or not listed.size or listed.size > getattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 50e9):
+        return
+    blob = home / "blobs" / listed.lfs.sha256
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    part = blob.with_name(f"{blob.name}.tinyllm-part")
+    with part.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be at it
+        if blob.is_file():
+            return
+        if file.tell() > listed.size:
+            file.truncate(0)
+        url = hf_hub_url(name.repo, listed.rfilename, revision=commit)
+        http_get(
+            url,
+            file,
+            resume_size=file.seek(0, 2),
+            headers=build_hf_headers(library_name="tinyllm"),
+            expected_size=listed.size,
+            displayed_filename=listed.rfilename,
+        )
+        file.flush()
+        _check(part, listed, str(name))
+        part.replace(blob)
 
 
 def _check(path: Path, listed: Any, name: str) -> None:
     """Removes a file that is not what the hub lists: large ones have a SHA-256 there, others git's SHA-1."""
     if not path.is_file():
         raise ReadError(f"{name}: {listed.rfilename} did not arrive; try again")
-    lfs = getattr(listed, "lfs", None)
+    lfs = listed.lfs
     wanted, digest = (lfs.sha256, hashlib.sha256()) if lfs else (listed.blob_id, hashlib.sha1())
     if not lfs:
         digest.update(b"blob %d\0" % path.stat().st_size)
