@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_cli import in_process
+from helpers_cli import Cli, in_process
 
 from tinyllm import cli, errors
 from tinyllm.cli.commands import COMMANDS, main
@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 @pytest.fixture
-def tinyllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def tinyllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     monkeypatch.setattr(cli, "prefix", cli.prefix)
     return in_process(main, monkeypatch, capsys)
 
@@ -42,7 +42,7 @@ def test_every_command_is_in_the_table() -> None:
     assert {command.module for command in COMMANDS.values()} == has_main - {"commands"}
 
 
-def test_help_lists_every_command(tinyllm) -> None:
+def test_help_lists_every_command(tinyllm: Cli) -> None:
     for argv in ([], ["--help"], ["help"]):
         result = tinyllm(*argv)
         assert result.code == 0
@@ -59,7 +59,7 @@ def test_help_lists_every_command(tinyllm) -> None:
         (["--temp", "0"], "--temp stands after a command"),
     ],
 )
-def test_what_is_no_command_is_told_what_would_be(tinyllm, argv: list[str], words: str) -> None:
+def test_what_is_no_command_is_told_what_would_be(tinyllm: Cli, argv: list[str], words: str) -> None:
     result = tinyllm(*argv)
     assert result.code == 2
     assert words in result.err
@@ -85,7 +85,7 @@ LOADED = "import sys; {}; print(*sorted({{name.partition('.')[0] for name in sys
 
 def test_import_loads_nothing_of_others() -> None:
     """`import tinyllm` costs what its own few lines do."""
-    before = set(python("-c", LOADED.format("import typing, logging, contextlib, operator")).split())
+    before = set(python("-c", LOADED.format("import __future__, typing, logging, contextlib, operator")).split())
     assert set(python("-c", LOADED.format("import tinyllm")).split()) - before == {"tinyllm"}
 
 
