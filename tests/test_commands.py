@@ -85,7 +85,8 @@ LOADED = "import sys; {}; print(*sorted({{name.partition('.')[0] for name in sys
 
 def test_import_loads_nothing_of_others() -> None:
     """`import tinyllm` costs what its own few lines do."""
-    before = set(python("-c", LOADED.format("import __future__, typing, logging, contextlib, operator")).split())
+    usual = "import __future__, typing, logging, contextlib, operator"
+    before = set(python("-c", LOADED.format(usual)).split())
     assert set(python("-c", LOADED.format("import tinyllm")).split()) - before == {"tinyllm"}
 
 
