@@ -102,8 +102,7 @@ def _fetch(name: RepoName) -> Path:
         if new:
             n_bytes = sum(there[file].size or 0 for file in new)
             log.info("%s: fetching %d files, %d bytes", name, len(new), n_bytes)
-        for file in new:
-            _fetch_blob(home, there[file], name, str(info.sha))
+        checked = {file for file in new if _fetch_blob(home, there[file], name, str(info.sha))}
         snapshot = Path(
             huggingface_hub.snapshot_download(
                 name.repo,
@@ -113,27 +112,30 @@ def _fetch(name: RepoName) -> Path:
             )
         )
     for file in new:
-        if not (there[file].lfs and (home / "blobs" / there[file].lfs.sha256).is_file()):  # checked already
+        if file not in checked:
             _check(snapshot / file, there[file], str(name))
     return snapshot / chosen.load
 
 
-def _fetch_blob(home: Path, listed: Any, name: RepoName, commit: str) -> None:
+def _fetch_blob(home: Path, listed: Any, name: RepoName, commit: str) -> bool:
     """A large file into the cache's blobs, where huggingface_hub finds it, going on where a try ended.
-    Leaves to huggingface_hub what plain HTTP does not give."""
+    False for what is left to huggingface_hub: small files, and those too large for plain HTTP."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     if not listed.lfs or not listed.size or listed.size > getattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 50e9):
-        return
+        return False
     blob = home / "blobs" / listed.lfs.sha256
+    if blob.is_file():
+        return True
     blob.parent.mkdir(parents=True, exist_ok=True)
     part = blob.with_name(f"{blob.name}.tinyllm-part")
     with part.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # another process may be at it
         if blob.is_file():
-            return
+            part.unlink(missing_ok=True)
+            return True
         if file.tell() > listed.size:
             file.truncate(0)
         url = hf_hub_url(name.repo, listed.rfilename, revision=commit)
@@ -148,6 +150,7 @@ def _fetch_blob(home: Path, listed: Any, name: RepoName, commit: str) -> None:
         file.flush()
         _check(part, listed, str(name))
         part.replace(blob)
+    return True
 
 
 def _check(path: Path, listed: Any, name: str) -> None:
@@ -175,6 +178,7 @@ def _told(name: RepoName) -> Iterator[None]:
     """Whatever huggingface_hub raises, as one of our errors."""
     from huggingface_hub import errors
 
+    others: tuple[type[Exception], ...] = (OSError, *_client_errors())
     page = f"https://huggingface.co/{name.repo}"
     try:
         yield
@@ -195,7 +199,7 @@ def _told(name: RepoName) -> Iterator[None]:
         raise _UnreachableError(f"{name}: the hub answers: {_first_line(error)}") from error
     except (NotFoundError, ReadError):
         raise
-    except (OSError, *_client_errors()) as error:
+    except others as error:
         raise _UnreachableError(f"{name}: cannot be fetched: {_first_line(error)}") from error
 
 
