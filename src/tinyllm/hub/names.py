@@ -13,11 +13,10 @@ from tinyllm.errors import ArgumentError
 HF, OLLAMA = "hf:", "ollama:"
 
 _PART = r"[A-Za-z0-9_][\w.-]*"
-_REPO = re.compile(rf"({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?(?::([^:]+))?", re.ASCII)
+# Texts, compiled when a name is read: importing is quick.
+_REPO = rf"(?a)({_PART}/{_PART})(?:@({_PART}(?:/{_PART})*))?(?::([^:]+))?"
 # https://huggingface.co/ORG/REPO, .../blob/main/FILE, and ORG/REPO:QUANTIZATION as Ollama has it.
-_ADDRESS = re.compile(
-    rf"({_PART}/{_PART})(?:/(?:blob|resolve)/[^/]+/([^?]+)|:([^:/]+)|/?(?:tree/[^?]*)?)(?:\?.*)?", re.ASCII
-)
+_ADDRESS = rf"(?a)({_PART}/{_PART})(?:/(?:blob|resolve)/[^/]+/([^?]+)|:([^:/]+)|/?(?:tree/[^?]*)?)(?:\?.*)?"
 
 
 @dataclass(frozen=True)
@@ -35,18 +34,18 @@ class RepoName:
     @staticmethod
     def of_address(path: str) -> RepoName | None:
         """Of a page of huggingface.co, given without the host; None for another kind of page."""
-        match = _ADDRESS.fullmatch(path)
+        match = re.fullmatch(_ADDRESS, path)
         return RepoName(match[1], choice=match[2] or match[3]) if match else None
 
     @staticmethod
     def looks_like(text: str) -> bool:
         """Whether it would be a repository's name with `hf:` before it."""
-        return _REPO.fullmatch(text) is not None
+        return re.fullmatch(_REPO, text) is not None
 
 
 def parse(name: str) -> RepoName:
     """Raises ArgumentError."""
-    match = _REPO.fullmatch(name.removeprefix(HF))
+    match = re.fullmatch(_REPO, name.removeprefix(HF))
     if not match:
         raise ArgumentError(
             f"{name!r} is no name of a model on Hugging Face; such are {HF}ORG/REPO, {HF}ORG/REPO:Q4_K_M, "
