@@ -374,7 +374,7 @@ def test_plot_without_matplotlib(cli: Cli, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = cli("stories", "--next", "x", "--plot", tmp_path / "next.png")
     assert result.code == 2
-    assert "needs matplotlib: pip install 'tinyllm-inference[plot]'" in result.err
+    assert "needs matplotlib: pip install matplotlib" in result.err
     assert not result.out
 
 

@@ -272,7 +272,7 @@ def test_without_the_extra_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, name, None)
     result = cli("stories", "--port", "0")
     assert result.code == 2
-    assert f"the server needs {name}: pip install '.[serve]' in the clone" in result.err
+    assert f"the server needs {name}: pip install starlette uvicorn" in result.err
     assert result.err.count("\n") == 1
 
 

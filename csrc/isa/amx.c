@@ -17,7 +17,7 @@
 
 #define V_UNROLL _Pragma("GCC unroll 16")
 #define T_FEW    tl_kernels_avx512vnni
-extern const tl_kernels tl_kernels_avx512vnni;
+extern tl_kernels tl_kernels_avx512vnni;
 
 #include "isa/tiles.inc"
 

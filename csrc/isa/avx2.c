@@ -9,7 +9,7 @@
 #define V_AHEAD    0                       // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        avx2
 
-static int usable(void) {
+static int has_it(void) {
     unsigned a, b, c, d; // Clang before 16 does not know F16C by name
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
            (c & bit_F16C);

@@ -8,8 +8,9 @@
 #define V_SUMS     4                       // vectors of sums that registers hold beside the weights
 #define V_AHEAD    0                       // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        avx2vnni
+#define LIKE       avx2
 
-static int usable(void) {
+static int has_it(void) {
     unsigned a, b, c, d; // AVX-VNNI, which Clang before 16 does not know by name; whatever has it has F16C
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
            (a & bit_AVXVNNI);

@@ -7,7 +7,7 @@
 #define V_AHEAD    8192                            // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        avx512
 
-static int usable(void) {
+static int has_it(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }

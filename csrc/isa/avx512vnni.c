@@ -7,8 +7,9 @@
 #define V_SUMS     16                              // vectors of sums that registers hold beside the weights
 #define V_AHEAD    8192                            // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        avx512vnni
+#define LIKE       avx512
 
-static int usable(void) {
+static int has_it(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");

@@ -9,6 +9,6 @@
 #define V_AHEAD    0                       // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        neon
 
-static int usable(void) { return 1; }
+static int has_it(void) { return 1; }
 
 #include "isa/target.inc"

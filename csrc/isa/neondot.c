@@ -12,8 +12,9 @@
 #define V_SUMS     4                       // vectors of sums that registers hold beside the weights
 #define V_AHEAD    0                       // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        neondot
+#define LIKE       neon
 
-static int usable(void) {
+static int has_it(void) {
 #ifdef __linux__
     return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #else

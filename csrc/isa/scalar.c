@@ -9,6 +9,6 @@
 #define Q_INLINE                                                                                                       \
     static __attribute__((noinline)) // written out into each other, the quantizers take a minute to compile
 
-static int usable(void) { return 1; }
+static int has_it(void) { return 1; }
 
 #include "isa/target.inc"

@@ -8,14 +8,16 @@
 #define ARM64
 #endif
 
+// Those that are not constant are filled by their `usable`, from another's.
 extern const tl_kernels tl_kernels_scalar;
 #ifdef X86
-extern tl_kernels tl_kernels_amx; // filled by its usable
+extern tl_kernels tl_kernels_amx, tl_kernels_avx512vnni, tl_kernels_avx2vnni;
+extern const tl_kernels tl_kernels_avx512, tl_kernels_avx2;
 extern const char *tl_amx_refused;
-extern const tl_kernels tl_kernels_avx512vnni, tl_kernels_avx512, tl_kernels_avx2vnni, tl_kernels_avx2;
 #endif
 #ifdef ARM64
-extern const tl_kernels tl_kernels_neondot, tl_kernels_neon;
+extern tl_kernels tl_kernels_neondot;
+extern const tl_kernels tl_kernels_neon;
 #endif
 
 static const tl_kernels *const built[] = {

@@ -5,7 +5,7 @@
     print(llm("Once upon a time", max_tokens=100))
 
 What users import is here; loading.py and llm.py are the interface behind it. Importing opens no file and no
-connection.
+connection; only names that begin with "hf:" ever open one.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tinyllm.backends import version as __version__
     from tinyllm.engine.engine import Piece
     from tinyllm.engine.sampling import SamplingParams
+    from tinyllm.hub import pull
     from tinyllm.llm import LLM, Session
     from tinyllm.loading import load
     from tinyllm.quantization import quantize
@@ -65,6 +66,7 @@ __all__ = [
     "info",
     "load",
     "load_tokenizer",
+    "pull",
     "quantize",
 ]
 
@@ -80,6 +82,7 @@ _HOMES = {
     "info": "backends",
     "load": "loading",
     "load_tokenizer": "tokenizer",
+    "pull": "hub",
     "quantize": "quantization",
 }
 

@@ -1,5 +1,6 @@
 """The exceptions of tinyllm: one base, one class a kind of cause; and what finds and words causes everywhere:
-whole numbers in a range, memory that ran out, whether an exception is a signal handler's own.
+whole numbers in a range, memory that ran out, packages that are missing, whether an exception is a signal
+handler's own.
 
 Whatever a file, the value of an argument or the machine causes is an `Error`; where Python has a built-in
 exception for the same cause, the class inherits it too. Wrong Python types and unknown keywords stay
@@ -125,6 +126,20 @@ def integer(name: str, value: object, low: float, high: float, hint: str = "") -
         hint = f" ({hint})" if hint else ""
         raise ArgumentError(f"{name} is {number_text(number)}, expected {low} to {high}{hint}")
     return number
+
+
+# What the extras of pyproject.toml install.
+EXTRAS = {
+    "plot": "matplotlib",
+    "structured": "llguidance",
+    "serve": "starlette uvicorn prometheus-client llguidance",
+}
+
+
+def install_text(extra: str) -> str:
+    """The command that installs what an extra needs. It names packages of the index: tinyllm itself came from
+    a clone or a wheel, and asking the index for tinyllm would bring another project."""
+    return f"pip install {EXTRAS[extra]}"
 
 
 def size_text(n_bytes: int) -> str:

@@ -31,7 +31,6 @@ from tinyllm.files import BF16, F16, F32, FORMATS
 from tinyllm.files.names import Weights, in_gguf
 from tinyllm.llm import LLM
 from tinyllm.modelfiles import ModelFiles, open_model
-from tinyllm.quantization.mixes import tensor_formats
 
 MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
 USEFUL_CONTEXT = 4096  # that a GPU must have room for, to be chosen where no context is asked for
@@ -56,16 +55,17 @@ def load(
     """Loads a model.
 
     path: a GGUF file (of a split set the first), a directory with config.json and *.safetensors, a
-    .safetensors file in one, "stories", the model that comes with tinyllm, or what `read_model` has read.
-    device: "cpu", "cuda" or "cuda:N", the N-th GPU; "auto": a GPU where one has enough free memory, else the
-    CPU, for a reason that is logged and in `tinyllm.info()`. threads: None for one a physical core. context:
-    how many tokens a sequence may hold; None: what the model was trained for (with LongRoPE, as in Phi-3: at
-    first; more chooses the factors for long texts), or less where only less fits into 80 % of the device's
-    free memory. cache_type: the numbers of the KV cache, "f16", "f32" or "q8_0". weights: a quantization
-    ("q8_0", "q4_k_m"...) for a float model, made while loading: the same bits as in the file that `quantize`
-    writes. free_memory: says how many bytes it may take beside those it has, asked while it loads and
-    whenever the cache grows, for programs that keep to less than the device has. progress: called with
-    (bytes done, bytes in all).
+    .safetensors file in one, "stories", the model that comes with tinyllm, "hf:ORG/REPO:Q4_K_M", a model on
+    Hugging Face, fetched where it is not in the cache (`pull` says more), "ollama:llama3.2", one of Ollama's,
+    or what `read_model` has read. device: "cpu", "cuda" or "cuda:N", the N-th GPU; "auto": a GPU where one
+    has enough free memory, else the CPU, for a reason that is logged and in `tinyllm.info()`. threads: None
+    for one a physical core. context: how many tokens a sequence may hold; None: what the model was trained
+    for (with LongRoPE, as in Phi-3: at first; more chooses the factors for long texts), or less where only
+    less fits into 80 % of the device's free memory. cache_type: the numbers of the KV cache, "f16", "f32" or
+    "q8_0". weights: a quantization ("q8_0", "q4_k_m"...) for a float model, made while loading: the same bits
+    as in the file that `quantize` writes. free_memory: says how many bytes it may take beside those it has,
+    asked while it loads and whenever the cache grows, for programs that keep to less than the device has.
+    progress: called with (bytes done, bytes in all).
 
     Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
     with the numbers, before anything big is allocated.
@@ -203,6 +203,8 @@ def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[t
     formats = {key: info.format for key, info in weights.items()}
     if quantize_to is None:
         return formats
+    from tinyllm.quantization.mixes import tensor_formats  # with all that writes files, seldom needed
+
     tensors = in_gguf(weights)
     chosen = tensor_formats(dict(tensors.values()), quantize_to)
     matrices = {k: t for k, t in weights.items() if len(t.shape) == 2 and t.format in (F32, F16, BF16)}

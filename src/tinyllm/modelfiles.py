@@ -1,8 +1,8 @@
 """What a path holds: everything about a model but the numbers of its weights.
 
-One place knows which files people have (a GGUF, a Hugging Face directory, the bundled model) and what each
-of them says. Imports `config`, `files`, `tokenizer` and `chat`. Read next: loading.py, whose `load`
-uploads the weights.
+One place knows which files people have (a GGUF, a Hugging Face directory, the bundled model, what hub/ finds
+in caches) and what each of them says. Imports `config`, `files`, `hub`, `tokenizer` and `chat`. Read next:
+loading.py, whose `load` uploads the weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tinyllm import hub
 from tinyllm.chat.templates import ChatTemplate, template_from_directory, template_from_gguf
 from tinyllm.config import (
     EmbeddingDefaults,
@@ -83,21 +84,25 @@ def _told_where(path: Path) -> Iterator[None]:
 
 
 def model_path(path: str | os.PathLike[str]) -> Path:
-    """What a user's `path` names: an existing path wins over a bundled model. Raises NotFoundError."""
+    """What a user's `path` names: an existing path wins over a bundled model and a name of hub/, which may
+    fetch it. Raises NotFoundError, and for such a name what `hub.find` does."""
     where = user_path(path)
     if os.path.exists(where):
         return where
+    if hub.is_name(path):
+        return hub.find(path)
     if str(path) not in BUNDLED:
         raise NotFoundError(
             f"{where}: no such file or directory, nor the name of a bundled model ({', '.join(BUNDLED)})"
+            f"{hub.suggestion(str(path))}"
         )
     return BUNDLED[str(path)]
 
 
 def read_model(path: str | os.PathLike[str]) -> ModelFiles:
-    """Reads a GGUF file (of a split set the first), a directory, a .safetensors file in its directory, or
-    the bundled model by name; an existing path wins over the name. Raises NotFoundError, ReadError,
-    FormatError, UnsupportedError.
+    """Reads a GGUF file (of a split set the first), a directory, a .safetensors file in its directory, the
+    bundled model by name, or a name of hub/; an existing path wins over the names. Raises NotFoundError,
+    ReadError, FormatError, UnsupportedError, ArgumentError.
     """
     files = open_model(path)
     _ = files.tokenizer

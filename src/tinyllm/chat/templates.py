@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-
-from tinyllm.chat import sandbox
 from tinyllm.chat.forms import Forms, StoppedError, as_taken, check_unicode, plain
 from tinyllm.errors import Error, FormatError, MemoryLimitError, TemplateError, comes_from
 from tinyllm.files import is_there, read_json_if_any, read_small, show, show_words
+
+if TYPE_CHECKING:
+    from tinyllm.chat.sandbox import Sandbox
 
 Message = Mapping[str, Any]
 
@@ -75,7 +75,7 @@ class ChatTemplate:
         self.name = name
         self.tool_source = tool_source
         self.variables = dict(variables or {})
-        self._compiled: dict[str, tuple[sandbox.Sandbox, Any]] = {}
+        self._compiled: dict[str, tuple[Sandbox, Any]] = {}
         self._forms: dict[str, Forms] = {}
 
     def render(
@@ -150,7 +150,7 @@ class ChatTemplate:
     def names(self, source: str) -> frozenset[str]:
         """The names of variables that one of the template's sources reads at all."""
         with self._reported():
-            return frozenset(sandbox.Sandbox().names(source, self._filename))
+            return frozenset(_sandbox().names(source, self._filename))
 
     def free_variables(self) -> list[str]:
         """Names that the template reads and that a caller may give it, such as "enable_thinking"; sorted.
@@ -158,7 +158,7 @@ class ChatTemplate:
         Raises TemplateError for a template that is not valid.
         """
         with self._reported():
-            names = sandbox.Sandbox().free_variables(self.source, self._filename)
+            names = _sandbox().free_variables(self.source, self._filename)
         return sorted(names - {*self.variables, *_GIVEN})
 
     def forms(self, source: str) -> Forms:
@@ -189,6 +189,10 @@ class ChatTemplate:
             raise self._as_ours(e) from None
 
     def _as_ours(self, e: Exception) -> Error:
+        import jinja2
+
+        from tinyllm.chat import sandbox
+
         match e:
             case sandbox.LimitError():
                 return self._error(f"was stopped: {e}", e, StoppedError)
@@ -205,11 +209,11 @@ class ChatTemplate:
             case _:  # a template can reach any corner of Jinja
                 return self._error(f"failed ({type(e).__name__}): {e}", e)
 
-    def _compile(self, source: str) -> tuple[sandbox.Sandbox, Any]:
+    def _compile(self, source: str) -> tuple[Sandbox, Any]:
         """Without a lock, which a forked process or a signal handler would find held: two threads may compile
         the same at once."""
         if source not in self._compiled:
-            environment = sandbox.Sandbox()
+            environment = _sandbox()
             self._compiled[source] = environment, environment.compile_template(source, self._filename)
         return self._compiled[source]
 
@@ -227,6 +231,12 @@ class ChatTemplate:
             trace = trace.tb_next
         where = f" (line {lines[-1]})" if lines else ""
         return kind(f"the {self.name} {_cut(what)}{where}")
+
+
+def _sandbox() -> Sandbox:
+    from tinyllm.chat.sandbox import Sandbox  # with Jinja, 40 ms that a model without a template does without
+
+    return Sandbox()
 
 
 def require(template: ChatTemplate | None, model: str, special_tokens: Iterable[str] = ()) -> ChatTemplate:

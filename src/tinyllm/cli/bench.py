@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tinyllm.cli import prefix
 from tinyllm.cli.common import (
     EXIT_CODES,
     EXIT_OK,
@@ -30,7 +31,7 @@ from tinyllm.cli.common import (
     table,
 )
 
-PROG = "tinyllm-bench"
+PROG = f"{prefix}bench"
 
 DESCRIPTION = f"""Measures prefill (pp, reading a prompt) and decoding (tg, writing an answer) in tokens a
 second, as llama-bench does: without sampling, after a warm-up, the logits of a prompt's last token only.

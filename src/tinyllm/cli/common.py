@@ -142,7 +142,8 @@ def add_model_argument(
         name,
         nargs=nargs,
         metavar="MODEL",
-        help="a .gguf file, a Hugging Face directory, or stories, the model that comes with tinyllm",
+        help="a .gguf file, a Hugging Face directory, a name (hf:ORG/REPO:Q4_K_M, fetched once, ollama:NAME) "
+        "or stories, the model that comes with tinyllm",
     )
 
 

@@ -1,6 +1,7 @@
-"""tinyllm-bench compare: size, memory, speed and quality of several models, side by side.
+"""tinyllm compare, also tinyllm-bench compare: size, memory, speed and quality of several models, side by
+side.
 
-Called by bench.py. The table goes to stdout, progress to stderr, on a terminal. Imports common.py, and once
+The table goes to stdout, progress to stderr, on a terminal. Imports common.py, and once
 the options make sense tinyllm.measure.compare, which measures, and plot.py, which draws.
 """
 
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tinyllm.cli import prefix
 from tinyllm.cli.common import (
     EXIT_CODES,
     EXIT_OK,
@@ -25,12 +27,13 @@ from tinyllm.cli.common import (
     put,
     put_csv,
     read_text,
+    run_command,
     seconds,
     size,
     table,
 )
 
-PROG = "tinyllm-bench compare"
+PROG = f"{prefix}compare" if prefix.endswith(" ") else "tinyllm-bench compare"
 
 DESCRIPTION = """Which quantization should I use? One table for several models, or for one float model and
 quantizations of it made on the way (--types): size, bits a weight, load time, peak memory, speed and, with
@@ -60,8 +63,12 @@ KL = "KL, 1e-3 nats"
 LEFT = ("model", "weights")
 
 
+def main(argv: list[str] | None = None) -> int:
+    return run_command(PROG, run, argv)
+
+
 def run(argv: list[str]) -> int:
-    """What `tinyllm-bench compare` does with its arguments."""
+    """What `tinyllm compare` and `tinyllm-bench compare` do with their arguments."""
     args = _parser().parse_intermixed_args(argv)
     if args.text is None and args.plot is not None:
         raise UsageError("--plot draws quality, which is measured on a text: give --text")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllm.cli import prefix
 from tinyllm.cli.common import (
     BACKGROUNDS,
     BOLD,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from tinyllm import Tokenizer
     from tinyllm.measure.inspection import Inspection, Memory, Tensor
 
-PROG = "tinyllm-inspect"
+PROG = f"{prefix}inspect"
 
 DESCRIPTION = """Shows what a model is made of, from its files' headers and without loading it:
 architecture, parameters, formats, tokenizer, chat template, the memory it would take here, and what

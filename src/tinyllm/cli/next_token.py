@@ -76,7 +76,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'tinyllm-inference[plot]'") from None
+        from tinyllm.errors import install_text
+
+        raise UsageError(f"--plot needs matplotlib: {install_text('plot')}") from None
 
 
 def plot(found: NextToken, names: list[str], n_rows: int, title: str, path: str) -> None:

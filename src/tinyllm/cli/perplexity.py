@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllm.cli import prefix
 from tinyllm.cli.common import (
     EXIT_CODES,
     EXIT_OK,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from tinyllm import LLM
     from tinyllm.measure.quality import Estimate, Quality, Windows
 
-PROG = "tinyllm-perplexity"
+PROG = f"{prefix}perplexity"
 
 DESCRIPTION = """Measures how well a model predicts a text it has not seen. The perplexity is the number of
 equally likely tokens that would leave one as uncertain as the model is: 1 is perfect. Perplexities compare

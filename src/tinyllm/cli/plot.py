@@ -1,4 +1,4 @@
-"""The picture of `tinyllm-bench compare`: size and speed against quality. Imports matplotlib, an extra."""
+"""The picture of `tinyllm compare`: size and speed against quality. Imports matplotlib, an extra."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinyllm.errors import ArgumentError, UnsupportedError
+from tinyllm.errors import ArgumentError, UnsupportedError, install_text
 from tinyllm.files.outfiles import replacing, target_of
 
 FLOAT, QUANTIZED, GRID = "#7f7f7f", "#1f5f99", "#dddddd"
@@ -28,7 +28,7 @@ def require(path: str) -> None:
         import matplotlib
     except ImportError:
         raise UnsupportedError(
-            "plots need matplotlib, which is not installed: pip install 'tinyllm-inference[plot]'"
+            f"plots need matplotlib, which is not installed: {install_text('plot')}"
         ) from None
     matplotlib.use("Agg")
     from matplotlib.backend_bases import FigureCanvasBase

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
+from tinyllm.cli import prefix
 from tinyllm.cli.common import (
     EXIT_CODES,
     EXIT_OK,
@@ -23,7 +24,7 @@ from tinyllm.cli.common import (
     size,
 )
 
-PROG = "tinyllm-quantize"
+PROG = f"{prefix}quantize"
 
 DESCRIPTION = """Writes a model as a GGUF file in another quantization.
 

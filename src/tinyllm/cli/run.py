@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllm.cli import prefix
 from tinyllm.cli.answers import as_prompt, chat_only, chat_options, finish, is_chat, print_stream
 from tinyllm.cli.common import (
     BOLD,
@@ -42,7 +43,7 @@ from tinyllm.cli.common import (
 if TYPE_CHECKING:
     from tinyllm import LLM, Completion, SamplingParams
 
-PROG = "tinyllm-run"
+PROG = f"{prefix}run"
 
 DESCRIPTION = """Runs a language model from a file on this machine.
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from tinyllm.cli import prefix
 from tinyllm.cli.common import (
     EXIT_CODES,
     EXIT_OK,
@@ -30,7 +31,7 @@ from tinyllm.cli.common import (
     seconds,
 )
 
-PROG = "tinyllm-serve"
+PROG = f"{prefix}serve"
 
 DESCRIPTION = """Serves models over HTTP, to the clients of OpenAI, Anthropic, Ollama and llama.cpp, and to a
 browser."""
@@ -61,8 +62,10 @@ def _run(argv: list[str]) -> int:
         from tinyllm.server.models import Loader, Models
         from tinyllm.server.turns import Turns
     except ModuleNotFoundError as error:
+        from tinyllm.errors import install_text
+
         package = str(error.name).partition(".")[0]
-        raise UsageError(f"the server needs {package}: pip install '.[serve]' in the clone") from None
+        raise UsageError(f"the server needs {package}: {install_text('serve')}") from None
 
     loopback = is_loopback(args.host)
     if not (loopback or key or args.no_auth):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllm.errors import ConstraintError, UnsupportedError
+from tinyllm.errors import ConstraintError, UnsupportedError, install_text
 
 ANY_OBJECT = {"type": "object"}
 # Between the parts of a document: nothing, a space, or a line break and an indent. More would let a model
@@ -93,7 +93,7 @@ def guidance() -> Any:
     except ImportError:
         raise UnsupportedError(
             "json_schema, regex, choices, grammar and tool_choice need the package llguidance: "
-            "pip install llguidance"
+            + install_text("structured")
         ) from None
     return llguidance
 

@@ -14,10 +14,16 @@ from tinyllm.errors import NotFoundError, located, out_of_memory
 from tinyllm.files import user_path
 from tinyllm.files.gguf import read_gguf
 from tinyllm.tokenizer.core import Tokenizer, TokenStream
-from tinyllm.tokenizer.from_directory import tokenizer_from_directory
 from tinyllm.tokenizer.from_gguf import tokenizer_from_gguf
 
 __all__ = ["TokenStream", "Tokenizer", "load_tokenizer", "tokenizer_from_directory", "tokenizer_from_gguf"]
+
+
+def tokenizer_from_directory(path: str | os.PathLike[str]) -> Tokenizer | None:
+    """from_directory.py's, which is imported here: the package `tokenizers` takes long."""
+    from tinyllm.tokenizer import from_directory
+
+    return from_directory.tokenizer_from_directory(path)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

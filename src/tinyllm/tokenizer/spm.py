@@ -16,14 +16,16 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from sentencepiece import SentencePieceProcessor
 
 from tinyllm._core import sentencepiece_pieces
 from tinyllm.tokenizer.core import TokenFlags, refused
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, and of GGUF tokens
 
@@ -182,6 +184,8 @@ def _any_of(tokens: Iterable[str]) -> _Find:
 
 def load_processor(model: bytes, name: str) -> SentencePieceProcessor:
     """A processor for a serialized ModelProto; FormatError, naming `name`, for anything else."""
+    from sentencepiece import SentencePieceProcessor  # 20 ms, which models with another tokenizer do without
+
     what = f"{name}: not a SentencePiece model (where this is a tiktoken file, put the tokenizer.json of the"
     with _door, refused(what + " same model next to it)"):
         return SentencePieceProcessor(model_proto=model)
