@@ -24,6 +24,7 @@ import kl_peers
 import numpy as np
 
 import tinyllm
+from tinyllm import _core
 from tinyllm.cli.common import percent, progress_line, read_text, seconds, size, table
 from tinyllm.cli.plot import draw
 from tinyllm.errors import Error
@@ -70,6 +71,18 @@ WHAT = {
     "mxfp4": "4-bit floats (0, 0.5, 1, 1.5, 2, 3, 4, 6, of either sign) and a power of two as their scale",
     "q3_k": "3-bit integers; each 16 have a 6-bit scale, the block a float16 one",
     "q2_k": "2-bit integers; each 16 have a 4-bit scale and minimum, the block a float16 scale of each",
+    "nvfp4": "the same 4-bit floats; each 16 have an 8-bit float as their scale",
+    "iq3_s": "places in a code book of 512 fours, signs; each 32 have a 4-bit scale, the block a float16 one",
+    "iq3_xxs": "places in one of 256, 7 of 8 signs; each 32 have a 4-bit scale, the block a float16 one",
+    "iq2_s": "places in one of 1024 eights, signs; each 16 have a 4-bit scale, the block a float16 one",
+    "iq2_xs": "places in one of 512, 7 of 8 signs; each 16 have a 4-bit scale, the block a float16 one",
+    "iq2_xxs": "places in one of 256, 7 of 8 signs; each 32 have a 4-bit scale, the block a float16 one",
+    "iq1_m": "places in one of 2048 eights of -1, 0, 1; each 8 an eighth more or less; each 16 a scale",
+    "iq1_s": "the same, an eighth more or less each 32, which have a 3-bit scale, the block a float16 one",
+    "q2_0": "-1, 0, 1 or 2, and a float16 scale",
+    "tq2_0": "-1, 0 or 1 (in 2 bits), and a float16 scale",
+    "tq1_0": "-1, 0 or 1 (5 in a byte), and a float16 scale",
+    "q1_0": "signs, and a float16 scale",
 }
 
 
@@ -152,18 +165,21 @@ def _kl(row: dict[str, Any]) -> float:
 
 def format_table() -> str:
     by_bits = sorted(FORMATS.values(), key=lambda f: -f.block_bytes / f.block)
+    panel_bytes = {id: n for id, *_, n in _core.formats()}  # of 16 rows' blocks
+    in_memory = {f.name: 8 * panel_bytes[id] / (16 * f.block) for id, f in FORMATS.items()}
     rows = [
         [
             f"`{f.name.lower()}`",
             str(f.block),
             str(f.block_bytes),
             f"{8 * f.block_bytes / f.block:g}",
+            f"{in_memory[f.name]:.4g}",
             WHAT[f.name.lower()],
         ]
         for f in by_bits
     ]
     return table(
-        ["format", "weights a block", "bytes", "bits a weight", "a block holds"],
+        ["format", "weights a block", "bytes", "bits a weight", "in memory", "a block holds"],
         rows,
         ("format", "a block holds"),
     )
