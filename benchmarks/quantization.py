@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import kl_peers
@@ -31,7 +32,7 @@ from tinyllm.errors import Error
 from tinyllm.files import FORMATS
 from tinyllm.measure import benchmark, compare
 from tinyllm.modelfiles import read_model
-from tinyllm.quantization.mixes import MIXES
+from tinyllm.quantization.mixes import MIXES, NEED_IMATRIX
 
 ROOT = Path(__file__).resolve().parents[1]
 MASTER = ROOT / "benchmarks" / "stories-f16.gguf"
@@ -91,8 +92,17 @@ WHAT = {
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     text = read_text(args.text)
-    with progress_line() as progress:
-        of = compare.candidates([str(MASTER)], args.types)
+    with progress_line() as progress, TemporaryDirectory() as folder:
+        # What needs importance cannot be quantized while loading: these are files.
+        files = {
+            type: Path(folder) / f"{type}.gguf"
+            for type in args.types
+            if type == "iq3_xs" or MIXES[type].base in NEED_IMATRIX
+        }
+        for type, path in files.items():
+            tinyllm.quantize(MASTER, path, type, imatrix=args.imatrix)
+        of = compare.candidates([str(MASTER)], [type for type in args.types if type not in files])
+        of += [compare.Candidate(str(path)) for path in files.values()]
         cases = benchmark.cases(n_prompt=[512], n_gen=[128])
         options: dict[str, Any] = {"repetitions": args.repetitions, "progress": progress}
         rows = compare.compare(of, cases, text, most_windows=args.chunks, **options)
@@ -101,12 +111,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if args.large
             else []
         )
+        records = [trimmed(row.record()) | {"weight_error": weight_error(row.candidate)} for row in rows]
+        for record in records:
+            stem = Path(record["path"]).stem
+            record["weights"] = stem if stem in files else record["weights"]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "text": Path(args.text).name,
-        "rows": [
-            trimmed(row.record()) | {"weight_error": weight_error(row.candidate.weights)} for row in rows
-        ],
+        "rows": records,
         "large": [trimmed(row.record()) for row in large],
         "peers": [] if args.peers is None else json.loads(read_text(args.peers)),
     }
@@ -124,11 +136,11 @@ def trimmed(record: dict[str, Any]) -> dict[str, Any]:
     return record | speed | {"path": Path(record["path"]).name}
 
 
-def weight_error(type: str | None) -> float:
+def weight_error(of: compare.Candidate) -> float:
     """sqrt(sum (w - q)^2 / sum w^2) over all matrices of the master: weights w, quantized to q."""
     error = total = 0.0
     weights = read_model(MASTER).weights
-    with tinyllm.load(MASTER, weights=type) as quantized, tinyllm.load(MASTER) as master:
+    with tinyllm.load(of.path, weights=of.weights) as quantized, tinyllm.load(MASTER) as master:
         for (name, layer), tensor in weights.items():
             if len(tensor.shape) == 2:
                 w = master.model.unpack(name, layer).astype(np.float64)
@@ -266,6 +278,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="T,...",
         default=[t for t in MIXES if t not in ("f32", "f16")],
     )
+    add("--imatrix", metavar="FILE", help="of the master, for the types that need one")
     add("--large", nargs="*", default=[], metavar="FILE", help="measure speed of these too")
     add("--peers", metavar="PEERS.json", help="what kl_peers.py printed with -o json")
     add("-r", "--repetitions", type=int, default=5, metavar="N")

@@ -745,5 +745,6 @@ def test_weight_error_is_that_of_dequantized_blocks(monkeypatch: pytest.MonkeyPa
             q = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
             error += float(((q.astype(np.float64) - w) ** 2).sum())
             total += float((w.astype(np.float64) ** 2).sum())
-    assert quantization.weight_error("q8_0") == pytest.approx(math.sqrt(error / total), rel=1e-9)
-    assert quantization.weight_error(None) == 0
+    of = [quantization.compare.Candidate(str(quantization.MASTER), type) for type in ("q8_0", None)]
+    assert quantization.weight_error(of[0]) == pytest.approx(math.sqrt(error / total), rel=1e-9)
+    assert quantization.weight_error(of[1]) == 0
