@@ -479,7 +479,7 @@ Floats pack_unpack(const py::bytes &data, int format, int rows, int k) {
         bytes.size() !=
             static_cast<size_t>(rows) * static_cast<size_t>(k / f->block) * static_cast<size_t>(f->block_bytes))
         raise_argument("data is not rows x k numbers of this format");
-    tl_matrix matrix{f, rows, k, nullptr, 0, nullptr, nullptr};
+    tl_matrix matrix{f, rows, k, nullptr, 0, nullptr, 0, nullptr};
     tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr, 0, 1, nullptr, 0};
     auto out = array_of<Floats>({rows, k});
     tl_message message;

@@ -25,8 +25,9 @@ BLOCKS = [
     Type.Q1_0, Type.IQ3_XXS, Type.IQ3_S, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_S, Type.IQ1_M,
 ]  # fmt: skip
 # What llama.cpp's quantizers leave of the sum of squares of `samples`, without importance and with
-# `IMPORTANCE`. Made with ggml_quantize_chunk of llama-cpp-python 0.3.36, rounded down; up where both do what is
-# best (Q1_0 without importance). IQ2_XXS, IQ2_XS and IQ1, which it makes with importance alone: all columns alike.
+# `IMPORTANCE`. Made with ggml_quantize_chunk of llama-cpp-python 0.3.36, rounded down; up where both do what
+# is best (Q1_0 without importance). IQ2_XXS, IQ2_XS and IQ1, which it makes with importance alone: all
+# columns alike.
 LLAMA_CPP: dict[str, dict[str, tuple[float, float]]] = {
     "Q8_0": {
         "gauss": (2.852e-05, 2.839e-05),
