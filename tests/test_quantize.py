@@ -362,13 +362,18 @@ def test_edges(kind: Kind) -> None:
     assert share.max() <= STEP.get(kind, 0.3)
 
 
+def shown_by(kind: Kind) -> int:
+    """How many numbers show it where one of them is none."""
+    return 16 if kind == Type.NVFP4 else size(kind)[0]
+
+
 @each_block
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_shows(kind: Kind, bad: float) -> None:
     """In its block, and in no other."""
     x = samples("gauss")[:1].copy()
     x[0, 300] = bad
-    block = 16 if kind == Type.NVFP4 else size(kind)[0]
+    block = shown_by(kind)
     for importance in (None, IMPORTANCE):
         shown = np.isfinite(values(quantize(x, kind, importance), kind)).reshape(-1, block)
         assert not shown[300 // block].any()
@@ -385,7 +390,7 @@ def test_a_number_too_large_shows(kind: Kind) -> None:
     noise /= np.abs(noise).max()
     spike = np.where(np.arange(256) == 40, -1.75, 2.0**-20 * noise)
     rows = [spike, -spike, 1 + 0.75 * noise, 1.99 * noise, np.where(np.arange(256) % 2, 1.0, -1.0)]
-    exact = (np.array(rows)[:, None] * scales[:, None]).reshape(-1, size(kind)[0])
+    exact = (np.array(rows)[:, None] * scales[:, None]).reshape(-1, shown_by(kind))
     far = np.abs(exact).max(axis=1)
     least, most = HELD.get(kind, (1e-3, 2.0**15))
     plain = STEP.get(kind, 0.3)
