@@ -300,7 +300,7 @@ template <class F> DEVICE void load_scales(quad_scales &q, const uint8_t *chunk,
     constexpr int bytes = scale_bytes(F::facts.scale);
     const uint8_t *from = chunk + scales_at(F::facts) + (i * 8 + g) * bytes;
     if constexpr (bytes == 0)
-        q.s[0] = 0;
+        for (int j = 0; j < 8; j++) q.s[j] = 0;
     else if constexpr (bytes == 8)
         *(words2 *)q.s = *(const words2 *)from;
     else
