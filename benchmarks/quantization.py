@@ -18,19 +18,21 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import kl_peers
 import numpy as np
 
 import tinyllm
+from tinyllm import _core
 from tinyllm.cli.common import percent, progress_line, read_text, seconds, size, table
 from tinyllm.cli.plot import draw
 from tinyllm.errors import Error
 from tinyllm.files import FORMATS
 from tinyllm.measure import benchmark, compare
 from tinyllm.modelfiles import read_model
-from tinyllm.quantization.mixes import MIXES
+from tinyllm.quantization.mixes import MIXES, NEED_IMATRIX
 
 ROOT = Path(__file__).resolve().parents[1]
 MASTER = ROOT / "benchmarks" / "stories-f16.gguf"
@@ -70,6 +72,18 @@ WHAT = {
     "mxfp4": "4-bit floats (0, 0.5, 1, 1.5, 2, 3, 4, 6, of either sign) and a power of two as their scale",
     "q3_k": "3-bit integers; each 16 have a 6-bit scale, the block a float16 one",
     "q2_k": "2-bit integers; each 16 have a 4-bit scale and minimum, the block a float16 scale of each",
+    "nvfp4": "the same 4-bit floats; each 16 have an 8-bit float as their scale",
+    "iq3_s": "places in a code book of 512 fours, signs; each 32 have a 4-bit scale, the block a float16 one",
+    "iq3_xxs": "places in one of 256, 7 of 8 signs; each 32 have a 4-bit scale, the block a float16 one",
+    "iq2_s": "places in one of 1024 eights, signs; each 16 have a 4-bit scale, the block a float16 one",
+    "iq2_xs": "places in one of 512, 7 of 8 signs; each 16 have a 4-bit scale, the block a float16 one",
+    "iq2_xxs": "places in one of 256, 7 of 8 signs; each 32 have a 4-bit scale, the block a float16 one",
+    "iq1_m": "places in one of 2048 eights of -1, 0, 1; each 8 an eighth more or less; each 16 a scale",
+    "iq1_s": "the same, an eighth more or less each 32, which have a 3-bit scale, the block a float16 one",
+    "q2_0": "-1, 0, 1 or 2, and a float16 scale",
+    "tq2_0": "-1, 0 or 1 (in 2 bits), and a float16 scale",
+    "tq1_0": "-1, 0 or 1 (5 in a byte), and a float16 scale",
+    "q1_0": "signs, and a float16 scale",
 }
 
 
@@ -78,8 +92,17 @@ WHAT = {
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     text = read_text(args.text)
-    with progress_line() as progress:
-        of = compare.candidates([str(MASTER)], args.types)
+    with progress_line() as progress, TemporaryDirectory() as folder:
+        # What needs importance cannot be quantized while loading: these are files.
+        files = {
+            type: Path(folder) / f"{type}.gguf"
+            for type in args.types
+            if type == "iq3_xs" or MIXES[type].base in NEED_IMATRIX
+        }
+        for type, path in files.items():
+            tinyllm.quantize(MASTER, path, type, imatrix=args.imatrix)
+        of = compare.candidates([str(MASTER)], [type for type in args.types if type not in files])
+        of += [compare.Candidate(str(path)) for path in files.values()]
         cases = benchmark.cases(n_prompt=[512], n_gen=[128])
         options: dict[str, Any] = {"repetitions": args.repetitions, "progress": progress}
         rows = compare.compare(of, cases, text, most_windows=args.chunks, **options)
@@ -88,12 +111,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if args.large
             else []
         )
+        records = [trimmed(row.record()) | {"weight_error": weight_error(row.candidate)} for row in rows]
+        for record in records:
+            stem = Path(record["path"]).stem
+            record["weights"] = stem if stem in files else record["weights"]
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "text": Path(args.text).name,
-        "rows": [
-            trimmed(row.record()) | {"weight_error": weight_error(row.candidate.weights)} for row in rows
-        ],
+        "rows": records,
         "large": [trimmed(row.record()) for row in large],
         "peers": [] if args.peers is None else json.loads(read_text(args.peers)),
     }
@@ -111,11 +136,11 @@ def trimmed(record: dict[str, Any]) -> dict[str, Any]:
     return record | speed | {"path": Path(record["path"]).name}
 
 
-def weight_error(type: str | None) -> float:
+def weight_error(of: compare.Candidate) -> float:
     """sqrt(sum (w - q)^2 / sum w^2) over all matrices of the master: weights w, quantized to q."""
     error = total = 0.0
     weights = read_model(MASTER).weights
-    with tinyllm.load(MASTER, weights=type) as quantized, tinyllm.load(MASTER) as master:
+    with tinyllm.load(of.path, weights=of.weights) as quantized, tinyllm.load(MASTER) as master:
         for (name, layer), tensor in weights.items():
             if len(tensor.shape) == 2:
                 w = master.model.unpack(name, layer).astype(np.float64)
@@ -152,18 +177,21 @@ def _kl(row: dict[str, Any]) -> float:
 
 def format_table() -> str:
     by_bits = sorted(FORMATS.values(), key=lambda f: -f.block_bytes / f.block)
+    panel_bytes = {id: n for id, *_, n in _core.formats()}  # of 16 rows' blocks
+    in_memory = {f.name: 8 * panel_bytes[id] / (16 * f.block) for id, f in FORMATS.items()}
     rows = [
         [
             f"`{f.name.lower()}`",
             str(f.block),
             str(f.block_bytes),
             f"{8 * f.block_bytes / f.block:g}",
+            f"{in_memory[f.name]:.4g}",
             WHAT[f.name.lower()],
         ]
         for f in by_bits
     ]
     return table(
-        ["format", "weights a block", "bytes", "bits a weight", "a block holds"],
+        ["format", "weights a block", "bytes", "bits a weight", "in memory", "a block holds"],
         rows,
         ("format", "a block holds"),
     )
@@ -250,6 +278,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="T,...",
         default=[t for t in MIXES if t not in ("f32", "f16")],
     )
+    add("--imatrix", metavar="FILE", help="of the master, for the types that need one")
     add("--large", nargs="*", default=[], metavar="FILE", help="measure speed of these too")
     add("--peers", metavar="PEERS.json", help="what kl_peers.py printed with -o json")
     add("-r", "--repetitions", type=int, default=5, metavar="N")

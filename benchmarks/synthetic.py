@@ -109,6 +109,12 @@ TYPES = {
     "iq4_nl": Type(25, "IQ4_NL", "Q6_K"),
     "iq4_xs": Type(30, "IQ4_XS", "Q6_K"),
     "mxfp4": Type(38, "MXFP4", "Q8_0"),
+    "nvfp4": Type(39, "NVFP4", "Q6_K"),
+    "tq2_0": Type(37, "TQ2_0", "Q6_K"),
+    "iq3_s": Type(26, "IQ3_S", "Q6_K"),
+    "iq3_xxs": Type(23, "IQ3_XXS", "Q6_K"),
+    "iq2_s": Type(29, "IQ2_S", "Q6_K"),
+    "iq2_xxs": Type(19, "IQ2_XXS", "Q6_K"),
 }
 
 
@@ -182,14 +188,19 @@ SCALES = {
     "Q6_K": Scales(1367.0, 208),
     "IQ4_NL": Scales(67.42, 0),
     "IQ4_XS": Scales(1247.0, 0),
+    "TQ2_0": Scales(1.225, 64),
+    "IQ3_S": Scales(140.1, 0),
+    "IQ3_XXS": Scales(142.3, 0),
+    "IQ2_S": Scales(56.44, 0),
+    "IQ2_XXS": Scales(53.30, 0),
 }
 MXFP4_RMS = math.sqrt(34.25)  # of +-{0, 1, 2, 3, 4, 6, 8, 12}, which an exponent byte of 128 multiplies by 1
 
 
 def tile(format: str, n_blocks: int, deviation: float, seed: int) -> npt.NDArray[np.uint8]:
-    """Random blocks, uint8 [n_blocks, block_bytes], of values with about this deviation around 0 (MXFP4,
-    whose scales are powers of two: to the nearest). Scales differ by up to a factor of 3 between blocks.
-    """
+    """Random blocks, uint8 [n_blocks, block_bytes], of values with about this deviation around 0 (MXFP4
+    and NVFP4, whose scales are small floats: to the nearest). Scales differ by up to a factor of 3 between
+    blocks."""
     rng = np.random.default_rng([seed, *format.encode()])
     n_bytes = FORMATS[FORMAT_IDS[format]].block_bytes
     if format in ("F32", "F16", "BF16"):
@@ -200,6 +211,9 @@ def tile(format: str, n_blocks: int, deviation: float, seed: int) -> npt.NDArray
     blocks = rng.integers(0, 256, (n_blocks, n_bytes), dtype=np.uint8)
     if format == "MXFP4":
         blocks[:, 0] = 128 + round(math.log2(deviation / MXFP4_RMS))
+        return blocks
+    if format == "NVFP4":  # a small scale is so many times 2^-9
+        blocks[:, :4] = min(8, max(1, round(512 * deviation / (MXFP4_RMS / 2))))
         return blocks
     scales = SCALES[format]
     d = deviation / scales.rms * rng.uniform(0.5, 1.5, n_blocks)

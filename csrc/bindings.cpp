@@ -343,10 +343,10 @@ struct Model {
 };
 
 // A weight on its way: its name, layer, where it lies, its format there and as it is kept, the order of its rows (or None),
-// row_stride, and where its scales lie apart (or None). It lies at an offset of an open file, or in an array of floats.
+// row_stride, where its scales lie apart (or None), and the factor of its numbers. It lies at an offset of an open file, or in an array of floats.
 using Place = std::pair<int, uint64_t>;
-using Weight =
-    std::tuple<std::string, int, std::variant<Place, Floats>, int, int, std::optional<Ints>, int, std::optional<Place>>;
+using Weight = std::tuple<std::string, int, std::variant<Place, Floats>, int, int, std::optional<Ints>, int,
+                          std::optional<Place>, float>;
 
 // Weights that are packed one after another by a thread of its own, which knows nothing of Python, while Python does
 // something else. It ends within a weight's time when it is told to stop, which a destructor does, too.
@@ -401,8 +401,8 @@ class Uploads {
 
   private:
     static void describe(const Weight &weight, tl_source &source, tl_source &scales) {
-        const auto &[name, layer, place, from, to, order, row_stride, scales_at] = weight;
-        source = {format_of(from), -1, 0, nullptr, nullptr, 0, row_stride, nullptr};
+        const auto &[name, layer, place, from, to, order, row_stride, scales_at, factor] = weight;
+        source = {format_of(from), -1, 0, nullptr, nullptr, 0, row_stride, nullptr, factor};
         format_of(to);
         if (const auto *at = std::get_if<Place>(&place))
             std::tie(source.fd, source.offset) = *at;
@@ -479,8 +479,8 @@ Floats pack_unpack(const py::bytes &data, int format, int rows, int k) {
         bytes.size() !=
             static_cast<size_t>(rows) * static_cast<size_t>(k / f->block) * static_cast<size_t>(f->block_bytes))
         raise_argument("data is not rows x k numbers of this format");
-    tl_matrix matrix{f, rows, k, nullptr, 0, nullptr, nullptr};
-    tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr, 0, 1, nullptr};
+    tl_matrix matrix{f, rows, k, nullptr, 0, nullptr, 0, nullptr};
+    tl_source source{f, -1, 0, reinterpret_cast<const uint8_t *>(bytes.data()), nullptr, 0, 1, nullptr, 0};
     auto out = array_of<Floats>({rows, k});
     tl_message message;
     tl_pool_enter();

@@ -52,7 +52,7 @@ void tl_memory_live(size_t *n_blocks, size_t *n_bytes);
 typedef struct tl_format {
     int id;
     const char *name; // lower case, as in "q4_k"
-    int block;        // numbers in a block: 1, 32 or 256
+    int block;        // numbers in a block: 1, 32, 64, 128 or 256
     int block_bytes;  // bytes of a block in the file
     int panel_bytes;  // bytes of 16 rows' blocks in a panel
     int is_float;     // F32, F16, BF16: meets float32 activations; others meet int8 activations
@@ -64,6 +64,8 @@ typedef struct tl_format {
     // Rounds k floats (a multiple of block) to the file's blocks. importance [k]: weights of the columns' squared
     // errors, finite and >= 0, or NULL: all alike. What is not finite makes its block's numbers not finite.
     void (*quantize)(uint8_t *blocks, const float *x, size_t k, const float *importance);
+    const uint16_t *codes; // the code book that blocks point into (formats/codebooks.h), or NULL
+    int n_codes;
 } tl_format;
 
 #define TL_ROWS  16 // rows of a panel
@@ -92,19 +94,21 @@ typedef struct tl_source {
     // Of MXFP4 in two parts, as safetensors hold it: 16 bytes a block lie here, one after another, numbers 2i and 2i + 1
     // in byte i, and a byte of scale a block lies there. NULL: blocks as GGUF has them.
     const struct tl_source *scales;
+    float factor; // of all numbers, beside their blocks' own; 0 counts as 1
 } tl_source;
 
 // Rows [first, first + n) of the matrix that the source is for, but for row_order: the format's blocks, row_bytes a row.
 // Returns 0, or -1 where the file ends before. (source.c)
 int tl_read_rows(const tl_source *source, uint8_t *to, int first, int n, size_t row_bytes);
 
-// Weights [rows, k] as the backend packed them; out = in @ w.T + bias.
+// Weights [rows, k] as the backend packed them; out = in @ w.T * factor + bias.
 typedef struct tl_matrix {
     const tl_format *format;
     int rows, k;
     void *data;     // the backend's; NULL: absent
     size_t n_bytes; // of data
     float *bias;    // [rows] in the backend's memory, or NULL
+    float factor;   // of all numbers in data; 0: none
     double *seen;   // [k + 1] sums of squares of the rows it met, by column, and their number; or NULL: nobody asked
 } tl_matrix;
 

@@ -213,6 +213,7 @@ tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl
             matrix->format = format;
             matrix->rows = rows;
             matrix->k = k;
+            matrix->factor = source->factor;
             status = model->backend->upload(matrix, source, threads, message);
         }
         if (status == TL_OK) model->weight_bytes += matrix->n_bytes;

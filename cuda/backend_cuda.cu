@@ -331,7 +331,8 @@ static void embedding(tl_run *run) {
     const tl_matrix *w = &run->model->embedding;
     embed_arguments e = {};
     e.data = (const uint8_t *)w->data;
-    e.format = w->format ? w->format->id : 0;
+    e.format = w->format ? tiles_id(w->format->id) : 0;
+    e.factor = factor_of(w);
     e.n_chunks = w->format ? chunks_of(w) : 0;
     e.dim = c.dim;
     e.rope_dim = c.rope_dim;
@@ -389,7 +390,7 @@ static tl_status new_run(gpu *d, tl_run **run, const tl_model *model, tl_message
     for (int l = 0; l < model->config.n_layers; l++)
         for (int i = 0; i < model->config.n_experts * EXPERT_MATRICES; i++) {
             const tl_matrix *m = expert_matrix(model->layers[l], i);
-            experts.push_back({(const uint8_t *)m->data, m->bias});
+            experts.push_back({(const uint8_t *)m->data, m->bias, factor_of(m)});
         }
     const size_t experts_bytes = experts.size() * sizeof(expert_weights);
     data = NULL;

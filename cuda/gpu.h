@@ -39,9 +39,12 @@ static inline int chunks_of(const tl_matrix *w) {
 }
 static inline int tiles_of(const tl_matrix *w) { return (w->rows + 15) / 16; }
 
+static inline float factor_of(const tl_matrix *w) { return w->factor == 0 ? 1.0f : w->factor; }
+
 static inline product_matrix matrix_of(const tl_matrix *w, float *out) {
-    return product_matrix{(const uint8_t *)w->data,     w->bias, out, w->format->id, w->rows, chunks_of(w),
-                          chunk_bytes_of(w->format->id)};
+    return product_matrix{(const uint8_t *)w->data,      w->bias,     out,
+                          tiles_id(w->format->id),       w->rows,     chunks_of(w),
+                          chunk_bytes_of(w->format->id), factor_of(w)};
 }
 
 #endif

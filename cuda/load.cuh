@@ -90,7 +90,11 @@ static int pack_rows(gpu *d, const row_job &job, int piece, int threads, int *fa
     const int n_chunks = chunks_of(m);
     const size_t tile_bytes = (size_t)n_chunks * (size_t)chunk_bytes_of(m->format->id);
     gpu_event copied[2] = {};
-    int error = gpu_event_create(&copied[0]);
+    void *codes = NULL;
+    const size_t codes_bytes = (size_t)m->format->n_codes * sizeof(uint16_t);
+    int error = codes_bytes ? gpu_alloc(&codes, codes_bytes) : 0;
+    if (!error && codes) error = gpu_copy_in(d->stream, codes, m->format->codes, codes_bytes);
+    if (!error) error = gpu_event_create(&copied[0]);
     if (!error) error = gpu_event_create(&copied[1]);
     for (int first = 0, i = 0; first < m->rows && !error; first += piece, i ^= 1) {
         const int n = m->rows - first < piece ? m->rows - first : piece;
@@ -106,12 +110,14 @@ static int pack_rows(gpu *d, const row_job &job, int piece, int threads, int *fa
                                   n,
                                   m->k,
                                   n_chunks,
-                                  m->format->id};
+                                  m->format->id,
+                                  (const uint16_t *)codes};
         if (!error)
             error = gpu_launch(d->stream, pack_matrix, {(n + 15) / 16, (n_chunks + 7) / 8, 1}, 256, 0, false, p);
     }
     const int waited = gpu_wait(d->stream);
     for (gpu_event e : copied) gpu_event_free(e);
+    if (codes) gpu_free(codes);
     return error ? error : waited;
 }
 
@@ -174,8 +180,14 @@ static tl_status unpack_matrix(gpu *d, const tl_matrix *m, float *out) {
     if (!error) error = gpu_alloc(&floats, (size_t)piece * row_bytes);
     for (int first = 0; first < m->rows && !error; first += piece) {
         const int n = m->rows - first < piece ? m->rows - first : piece;
-        const unpack_arguments u = {
-            (const uint8_t *)m->data, (float *)floats, m->format->id, first, n, m->k, chunks_of(m)};
+        const unpack_arguments u = {(const uint8_t *)m->data,
+                                    (float *)floats,
+                                    tiles_id(m->format->id),
+                                    first,
+                                    n,
+                                    m->k,
+                                    chunks_of(m),
+                                    factor_of(m)};
         error = gpu_launch(d->stream, unpack_rows, {n, 1, 1}, 256, 0, false, u);
         if (!error) error = gpu_copy_out(d->stream, out + (size_t)first * (size_t)m->k, floats, (size_t)n * row_bytes);
         if (!error) error = gpu_wait(d->stream);

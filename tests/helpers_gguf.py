@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import reference
+from helpers_formats import dequantize as dequantize_kind
+from helpers_formats import kind_of, set_d, size
 from helpers_models import norm_mean
 
 Array = npt.NDArray[Any]
@@ -42,6 +44,18 @@ RANDOM_BLOCKS = {
     "Q6_K": Scales(d=208),
     "IQ4_NL": Scales(d=0),
     "IQ4_XS": Scales(d=0),
+    "NVFP4": Scales(d=0),
+    "TQ1_0": Scales(d=52),
+    "TQ2_0": Scales(d=64),
+    "Q1_0": Scales(d=0),
+    "Q2_0": Scales(d=0),
+    "IQ3_XXS": Scales(d=0),
+    "IQ3_S": Scales(d=0),
+    "IQ2_XXS": Scales(d=0),
+    "IQ2_XS": Scales(d=0),
+    "IQ2_S": Scales(d=0),
+    "IQ1_S": Scales(d=0),
+    "IQ1_M": Scales(d=0),
 }
 METADATA_TYPES = {
     str: gguf.GGUFValueType.STRING,
@@ -54,14 +68,12 @@ FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"
 
 def block_size(format: str) -> tuple[int, int]:
     """Numbers and bytes in one block."""
-    n, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]]
-    return n, n_bytes
+    return size(kind_of(format))
 
 
 def dequantize(blocks: Array, format: str) -> F32:
     """float32 [rows, k] that the blocks [rows, bytes] stand for, by gguf."""
-    values: F32 = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[format])
-    return values
+    return dequantize_kind(blocks, kind_of(format))
 
 
 def random_blocks(format: str, shape: tuple[int, int], std: float, seed: int) -> Bytes:
@@ -76,13 +88,10 @@ def random_blocks(format: str, shape: tuple[int, int], std: float, seed: int) ->
     scales = RANDOM_BLOCKS[format]
     blocks = rng.integers(0, 256, size=(rows * (k // n), n_bytes), dtype=np.uint8)
 
-    def set_scale(offset: int, values: Array) -> None:
-        blocks[:, offset : offset + 2] = values.astype("<f2").view(np.uint8).reshape(-1, 2)
-
     def set_scales(d: Array) -> None:
-        set_scale(scales.d, d)
+        set_d(blocks, kind_of(format), d, scales.d)
         if scales.dmin is not None:
-            set_scale(scales.dmin, d * scales.ratio)
+            set_d(blocks, kind_of(format), d * scales.ratio, scales.dmin)
 
     set_scales(np.ones(len(blocks)))
     unit = float(dequantize(blocks, format).std())
@@ -106,7 +115,7 @@ def quantize(w: F32, format: str, seed: int = 0) -> Array:
         return w.astype(np.float16)
     if format in RANDOM_BLOCKS:
         return random_blocks(format, (w.shape[0], w.shape[1]), float(w.std()), seed)
-    stored: Array = gguf.quants.quantize(w, gguf.GGMLQuantizationType[format])
+    stored: Array = gguf.quants.quantize(w, kind_of(format))
     return stored
 
 
@@ -402,9 +411,30 @@ def write_gguf(
         held[name] = values if order is None else values[np.argsort(order)]
     for to, parts in stacks.items():
         data = np.stack(parts) if "_exps." in to else parts[0]
-        writer.add_tensor(to, data, raw_dtype=gguf.GGMLQuantizationType[stored_as.get(to, "F32")])
+        writer.add_tensor(to, data, raw_dtype=kind_of(stored_as.get(to, "F32")))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return held
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a GGUF file with other tensors. They come to `change` by name as gguf's arrays (of blocks:
+    uint8), with their types in `types`."""
+    reader = gguf.GGUFReader(path)
+    tensors: dict[str, Any] = {t.name: (np.array(t.data), t.tensor_type) for t in reader.tensors}
+    change(tensors)
+    copy = path.with_name("rewritten.gguf")
+    writer = gguf.GGUFWriter(copy, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind, *inner = field.types
+            writer.add_key_value(name, field.contents(), kind, inner[0] if inner else None)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return copy

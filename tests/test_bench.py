@@ -110,7 +110,7 @@ def test_every_type_is_read_by_gguf_and_gives_finite_logits(type: str, tmp_path:
             squares = (values.reshape(-1, block) ** 2).mean(axis=1) * want.shape[1]
             error = 5 * squares.std() / math.sqrt(len(squares)) + 0.01
             least = most = 13 / 12 if want.format in synthetic.SCALES else 1.0
-            if want.format == "MXFP4":
+            if want.format in ("MXFP4", "NVFP4"):
                 least, most = 0.5, 2.0
             assert least - error < squares.mean() < most + error, tensor.name
     with tinyllm.load(path, context=64) as llm:
@@ -745,5 +745,6 @@ def test_weight_error_is_that_of_dequantized_blocks(monkeypatch: pytest.MonkeyPa
             q = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)
             error += float(((q.astype(np.float64) - w) ** 2).sum())
             total += float((w.astype(np.float64) ** 2).sum())
-    assert quantization.weight_error("q8_0") == pytest.approx(math.sqrt(error / total), rel=1e-9)
-    assert quantization.weight_error(None) == 0
+    of = [quantization.compare.Candidate(str(quantization.MASTER), type) for type in ("q8_0", None)]
+    assert quantization.weight_error(of[0]) == pytest.approx(math.sqrt(error / total), rel=1e-9)
+    assert quantization.weight_error(of[1]) == 0

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pytest
 import reference
 from families_table import FILES
-from helpers_gguf import FORMATS, small_tokenizer, write_gguf
+from helpers_gguf import FORMATS, rewritten, small_tokenizer, write_gguf
 from helpers_models import (
     GOLDEN_DIR,
     golden_model,
@@ -214,6 +214,42 @@ def test_rows_that_stand_apart_in_the_file(host: Host, tmp_path: Path) -> None:
             model.close()
     np.testing.assert_array_equal(held[0][0], held[1][0])
     np.testing.assert_array_equal(held[0][1], held[1][1])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("spec", ["llama3", "mixtral"])
+def test_factors_beside_matrices(spec: str, device: str, host: Host, tmp_path: Path) -> None:
+    """Of a matrix, of each of the experts', of the output: powers of two, which change no digit wherever they
+    are multiplied in."""
+    config = {**golden_spec(spec).config, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    path = tmp_path / "model.gguf"
+    write_gguf(path, config, random_weights(config, seed=9))
+    names = ["output", "blk.0.attn_q", "blk.0.attn_output"]
+    names += [f"blk.0.ffn_{part}{'_exps' * (spec == 'mixtral')}" for part in ("up", "down")]
+    rng = np.random.default_rng(0)
+
+    def apart(tensors: dict[str, Any]) -> None:
+        for name in names:
+            n = len(tensors[f"{name}.weight"][0]) if name.endswith("_exps") else 1
+            tensors[f"{name}.scale"] = (
+                factors.setdefault(name, 2.0 ** rng.integers(-3, 3, n)).astype("<f4"),
+                0,
+            )
+
+    def within(tensors: dict[str, Any]) -> None:
+        for name in names:
+            values, kind = tensors[f"{name}.weight"]
+            of_matrices = factors[name].astype("<f4").reshape(-1, *[1] * (values.ndim - 1))
+            tensors[f"{name}.weight"] = (values * of_matrices, kind)
+
+    factors: dict[str, npt.NDArray[np.float64]] = {}
+    found = []
+    for change in (apart, within):
+        with tinyllm.load(rewritten(path, change), device=device) as llm:
+            found.append([llm.logits(random_ids(config, 1, 2)), llm.logits(random_ids(config, 1, 40))])
+            found[-1].append(llm.model.unpack("wq", 0))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # ---- every shape of Llama, and other families

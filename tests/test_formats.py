@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from gguf.quants import dequantize
+from helpers_formats import Kind, Newer, dequantize, kind_of, set_d, size
 from numpy.typing import NDArray
 
 from tinyllm import _core
@@ -17,7 +16,16 @@ FLOATS = [Type.F32, Type.F16, Type.BF16]
 HALVES = {
     Type.Q8_0: [0], Type.Q4_0: [0], Type.Q4_1: [0, 2], Type.Q5_0: [0], Type.Q5_1: [0, 2], Type.IQ4_NL: [0],
     Type.Q2_K: [80, 82], Type.Q3_K: [108], Type.Q4_K: [0, 2], Type.Q5_K: [0, 2], Type.Q6_K: [208],
-    Type.IQ4_XS: [0], Type.MXFP4: [],
+    Type.IQ4_XS: [0], Type.MXFP4: [], Type.NVFP4: [], Type.TQ1_0: [52], Type.TQ2_0: [64], Type.Q1_0: [0],
+    Newer.Q2_0: [0], Type.IQ3_XXS: [0], Type.IQ3_S: [0], Type.IQ2_XXS: [0], Type.IQ2_XS: [0], Type.IQ2_S: [0],
+    Type.IQ1_S: [0], Type.IQ1_M: [],
+}  # fmt: skip
+# A panel keeps the file's bits; the scales of blocks of 256 are widened to bytes. Where codes are looked up
+# before they are packed, or packed tighter in the file, it takes at most so many times the file's bytes
+# (docs/quantization.md says so, too).
+LARGER = {
+    Type.TQ1_0: 1.23, Type.IQ3_XXS: 1.42, Type.IQ3_S: 1.27, Type.IQ2_XXS: 1.63, Type.IQ2_XS: 1.45,
+    Type.IQ2_S: 1.31, Type.IQ1_S: 2.15, Type.IQ1_M: 1.92,
 }  # fmt: skip
 # Zeros, the smallest and largest subnormal and normal halves, one: both signs.
 SPECIAL_HALVES = np.array([0x0000, 0x0001, 0x03FF, 0x0400, 0x3C00, 0x7BFF], np.uint16)
@@ -28,14 +36,14 @@ def bits(x: NDArray[np.float32]) -> NDArray[np.uint32]:
     return x.view(np.uint32)
 
 
-def random_blocks(rng: np.random.Generator, kind: Type, n: int, special: bool) -> NDArray[np.uint8]:
+def random_blocks(rng: np.random.Generator, kind: Kind, n: int, special: bool) -> NDArray[np.uint8]:
     """n random blocks [n, block_bytes]; their f16 numbers are finite, or all from SPECIAL_HALVES."""
-    blocks = rng.integers(0, 256, (n, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
-    for offset in HALVES[kind]:
+    blocks = rng.integers(0, 256, (n, size(kind)[1]), np.uint8)
+    for offset in [0] if kind == Type.IQ1_M else HALVES[kind]:
         halves = rng.choice(SPECIAL_HALVES, n)
         if not special:
             halves = (rng.integers(0, 0x7C00, n) | rng.integers(0, 2, n) << 15).astype(np.uint16)
-        blocks[:, offset : offset + 2] = halves[:, None].view(np.uint8)
+        set_d(blocks, kind, halves.view(np.float16), offset)
     if kind == Type.MXFP4:
         blocks[:, 0] %= 255  # which is NaN (test_every_mxfp4_exponent)
     return blocks
@@ -45,17 +53,19 @@ def test_table() -> None:
     table = _core.formats()
     assert {row[0] for row in table} == {int(kind) for kind in [*HALVES, *FLOATS]}
     for id_, name, block, block_bytes, panel_bytes in table:
-        assert Type(id_).name.lower() == name
-        assert gguf.GGML_QUANT_SIZES[Type(id_)] == (block, block_bytes)
-        # A panel keeps the file's bits; blocks of 256 have 6-bit scales widened to bytes: 8 more a row.
-        assert 0 <= panel_bytes - 16 * block_bytes <= (16 * 8 if block == 256 else 0)
+        kind = kind_of(name.upper())
+        assert (id_, block, block_bytes) == (int(kind), *size(kind))
+        in_file = 16 * block_bytes
+        most = in_file * LARGER[kind] if kind in LARGER else in_file + (16 * 8 if block == 256 else 0)
+        least = in_file * (LARGER[kind] - 0.02) if kind in LARGER else in_file
+        assert least <= panel_bytes <= most
 
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("rows", [1, 15, 17, 65])
 @pytest.mark.parametrize("kind", list(HALVES), ids=lambda kind: kind.name)
-def test_unpack_equals_gguf(kind: Type, rows: int, special: bool) -> None:
-    block = gguf.GGML_QUANT_SIZES[kind][0]
+def test_unpack_equals_gguf(kind: Kind, rows: int, special: bool) -> None:
+    block = size(kind)[0]
     k = 3 * 256
     blocks = random_blocks(np.random.default_rng(rows), kind, rows * k // block, special)
     with np.errstate(over="ignore"):  # MXFP4 reaches 12 * 2^127
@@ -76,6 +86,18 @@ def test_every_mxfp4_exponent() -> None:
     assert np.isnan(unpacked[255]).all()  # so the MX specification has it; gguf takes it for 2^128
 
 
+def test_every_nvfp4_scale() -> None:
+    """0x7f is no number in the format itself. gguf reads it as 0, and so do we; it
+    is never written for a number."""
+    blocks = np.random.default_rng(0).integers(0, 256, (256, 36), np.uint8)
+    blocks[:, :4] = np.arange(256)[:, None] + [0, 1, 2, 3]
+    unpacked = _core.pack_unpack(blocks.tobytes(), int(Type.NVFP4), 256, 64)
+    assert np.array_equal(bits(unpacked), bits(dequantize(blocks, Type.NVFP4)))
+    assert [are_finite(block, int(Type.NVFP4)) for block in blocks] == [
+        0x7F not in row for row in blocks[:, :4].tolist()
+    ]
+
+
 @pytest.mark.parametrize("rows", [1, 17, 64])
 def test_unpack_floats(rows: int) -> None:
     patterns = np.arange(65536, dtype=np.uint16)[: 65536 // rows * rows].reshape(rows, -1)
@@ -89,8 +111,8 @@ def test_unpack_floats(rows: int) -> None:
     assert np.array_equal(bits(_core.pack_unpack(single.tobytes(), int(Type.F32), rows, k)), single)
 
 
-@pytest.mark.parametrize("kind", [*HALVES, *FLOATS], ids=lambda kind: kind.name)
-def test_blocks_that_are_not_finite_are_told_by_their_halves(kind: Type) -> None:
+@pytest.mark.parametrize("kind", [k for k in [*HALVES, *FLOATS] if k != Type.NVFP4], ids=lambda k: k.name)
+def test_blocks_that_are_not_finite_are_told_by_their_halves(kind: Kind) -> None:
     """In all the numbers that the gguf package reads of them."""
     rng = np.random.default_rng(kind)
     if kind in FLOATS:
@@ -106,10 +128,9 @@ def test_blocks_that_are_not_finite_are_told_by_their_halves(kind: Type) -> None
         if kind == Type.MXFP4:
             blocks[:4, 0] = 255
             blocks[:4, 1] = 0x77  # read as 2^128 by the gguf package
-        for i, offset in enumerate(HALVES[kind] * 4):
-            blocks[i, offset : offset + 2] = np.array([rng.choice([0x7C00, 0xFC00, 0x7E01])], "<u2").view(
-                np.uint8
-            )
+        for i, offset in enumerate(([0] if kind == Type.IQ1_M else HALVES[kind]) * 4):
+            half = np.array([rng.choice([0x7C00, 0xFC00, 0x7E01])], np.uint16)
+            set_d(blocks[i : i + 1], kind, half.view(np.float16), offset)
     with np.errstate(all="ignore"):
         known = [bool(np.isfinite(dequantize(block, kind)).all()) for block in blocks]
     assert [are_finite(block, kind) for block in blocks] == known

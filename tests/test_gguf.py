@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 import pytest
 from conftest import ReadCount
+from helpers_formats import kind_of, size
 from helpers_hostile import ARRAY, BOOL, F32, I32, STRING, U32, U64, File, T, array, bounded, encode, scalar
 from hypothesis import given
 from hypothesis import strategies as st
@@ -152,8 +153,8 @@ def test_versions_2_and_3(version: int, read: Read) -> None:
 
 def test_every_format_has_the_size_that_gguf_gives_it(read: Read) -> None:
     for number, form in FORMATS.items():
-        kind = gguf.GGMLQuantizationType(number)
-        assert (kind.name, *gguf.GGML_QUANT_SIZES[kind]) == (form.name, form.block, form.block_bytes)
+        kind = kind_of(form.name)
+        assert (int(kind), *size(kind)) == (number, form.block, form.block_bytes)
         info = read(encode(File(tensors=[T("w", (512, 3), number)]))).tensors["w"]
         assert info.n_bytes == 512 * 3 // form.block * form.block_bytes
 

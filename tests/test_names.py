@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import reference
-from helpers_gguf import write_gguf
+from helpers_gguf import rewritten, write_gguf
 from helpers_models import (
     F32,
     Spec,
@@ -381,27 +381,6 @@ def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
 # ---- fused tensors of GGUF files, and factors beside matrices
 
 
-def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a GGUF file with other tensors. They come to `change` by name as gguf's arrays (of blocks:
-    uint8), with their types in `types`."""
-    reader = gguf.GGUFReader(path)
-    tensors: dict[str, Any] = {t.name: (np.array(t.data), t.tensor_type) for t in reader.tensors}
-    change(tensors)
-    copy = path.with_name("rewritten.gguf")
-    writer = gguf.GGUFWriter(copy, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            kind, *inner = field.types
-            writer.add_key_value(name, field.contents(), kind, inner[0] if inner else None)
-    for name, (data, kind) in tensors.items():
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return copy
-
-
 def fuse(tensors: dict[str, Any], whole: str, parts: list[str], axis: int) -> bool:
     """Parts on top of each other, where they are there and of one type, as llama.cpp's converter has them."""
     if any(part not in tensors for part in parts) or len({tensors[part][1] for part in parts}) > 1:
@@ -471,8 +450,9 @@ def test_fused_tensors_are_quantized_alike_in_memory_and_in_a_file(
         np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
 
 
-def test_a_factor_of_one_beside_a_matrix_changes_nothing(tmp_path: Path) -> None:
-    """What files with NVFP4 have beside their matrices, and keep when they are quantized again."""
+def test_factors_beside_matrices(tmp_path: Path) -> None:
+    """What files with NVFP4 have beside their matrices, and keep when they are quantized again: NAME.scale
+    multiplies what the matrix gives, NAME.input_scale nothing."""
     path = tmp_path / "model.gguf"
     write_gguf(path, UNTIED, random_weights(UNTIED, 3))
 
@@ -484,15 +464,41 @@ def test_a_factor_of_one_beside_a_matrix_changes_nothing(tmp_path: Path) -> None
             ),
         )
 
+    def times(name: str, factor: float) -> Path:
+        def change(tensors: dict[str, Any]) -> None:
+            values, kind = tensors[name]
+            tensors[name] = (values * np.float32(factor), kind)
+
+        return rewritten(path, change)
+
     with tinyllm.load(path, device="cpu") as llm:
         expected = llm.logits(IDS)
     for name, value in (("blk.0.attn_q.scale", 1.0), ("blk.0.ffn_up.input_scale", 0.37)):
         with tinyllm.load(with_scale(name, value), device="cpu") as llm:
             np.testing.assert_array_equal(llm.logits(IDS), expected)
-    for values in ([0.5], [1.0, 1.0, np.nan]):
-        with pytest.raises(
-            UnsupportedError, match=r"'blk\.0\.attn_q\.scale' is a factor on what blk\.0\.attn_q"
+    # Powers of two change no digit, wherever they are multiplied in.
+    for name in ("blk.0.attn_q", "blk.0.attn_v", "blk.0.attn_output", "blk.0.ffn_gate", "output"):
+        with (
+            tinyllm.load(with_scale(f"{name}.scale", 0.25), device="cpu") as a,
+            tinyllm.load(times(f"{name}.weight", 0.25), device="cpu") as b,
         ):
+            logits = a.logits(IDS)
+            np.testing.assert_array_equal(logits, b.logits(IDS))
+            assert not np.array_equal(logits, expected)
+            if name == "blk.0.attn_output":
+                np.testing.assert_array_equal(a.model.unpack("wo", 0), b.model.unpack("wo", 0))
+    again = with_scale("blk.0.ffn_down.scale", 0.25)
+    tinyllm.quantize(again, tmp_path / "again.gguf", "bf16")
+    with (
+        tinyllm.load(tmp_path / "again.gguf", device="cpu") as a,
+        tinyllm.load(times("blk.0.ffn_down.weight", 0.25), device="cpu", weights="bf16") as b,
+    ):
+        np.testing.assert_array_equal(a.logits(IDS), b.logits(IDS))
+    for values in ([0.5, 2.0], [1.0, 1.0, np.nan]):
+        with pytest.raises(FormatError, match=r"'blk\.0\.attn_q\.scale' has \d numbers beside"):
             read_model(with_scale("blk.0.attn_q.scale", *values))
+    for value in (0.0, np.inf, np.nan):
+        with pytest.raises(FormatError, match=r"'blk\.0\.attn_q\.scale' holds a factor that is 0"):
+            read_model(with_scale("blk.0.attn_q.scale", value))
     with pytest.raises(FormatError, match=r"'blk\.0\.nothing\.scale' of shape \(1,\) is not expected"):
         read_model(with_scale("blk.0.nothing.scale", 1.0))

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from gguf.quants import dequantize
+from helpers_formats import Kind, Newer, dequantize, size
 from numpy.typing import NDArray
 
 from tinyllm import _core, backends
@@ -21,10 +21,13 @@ F32 = NDArray[np.float32]
 FLOATS = [Type.F32, Type.F16, Type.BF16]
 BLOCKS = [
     Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K,
-    Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS, Type.MXFP4,
+    Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS, Type.MXFP4, Type.NVFP4, Type.TQ1_0, Type.TQ2_0, Newer.Q2_0,
+    Type.Q1_0, Type.IQ3_XXS, Type.IQ3_S, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_S, Type.IQ1_M,
 ]  # fmt: skip
 # What llama.cpp's quantizers leave of the sum of squares of `samples`, without importance and with
-# `IMPORTANCE`. Made with ggml_quantize_chunk of llama-cpp-python 0.3.36, rounded down.
+# `IMPORTANCE`. Made with ggml_quantize_chunk of llama-cpp-python 0.3.36, rounded down; up where both do what
+# is best (Q1_0 without importance). IQ2_XXS, IQ2_XS and IQ1, which it makes with importance alone: all
+# columns alike.
 LLAMA_CPP: dict[str, dict[str, tuple[float, float]]] = {
     "Q8_0": {
         "gauss": (2.852e-05, 2.839e-05),
@@ -104,21 +107,98 @@ LLAMA_CPP: dict[str, dict[str, tuple[float, float]]] = {
         "tails": (0.01739, 0.02131),
         "shifted": (0.01144, 0.01145),
     },
+    "NVFP4": {
+        "gauss": (0.01074, 0.01085),
+        "laplace": (0.009535, 0.009395),
+        "tails": (0.005796, 0.007469),
+        "shifted": (0.01042, 0.0104),
+    },
+    "TQ1_0": {
+        "gauss": (0.6559, 0.6526),
+        "laplace": (0.6976, 0.7085),
+        "tails": (0.3219, 0.4295),
+        "shifted": (0.5236, 0.5201),
+    },
+    "TQ2_0": {
+        "gauss": (0.6559, 0.6526),
+        "laplace": (0.6976, 0.7085),
+        "tails": (0.3219, 0.4295),
+        "shifted": (0.5236, 0.5201),
+    },
+    "Q2_0": {
+        "gauss": (0.5146, 0.5096),
+        "laplace": (0.534, 0.5353),
+        "tails": (0.206, 0.2624),
+        "shifted": (0.4107, 0.407),
+    },
+    "Q1_0": {
+        "gauss": (0.3608, 0.3611),
+        "laplace": (0.4957, 0.4925),
+        "tails": (0.8244, 0.782),
+        "shifted": (0.1341, 0.1329),
+    },
+    "IQ3_XXS": {
+        "gauss": (0.04534, 0.02282),
+        "laplace": (0.06192, 0.02734),
+        "tails": (0.129, 0.1158),
+        "shifted": (0.02411, 0.01563),
+    },
+    "IQ3_S": {
+        "gauss": (0.02735, 0.0143),
+        "laplace": (0.03804, 0.01915),
+        "tails": (0.09029, 0.1015),
+        "shifted": (0.01755, 0.01141),
+    },
+    "IQ2_XXS": {
+        "gauss": (0.118, 0.08596),
+        "laplace": (0.1496, 0.1124),
+        "tails": (0.632, 0.6791),
+        "shifted": (0.09573, 0.07082),
+    },
+    "IQ2_XS": {
+        "gauss": (0.09, 0.06563),
+        "laplace": (0.1085, 0.08418),
+        "tails": (0.3522, 0.3689),
+        "shifted": (0.06726, 0.04861),
+    },
+    "IQ2_S": {
+        "gauss": (0.07021, 0.05026),
+        "laplace": (0.1056, 0.07149),
+        "tails": (0.3766, 0.3356),
+        "shifted": (0.05652, 0.04095),
+    },
+    "IQ1_S": {
+        "gauss": (0.2346, 0.1944),
+        "laplace": (0.2952, 0.2468),
+        "tails": (0.5003, 0.6075),
+        "shifted": (0.1348, 0.1148),
+    },
+    "IQ1_M": {
+        "gauss": (0.2023, 0.1515),
+        "laplace": (0.2315, 0.1757),
+        "tails": (0.3259, 0.3653),
+        "shifted": (0.1477, 0.1191),
+    },
 }
 each_block = pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
 each_format = pytest.mark.parametrize("kind", [*FLOATS, *BLOCKS], ids=lambda kind: kind.name)
 
 
-def quantize(x: F32, kind: Type, importance: F32 | None = None, threads: int = 1) -> NDArray[np.uint8]:
+def quantize(x: F32, kind: Kind, importance: F32 | None = None, threads: int = 1) -> NDArray[np.uint8]:
     """Blocks uint8 [rows, bytes] of x [rows, k]."""
     rows, k = x.shape
     data = np.ascontiguousarray(x).view(np.uint8).ravel()
     return backends.convert(data, int(Type.F32), int(kind), rows, k, importance=importance, threads=threads)
 
 
-def values(blocks: NDArray[np.uint8], kind: Type) -> F32:
+def values(blocks: NDArray[np.uint8], kind: Kind) -> F32:
+    """NaN where NVFP4's scale is none to the format itself (to GGUF's readers it is 0)."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(dequantize(blocks, kind), np.float32)
+        found = np.asarray(dequantize(blocks, kind), np.float32)
+    if kind == Type.NVFP4:
+        no_scale = blocks.reshape(-1, 36)[:, :4] == 0x7F
+        found = np.where(no_scale.repeat(16, axis=1).reshape(found.shape), np.float32(np.nan), found)
+    return found
 
 
 def uniform(seed: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -143,7 +223,7 @@ def samples(name: str) -> F32:
 IMPORTANCE = (-np.log(uniform(4, (1024,)))).astype(np.float32)
 
 
-def error(x: F32, blocks: NDArray[np.uint8], kind: Type, importance: F32 | None = None) -> float:
+def error(x: F32, blocks: NDArray[np.uint8], kind: Kind, importance: F32 | None = None) -> float:
     """Squared error as a share of the sum of squares, both weighted."""
     exact = x.astype(np.float64)
     weights = np.ones(x.shape[1]) if importance is None else importance.astype(np.float64)
@@ -152,7 +232,7 @@ def error(x: F32, blocks: NDArray[np.uint8], kind: Type, importance: F32 | None 
 
 @pytest.mark.parametrize("name", ["gauss", "laplace", "tails", "shifted"])
 @each_block
-def test_no_worse_than_llama_cpp(kind: Type, name: str) -> None:
+def test_no_worse_than_llama_cpp(kind: Kind, name: str) -> None:
     plain, weighted = LLAMA_CPP[kind.name][name]
     x = samples(name)
     assert error(x, quantize(x, kind), kind) <= plain
@@ -162,7 +242,7 @@ def test_no_worse_than_llama_cpp(kind: Type, name: str) -> None:
 @pytest.mark.parametrize(
     "kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1], ids=lambda k: k.name
 )
-def test_no_worse_than_gguf(kind: Type) -> None:
+def test_no_worse_than_gguf(kind: Kind) -> None:
     for name in ("gauss", "laplace", "tails", "shifted"):
         x = samples(name)
         theirs = np.asarray(gguf.quants.quantize(x, kind), np.uint8)
@@ -172,7 +252,7 @@ def test_no_worse_than_gguf(kind: Type) -> None:
 @pytest.mark.parametrize(
     ("kind", "lo", "hi"), [(Type.Q4_0, -8, 7), (Type.Q5_0, -16, 15), (Type.Q8_0, -127, 127)]
 )
-def test_close_to_the_best_scale(kind: Type, lo: int, hi: int) -> None:
+def test_close_to_the_best_scale(kind: Kind, lo: int, hi: int) -> None:
     """A dense search over 4000 scales a block finds at most a few percent more."""
     x = samples("laplace")[:2].reshape(-1, 32).astype(np.float64)
     scales = np.concatenate([np.linspace(0.6, 1.4, 2000) / lo, np.linspace(0.6, 1.4, 2000) / hi])
@@ -184,7 +264,7 @@ def test_close_to_the_best_scale(kind: Type, lo: int, hi: int) -> None:
 
 
 @each_block
-def test_importance_moves_the_error(kind: Type) -> None:
+def test_importance_moves_the_error(kind: Kind) -> None:
     """Columns that count gain, and with them the weighted sum; none known (all zero) is as all alike."""
     x = samples("gauss")
     importance = np.where(np.arange(1024) % 32 < 4, 100, 1).astype(np.float32)
@@ -196,7 +276,7 @@ def test_importance_moves_the_error(kind: Type) -> None:
 
 
 @each_block
-def test_columns_that_hardly_matter(kind: Type) -> None:
+def test_columns_that_hardly_matter(kind: Kind) -> None:
     """They lose next to nothing where no others stand in their blocks, and zeros stay zeros."""
     sums = np.full((1, 1024), 1e10, np.float32)
     sums[:, :512], sums[:, 600:610] = 1e-20, 0
@@ -235,11 +315,11 @@ def hard_rows() -> F32:
 
 
 @each_format
-def test_the_same_bits_everywhere(kind: Type, any_isa: list[str]) -> None:
+def test_the_same_bits_everywhere(kind: Kind, any_isa: list[str]) -> None:
     """Instruction sets and thread counts, at widths that fill no tile of sixteen groups."""
     x = hard_rows()
     importance = IMPORTANCE[:768]
-    for k in (256, 768) if gguf.GGML_QUANT_SIZES[kind][0] == 256 else (32, 96, 768):
+    for k in (256, 768) if size(kind)[0] == 256 else (32, 96, 768):
         some = np.ascontiguousarray(x[:, :k])
         backends.select_isa("scalar")
         plain, weighted = quantize(some, kind), quantize(some, kind, importance[:k])
@@ -251,7 +331,7 @@ def test_the_same_bits_everywhere(kind: Type, any_isa: list[str]) -> None:
 
 
 @each_block
-def test_a_row_stands_alone(kind: Type) -> None:
+def test_a_row_stands_alone(kind: Kind) -> None:
     x = hard_rows()
     whole = quantize(x, kind)
     assert all(np.array_equal(quantize(x[i : i + 1], kind)[0], whole[i]) for i in range(len(x)))
@@ -259,32 +339,41 @@ def test_a_row_stands_alone(kind: Type) -> None:
 
 
 # Of a block's farthest number, what others may be wrong by.
-STEP = {Type.Q8_0: 1 / 127, Type.Q6_K: 1 / 16, Type.Q5_K: 1 / 15, Type.Q2_K: 0.6, Type.Q3_K: 0.4}
+STEP = {
+    Type.Q8_0: 1 / 127, Type.Q6_K: 1 / 16, Type.Q5_K: 1 / 15, Type.Q2_K: 0.6, Type.Q3_K: 0.4, Type.TQ1_0: 1.0,
+    Type.TQ2_0: 1.0, Newer.Q2_0: 1.0, Type.Q1_0: 1.0, Type.IQ3_XXS: 0.7, Type.IQ3_S: 0.7, Type.IQ2_XXS: 1.0,
+    Type.IQ2_XS: 1.0, Type.IQ2_S: 1.0, Type.IQ1_S: 1.0, Type.IQ1_M: 1.0,
+}  # fmt: skip
+# Between which magnitudes the farthest number of a block is held.
+HELD = {Type.MXFP4: (2.0**-120, np.inf), Type.NVFP4: (0.05, 2688.0)}
 
 
 @each_block
-def test_edges(kind: Type) -> None:
+def test_edges(kind: Kind) -> None:
     """Zeros stay zeros, and whatever a half can scale comes back within the format's step."""
     x = hard_rows()
     y = values(quantize(x, kind), kind)
     largest = np.abs(x).max(axis=1)
     assert not y[largest == 0].any()
-    block = gguf.GGML_QUANT_SIZES[kind][0]
+    block = size(kind)[0]
     far = np.abs(x.reshape(-1, block)).max(axis=1)
-    share = (
-        np.abs(x - y).reshape(-1, block).max(axis=1)[(far > 1e-3) & (far < 1e3)]
-        / far[(far > 1e-3) & (far < 1e3)]
-    )
+    there = (far > max(1e-3, HELD.get(kind, (0, 0))[0])) & (far < 1e3)
+    share = np.abs(x - y).reshape(-1, block).max(axis=1)[there] / far[there]
     assert share.max() <= STEP.get(kind, 0.3)
+
+
+def shown_by(kind: Kind) -> int:
+    """How many numbers show it where one of them is none."""
+    return 16 if kind == Type.NVFP4 else size(kind)[0]
 
 
 @each_block
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_shows(kind: Type, bad: float) -> None:
+def test_what_is_not_finite_shows(kind: Kind, bad: float) -> None:
     """In its block, and in no other."""
     x = samples("gauss")[:1].copy()
     x[0, 300] = bad
-    block = gguf.GGML_QUANT_SIZES[kind][0]
+    block = shown_by(kind)
     for importance in (None, IMPORTANCE):
         shown = np.isfinite(values(quantize(x, kind, importance), kind)).reshape(-1, block)
         assert not shown[300 // block].any()
@@ -292,7 +381,7 @@ def test_what_is_not_finite_shows(kind: Type, bad: float) -> None:
 
 
 @each_block
-def test_a_number_too_large_shows(kind: Type) -> None:
+def test_a_number_too_large_shows(kind: Kind) -> None:
     """At each magnitude a block comes back within the format's step, or as no numbers at all: spikes among
     small numbers, numbers of one sign and of both. MXFP4 holds every float32."""
     wide = kind == Type.MXFP4
@@ -301,21 +390,23 @@ def test_a_number_too_large_shows(kind: Type) -> None:
     noise /= np.abs(noise).max()
     spike = np.where(np.arange(256) == 40, -1.75, 2.0**-20 * noise)
     rows = [spike, -spike, 1 + 0.75 * noise, 1.99 * noise, np.where(np.arange(256) % 2, 1.0, -1.0)]
-    exact = (np.array(rows)[:, None] * scales[:, None]).reshape(-1, gguf.GGML_QUANT_SIZES[kind][0])
+    exact = (np.array(rows)[:, None] * scales[:, None]).reshape(-1, shown_by(kind))
     far = np.abs(exact).max(axis=1)
-    for importance, step in (None, STEP.get(kind, 0.3)), (IMPORTANCE[:256], 0.9):
+    least, most = HELD.get(kind, (1e-3, 2.0**15))
+    plain = STEP.get(kind, 0.3)
+    for importance, step in (None, plain), (IMPORTANCE[:256], max(plain, 0.9)):
         y = values(quantize(exact.astype(np.float32).reshape(-1, 256), kind, importance), kind)
         shown = ~np.isfinite(y.reshape(exact.shape)).any(axis=1)
         with np.errstate(invalid="ignore"):
             close = np.abs(y.reshape(exact.shape) - exact).max(axis=1) <= step * far
-        held = far > (2.0**-120 if wide else 1e-3)
+        held = far > least
         assert (shown | close)[held].all()
-        assert close[held & (wide | (far < 2.0**15))].all()
+        assert close[held & (far < most)].all()
         assert shown[far >= 2.0**30].all() or wide
 
 
 @pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: kind.name)
-def test_floats_are_rounded_half_to_even(kind: Type) -> None:
+def test_floats_are_rounded_half_to_even(kind: Kind) -> None:
     patterns = np.random.Philox(key=[9, 0]).random_raw(1 << 16).astype(np.uint32)
     middle = patterns.copy()
     middle[::2] = middle[::2] >> 13 << 13 | 1 << 12  # half way between two halves
@@ -329,7 +420,7 @@ def test_floats_are_rounded_half_to_even(kind: Type) -> None:
 
 
 @each_block
-def test_requantizing_goes_through_the_numbers_it_means(kind: Type) -> None:
+def test_requantizing_goes_through_the_numbers_it_means(kind: Kind) -> None:
     x = samples("gauss")[:4]
     blocks = quantize(x, kind)
     back = backends.convert(blocks.ravel(), int(kind), int(Type.F32), 4, 1024)

@@ -21,6 +21,7 @@ import gguf
 import numpy as np
 import pytest
 import tokenizers
+from helpers_formats import dequantize, kind_of
 from helpers_gguf import small_tokenizer, write_gguf
 from helpers_models import golden_specs, random_ids, random_weights, write_hf_directory
 from test_families import LLAMA_CPP_DIFFERS, LLAMA_CPP_TOLERANCE
@@ -75,18 +76,40 @@ def formats_of(path: Path) -> dict[str, str]:
     return {name: FORMATS[t.format].name.lower() for name, t in read_gguf(path).tensors.items()}
 
 
+def needs_imatrix(type: str) -> bool:
+    return mixes.MIXES[type].base in mixes.NEED_IMATRIX or type == "iq3_xs"
+
+
+def even_imatrix(path: Path) -> Imatrix:
+    """All columns of all matrices of a GGUF file alike."""
+    shapes = {name: t.shape for name, t in read_gguf(path).tensors.items() if len(t.shape) > 1}
+    sums = {name: np.ones((int(np.prod(s[:-2])), s[-1]), np.float32) for name, s in shapes.items()}
+    return Imatrix(sums, {name: np.ones(len(s), np.float32) for name, s in sums.items()})
+
+
 @pytest.mark.parametrize("type", list(mixes.MIXES))
 def test_a_written_file_is_what_loading_makes(type: str, path: Path, tmp_path: Path) -> None:
-    """The same bits as load(weights=), and gguf reads the same numbers."""
+    """The same bits as load(weights=), and gguf reads the same numbers. Where importance is needed neither
+    goes without."""
     out = tmp_path / "out.gguf"
-    done = tinyllm.quantize(path, out, type)
+    imatrix = None
+    if needs_imatrix(type):
+        imatrix = even_imatrix(path)
+        for refused in (lambda: tinyllm.load(path, weights=type), lambda: tinyllm.quantize(path, out, type)):
+            with pytest.raises(errors.ArgumentError, match=r"needs importance: pass an imatrix"):
+                refused()
+    done = tinyllm.quantize(path, out, type, imatrix=imatrix)
     assert done.n_bytes == out.stat().st_size
     ids = random_ids(CONFIG, 1, 20)
-    with tinyllm.load(path, weights=type) as a, tinyllm.load(out) as b:
-        np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
-        values = b.model.unpack("w_gate", 1)
-    tensor = next(t for t in gguf.GGUFReader(out).tensors if t.name == "blk.1.ffn_gate.weight")
-    np.testing.assert_array_equal(values, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    with tinyllm.load(out) as b:
+        logits, values = b.logits(ids), b.model.unpack("w_gate", 1)
+    assert np.isfinite(logits).all()
+    if not imatrix:
+        with tinyllm.load(path, weights=type) as a:
+            np.testing.assert_array_equal(a.logits(ids), logits)
+    info = read_gguf(out).tensors["blk.1.ffn_gate.weight"]
+    blocks = np.frombuffer(out.read_bytes(), np.uint8, info.n_bytes, info.offset).reshape(len(values), -1)
+    np.testing.assert_array_equal(values, dequantize(blocks, kind_of(FORMATS[info.format].name)))
 
 
 def test_metadata_comes_along(path: Path, tmp_path: Path) -> None:
@@ -284,6 +307,43 @@ def test_exceptions() -> None:
     ]
 
 
+def test_few_bits() -> None:
+    """As llama.cpp chooses, with importance."""
+    few = {
+        type: named(shapes(kv=256), type, imatrix=True) for type in ("iq3_xxs", "iq2_m", "iq2_xxs", "iq1_s")
+    }
+    names = ["blk.0.attn_v", "blk.9.attn_q", "blk.9.attn_output", "blk.0.ffn_down", "blk.9.ffn_down"]
+    names += ["token_embd", "output"]
+    assert {type: [format(f"{name}.weight") for name in names] for type, format in few.items()} == {
+        "iq3_xxs": ["iq3_xxs", "iq2_s", "iq3_s", "iq3_xxs", "iq3_xxs", "iq3_s", "q5_k"],
+        "iq2_m": ["iq3_s", "iq2_s", "iq3_s", "iq3_s", "iq2_s", "iq3_s", "q5_k"],
+        "iq2_xxs": ["q2_k", "iq2_xxs", "iq2_xxs", "q2_k", "iq2_xxs", "q2_k", "q5_k"],
+        "iq1_s": ["q2_k", "iq1_s", "iq2_xxs", "q2_k", "iq1_s", "q2_k", "q5_k"],
+    }
+    shared = named(shapes(), "iq2_s", imatrix=True)
+    assert [shared(f"blk.9.{name}.weight") for name in ("attn_v", "attn_k")] == ["q4_k", "iq2_xs"]
+    eight = named(shapes(experts=8), "iq2_xs", imatrix=True)
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down_exps")
+    assert [eight(f"blk.9.{name}.weight") for name in parts] == ["iq2_xs", "q4_k", "q4_k", "q5_k", "iq2_xs"]
+    assert named(shapes(experts=8), "iq3_m")("blk.9.attn_v.weight") == "q8_0"
+    assert named(shapes(k=288), "iq2_xs", imatrix=True)("blk.9.attn_q.weight") == "iq4_nl"
+    assert named(shapes(k=288), "iq2_xs", imatrix=True)("output.weight") == "q8_0"
+    assert [named(shapes(), type)("token_embd.weight") for type in ("tq1_0", "q1_0")] == ["q4_k", "q1_0"]
+    middle = named(
+        shapes() | {f"blk.{i}.ffn_up.weight": (256, 256) for i in range(17)}, "iq3_xs", imatrix=True
+    )
+    assert [middle(f"blk.{i}.ffn_up.weight") for i in (1, 2, 13, 14)] == [
+        "iq3_s",
+        "iq3_xxs",
+        "iq3_xxs",
+        "iq3_s",
+    ]
+    with pytest.raises(
+        errors.ArgumentError, match=r"iq2_xs makes blk\.0\.attn_q\.weight IQ2_XS, which needs"
+    ):
+        mixes.tensor_formats(shapes(), "iq2_xs")
+
+
 def test_fused_attention_counts_as_its_values() -> None:
     """How many heads share a value is seen there as well: 4 of 256 columns, and one of 64."""
     fused = {
@@ -292,7 +352,7 @@ def test_fused_attention_counts_as_its_values() -> None:
         if "attn_q" not in name and "attn_k" not in name and "attn_v" not in name
     } | {f"blk.{layer}.attn_qkv.weight": (384, 256) for layer in range(17)}
     for type in mixes.MIXES:
-        apart, together = named(shapes(), type), named(fused, type)
+        apart, together = named(shapes(), type, imatrix=True), named(fused, type, imatrix=True)
         for layer in range(17):
             assert together(f"blk.{layer}.attn_qkv.weight") == apart(f"blk.{layer}.attn_v.weight"), type
 
@@ -677,7 +737,7 @@ OF_MIXES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*OF_MIXES, "llama with an imatrix"])
+@pytest.mark.parametrize("name", [*OF_MIXES, *(f"{name} with an imatrix" for name in OF_MIXES)])
 def test_llama_cpp_gives_each_tensor_the_same_format(name: str, tmp_path: Path) -> None:
     """Its own quantizer, asked for every type."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -690,12 +750,19 @@ def test_llama_cpp_gives_each_tensor_the_same_format(name: str, tmp_path: Path) 
     options = llama_cpp.llama_model_quantize_default_params()
     if "imatrix" in name:
         kind = llama_cpp.llama_model_imatrix_data
-        ones = (ctypes.c_float * 256)(*[1.0] * 256)
-        entries = (kind * 2)(kind(b"blk.0.attn_q.weight", ones, 256), kind())
+        matrices = {name: shape for name, shape in found.items() if len(shape) > 1}
+        entries = (kind * (len(matrices) + 1))()
+        for i, (matrix, shape) in enumerate(matrices.items()):
+            n = int(np.prod(shape)) // shape[-2]
+            entries[i] = kind(matrix.encode(), (ctypes.c_float * n)(*[1.0] * n), n)
         options.imatrix = ctypes.cast(entries, ctypes.POINTER(kind))
     for type, mix in mixes.MIXES.items():
         if type == "mxfp4" and "num_local_experts" not in config:
             continue  # llama.cpp makes everything Q8_0
+        if type == "nvfp4" or (needs_imatrix(type) and "imatrix" not in name):
+            continue  # it does not write that
+        if type == "q1_0" and name.startswith("narrow"):
+            continue  # for rows that fit no block it has nothing else
         options.ftype = mix.file_type
         done = llama_cpp.llama_model_quantize(str(path).encode(), str(out).encode(), ctypes.byref(options))
         assert done == 0
@@ -746,7 +813,7 @@ def test_llama_cpp_reads_every_type(type: str, tmp_path: Path) -> None:
     """Both round activations, each in its own way (bf16 as well, there), hence the tolerance: 0.02 nats."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     out = tmp_path / "out.gguf"
-    tinyllm.quantize(MASTER, out, type)
+    tinyllm.quantize(MASTER, out, type, imatrix=even_imatrix(MASTER) if needs_imatrix(type) else None)
     with tinyllm.load(out) as llm:
         ids = llm.tokenizer.encode(
             "Once upon a time, there was a little girl named Lily. She loved to play outside with her dog."
@@ -811,6 +878,7 @@ def test_numbers_that_a_format_does_not_hold(base: str, tmp_path: Path) -> None:
     weights = random_weights(config, seed=3)
     name = "blk.0.ffn_up.weight"
     write_gguf(tmp_path / "plain.gguf", config, weights)
+    imatrix = even_imatrix(tmp_path / "plain.gguf") if needs_imatrix(type) else None
     for number in (np.nan, -np.inf, 1e10, -1e30):
         model = poisoned(tmp_path / "plain.gguf", name, struct.pack("<f", number))
         out = tmp_path / "out.gguf"
@@ -825,7 +893,9 @@ def test_numbers_that_a_format_does_not_hold(base: str, tmp_path: Path) -> None:
         with pytest.raises(
             errors.FormatError, match=f"'{re.escape(name)}' holds .* too large for {base.upper()}"
         ):
-            tinyllm.quantize(model, out, type)
+            tinyllm.quantize(model, out, type, imatrix=imatrix)
+        if imatrix:  # none is there while loading
+            continue
         with tinyllm.load(model, weights=type) as llm, pytest.raises(errors.FormatError, match="NaN or inf"):
             llm.logits([1, 2, 3])
     assert sorted(os.listdir(tmp_path)) == ["plain.gguf", "poisoned.gguf"]

@@ -99,6 +99,7 @@ void tl_cpu_unpack_row(const tl_matrix *m, int row, float *out) {
     size_t side;
     const uint8_t *block = tl_panel(m, row / TL_ROWS, &side);
     for (int k = 0; k < m->k; k += f->block, block += side) f->unpack(out + k, block, row % TL_ROWS);
+    for (int k = 0; m->factor != 0 && k < m->k; k++) out[k] *= m->factor;
 }
 
 tl_status tl_cpu_unpack(const tl_matrix *m, float *out) {

@@ -9,7 +9,7 @@
 #include <string.h>
 
 // X(name, id in GGUF, numbers a block, bytes a block in the file, bytes of 16 rows' blocks in a panel,
-// is_float)
+// is_float, what else tl_format has of it...)
 #define TL_FORMATS(X)                                                                                                  \
     X(f32, 0, 1, 4, 64, 1)                                                                                             \
     X(f16, 1, 1, 2, 32, 1)                                                                                             \
@@ -26,7 +26,23 @@
     X(q6_k, 14, 256, 210, 32 + 8 * (256 + 128 + 32), 0)                                                                \
     X(iq4_nl, 20, 32, 18, 256 + 32, 0)                                                                                 \
     X(iq4_xs, 23, 256, 136, 32 + 8 * (256 + 16), 0)                                                                    \
-    X(mxfp4, 39, 32, 17, 256 + 16, 0)
+    X(mxfp4, 39, 32, 17, 256 + 16, 0)                                                                                  \
+    TL_SMALL_FORMATS(X)
+
+// Those of pack_small.c and formats_small.inc. Several share a panel's layout and its fragment.
+#define TL_SMALL_FORMATS(X)                                                                                            \
+    X(nvfp4, 40, 64, 36, 2 * (256 + 32), 0)                                                                            \
+    X(tq1_0, 34, 256, 54, 32 + 8 * 128, 0)                                                                             \
+    X(tq2_0, 35, 256, 66, 32 + 8 * 128, 0)                                                                             \
+    X(q1_0, 41, 128, 18, 32 + 4 * 64, 0)                                                                               \
+    X(q2_0, 42, 64, 18, 32 + 2 * 128, 0)                                                                               \
+    X(iq3_xxs, 18, 256, 98, 32 + 16 + 8 * (256 + 16), 0, .codes = tl_codes_iq3_xxs, .n_codes = 256)                    \
+    X(iq3_s, 21, 256, 110, 32 + 16 + 8 * (256 + 16), 0, .codes = tl_codes_iq3_s, .n_codes = 512)                       \
+    X(iq2_xxs, 16, 256, 66, 32 + 16 + 8 * (128 + 64 + 16), 0, .codes = tl_codes_iq2_xxs, .n_codes = 256)               \
+    X(iq2_xs, 17, 256, 74, 32 + 16 + 8 * (128 + 64 + 16), 0, .codes = tl_codes_iq2_xs, .n_codes = 512)                 \
+    X(iq2_s, 22, 256, 82, 32 + 16 + 8 * (128 + 64 + 16), 0, .codes = tl_codes_iq2_s, .n_codes = 1024)                  \
+    X(iq1_s, 19, 256, 50, 32 + 16 + 8 * (128 + 64 + 16), 0, .codes = tl_codes_iq1, .n_codes = 2048)                    \
+    X(iq1_m, 29, 256, 56, 32 + 16 + 8 * (128 + 64 + 16), 0, .codes = tl_codes_iq1, .n_codes = 2048)
 
 // For each: its place in the table, numbers a block, bytes of a panel's block.
 enum {
@@ -63,6 +79,14 @@ static inline float tl_e8m0_half(uint8_t e) {
     memcpy(&x, &bits, 4);
     return x;
 }
+
+// NVFP4's block scale, an 8-bit float of 4 exponent and 3 mantissa bits that has no sign, halved because its numbers are
+// kept doubled. Panels hold it as pack.c left it: what the file calls 0 is 0, 0x7f is a number as well, 0xff is NaN.
+static inline float tl_e4m3_half(uint8_t b) { return tl_f16_to_f32((unsigned short)(b << 7)) * 128; }
+
+// The code books of pack_small.c (codebooks.h).
+extern const uint16_t tl_codes_iq1[2048], tl_codes_iq2_xxs[256], tl_codes_iq2_xs[512], tl_codes_iq2_s[1024];
+extern const uint16_t tl_codes_iq3_xxs[256], tl_codes_iq3_s[512];
 
 // cpu/quantize.c: k floats (a multiple of the format's block) -> blocks of the file, as tl_format.quantize; and n numbers
 // of F32, F16 or BF16 -> floats.

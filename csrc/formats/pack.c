@@ -1,18 +1,8 @@
 // formats/pack.c: the formats. Half and bfloat16 conversions, the table of formats and, for each format, the way from
-// the file's blocks into panels (pack) and from panels back to floats (unpack, the slow truth). Includes
-// tinyllm.h and formats.h. Read formats.inc next: it takes the same panels apart in registers.
-//
-// A panel's block holds 16 rows. 32 k of it are a group: eight vectors of 64 bytes, vector v holding k
-// 4v..4v+3 of all rows, byte 4 * row + k % 4. Numbers are kept as unsigned codes, cut into a low and a high
-// slice of 8, 4, 2 or 1 bits. A slice w bits wide takes w vectors: the bits of vector v lie at bit v - v % w
-// of the slice's vector v % w.
-//   blocks of 32:  [low slice][high slice][16 bytes of scales] [16 f16 d][16 f16 min]
-//   blocks of 256: [16 f16 d][16 f16 min] and 8 groups of [low slice][high slice][16 bytes of scales]...
-// Minimums are kept with the sign that makes them something to add. Machines are little-endian, as the files
-// are.
-#include "formats/formats.h"
-#include "tinyllm.h"
-#include <string.h>
+// the file's blocks into panels (pack) and from panels back to floats (unpack, the slow truth). Includes panel.h, which
+// has what they share. Read pack_small.c next (the formats of few bits), then formats.inc: it takes the same panels apart
+// in registers.
+#include "formats/panel.h"
 
 // ---- f16 and bf16 --------------------------------------------------------------------------------------------------
 static float as_float(uint32_t bits) {
@@ -50,142 +40,6 @@ unsigned short tl_f32_to_f16(float x) {
 
 float tl_bf16_to_f32(unsigned short h) { return as_float((uint32_t)h << 16); }
 
-static uint16_t half_at(const uint8_t *p) {
-    uint16_t h;
-    memcpy(&h, p, 2);
-    return h;
-}
-
-// ---- panels --------------------------------------------------------------------------------------------------------
-// One row's part of a group.
-typedef struct group {
-    uint8_t code[32];
-    uint8_t scale[2]; // bytes of scales and minimums, the format's
-    uint16_t half[2]; // d and the minimum, or 0
-} group;
-
-// How a block is laid out: its groups, the widths of the slices, f16 numbers a row and bytes of scales a row
-// a group.
-typedef struct layout {
-    int groups, low, high, halves, scales;
-} layout;
-
-#define GROUP_BYTES(low, high, scales) (64 * ((low) + (high)) + 16 * (scales))
-#define SLICE_MASK(width)              (((1u << (width)) - 1) * 0x01010101u)
-
-static inline void put_slice(uint8_t *to, int width, int row, const uint8_t code[32], int from) {
-    for (int i = 0; i < width; i++) {
-        uint32_t word = 0, quad;
-        for (int v = i; v < 8; v += width) {
-            memcpy(&quad, code + 4 * v, 4);
-            word |= (quad >> from & SLICE_MASK(width)) << (v - i);
-        }
-        memcpy(to + 64 * i + 4 * row, &word, 4);
-    }
-}
-
-static inline void get_slice(uint8_t code[32], const uint8_t *from, int width, int row, int to) {
-    for (int v = 0; v < 8; v++) {
-        uint32_t word, quad;
-        memcpy(&word, from + 64 * (v % width) + 4 * row, 4);
-        memcpy(&quad, code + 4 * v, 4);
-        quad |= (word >> (v - v % width) & SLICE_MASK(width)) << to;
-        memcpy(code + 4 * v, &quad, 4);
-    }
-}
-
-static inline size_t halves_at(const layout *l) { return l->groups == 1 ? GROUP_BYTES(l->low, l->high, l->scales) : 0; }
-static inline size_t group_at(const layout *l, int j) {
-    return (l->groups == 1 ? 0 : 32 * l->halves) + (size_t)j * GROUP_BYTES(l->low, l->high, l->scales);
-}
-
-static inline void pack_block(uint8_t *panel, const uint8_t *const rows[16], const layout *l,
-                              void (*read)(group *, const uint8_t *, int)) {
-    static const uint8_t zeros[256];
-    for (int row = 0; row < 16; row++)
-        for (int j = 0; j < l->groups; j++) {
-            group g = {0};
-            uint8_t *to = panel + group_at(l, j);
-            read(&g, rows[row] ? rows[row] : zeros, j);
-            put_slice(to, l->low, row, g.code, 0);
-            if (l->high) put_slice(to + 64 * l->low, l->high, row, g.code, l->low);
-            for (int i = 0; i < l->scales; i++) to[64 * (l->low + l->high) + 16 * i + row] = g.scale[i];
-            for (int i = 0; i < l->halves; i++) memcpy(panel + halves_at(l) + 32 * i + 2 * row, &g.half[i], 2);
-        }
-}
-
-static inline void unpack_block(float *out, const uint8_t *panel, int row, const layout *l,
-                                void (*values)(float *, const group *)) {
-    for (int j = 0; j < l->groups; j++) {
-        group g = {0};
-        const uint8_t *from = panel + group_at(l, j);
-        get_slice(g.code, from, l->low, row, 0);
-        if (l->high) get_slice(g.code, from + 64 * l->low, l->high, row, l->low);
-        for (int i = 0; i < l->scales; i++) g.scale[i] = from[64 * (l->low + l->high) + 16 * i + row];
-        for (int i = 0; i < l->halves; i++) g.half[i] = half_at(panel + halves_at(l) + 32 * i + 2 * row);
-        values(out + 32 * j, &g);
-    }
-}
-
-// Defines pack_ and unpack_ of a format from its layout, read_ (group j of a block in the file) and values_
-// (a group's 32).
-#define QUANTIZED(name, groups, low, high, halves, scales)                                                             \
-    _Static_assert(TL_PANEL_##name == (groups) * GROUP_BYTES(low, high, scales) + 32 * (halves), "panel of " #name);   \
-    static const layout layout_##name = {groups, low, high, halves, scales};                                           \
-    static void pack_##name(uint8_t *panel, const uint8_t *const rows[16]) {                                           \
-        pack_block(panel, rows, &layout_##name, read_##name);                                                          \
-    }                                                                                                                  \
-    static void unpack_##name(float *out, const uint8_t *panel, int row) {                                             \
-        unpack_block(out, panel, row, &layout_##name, values_##name);                                                  \
-    }
-
-// What codes stand for: scale * (code - zero), scale * code + min, scale * table[code].
-static void scaled(float *out, const uint8_t *code, int n, float scale, int zero) {
-    for (int i = 0; i < n; i++) out[i] = scale * (float)(code[i] - zero);
-}
-
-static void scaled_min(float *out, const uint8_t *code, int n, float scale, float min) {
-    for (int i = 0; i < n; i++) out[i] = scale * (float)code[i] + min;
-}
-
-static void scaled_table(float *out, const uint8_t code[32], float scale, const int8_t table[16]) {
-    for (int i = 0; i < 32; i++) out[i] = scale * (float)table[code[i]];
-}
-
-static float d_of(const group *g) { return tl_f16_to_f32(g->half[0]); }
-static float min_of(const group *g) { return tl_f16_to_f32(g->half[1]); }
-
-#define EACH_BYTE 0x0101010101010101u
-
-// n bytes, each with a code's bits (mask) at bit `from`; they go to bit `to` of the code. n is a multiple
-// of 8.
-static inline void read_bits(uint8_t *code, const uint8_t *p, int n, int from, unsigned mask, int to) {
-    for (int i = 0; i < n; i += 8) {
-        uint64_t codes, bytes;
-        memcpy(&codes, code + i, 8);
-        memcpy(&bytes, p + i, 8);
-        codes |= (bytes >> from & mask * EACH_BYTE) << to;
-        memcpy(code + i, &codes, 8);
-    }
-}
-
-// 16 bytes: the low nibbles are the first 16 codes, the high ones the others.
-static inline void read_nibbles(uint8_t code[32], const uint8_t *p) {
-    read_bits(code, p, 16, 0, 15, 0);
-    read_bits(code + 16, p, 16, 4, 15, 0);
-}
-
-// 32 bits, one a code. The product puts bit i of seven at bit 8 i: seven copies, each 7 bits further, that do
-// not meet.
-static inline void read_fifth_bits(uint8_t code[32], const uint8_t *p) {
-    for (int i = 0; i < 4; i++) {
-        uint64_t bits = ((p[i] & 127) * 0x0002040810204081u & EACH_BYTE) | (uint64_t)(p[i] >> 7) << 56;
-        uint8_t spread[8];
-        memcpy(spread, &bits, 8);
-        read_bits(code + 8 * i, spread, 8, 0, 1, 4);
-    }
-}
-
 // ---- blocks of 32 --------------------------------------------------------------------------------------------------
 static void read_q8_0(group *g, const uint8_t *b, int j) { // d, 32 signed bytes
     (void)j;
@@ -216,7 +70,7 @@ static void read_q5_0(group *g, const uint8_t *b, int j) { // d, fifth bits, nib
     (void)j;
     g->half[0] = half_at(b);
     read_nibbles(g->code, b + 6);
-    read_fifth_bits(g->code, b + 2);
+    read_plane(g->code, b + 2, 4);
 }
 static void values_q5_0(float *out, const group *g) { scaled(out, g->code, 32, d_of(g), 16); }
 QUANTIZED(q5_0, 1, 4, 1, 1, 0)
@@ -226,7 +80,7 @@ static void read_q5_1(group *g, const uint8_t *b, int j) { // d, min, fifth bits
     g->half[0] = half_at(b);
     g->half[1] = half_at(b + 2);
     read_nibbles(g->code, b + 8);
-    read_fifth_bits(g->code, b + 4);
+    read_plane(g->code, b + 4, 4);
 }
 #define values_q5_1 values_q4_1
 QUANTIZED(q5_1, 1, 4, 1, 2, 0)
@@ -247,6 +101,22 @@ static void values_mxfp4(float *out, const group *g) {
     scaled_table(out, g->code, tl_e8m0_half(g->scale[0]), e2m1_values);
 }
 QUANTIZED(mxfp4, 1, 4, 0, 0, 1)
+
+// The same numbers; each 16 have a scale, which is 0 where the file has 0 or 0x7f, and whose sign counts for nothing. Only
+// where all numbers are -0 as well 0x7f is NaN, as in the 8-bit float's own definition: what our own quantizer makes of
+// numbers that the format does not hold, so that they show.
+static void read_nvfp4(group *g, const uint8_t *b, int j) { // 4 scales, 4 times 8 bytes of nibbles
+    for (int h = 0; h < 2; h++) {
+        const uint8_t scale = b[2 * j + h], *p = b + 4 + 16 * j + 8 * h;
+        g->scale[h] = scale != 0x7f ? scale & 0x7f : memcmp(p, "\x88\x88\x88\x88\x88\x88\x88\x88", 8) ? 0 : 0xff;
+        read_bits(g->code + 16 * h, p, 8, 0, 15, 0);
+        read_bits(g->code + 16 * h + 8, p, 8, 4, 15, 0);
+    }
+}
+static void values_nvfp4(float *out, const group *g) {
+    for (int i = 0; i < 32; i++) out[i] = tl_e4m3_half(g->scale[i / 16]) * (float)e2m1_values[g->code[i]];
+}
+QUANTIZED(nvfp4, 2, 4, 0, 0, 2)
 
 // ---- blocks of 256 -------------------------------------------------------------------------------------------------
 static void read_q2_k(group *g, const uint8_t *b,
@@ -329,27 +199,36 @@ static void values_iq4_xs(float *out, const group *g) {
 QUANTIZED(iq4_xs, 8, 4, 0, 1, 1)
 
 // ---- floats --------------------------------------------------------------------------------------------------------
-static void pack_f32(uint8_t *panel, const uint8_t *const rows[16]) {
+void tl_pack_f32(uint8_t *panel, const uint8_t *const rows[16]) {
     memset(panel, 0, 64);
     for (int row = 0; row < 16; row++)
         if (rows[row]) memcpy(panel + 4 * row, rows[row], 4);
 }
-static void unpack_f32(float *out, const uint8_t *panel, int row) { memcpy(out, panel + 4 * row, 4); }
+void tl_unpack_f32(float *out, const uint8_t *panel, int row) { memcpy(out, panel + 4 * row, 4); }
 
-static void pack_f16(uint8_t *panel, const uint8_t *const rows[16]) {
+void tl_pack_f16(uint8_t *panel, const uint8_t *const rows[16]) {
     memset(panel, 0, 32);
     for (int row = 0; row < 16; row++)
         if (rows[row]) memcpy(panel + 2 * row, rows[row], 2);
 }
-static void unpack_f16(float *out, const uint8_t *panel, int row) { *out = tl_f16_to_f32(half_at(panel + 2 * row)); }
+void tl_unpack_f16(float *out, const uint8_t *panel, int row) { *out = tl_f16_to_f32(half_at(panel + 2 * row)); }
 
-#define pack_bf16 pack_f16
-static void unpack_bf16(float *out, const uint8_t *panel, int row) { *out = tl_bf16_to_f32(half_at(panel + 2 * row)); }
+void tl_pack_bf16(uint8_t *panel, const uint8_t *const rows[16]) { tl_pack_f16(panel, rows); }
+void tl_unpack_bf16(float *out, const uint8_t *panel, int row) { *out = tl_bf16_to_f32(half_at(panel + 2 * row)); }
 
 // ---- the table -----------------------------------------------------------------------------------------------------
 const tl_format tl_formats[TL_N_FORMATS + 1] = {
-#define X(name, id, block, block_bytes, panel_bytes, is_float)                                                         \
-    {id, #name, block, block_bytes, panel_bytes, is_float, pack_##name, unpack_##name, tl_quantize_##name},
+#define X(format, id_, block_, block_bytes_, panel_bytes_, is_float_, ...)                                             \
+    {.id = id_,                                                                                                        \
+     .name = #format,                                                                                                  \
+     .block = block_,                                                                                                  \
+     .block_bytes = block_bytes_,                                                                                      \
+     .panel_bytes = panel_bytes_,                                                                                      \
+     .is_float = is_float_,                                                                                            \
+     .pack = tl_pack_##format,                                                                                         \
+     .unpack = tl_unpack_##format,                                                                                     \
+     .quantize = tl_quantize_##format,                                                                                 \
+     __VA_ARGS__},
     TL_FORMATS(X)
 #undef X
 };

@@ -12,6 +12,7 @@ struct embed_arguments {
     const int *tokens, *positions, *n; // tokens: NULL where x is there already
     const double *frequencies;         // [n_ropes, rope_dim / 2] radians a position
     int n_ropes;
+    float factor;            // of the embedding's numbers
     float scale, rope_scale; // of the rows; of the first cos and sin
     float *x, *cos, *sin;    // [n, dim], [n_ropes, blocks, rope_dim / 2] x2
 };
@@ -33,7 +34,7 @@ KERNEL(256, 1) embed(const embed_arguments e) {
     }
     if (!e.tokens) return;
     for (int i = thread_id(); i < e.dim; i += n_threads())
-        e.x[(size_t)t * e.dim + i] = value_at(e.data, e.format, e.n_chunks, e.tokens[t], i) * e.scale;
+        e.x[(size_t)t * e.dim + i] = value_at(e.data, e.format, e.n_chunks, e.tokens[t], i) * e.factor * e.scale;
 }
 
 #endif

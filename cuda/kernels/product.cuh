@@ -15,9 +15,10 @@
 
 struct product_matrix {
     const uint8_t *data;
-    const float *bias; // [rows] or NULL
-    float *out;        // [n, rows]
-    int format, rows, n_chunks, chunk_bytes;
+    const float *bias;                       // [rows] or NULL
+    float *out;                              // [n, rows]
+    int format, rows, n_chunks, chunk_bytes; // format: tiles_id's
+    float factor;                            // of all numbers
 };
 
 // out = scale w x, capped; out += scale w x; out = gated(w[0] x, w[1] x); out = gated(out, w x)
@@ -30,6 +31,7 @@ struct piece {
 struct expert_weights { // what a layer's experts do not have in common
     const uint8_t *data;
     const float *bias;
+    float factor;
 };
 #define EXPERT_MATRICES 3 // gate, up, down
 
@@ -61,7 +63,7 @@ DEVICE int first_of_block(const product_arguments &a, int size) {
 }
 DEVICE expert_weights weights_of(const product_arguments &a, int m) {
     return a.experts ? a.experts[a.pieces[block_y()].expert * EXPERT_MATRICES + m]
-                     : expert_weights{a.w[m].data, a.w[m].bias};
+                     : expert_weights{a.w[m].data, a.w[m].bias, a.w[m].factor};
 }
 
 // A sum on its way out. gate: what GLU's first matrix (part 0) leaves for its second.
@@ -119,7 +121,7 @@ DEVICE void add_group(float acc[4], const uint32_t a[4], const quad_scales &s, c
     const uint32_t b0 = q.b[2 * J], b1 = q.b[2 * J + 1], w = s.s[J];
     int32_t c[4] = {start_bits, start_bits, start_bits, start_bits},
             d[4] = {start_bits, start_bits, start_bits, start_bits};
-    if constexpr (f.scale == HALF_SCALES || f.scale == HALF_SCALES_MIN) {
+    if constexpr (f.scale == HALF_SCALES || f.scale == HALF_SCALES_MIN || f.scale == E4M3_HALVES) {
         mma_s8_k16(c, a[0], a[1], b0);
         mma_s8_k16(d, a[2], a[3], b1);
     } else {
@@ -128,6 +130,7 @@ DEVICE void add_group(float acc[4], const uint32_t a[4], const quad_scales &s, c
     for (int h = 0; h < 2; h++) { // rows g, g + 8
         float scale = base.d[h], min = 0;
         if constexpr (f.scale == F16_SCALE || f.scale == F16_SCALE_MIN) scale = half_to_float(w >> 16 * h & 0xffff);
+        if constexpr (f.scale == E4M3_HALVES) scale = e4m3_half(w >> 8 * h);
         if constexpr (f.scale == BF16_SCALE) scale = bf16_to_float(w >> 16 * h & 0xffff);
         if constexpr (f.scale == F16_SCALE_MIN) min = half_to_float(s.s[4 + J] >> 16 * h & 0xffff);
         if constexpr (f.scale == BYTE_SCALE) scale = scale * signed_byte(s.s[J / 2] >> J % 2 * 16, h);
@@ -144,6 +147,8 @@ DEVICE void add_group(float acc[4], const uint32_t a[4], const quad_scales &s, c
                 dot = fmaf(as_float((uint32_t)d[e]) - start, (float)(w >> 8 * (2 + h) & 15),
                            dot * (float)(w >> 8 * h & 15));
             acc[e] = fmaf(dot, scale * q.scale[i][J], acc[e]);
+            if constexpr (f.scale == E4M3_HALVES)
+                acc[e] = fmaf(as_float((uint32_t)d[e]) - start, e4m3_half(w >> 8 * (2 + h)) * q.scale[i][J], acc[e]);
             if constexpr (has_min(f.scale)) acc[e] = fmaf(min, q.scaled_sum[i][J], acc[e]);
             if constexpr (f.scale == HALF_SCALES_MIN) {
                 const uint32_t sums = q.half_sums[i][J];
@@ -415,8 +420,9 @@ product(const GRID_CONSTANT product_arguments a) {
             const float *from = partials + buffer * SPLITS * PARTIAL_FLOATS + column * 16 + row16;
             float sum = from[0];
             for (int i = 1; i < SPLITS; i++) sum += from[i * PARTIAL_FLOATS];
-            const float *bias = weights_of(a, m).bias;
-            if (bias) sum += bias[row];
+            const expert_weights of_matrix = weights_of(a, m);
+            sum *= of_matrix.factor;
+            if (of_matrix.bias) sum += of_matrix.bias[row];
             const size_t token = (size_t)(first_of_block(a, TOKENS) + column);
             put_sum(a, w.out + token * (size_t)w.rows + row, sum, part, gate);
         }

@@ -182,9 +182,10 @@ template <class F> KERNEL(BLOCK_THREADS, 1) product_many(const GRID_CONSTANT pro
             int tile;
             const int m = many_tile(a, block_x(), first_tile + r, &tile), row = tile * 16 + g + e / 2 * 8;
             if (token >= n_tokens || row >= a.w[m].rows) continue;
-            const float *bias = weights_of(a, m).bias;
+            const expert_weights of_matrix = weights_of(a, m);
+            const float scaled = sum[r][c][e] * of_matrix.factor;
             put_sum(a, a.w[m].out + (size_t)(first_token + token) * (size_t)a.w[m].rows + row,
-                    bias ? sum[r][c][e] + bias[row] : sum[r][c][e], r, gate);
+                    of_matrix.bias ? scaled + of_matrix.bias[row] : scaled, r, gate);
         }
     }
 }

@@ -70,6 +70,7 @@ Weight = tuple[
     NDArray[np.int32] | None,  # order of the rows
     int,  # row_stride
     Place | None,  # of scales apart
+    float,  # factor of all numbers
 ]
 
 class Uploads:

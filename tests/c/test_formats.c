@@ -4,14 +4,17 @@
 #include "isa/scalar.h"
 #define V_UNROLL
 #include "formats/formats.inc"
+#include "formats/formats_small.inc"
 #include "tinyllm.h"
 #include <stdio.h>
 
 // Where a block's f16 numbers lie in the file.
 static const struct {
     int id, half[2];
-} halves[] = {{8, {0, -1}},    {2, {0, -1}}, {3, {0, 2}},  {6, {0, -1}},    {7, {0, 2}},   {10, {80, 82}},
-              {11, {108, -1}}, {12, {0, 2}}, {13, {0, 2}}, {14, {208, -1}}, {20, {0, -1}}, {23, {0, -1}}};
+} halves[] = {{8, {0, -1}},    {2, {0, -1}},   {3, {0, 2}},   {6, {0, -1}},    {7, {0, 2}},   {10, {80, 82}},
+              {11, {108, -1}}, {12, {0, 2}},   {13, {0, 2}},  {14, {208, -1}}, {20, {0, -1}}, {23, {0, -1}},
+              {34, {52, -1}},  {35, {64, -1}}, {41, {0, -1}}, {42, {0, -1}},   {18, {0, -1}}, {21, {0, -1}},
+              {16, {0, -1}},   {17, {0, -1}},  {22, {0, -1}}, {19, {0, -1}},   {29, {54, -1}}};
 
 static uint32_t state = 1;
 static uint32_t random_bits(void) { // Marsaglia's xorshift32
@@ -74,6 +77,14 @@ static void put_codes(numbers *n, const vb w[8], int zero, int fit, int offset) 
         return KIND_##name == SCALE16_MIN;                                                                             \
     }
 
+#define READ_SCALE_EACH16(name)                                                                                        \
+    static int read_##name(numbers *n, const uint8_t *b, int j) {                                                      \
+        LOAD(name);                                                                                                    \
+        n->scale[0] = scale, n->scale[1] = second_##name(b, j);                                                        \
+        n->min[0] = n->min[1] = vf_set1(0);                                                                            \
+        return KIND_##name == SCALE_EACH16;                                                                            \
+    }
+
 #define FRAGMENTS(X)                                                                                                   \
     X(q8_0, SCALE32)                                                                                                   \
     X(q4_0, SCALE32)                                                                                                   \
@@ -87,7 +98,13 @@ static void put_codes(numbers *n, const vb w[8], int zero, int fit, int offset) 
     X(q6_k, SCALE16)                                                                                                   \
     X(iq4_nl, SCALE32)                                                                                                 \
     X(iq4_xs, SCALE32)                                                                                                 \
-    X(mxfp4, SCALE32)
+    X(mxfp4, SCALE32)                                                                                                  \
+    X(nvfp4, SCALE_EACH16)                                                                                             \
+    X(tq2_0, SCALE32)                                                                                                  \
+    X(q2_0, SCALE32)                                                                                                   \
+    X(q1_0, SCALE32)                                                                                                   \
+    X(iq3_s, SCALE32)                                                                                                  \
+    X(iq2_s, SCALE16)
 
 #define X(name, kind) READ_##kind(name)
 FRAGMENTS(X)
@@ -97,8 +114,11 @@ static const struct {
     const char *name;
     int (*read)(numbers *, const uint8_t *, int);
 } fragments[] = {
-#define X(name, kind) {#name, read_##name},
+#define X(name, ...) {#name, read_##name},
     FRAGMENTS(X)
+#undef X
+#define X(name, same) {#name, read_##same},
+        SHARED_FRAGMENTS(X)
 #undef X
 };
 
@@ -155,8 +175,10 @@ static int check_sizes(void) {
     int n = 0, n_fragments = 0;
     for (const tl_format *f = tl_formats; f->name; f++, n++) {
         if (tl_format_of(f->id) != f) return printf("%s: id %d finds another format\n", f->name, f->id), 1;
-        // A panel keeps at least the file's bits, and at most the 6-bit scales widened to bytes on top of them.
+        // A panel keeps at least the file's bits, and at most the 6-bit scales widened to bytes on top of them, or codes of
+        // three or four bits where the file points into code books or has five digits a byte.
         int file = 16 * f->block_bytes, most = file + (f->block == 256 ? 16 * 8 : 0);
+        if (f->n_codes || f->id == 34) most = 48 + 16 * f->block * (f->id == 34 ? 2 : 5) / 8;
         if (f->panel_bytes < file || f->panel_bytes > most)
             return printf("%s: a panel of %d bytes for %d in the file\n", f->name, f->panel_bytes, file), 1;
         n_fragments += !f->is_float;

@@ -20,13 +20,16 @@ static void fill(uint8_t *p, size_t n) {
     for (size_t i = 0; i < n; i++) p[i] = extreme < 4 ? extremes[extreme] : (uint8_t)(random_bits() >> 13);
 }
 
-// What packing gives and random bytes do not, by the layout of panels (formats/pack.c): f16 numbers that are finite.
+// What packing gives and random bytes do not, by the layout of panels (formats/panel.h): f16 numbers that are finite, tables
+// of codes that are signed bytes once their zero is taken off.
 static void tame(uint8_t *block, const tl_format *f) {
     const int with_min = f->id == 3 || f->id == 7 || f->id == 10 || f->id == 12 || f->id == 13;
-    const int n_halves = f->id == 39 ? 0 : 1 + with_min;
-    uint8_t *halves = f->block == 256 ? block : block + f->panel_bytes - 32 * n_halves;
+    const int n_halves = f->id == 39 || f->id == 40 ? 0 : 1 + with_min;
+    uint8_t *halves = f->block > TL_Q ? block : block + f->panel_bytes - 32 * n_halves;
     for (int i = 0; i < 16 * n_halves; i++) halves[2 * i + 1] &= 0xbf;
     for (int i = 0; f->id == 39 && i < 16; i++) block[256 + i] = (uint8_t)(120 + random_below(10));
+    for (int i = 0; f->id == 40 && i < 64; i++) block[i / 32 * 288 + 256 + i % 32] &= 0x7f;
+    for (int i = 0; f->n_codes && i < 16; i++) block[32 + i] %= 87;
     for (int i = 0; f->id == 11 && i < 8 * 32; i++) { // Q3_K's scales have 6 bits
         uint8_t *scale = block + 32 + i / 32 * 224 + 192 + i % 32;
         *scale = (uint8_t)((*scale & 63) - 32);
@@ -94,7 +97,7 @@ static void check_products(const tl_format *f) {
         for (size_t n = 0; n < sizeof tokens / sizeof *tokens; n++, turn++) {
             const int panels = (rows[r] + TL_ROWS - 1) / TL_ROWS, runs = 1 + turn % 2;
             shape s = {.rows = rows[r],
-                       .k = f->block == 256 ? 256 * runs : TL_Q * (1 + turn * 5 % 13),
+                       .k = f->block == 256 ? 256 * runs : f->block * (1 + turn * 5 % (13 * TL_Q / f->block)),
                        .n_tokens = tokens[n],
                        .bias = turn / 2 % 2,
                        .add = turn % 2,

@@ -493,6 +493,7 @@ class Uploads:
                         order,
                         1 if values is not None else info.row_stride,
                         (numbers[info.scales.path], info.scales.offset) if info.scales else None,
+                        info.factors[0] if info.factors else 1.0,
                     )
                 )
             self._core = _core.Uploads(self._model._core, given, files, self._model.threads)

@@ -36,9 +36,10 @@ EPILOG = f"""types, best first:
 
 A name gives each tensor the format that it has with llama.cpp; only mxfp4 differs where there are no experts,
 and llama.cpp makes everything Q8_0. In all of them norms, biases and routers stay F32, and the output matrix
-is Q6_K (Q8_0 in q8_0 and mxfp4). With eight experts attention's keys and values are Q8_0, in models of 80
-layers its values at least Q5_K. Rows that fit no block of 256 get a type with smaller ones, or F16.
-docs/quantize.md has the whole table, and what an imatrix changes in it.
+is Q6_K (Q8_0 in q8_0 and mxfp4, Q5_K in iq3_xxs, iq2 and iq1, which need an imatrix). With eight experts
+attention's keys and values are Q8_0, in models of 80 layers its values at least Q5_K. Rows that fit no block
+of 256 get a type with smaller ones, or F16. docs/quantize.md has the whole table, and what an imatrix changes
+in it.
 
 examples:
   {PROG} path/to/hf-directory model-q4_k_m.gguf q4_k_m

@@ -65,13 +65,26 @@ FORMATS: dict[int, Format] = {
     23: Format("IQ4_XS", 256, 136, (0,)),
     30: Format("BF16", 1, 2),
     39: Format("MXFP4", 32, 17),
+    40: Format("NVFP4", 64, 36),
+    34: Format("TQ1_0", 256, 54, (52,)),
+    35: Format("TQ2_0", 256, 66, (64,)),
+    41: Format("Q1_0", 128, 18, (0,)),
+    42: Format("Q2_0", 64, 18, (0,)),
+    18: Format("IQ3_XXS", 256, 98, (0,)),
+    21: Format("IQ3_S", 256, 110, (0,)),
+    16: Format("IQ2_XXS", 256, 66, (0,)),
+    17: Format("IQ2_XS", 256, 74, (0,)),
+    22: Format("IQ2_S", 256, 82, (0,)),
+    19: Format("IQ1_S", 256, 50, (0,)),
+    29: Format("IQ1_M", 256, 56),
 }
-F32, F16, BF16, MXFP4 = 0, 1, 30, 39
+F32, F16, BF16, MXFP4, NVFP4, IQ1_M = 0, 1, 30, 39, 40, 29
 
 
 def are_finite(data: npt.NDArray[np.uint8], format: int) -> bool:
     """Whether whole blocks, uint8 [n], hold neither NaN nor infinity: told by the scales, where they have
-    some. Of MXFP4's one is no number, 255."""
+    some. Of MXFP4's one is no number, 255, and of NVFP4's 0x7f, which is read as 0. IQ1_M's half lies in four
+    words' highest bits."""
     if format == F32:
         return bool(np.isfinite(data.view("<f4")).all())
     if format == BF16:
@@ -79,6 +92,11 @@ def are_finite(data: npt.NDArray[np.uint8], format: int) -> bool:
     blocks = data.reshape(-1, FORMATS[format].block_bytes)
     if format == MXFP4:
         return not (blocks[:, 0] == 255).any()
+    if format == NVFP4:
+        return not (blocks[:, :4] == 0x7F).any()
+    if format == IQ1_M:
+        words = np.ascontiguousarray(blocks[:, 48:56]).view("<u2") >> 12
+        return not ((words[:, 3] & 7 == 7) & (words[:, 2] >> 2 == 3)).any()
     halves = (np.ascontiguousarray(blocks[:, at : at + 2]).view("<u2") for at in FORMATS[format].scales)
     return not any(((half & 0x7C00) == 0x7C00).any() for half in halves)
 
@@ -92,7 +110,9 @@ class TensorInfo:
     on belongs to it; of a stack `stack_stride` is the bytes from one matrix to the next, 0 where nothing
     lies between. `columns` (n, first, step): it lies transposed, its rows are the columns first, first +
     step... of a matrix of n columns at `offset`; floats alone do. MXFP4 in two parts, as safetensors hold it,
-    has its bytes of scale in `scales`. `identity` is the file's when its header was read; None takes any.
+    has its bytes of scale in `scales`. `factors`: what all numbers are multiplied by beside what their blocks
+    say, one for all or one for each matrix of a stack; none is 1. `identity` is the file's when its header
+    was read; None takes any.
     """
 
     name: str
@@ -105,6 +125,7 @@ class TensorInfo:
     stack_stride: int = 0
     columns: tuple[int, int, int] | None = None
     scales: TensorInfo | None = None
+    factors: tuple[float, ...] = ()
     identity: Identity | None = None
 
     def open(self) -> FileReader:
@@ -125,6 +146,7 @@ class TensorInfo:
                 n_bytes=size,
                 stack_stride=0,
                 scales=scales[i],
+                factors=self.factors[i : i + 1] if len(self.factors) > 1 else self.factors,
             )
             for i in range(n)
         ]

@@ -338,7 +338,7 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
             _add(unwrapped, _unwrapped(name), info)
         config, tensors = _own_head(unwrapped, config)
     else:
-        tensors = _without_scales(tensors)
+        tensors = _with_factors(tensors)
     tensors, fused = _split_fused(tensors, config, source)
     if row_of_family.stacked and source == "hf":
         tensors = _split_stacks(tensors, config)
@@ -420,21 +420,30 @@ def _own_head(
     return config, {_EMBEDDING: head, **{name: info for name, info in tensors.items() if name != _HEAD}}
 
 
-def _without_scales(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """GGUF files with NVFP4 have a factor beside a matrix, NAME.scale, and what its inputs were divided by
-    when it was calibrated, NAME.input_scale, which nothing here needs. A factor of 1 changes nothing."""
+def _with_factors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """GGUF files with NVFP4 have a factor beside a matrix, NAME.scale, or one a matrix of a stack; and what
+    its inputs were divided by when it was calibrated, NAME.input_scale, which nothing here needs."""
     found = dict(tensors)
     for name, info in tensors.items():
         stem, _, kind = name.rpartition(".")
         if kind not in ("scale", "input_scale") or f"{stem}.weight" not in tensors:
             continue
-        values = info.read_f32() if kind == "scale" and math.prod(info.shape) <= MAX_EXPERTS else None
-        if kind == "scale" and (values is None or (values != 1).any()):
-            raise UnsupportedError(
-                f"{show(name)} is a factor on what {stem}.weight gives, as files with NVFP4 have it; that is "
-                "not supported. Convert the original model again, to another type"
-            )
         del found[name]
+        if kind == "input_scale":
+            continue
+        weight = tensors[f"{stem}.weight"]
+        n_matrices = weight.shape[0] if len(weight.shape) == 3 else 1
+        n_factors = math.prod(info.shape)
+        if len(weight.shape) < 2 or n_factors != n_matrices or n_matrices > MAX_EXPERTS:
+            raise FormatError(
+                f"{show(name)} has {n_factors} numbers beside {show(weight.name)} of shape {weight.shape}; "
+                "expected a factor a matrix"
+            )
+        values = info.read_f32().ravel()
+        if not np.isfinite(values).all() or not values.all():
+            raise FormatError(f"{show(name)} holds a factor that is 0, infinite or no number")
+        if (values != 1).any():
+            found[weight.name] = replace(weight, factors=tuple(values.tolist()))
     return found
 
 

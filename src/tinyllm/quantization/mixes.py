@@ -19,7 +19,12 @@ IDS: dict[str, int] = {form.name.lower(): id for id, form in FORMATS.items()}
 # not fit either, F16.
 SMALLER_BLOCKS = {
     "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl",
+    "tq1_0": "q4_0", "tq2_0": "q4_0", "q2_0": "q4_0", "nvfp4": "mxfp4", "iq3_xxs": "iq4_nl",
+    "iq3_s": "iq4_nl", "iq2_xxs": "iq4_nl", "iq2_xs": "iq4_nl", "iq2_s": "iq4_nl", "iq1_s": "iq4_nl",
+    "iq1_m": "iq4_nl",
 }  # fmt: skip
+# Without importance these leave a model that says nothing sensible.
+NEED_IMATRIX = frozenset({"iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_s", "iq1_m"})
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ def _without_imatrix(choice: Choice) -> Choice:
     return lambda layer, facts: None if facts.imatrix else choice(layer, facts)
 
 
+def _middle(format: str) -> Choice:
+    """In all layers but the first and the last eighth."""
+    return lambda layer, facts: format if facts.n_layers // 8 <= layer < 7 * facts.n_layers // 8 else None
+
+
 def _with_imatrix(choice: Choice) -> Choice:
     return lambda layer, facts: choice(layer, facts) if facts.imatrix else None
 
@@ -84,6 +94,29 @@ class Mix:
     values: Choice | None = None  # attn_v, and attn_qkv, which has it within
     down: Choice | None = None  # ffn_down
     attention_output: Choice | None = None  # attn_output
+    query: Choice | None = None  # attn_q
+    key: Choice | None = None  # attn_k
+    gate_up: Choice | None = None  # ffn_gate, ffn_up
+    embedding: str | None = None  # where it is not the output
+    output: str = "q6_k"
+    few_bits: bool = False  # what holds beside eight experts and in the 70B models does not here
+
+
+def _few_bits(base: str, file_type: int, note: str, better: str, attention_output: str | None = None) -> Mix:
+    """IQ2 and IQ1. better: of the embedding and of the matrices where errors cost most."""
+
+    def values(layer: int, facts: Facts) -> str:  # small where heads share it, or beside experts
+        return "q4_k" if facts.heads_per_kv_head >= 4 or facts.n_experts >= 4 else better
+
+    def key(layer: int, facts: Facts) -> str | None:
+        return "q4_k" if facts.n_experts == 8 else None
+
+    def output(layer: int, facts: Facts) -> str | None:
+        return "q5_k" if facts.n_experts == 8 else attention_output
+
+    down = _first(better, 8)
+    return Mix(base, file_type, note, values, down, output, key=key, embedding=better, output="q5_k",
+               few_bits=True)  # fmt: skip
 
 
 MIXES: dict[str, Mix] = {
@@ -117,6 +150,28 @@ MIXES: dict[str, Mix] = {
     "q3_k_s": Mix("q3_k", 11, "Q3_K"),
     "q2_k": Mix("q2_k", 10, "Q2_K, the same three Q3_K or Q4_K",
                 values=_shared("q4_k", "q3_k"), down=_all("q3_k"), attention_output=_all("q3_k")),
+    # llama.cpp reads it, and its own program does not write it.
+    "nvfp4": Mix("nvfp4", 39, "4.5 bits, tiny floats, of each 16 an 8-bit float scale"),
+    "iq3_m": Mix("iq3_s", 27, "IQ3_S, attention's values and outputs and some of the feed-forward's Q4_K",
+                 values=_all("q4_k"), attention_output=_all("q4_k"),
+                 down=lambda layer, facts: _first("q4_k", 8)(layer, facts)
+                 or (_spread("q4_k")(layer, facts) if facts.n_experts == 8 else None)),
+    "iq3_s": Mix("iq3_s", 26, "3.4 bits, from a code book", values=_shared("q4_k")),
+    "iq3_xs": Mix("iq3_s", 22, "IQ3_S, half of the matrices IQ3_XXS", values=_shared("q4_k"),
+                  query=_all("iq3_xxs"), key=_all("iq3_xxs"), gate_up=_middle("iq3_xxs")),
+    "iq3_xxs": Mix("iq3_xxs", 23, "3.1 bits, from a code book; attention's queries and keys IQ2_S",
+                   values=_shared("q4_k"), query=_all("iq2_s"), key=_all("iq2_s"),
+                   attention_output=_all("iq3_s"), embedding="iq3_s", output="q5_k"),
+    "iq2_m": _few_bits("iq2_s", 29, "2.6 bits, from a code book; some matrices more", "iq3_s", "iq3_s"),
+    "iq2_s": _few_bits("iq2_xs", 28, "IQ2_XS, some matrices IQ3_S or Q4_K", "iq3_s", "iq3_s"),
+    "iq2_xs": _few_bits("iq2_xs", 20, "2.3 bits, from a code book; some matrices Q2_K or Q4_K", "q2_k"),
+    "iq2_xxs": _few_bits("iq2_xxs", 19, "2.1 bits, from a code book; some matrices Q2_K or Q4_K", "q2_k"),
+    "iq1_m": _few_bits("iq1_m", 31, "1.75 bits, from a code book; some matrices more", "q2_k", "iq2_xxs"),
+    "iq1_s": _few_bits("iq1_s", 24, "1.6 bits, from a code book; some matrices more", "q2_k", "iq2_xxs"),
+    "q2_0": Mix("q2_0", 41, "2.25 bits: -1, 0, 1, 2 times a scale", embedding="q4_k"),
+    "tq2_0": Mix("tq2_0", 37, "2.1 bits: -1, 0, 1 times a scale, for models trained so", embedding="q4_k"),
+    "tq1_0": Mix("tq1_0", 36, "1.7 bits: the same, packed tighter", embedding="q4_k"),
+    "q1_0": Mix("q1_0", 40, "1.1 bits: the sign times a scale, for models trained so"),
 }  # fmt: skip
 
 
@@ -156,13 +211,21 @@ def wanted_and_got(
     shapes: Mapping[str, tuple[int, ...]], type: str, *, imatrix: bool = False
 ) -> dict[str, tuple[str, str]]:
     """As `tensor_formats`, the names of two formats: the one that the quantization has for a tensor, and the
-    one it gets, another where its rows are no multiple of the first one's block."""
+    one it gets, another where its rows are no multiple of the first one's block. Raises ArgumentError where
+    one it gets needs importance and there is none."""
     mix = MIXES[key_of(type)]
     facts = _facts(shapes, imatrix)
     wanted = {
         name: _wanted(name, shape, mix, facts, "output.weight" in shapes) for name, shape in shapes.items()
     }
-    return {name: (format, _fitting(format, shapes[name][-1])) for name, format in wanted.items()}
+    both = {name: (format, _fitting(format, shapes[name][-1])) for name, format in wanted.items()}
+    for name, (_, got) in both.items():
+        if got in NEED_IMATRIX and not imatrix and name not in ("token_embd.weight", "output.weight"):
+            raise ArgumentError(
+                f"{type} makes {name} {got.upper()}, which needs importance: pass an imatrix "
+                "(tinyllm-quantize --imatrix FILE, which tinyllm-perplexity MODEL TEXT --imatrix FILE makes)"
+            )
+    return both
 
 
 def _facts(shapes: Mapping[str, tuple[int, ...]], imatrix: bool) -> Facts:
@@ -181,7 +244,11 @@ def _wanted(name: str, shape: tuple[int, ...], mix: Mix, facts: Facts, has_outpu
     if mix.base in ("f32", "f16", "bf16"):
         return mix.base
     if name == "output.weight" or (name == "token_embd.weight" and not has_output):
-        return "q8_0" if mix.base in ("q8_0", "mxfp4") else "q6_k"
+        if mix.output != "q6_k" and shape[-1] % FORMATS[IDS[mix.base]].block:
+            return "q8_0"
+        return "q8_0" if mix.base in ("q8_0", "mxfp4") else mix.output
+    if name == "token_embd.weight":
+        return mix.embedding or mix.base
     if mix.base == "mxfp4" and len(shape) == 2 and facts.n_experts:
         return "q8_0"
     return _in_layer(name, mix, facts) or mix.base
@@ -192,14 +259,19 @@ def _in_layer(name: str, mix: Mix, facts: Facts) -> str | None:
     if not match:
         return None
     layer, part = int(match[1]), "attn_v" if match[2] == "attn_qkv" else match[2]
-    choice = {"attn_v": mix.values, "ffn_down": mix.down, "attn_output": mix.attention_output}.get(part)
+    choice = {
+        "attn_v": mix.values, "attn_q": mix.query, "attn_k": mix.key, "attn_output": mix.attention_output,
+        "ffn_gate": mix.gate_up, "ffn_up": mix.gate_up, "ffn_down": mix.down,
+    }.get(part)  # fmt: skip
     format = choice(layer, facts) if choice else None
+    if mix.few_bits:
+        return format
     if part == "attn_v" and facts.n_layers == 80 and (format or mix.base) in ("q3_k", "q4_k"):
         format = "q5_k"  # the 70B models: eight heads share each
     if facts.n_experts == 8 and part in ("attn_v", "attn_k"):
         format = "q8_0"  # small beside eight experts
     beside_eight = facts.n_experts == 8 and part == "attn_output"
-    if beside_eight and mix.base in ("q2_k", "q3_k", "q4_k", "iq4_nl", "iq4_xs"):
+    if beside_eight and mix.base in ("q2_k", "q3_k", "q4_k", "iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs"):
         format = None if mix is MIXES["q3_k_l"] else "q5_k"
     return format
 
