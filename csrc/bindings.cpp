@@ -198,6 +198,7 @@ struct Model {
         config.activation = static_cast<tl_activation>(integer("activation"));
         config.qk_norm = static_cast<tl_qk_norm>(integer("qk_norm"));
         config.parallel = integer("parallel");
+        config.bidirectional = integer("bidirectional");
         config.attention_cap = number("attention_cap");
         config.logit_cap = number("logit_cap");
         config.embedding_scale = number("embedding_scale");

@@ -12,7 +12,8 @@ static tl_status check_variations(const tl_config *c, tl_message *message) {
                  {"norm_place", (int)c->norm_place, TL_NORM_BOTH},
                  {"activation", (int)c->activation, TL_CLAMPED_SWIGLU},
                  {"qk_norm", (int)c->qk_norm, TL_QK_ALL},
-                 {"parallel", c->parallel, 1}};
+                 {"parallel", c->parallel, 1},
+                 {"bidirectional", c->bidirectional, 1}};
     for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++)
         if (kinds[i].value < 0 || kinds[i].value > kinds[i].most)
             return tl_fail(message, TL_ARGUMENT, "%s is %d, not in 0..%d", kinds[i].name, kinds[i].value,
@@ -90,6 +91,10 @@ static tl_status check_token(const tl_model *model, const tl_cache *cache, const
                        model->config.context, b->max_pages);
     if (t > 0 && sequence == b->sequences[t - 1] && position != b->positions[t - 1] + 1)
         return tl_fail(message, TL_ARGUMENT, "positions of sequence %d go from %d to %d", sequence, b->positions[t - 1],
+                       position);
+    if (model->config.bidirectional && position > 0 && (t == 0 || sequence != b->sequences[t - 1]))
+        return tl_fail(message, TL_ARGUMENT,
+                       "sequence %d begins at position %d: a bidirectional model takes it whole, from 0", sequence,
                        position);
     if (t > 0 && sequence < b->sequences[t - 1])
         return tl_fail(message, TL_ARGUMENT, "sequences must come in ascending order, %d follows %d", sequence,

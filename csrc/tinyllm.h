@@ -149,6 +149,7 @@ typedef struct tl_config {
     tl_activation activation;
     tl_qk_norm qk_norm;
     int parallel;            // attention and FFN read the same x, both results are added to it
+    int bidirectional;       // tokens attend to those behind them, too, as far as windows reach: all of a call's
     float attention_cap;     // scores become cap * tanh(score / cap); 0: as they are
     float logit_cap;         // logits likewise, after logit_scale
     float embedding_scale;   // of embedded tokens; 0 counts as 1, as in the next two
@@ -157,7 +158,8 @@ typedef struct tl_config {
     double local_rope_theta; // of TL_ROPE_LOCAL layers, whose angles have neither factors nor rope_scale; 0: none
     double query_growth; // queries at position p are multiplied by 1 + query_growth * ln(1 + p / query_span), a whole
     int query_span;      // quotient (Llama 4's scaling of attention); query_growth 0: they are not
-    const int32_t *windows; // [n_layers] positions a token attends to, itself among them; 0: all. Or NULL. Copied
+    const int32_t *windows; // [n_layers] positions a token attends to, itself among them; 0: all. Or NULL. Copied.
+                            // Of a bidirectional model: on either side
     const int32_t *ropes;   // [n_layers] tl_rope, or NULL; copied
     int page_layers;        // whose keys and values share a page of the cache; 0: all n_layers
     const int32_t *places;  // [n_layers] table of the layer * page_layers + its place in a page; or NULL: l. Copied
@@ -266,8 +268,9 @@ void tl_cache_free(tl_cache *cache);
 // ---- the one entry
 // ----------------------------------------------------------------------------------------------------- n
 // tokens, each with its position and its sequence. A sequence's tokens stand together, in order, without
-// gaps; sequences ascend. They enter as ids (tokens) or as activations (x), pass layers [first_layer,
-// last_layer), and leave as logits for the chosen rows (last_layer == n_layers) and/or as activations.
+// gaps; sequences ascend; of a bidirectional model a call takes them from their first token to their last. They
+// enter as ids (tokens) or as activations (x), pass layers [first_layer, last_layer), and leave as logits for the
+// chosen rows (last_layer == n_layers) and/or as activations.
 typedef struct tl_candidate {
     int32_t token; // -1, with the logit -inf, where fewer may come
     float logit;

@@ -306,6 +306,7 @@ static void attention(tl_run *run, int layer) {
     a.rope_dim = w.rope == TL_ROPE_NONE ? 0 : c.rope_dim;
     a.window = w.window;
     a.cap = c.attention_cap;
+    a.bidirectional = c.bidirectional;
     a.kind = page_kind_of(cache->type, c.head_dim);
     a.stores = r->shape.stores;
     a.n_splits = r->n_splits;

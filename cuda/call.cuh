@@ -192,9 +192,7 @@ static void fill_block(cuda_run *r, uint8_t *to) {
         for (end = t; end < b->n && b->sequences[end] == b->sequences[t]; end++) sequences[end] = n_sequences;
         for (int column = 0; column < (end - t) * group; column += TOKENS) {
             const int left = (end - t) * group - column, n = left < TOKENS ? left : TOKENS;
-            const int last = t + (column + n - 1) / group;
-            tiles[r->n_tiles++] = {t + column / group, column % group, n, b->positions[last] / SEGMENT + 1,
-                                   n_sequences};
+            tiles[r->n_tiles++] = {t + column / group, column % group, n, b->positions[end - 1], n_sequences};
         }
         const int32_t *tables = b->page_tables + (size_t)b->sequences[t] * (size_t)n_tables * (size_t)b->max_pages;
         for (int table = 0; table < n_tables; table++)

@@ -154,6 +154,14 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
     return weights
 
 
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, F32]:
+    """Other tensors whose every number matters: an output of about 1 for inputs of about 1."""
+    return {
+        name: (_uniform(seed, i, math.prod(shape)).reshape(shape) * 1.7 / math.sqrt(shape[-1])).astype("f4")
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
 def random_ids(config: Mapping[str, Any], seed: int, n: int) -> list[int]:
     """A prompt of n ids, uniform over the vocabulary."""
     u = (_uniform(seed, 10_000, n) + 1.0) / 2.0

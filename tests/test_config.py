@@ -452,7 +452,7 @@ def test_unknown_features_of_json(changes: dict[str, Any], message: str) -> None
     ("changes", "message"),
     [
         ({"expert_shared_count": 1}, "expert_shared_count"),
-        ({"attention__causal": False}, "not causal"),
+        ({"attention__causal": False, "attention__sliding_window": 8}, "for Gemma 3 alone"),
         ({"logit_scale": 0.5}, r"'llama\.logit_scale' is set \('0\.5'\)"),
         ({"some_new_feature": "on"}, r"'llama\.some_new_feature' is set"),
         ({"rope__dimension_sections": np.array([1, 2])}, "dimension_sections"),

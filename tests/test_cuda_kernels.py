@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pytest
 import reference
 from families_table import FILES
+from helpers_embed import EMBEDDERS, write_embedder
 from helpers_gguf import FORMATS, rewritten, small_tokenizer, write_gguf
 from helpers_models import (
     GOLDEN_DIR,
@@ -591,6 +592,25 @@ def test_what_attention_varies(host: Host, tmp_path: Path) -> None:
     subject.check((0, 295, 5))
     subject.check((0, 299, 1))
     subject.close()
+
+
+def test_attention_to_both_sides(host: Host, tmp_path: Path) -> None:
+    """As the CPU has it (test_embed.py: as sentence-transformers does), in a layer with a window and in one
+    without; of several texts, and of one, whose segments blocks share."""
+    embedder = next(embedder for embedder in EMBEDDERS if embedder.name == "gemma")
+    few = {**(embedder.config or {}), "num_hidden_layers": 2, "sliding_window_pattern": 2}
+    write_embedder(tmp_path, embedder._replace(config=few, dense=()))
+    texts = [[5, 6, 7], random_ids({"vocab_size": 256}, 3, 300)]
+    for cache_type, tolerance in (("f32", 1e-5), ("f16", 1e-3)):
+        with tinyllm.load(tmp_path, device="cpu", cache_type=cache_type) as cpu:
+            expected = cpu.embed(texts)
+            assert set(cpu.config.windows) == {11, 0}
+        with load(tmp_path, cache_type=cache_type) as llm:
+            vectors = llm.embed(texts)
+            assert relative_error(vectors, expected) < tolerance
+            host.shuffle(7)
+            np.testing.assert_array_equal(llm.embed(texts[1]), vectors[1])
+            host.shuffle(0)
 
 
 def test_rows_and_layers(host: Host, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ SHOWS = {
     "majority_vote": r"ate a big red \.\.\.\n +\d+ of 32  \w+",
     "fork_session": r"Once upon a time, .*\.\.\. Lily was happy because .+\.\.\. Lily was scared because .+",
     "tools": r"paint\({'color': 'blue', 'number': \d+}\) returned 'Now \d+ balls are blue.'\n.+",
+    "rag": r"(\[\d+\] \d\.\d{3} « .+? »\n\n){2}Que mange le lama \?\n.+",
     "own_sampler": r"without_e: Tom had a dog[^eE]+\n\nsurprising: Tom had a dog.+",
 }
 

@@ -130,7 +130,6 @@ def arithmetic(config: Any) -> dict[str, Any]:
         ("mixtral", {"num_experts": 4}, FormatError, "num_experts, also called num_local_experts, is both"),
         ("mistral_nemo", {"attention_bias": True}, UnsupportedError, "'attention_bias' is set"),
         ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, UnsupportedError, "'fp8' is not supp"),
-        ("qwen3", {"is_causal": False}, UnsupportedError, "attention that is not causal (is_causal)"),
         ("qwen3", {"mlp_bias": True}, UnsupportedError, "'mlp_bias' is set"),
     ],
 )  # fmt: skip

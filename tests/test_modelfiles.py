@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from helpers_gguf import write_gguf
@@ -97,18 +96,6 @@ def test_gguf_files_of_other_types(type: str, words: str, tmp_path: Path) -> Non
         tinyllm.quantize(path, tmp_path / "out.gguf", "q8_0")
     write_gguf(path, CONFIG, random_weights(CONFIG, 3), metadata={"general.type": "model"})
     read_model(path)
-
-
-def test_a_reranker_is_named(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "f.gguf", "qwen3")
-    writer.add_pooling_type(gguf.PoolingType.RANK)
-    writer.add_tensor("cls.output.weight", np.ones((2, 8), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(UnsupportedError, match=r"f\.gguf: a reranker \(it has cls\.output\.weight\)"):
-        read_model(tmp_path / "f.gguf")
 
 
 @pytest.mark.parametrize("both", [False, True])

@@ -17,6 +17,7 @@ import openai
 import pydantic
 import pytest
 from helpers_cli import in_process
+from helpers_embed import PAIRS, QUERY, write_reranker
 from helpers_serve import Running, Says, serving, write_chat_model
 
 import tinyllm
@@ -429,7 +430,7 @@ def test_embeddings(client: openai.OpenAI, running: Running, llm: tinyllm.LLM) -
 def test_a_reranker_says_why_not(running: Running, tmp_path: Path) -> None:
     answer = httpx.post(running.url + "/v1/rerank", json={"query": "a", "documents": ["b"], "model": "plain"})
     assert answer.status_code == 400
-    assert "no reranker" in answer.json()["error"]["message"]
+    assert "do not say that it is a reranker" in answer.json()["error"]["message"]
     path = write_chat_model(tmp_path / "rank.gguf", metadata={"llama.pooling_type": 4})
     with serving({"rank": path}) as ranks:
         for where, body in (
@@ -438,7 +439,35 @@ def test_a_reranker_says_why_not(running: Running, tmp_path: Path) -> None:
         ):
             answer = httpx.post(ranks.url + where, json=body)
             assert answer.status_code == 400
-            assert "pooling_type 4: a reranker" in answer.json()["error"]["message"]
+            assert "pooling_type 4, a reranker, without" in answer.json()["error"]["message"]
+
+
+def test_a_reranker_scores(tmp_path: Path) -> None:
+    path = write_reranker(tmp_path / "m", modules=False)
+    with tinyllm.load(path, device="cpu", context=1024) as llm:
+        scores = llm.rerank(QUERY, PAIRS)
+    best = np.argsort(-scores, kind="stable")
+    with serving({"rank": path}) as ranks:
+
+        def ask(**more: Any) -> httpx.Response:
+            return httpx.post(ranks.url + "/v1/rerank", json={"query": QUERY, "documents": PAIRS, **more})
+
+        found = ask().json()
+        assert [one["index"] for one in found["results"]] == best.tolist()
+        assert [one["relevance_score"] for one in found["results"]] == pytest.approx(scores[best].tolist())
+        assert found["usage"]["prompt_tokens"] == found["usage"]["total_tokens"] > 4 * 300
+        [first] = ask(top_n=1, return_documents=True, documents=[{"text": text} for text in PAIRS]).json()[
+            "results"
+        ]
+        assert first["document"] == {"text": PAIRS[best[0]]}
+        for body, param in (
+            ({"documents": []}, "documents"),
+            ({"documents": ["a", 5]}, "documents"),
+            ({"top_n": 0}, "top_n"),
+            ({"rank_fields": ["a"]}, "rank_fields"),
+        ):
+            answer = ask(**body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
 # --- replay -------------------------------------------------------------------------------------------------

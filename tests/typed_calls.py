@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import assert_type
 
 import tinyllm
@@ -26,6 +28,8 @@ for piece in llm.stream("x", max_tokens=3):
 llm(["x", "y"], params=tinyllm.SamplingParams(seed=1), n=2)
 llm.session().sample(logit_bias={1: -5.0})
 llm.session().generate(top_p=0.5).text.upper()
+assert_type(llm.embed(["x", "y"], prompt="query"), npt.NDArray[np.float32])
+assert_type(llm.rerank("x", ["y"]), npt.NDArray[np.float32])
 
 llm("x", temprature=1)  # type: ignore[call-overload]
 llm("x", temperature="hot")  # type: ignore[call-overload]
@@ -33,3 +37,4 @@ llm.chat(messages, max_token=3)  # type: ignore[call-overload]
 llm.chat(messages, stream=True, n="2")  # type: ignore[call-overload]
 llm.stream("x", maxtokens=3)  # type: ignore[call-arg]
 llm.session().sample(topk=3)  # type: ignore[call-arg]
+llm.embed("x", pooling="first")  # type: ignore[arg-type]

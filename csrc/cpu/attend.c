@@ -5,16 +5,18 @@
 #include <math.h>
 #include <string.h>
 
-// Queries that share a sequence and a kv head's keys, at most 8; the tiles of all kv heads are alike.
+// Queries that share a sequence and a kv head's keys, at most 8; the tiles of all kv heads are alike. And what each token
+// may attend to: up to itself, or to the end of its sequence.
 void tl_cpu_tiles(tl_cpu_run *r) {
     const tl_batch *b = r->base.batch;
+    const int bidirectional = r->base.model->config.bidirectional;
     r->n_tiles = 0;
     for (int t = 0, end; t < b->n; t = end) {
         for (end = t + 1; end < b->n && b->sequences[end] == b->sequences[t];) end++;
         for (int c = 0; c < (end - t) * r->group; c += TL_COLUMNS) {
-            int n = tl_min(TL_COLUMNS, (end - t) * r->group - c), last = t + (c + n - 1) / r->group;
-            r->tiles[r->n_tiles++] = (tl_tile){t, c, n, b->positions[last] / TL_SEGMENT + 1};
+            r->tiles[r->n_tiles++] = (tl_tile){t, c, tl_min(TL_COLUMNS, (end - t) * r->group - c)};
         }
+        for (int i = t; i < end; i++) r->last[i] = b->positions[bidirectional ? end - 1 : i];
     }
 }
 
@@ -28,10 +30,20 @@ static void merge(const tl_cpu_run *r, float *into, const float *out, float max,
     tl_isa()->merge(into, into + r->v_stride, into + r->v_stride + 1, out, max, sum, r->v_stride);
 }
 
-// The first position that a token attends to in a layer.
-static int first_seen(const tl_cpu_run *r, int position) {
+// The first position that a token attends to in a layer, and the last.
+static int first_seen(const tl_cpu_run *r, int token) {
     const int window = r->base.model->layers[r->layer].window;
-    return window ? tl_max(0, position + 1 - window) : 0;
+    return window ? tl_max(0, r->base.batch->positions[token] + 1 - window) : 0;
+}
+
+static int last_seen(const tl_cpu_run *r, int token) {
+    const int window = r->base.model->layers[r->layer].window, position = r->base.batch->positions[token];
+    return window && r->last[token] - position >= window ? position + window - 1 : r->last[token];
+}
+
+// Of a tile's column.
+static int token_of(const tl_cpu_run *r, const tl_tile *tile, int column) {
+    return tile->token + (tile->first + column) / r->group;
 }
 
 // A unit's work: one tile, one kv head, and one split: a segment, or all of them.
@@ -43,16 +55,17 @@ typedef struct span {
 static span span_of(const tl_cpu_run *r, int unit) {
     const int n_kv_heads = r->base.model->config.n_kv_heads, split = unit % r->n_splits;
     const tl_tile *tile = &r->tiles[unit / r->n_splits / n_kv_heads];
-    const int seen = first_seen(r, r->base.batch->positions[tile->token + tile->first / r->group]) / TL_SEGMENT;
-    return (span){tile, unit / r->n_splits % n_kv_heads, split, tl_max(r->n_splits > 1 ? split : 0, seen),
-                  tl_min(r->n_splits > 1 ? split + 1 : tile->n_segments, tile->n_segments)};
+    const int first = first_seen(r, token_of(r, tile, 0)) / TL_SEGMENT;
+    const int end = last_seen(r, token_of(r, tile, tile->n - 1)) / TL_SEGMENT + 1;
+    return (span){tile, unit / r->n_splits % n_kv_heads, split, tl_max(r->n_splits > 1 ? split : 0, first),
+                  r->n_splits > 1 ? tl_min(split + 1, end) : end};
 }
 
 // The pages of a segment, as far as the tile's last column sees: its keys, and its values.
 static void find_pages(const tl_cpu_run *r, const span *at, int segment, const uint8_t **k, const uint8_t **v) {
     const tl_cache *cache = r->base.cache;
-    const int last_token = at->tile->token + (at->tile->first + at->tile->n - 1) / r->group;
-    const int first = segment * (TL_SEGMENT / TL_PAGE), last = r->base.batch->positions[last_token] / TL_PAGE;
+    const int first = segment * (TL_SEGMENT / TL_PAGE);
+    const int last = last_seen(r, token_of(r, at->tile, at->tile->n - 1)) / TL_PAGE;
     const int32_t *pages = tl_cpu_pages(r, at->tile->token);
     for (int i = 0; i < TL_SEGMENT / TL_PAGE && first + i <= last; i++) {
         k[i] = tl_cache_head(cache, pages[first + i], r->base.model->layers[r->layer].place, at->kv_head);
@@ -63,17 +76,17 @@ static void find_pages(const tl_cpu_run *r, const span *at, int segment, const u
 static void attend_unit(void *data, int unit, int thread) {
     tl_cpu_run *r = data;
     const tl_config *c = &r->base.model->config;
-    const tl_batch *b = r->base.batch;
     const span at = span_of(r, unit);
     const tl_tile *tile = at.tile;
     size_t q[TL_COLUMNS]; // where a column's query begins among all the call's
     float *running[TL_COLUMNS];
-    int positions[TL_COLUMNS];
+    int first[TL_COLUMNS], end[TL_COLUMNS]; // the positions that it sees
     for (int i = 0; i < tile->n; i++) {
-        const int token = tile->token + (tile->first + i) / r->group;
+        const int token = token_of(r, tile, i);
         const int head = at.kv_head * r->group + (tile->first + i) % r->group;
         q[i] = (size_t)token * r->q_width + (size_t)head * (size_t)c->head_dim;
-        positions[i] = b->positions[token];
+        first[i] = first_seen(r, token);
+        end[i] = last_seen(r, token) + 1;
         running[i] = running_result(r, token, head, at.split);
         memset(running[i], 0, ((size_t)r->v_stride + 2) * sizeof(float));
         running[i][r->v_stride] = -INFINITY;
@@ -85,8 +98,8 @@ static void attend_unit(void *data, int unit, int thread) {
             .head_dim = c->head_dim, .v_stride = r->v_stride, .type = r->base.cache->type, .cap = c->attention_cap};
         int column[TL_COLUMNS];
         for (int i = 0; i < tile->n; i++) { // those that see something of the segment
-            const int to = tl_min(positions[i] + 1 - s * TL_SEGMENT, TL_SEGMENT), n = segment.n_columns;
-            const int from = tl_max(first_seen(r, positions[i]) - s * TL_SEGMENT, 0);
+            const int to = tl_min(end[i] - s * TL_SEGMENT, TL_SEGMENT), n = segment.n_columns;
+            const int from = tl_max(first[i] - s * TL_SEGMENT, 0);
             if (to <= from) continue;
             segment.q[n] = r->base.q + q[i];
             segment.q8[n] = r->in.q + q[i];
@@ -111,8 +124,8 @@ static void attend_unit(void *data, int unit, int thread) {
 static void attend_finish(void *data, int t, int thread) {
     tl_cpu_run *r = data;
     const tl_config *c = &r->base.model->config;
-    const int position = r->base.batch->positions[t], first = tl_max(1, first_seen(r, position) / TL_SEGMENT);
-    const int n_splits = r->n_splits > 1 ? position / TL_SEGMENT + 1 : 1;
+    const int first = tl_max(1, first_seen(r, t) / TL_SEGMENT);
+    const int n_splits = r->n_splits > 1 ? last_seen(r, t) / TL_SEGMENT + 1 : 1;
     const float *sinks = r->base.model->layers[r->layer].sinks;
     float *none = r->part + (size_t)thread * TL_COLUMNS * (size_t)r->v_stride; // what a sink stands for: no value
     if (sinks) memset(none, 0, (size_t)r->v_stride * sizeof(float));

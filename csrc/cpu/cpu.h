@@ -12,7 +12,7 @@
 
 // Queries that share a sequence and a kv head: columns [first, first + n) of (tokens, from `token` on) x (heads of the group).
 typedef struct tl_tile {
-    int token, first, n, n_segments;
+    int token, first, n;
 } tl_tile;
 
 // Which experts a batch's tokens go to. A row is one token's visit to one expert: n * n_experts_used of them, those of
@@ -40,6 +40,7 @@ typedef struct tl_cpu_run {
     float *visits;            // [rows, dim] what experts read, then what they give
     tl_activations in;        // what the products read
     tl_tile *tiles;           // [n_tiles], the same for every kv head
+    int *last;                // [n] the last position that a token may attend to, whatever the layer's window
     float *partial;           // [n, heads, n_splits] of v_stride sums, maximum, sum of weights (16 floats apart)
     float *part;              // [threads, 8, v_stride] one segment's result
     size_t q_width, kv_width; // heads * head_dim, kv heads * head_dim

@@ -43,6 +43,7 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     PLACE(routing.first_row, int, experts + 1);
     PLACE(routing.active, int, experts);
     PLACE(tiles, tl_tile, n * (size_t)r->group);
+    PLACE(last, int, n);
     PLACE(partial, float, n *(size_t)c->n_heads *(size_t)r->n_splits *((size_t)r->v_stride + 16));
     PLACE(part, float, (size_t)b->threads * TL_COLUMNS * (size_t)r->v_stride);
     return used;

@@ -39,8 +39,9 @@ struct head_norm {
 };
 
 // Queries of one sequence and kv head: columns [first, first + n) of (tokens, from `token` on) x (heads of the group).
+// last: the sequence's last position in the call.
 struct attend_tile {
-    int token, first, n, n_segments, sequence;
+    int token, first, n, last, sequence;
 };
 
 struct attend_arguments {
@@ -58,13 +59,14 @@ struct attend_arguments {
     size_t head_at, k_bytes, v_bytes; // the layer's first head in a page; a head's keys, values
     int n_kv_heads, group, head_dim, v_stride, rope_dim;
     page_kind kind;
-    int window;     // positions a token attends to, itself among them; 0: all
-    float cap;      // scores become cap * tanh(score / cap); 0: as they are
-    bool stores;    // every sequence has one token here: its block stores the key and value as well
-    bool staged;    // F16_FRAGMENTS and one segment a block: all its keys and values are fetched at once
-    int n_splits;   // blocks a tile at most; 1: a block goes through all segments
-    float *partial; // [tiles, kv heads, splits] of PARTIAL_SIZE floats
-    int *arrived;   // [tiles, kv heads], zeros between kernels
+    int window;         // positions a token attends to, itself among them; 0: all
+    float cap;          // scores become cap * tanh(score / cap); 0: as they are
+    bool bidirectional; // tokens attend to those behind them, too
+    bool stores;        // every sequence has one token here: its block stores the key and value as well
+    bool staged;        // F16_FRAGMENTS and one segment a block: all its keys and values are fetched at once
+    int n_splits;       // blocks a tile at most; 1: a block goes through all segments
+    float *partial;     // [tiles, kv heads, splits] of PARTIAL_SIZE floats
+    int *arrived;       // [tiles, kv heads], zeros between kernels
 };
 
 BOTH size_t partial_size(int v_stride) { return (size_t)TOKENS * ((size_t)v_stride + 2); }
@@ -345,18 +347,22 @@ DEVICE void merge_factors(float &max, float &sum, float part_max, float part_sum
     max = top;
 }
 
-// The first position that a token attends to.
+// The first position that a token attends to, and the last, that of its sequence being `last`.
 DEVICE int first_seen(const attend_arguments &a, int position) {
     return a.window > 0 && position >= a.window ? position + 1 - a.window : 0;
 }
-DEVICE bool sees(const attend_arguments &a, int position, int segment) {
-    return segment * SEGMENT <= position && segment >= first_seen(a, position) / SEGMENT;
+DEVICE int last_seen(const attend_arguments &a, int position, int last) {
+    if (!a.bidirectional) return position;
+    return a.window > 0 && last - position >= a.window ? position + a.window - 1 : last;
+}
+DEVICE bool sees(const attend_arguments &a, int position, int last, int segment) {
+    return segment <= last_seen(a, position, last) / SEGMENT && segment >= first_seen(a, position) / SEGMENT;
 }
 
 // The tile's last block: every column's parts from `begin` on in ascending order. A chunk of parts at a time, factors
 // first, so that the loads of the sums do not wait for each other.
 #define MERGE_PARTS 16
-DEVICE void merge_parts(const attend_arguments &a, const attend_shared &s, const attend_tile &tile, int begin,
+DEVICE void merge_parts(const attend_arguments &a, const attend_shared &s, const attend_tile &tile, int begin, int end,
                         const float *partial) {
     const size_t size = partial_size(a.v_stride);
     float *factors = s.p; // [MERGE_PARTS][2][8]
@@ -366,15 +372,15 @@ DEVICE void merge_parts(const attend_arguments &a, const attend_shared &s, const
         max = s.max[column_of];
         sum = s.sum[column_of];
     }
-    for (int first = begin; first < tile.n_segments; first += MERGE_PARTS) {
-        const int n = tile.n_segments - first < MERGE_PARTS ? tile.n_segments - first : MERGE_PARTS;
+    for (int first = begin; first < end; first += MERGE_PARTS) {
+        const int n = end - first < MERGE_PARTS ? end - first : MERGE_PARTS;
         block_barrier();
         if (column_of < tile.n) {
             const int position = a.positions[tile.token + (tile.first + column_of) / a.group];
             for (int i = 0; i < n; i++) {
                 const float *part = partial + (size_t)(first + i) * size;
                 float old_factor = 1, new_factor = 0;
-                if (sees(a, position, first + i))
+                if (sees(a, position, tile.last, first + i))
                     merge_factors(max, sum, load_fresh(part + column_of), load_fresh(part + TOKENS + column_of),
                                   old_factor, new_factor);
                 factors[(2 * i) * TOKENS + column_of] = old_factor;
@@ -389,7 +395,7 @@ DEVICE void merge_parts(const attend_arguments &a, const attend_shared &s, const
             float out = s.out[i];
             UNROLL_BY(8)
             for (int j = 0; j < n; j++)
-                if (sees(a, position, first + j))
+                if (sees(a, position, tile.last, first + j))
                     out = fmaf(out, factors[2 * j * TOKENS + column],
                                load_fresh(partial + (size_t)(first + j) * size + 2 * TOKENS + i) *
                                    factors[(2 * j + 1) * TOKENS + column]);
@@ -407,14 +413,15 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
     const attend_tile tile = a.tiles[block_x()];
     const int kv_head = block_y(), split = block_z();
     const int oldest = first_seen(a, a.positions[tile.token]); // the farthest back that a column looks
-    const int begin = oldest / SEGMENT;                        // segments wholly behind the window are nobody's
-    if (a.n_splits > 1 && (split < begin || split >= tile.n_segments)) return;
+    const int last_position =                                  // the farthest ahead
+        last_seen(a, a.positions[tile.token + (tile.first + tile.n - 1) / a.group], tile.last);
+    const int begin = oldest / SEGMENT, end = last_position / SEGMENT + 1; // segments that nobody sees are nobody's
+    if (a.n_splits > 1 && (split < begin || split >= end)) return;
     attend_shared s;
     place_attend(&s, shared_memory(), a.kind, a.head_dim, a.v_stride);
 
-    const int first = a.n_splits > 1 ? split : begin, last = a.n_splits > 1 ? split + 1 : tile.n_segments;
-    const int last_position = a.positions[tile.token + (tile.first + tile.n - 1) / a.group]; // the farthest
-    const bool stores = a.stores && last == tile.n_segments;
+    const int first = a.n_splits > 1 ? split : begin, last = a.n_splits > 1 ? split + 1 : end;
+    const bool stores = a.stores && last == end;
     int n_blocks = (last_position - first * SEGMENT) / 16 + 1; // of the segment, where it is staged
     if (n_blocks > SEGMENT / 16) n_blocks = SEGMENT / 16;
     const int first_block = first > begin ? 0 : oldest % SEGMENT / 16;
@@ -465,7 +472,7 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
             if (column < tile.n) {
                 const int position = a.positions[tile.token + (tile.first + column) / a.group];
                 seen_from = first_seen(a, position) - segment * SEGMENT;
-                seen_to = position + 1 - segment * SEGMENT;
+                seen_to = last_seen(a, position, tile.last) + 1 - segment * SEGMENT;
             }
             softmax(a, s, column, seen_from, seen_to < to ? seen_to : to);
         }
@@ -502,14 +509,14 @@ KERNEL(ATTEND_THREADS, 4) attend(const GRID_CONSTANT attend_arguments a) {
         memory_fence();
         block_barrier();
         if (thread_id() == 0) {
-            const bool is_last = atomic_add(arrived, 1) == tile.n_segments - begin - 1;
+            const bool is_last = atomic_add(arrived, 1) == end - begin - 1;
             if (is_last) *arrived = 0;
             all[0] = is_last ? 1.0f : 0.0f;
         }
         block_barrier();
         if (all[0] == 0.0f) return;
         memory_fence();
-        merge_parts(a, s, tile, begin, partial);
+        merge_parts(a, s, tile, begin, end, partial);
     }
     for (int i = thread_id(); i < tile.n * a.head_dim; i += ATTEND_THREADS) {
         const int column = i / a.head_dim, d = i % a.head_dim;

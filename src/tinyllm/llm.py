@@ -42,11 +42,12 @@ from tinyllm.chat.tools import (
 from tinyllm.chat.tools.schema import Tool
 from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pooling
 from tinyllm.constraints import Form, Grammar, Vocabulary, form_of, form_of_calls
-from tinyllm.engine import saved
+from tinyllm.engine import reranking, saved
 from tinyllm.engine.breakers import breaker_ids
 from tinyllm.engine.choosing import choose, require_finite
-from tinyllm.engine.embedding import vectors
+from tinyllm.engine.embedding import Text, vectors
 from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece
+from tinyllm.engine.heads import Heads
 from tinyllm.engine.kvcache import KVCache, Sequence, root_key
 from tinyllm.engine.loop import Inbox, Loop
 from tinyllm.engine.needs import cache_pages, call_tokens
@@ -123,6 +124,7 @@ class LLM:
         chat_template: ChatTemplate | None = None,
         defaults: GenerationDefaults | None = None,
         embedding: EmbeddingDefaults | None = None,
+        heads: Heads | None = None,
         *,
         name: str = "the model",
         formats: Mapping[str, int] | None = None,
@@ -145,6 +147,7 @@ class LLM:
         self.eos_ids = frozenset(defaults.eos_ids) | (tokenizer.eos_ids if tokenizer else frozenset())
         self.defaults = asdict(defaults)
         self.embedding, self._said_long = embedding or EmbeddingDefaults(), False
+        self._heads = heads or Heads()
         self._breakers: tuple[SequenceOf[str], list[list[int]]] = ((), [])  # the last strings, and their ids
         n_pages = cache_pages(config)
         max_pages = max_pages or n_pages
@@ -163,7 +166,7 @@ class LLM:
             self._cache,
             vocab_size=config.vocab_size,
             context=config.context,
-            chunk=self.chunk,
+            chunk=min(self.chunk, CHUNK),
             call_s=call_s,
             threads=model.threads,
         )
@@ -670,24 +673,32 @@ class LLM:
         *,
         pooling: Pooling | None = None,
         normalize: bool | None = None,
+        prompt: str | None = None,
         instruction: str | None = None,
         special: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        cancel: Cancel | None = None,
     ) -> npt.NDArray[np.float32]:
-        """What the model makes of whole texts, as vectors: float32 [n, dim], or [dim] for one text.
+        """What the model makes of whole texts, as vectors: float32 [n, embedding_dim], or [embedding_dim] for
+        one text.
 
         A text has the ids that the tokenizer gives it with what its files put around (BOS, and EOS where they
         say add_eos_token). Of each token it takes what the output matrix reads, the last layer's activations
-        after the final norm. pooling: "mean" of all tokens, "last" or "cls" (the first); None: what the
-        model's files say (GGUF's pooling_type, sentence-transformers' modules.json), "mean" where they say
-        nothing. normalize: to length 1, so that a product of two is their cosine; None: whether the files
-        have such a step. instruction: put in front of every text; None: what the files put there unasked.
-        `embedding.prompts` has those that the makers name. Texts share calls; the bits are those of each text
-        alone.
+        after the final norm. pooling: "mean" of all tokens, "last", "cls" (the first), "max" of each number,
+        "weightedmean" (the later, the more) or "mean_sqrt_len_tokens" (the sum over the root of their
+        number); None: what the model's files say (GGUF's pooling_type, sentence-transformers' modules.json),
+        "mean" where they say nothing. Behind that come the files' dense layers. normalize: to length 1, so
+        that a product of two is their cosine; None: whether the files have such a step. prompt: the name of
+        one of the makers' instructions, `embedding.prompts`, such as "query"; instruction: a text of one's
+        own; it goes in front of every text; None: what the files put there unasked. progress: called with
+        (tokens computed, of how many). cancel: asked as in a call. Texts share calls; the bits are those of
+        each text alone.
 
         Raises UnsupportedError where the files ask for vectors that are not made here (a reranker's scores, a
-        Dense step, ...) and `pooling` does not say otherwise; ArgumentError, ContextError, and
-        MemoryLimitError with the numbers, before anything is computed; ModelClosedError; FormatError for a
-        broken model, which computes what is not finite.
+        vector a token, ...) and `pooling` does not say otherwise; ArgumentError, ContextError (also for a
+        model that attends to both sides and does not take a text in one call), and MemoryLimitError with the
+        numbers, before anything is computed; CancelledError; ModelClosedError; FormatError for a broken
+        model, which computes what is not finite.
 
             a, b = llm.embed(["A cat sat.", "A dog ran."], normalize=True); a @ b
         """
@@ -698,44 +709,126 @@ class LLM:
             pooling = said.pooling or "mean"
         elif pooling not in POOLINGS:
             raise ArgumentError(f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}")
-        texts = [prompts] if _is_prompt(prompts) else list(cast("SequenceOf[Prompt]", prompts))
-        texts = self._instructed(texts, instruction)
-        normalize = said.normalize if normalize is None else normalize
-        with out_of_memory(f"computing vectors of {len(texts)} texts"):
-            out = np.empty((len(texts), self.config.dim), np.float32)
-            ids = [self._fit(self._ids(text, special)) for text in texts]
-            longest = max(map(len, ids), default=0)
-            if said.max_tokens and longest > said.max_tokens and not self._said_long:
-                self._said_long = True
-                log.warning(
-                    "%s: a text of %d tokens is taken whole; its makers cut texts after %d (max_seq_length)",
-                    self.name, longest, said.max_tokens,
-                )  # fmt: skip
-            with np.errstate(over="ignore", invalid="ignore"):  # said in our words
-                of_texts = vectors(self.model, ids, pooling, cache_type=self.cache_type, chunk=self.chunk)
-                for i, vector in enumerate(of_texts):
-                    out[i] = vector
+        before = self._instruction(prompt, instruction)
+        given = [prompts] if _is_prompt(prompts) else list(cast("SequenceOf[Prompt]", prompts))
+        if (prompt or instruction) and not all(isinstance(text, str) for text in given):
+            raise ArgumentError(
+                "an instruction goes before texts: leave it out for token ids, or put it in them"
+            )
+        heads = Heads() if said.refused else self._heads
+        with out_of_memory(f"computing vectors of {len(given)} texts"):
+            texts = [self._embedded(text, before, special) for text in given]
+            out = np.empty((len(texts), heads.dim(self.config.dim)), np.float32)
+            for first, pooled in self._pooled(texts, pooling, progress, cancel):
+                with np.errstate(over="ignore", invalid="ignore"):  # said in our words
+                    out[first : first + len(pooled)] = heads.behind_pooling(pooled)
             require_finite(out)
-            if normalize:
+            if said.normalize if normalize is None else normalize:
                 length = np.sqrt((out.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
                 out = (out / np.maximum(length, 1e-30)).astype(np.float32)
         return out[0] if _is_prompt(prompts) else out
 
-    def _instructed(self, texts: list[Prompt], instruction: str | None) -> list[Prompt]:
-        """Ids are taken as they are, and an instruction for them is refused."""
-        before = self.embedding.instruction if instruction is None else instruction
+    def rerank(
+        self,
+        query: str,
+        texts: SequenceOf[str],
+        *,
+        instruction: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        cancel: Cancel | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """How well each text answers a query, by a reranker: float32 [n], from 0 to 1, the share of "yes" in
+        what it says beside "no". A search by vectors finds many texts fast; this reads each one together with
+        the query. instruction: what a good answer is, in place of the makers' words. progress, cancel: as in
+        `embed`.
+
+        Raises UnsupportedError for a model whose files do not say that it is a reranker; ArgumentError,
+        ContextError, MemoryLimitError, CancelledError, ModelClosedError and FormatError as `embed`.
+
+            scores = llm.rerank("Who wrote it?", texts); best = texts[scores.argmax()]
+        """
+        said, tokenizer = self.embedding, self.tokenizer
+        if self._heads.labels is None:
+            why = "its files do not say that it is a reranker; embed makes vectors to compare"
+            raise UnsupportedError(f"{self.name}: {said.refused or why}")
+        if tokenizer is None:
+            raise ArgumentError(f"{self.name} has no tokenizer, which a query and its texts need")
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in (query, *texts)):
+            raise TypeError("rerank takes a query, a str, and a list of texts")
+        asked = [
+            reranking.of_template(said.judges, tokenizer, query, text, instruction)
+            if said.judges
+            else reranking.of_conversation(
+                self._prompts_of(None), query, text, said.instruction if instruction is None else instruction
+            )
+            for text in texts
+        ]
+        with out_of_memory(f"reading {len(asked)} texts"):
+            out = np.empty(len(asked), np.float32)
+            given = [Text(self._fit(self._ids(ids, False))) for ids in asked]
+            for first, last in self._pooled(given, "last", progress, cancel):
+                out[first : first + len(last)] = self._heads.scores(last)
+            require_finite(out)
+        return out
+
+    @property
+    def is_reranker(self) -> bool:
+        """Whether `rerank` is what it is for."""
+        return self._heads.labels is not None
+
+    @property
+    def embedding_dim(self) -> int:
+        """Numbers of a vector that `embed` makes."""
+        return self._heads.dim(self.config.dim)
+
+    def _pooled(
+        self,
+        texts: SequenceOf[Text],
+        pooling: Pooling,
+        progress: Callable[[int, int], None] | None,
+        cancel: Cancel | None,
+    ) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+        """Pooled vectors, [n, dim], and of which text the first of them is."""
+        total, first = sum(len(text.ids) for text in texts), 0
+        for done, pooled in vectors(
+            self.model, texts, pooling, cache_type=self.cache_type, chunk=self.chunk, should_stop=cancel
+        ):
+            yield first, pooled
+            first += len(pooled)
+            if progress is not None:
+                progress(done, total)
+
+    def _instruction(self, prompt: str | None, instruction: str | None) -> str:
+        """What goes before texts."""
+        named = self.embedding.prompts
+        if prompt is not None and instruction is not None:
+            raise ArgumentError("prompt= names an instruction and instruction= is one: give one of them")
+        if prompt is not None and prompt not in named:
+            there = ", ".join(map(show, named)) or "none"
+            raise ArgumentError(f"prompt is {prompt!r}; the prompts of {self.name} are: {there}")
+        before = named[prompt] if prompt is not None else instruction
+        if before is None:
+            return "" if self.is_reranker else self.embedding.instruction
         if not isinstance(before, str):
             raise TypeError(f"instruction must be str, not {type(before).__name__}")
-        if instruction and not all(isinstance(text, str) for text in texts):
-            raise ArgumentError(
-                "an instruction goes before texts: leave it out for token ids, or put it in them"
-            )
-        if before and not self.embedding.pools_instruction:
-            raise UnsupportedError(
-                f"{self.name}: its files leave the instruction out of the pooling (include_prompt), which is "
-                'not supported; pass instruction="" for vectors without one'
-            )
-        return [before + text if isinstance(text, str) else text for text in texts]
+        return before
+
+    def _embedded(self, text: Prompt, before: str, special: bool) -> Text:
+        """Ids are taken as they are."""
+        ids, first = self._ids(before + text if isinstance(text, str) else text, special), 0
+        most = self.embedding.max_tokens
+        if most and len(ids) > most and not self._said_long:
+            self._said_long = True
+            log.warning(
+                "%s: a text of %d tokens is taken whole; its makers cut texts after %d (max_seq_length)",
+                self.name, len(ids), most,
+            )  # fmt: skip
+        if before and isinstance(text, str) and not self.embedding.pools_instruction and self.tokenizer:
+            alone = self._ids(before, special)  # with what ends a text
+            first = len(alone) - (alone[-1] in self.tokenizer.special_ids)
+            if first >= len(ids):
+                raise ArgumentError(f"a text has no token behind the instruction {brief(before)}")
+        return Text(self._fit(ids), first)
 
     @property
     def cache_pages(self) -> CachePages:

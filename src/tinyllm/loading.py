@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from tinyllm import backends
 from tinyllm.backends import PAGE, CacheType
 from tinyllm.config import ModelConfig
+from tinyllm.engine.heads import read_heads
 from tinyllm.engine.needs import cache_pages, call_bytes, call_tokens
 from tinyllm.errors import (
     ArgumentError,
@@ -104,6 +105,7 @@ def load(
         done, total = 0, sum(info.n_bytes for info in files.weights.values())
         with model.upload(_to_upload(files.weights, formats)) as uploads:
             tokenizer = files.tokenizer  # read while weights are packed
+            heads = read_heads(files.heads, tokenizer)
             for weight in uploads:
                 done += weight.info.n_bytes
                 if progress is not None:
@@ -133,6 +135,7 @@ def load(
             files.template,
             files.defaults,
             files.embedding,
+            heads,
             name=name,
             formats=_numbers_in(files.weights, formats),
             cache_type=cache_type,

@@ -18,6 +18,7 @@ from typing import Any
 from tinyllm import hub
 from tinyllm.chat.templates import ChatTemplate, template_from_directory, template_from_gguf
 from tinyllm.config import (
+    QWEN3_RERANKER,
     EmbeddingDefaults,
     GenerationDefaults,
     ModelConfig,
@@ -40,6 +41,7 @@ from tinyllm.files import (
     user_path,
 )
 from tinyllm.files.gguf import read_gguf
+from tinyllm.files.heads import HeadTensors, heads_of_directory, heads_of_gguf, is_qwen3_reranker
 from tinyllm.files.names import Weights, map_tensors
 from tinyllm.files.safetensors import read_safetensors
 from tinyllm.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
@@ -50,7 +52,8 @@ BUNDLED = {"stories": Path(__file__).parent / "data" / "stories.gguf"}
 @dataclass(frozen=True)
 class ModelFiles:
     """A model's files, read but for the weights and the tokenizer. template None: no chat. has_output: False
-    for a model that was saved without its output matrix, which gives vectors of texts, but no logits."""
+    for a model that gives vectors of texts, or scores, but no logits: it was saved without its output matrix,
+    or attends to both sides. heads: what stands behind its pooling."""
 
     path: Path
     config: ModelConfig
@@ -60,6 +63,7 @@ class ModelFiles:
     defaults: GenerationDefaults
     embedding: EmbeddingDefaults = field(default_factory=EmbeddingDefaults)
     has_output: bool = True
+    heads: HeadTensors = field(default_factory=HeadTensors)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -135,19 +139,22 @@ def require_model(metadata: Mapping[str, Any]) -> None:
 def _read_gguf(path: Path) -> ModelFiles:
     file = read_gguf(path)
     require_model(file.metadata)
-    if "cls.output.weight" in file.tensors:
-        raise UnsupportedError("a reranker (it has cls.output.weight), whose scores are not supported")
     config = config_from_gguf(file.metadata, file.tensors)
+    embedding = embedding_from_gguf(file.metadata)
+    heads, tensors = heads_of_gguf(file.tensors, embedding, config)
     # "none" is llama.cpp's word for a model without a vocabulary.
     has_tokenizer = str(file.metadata.get("tokenizer.ggml.model", "none")) != "none"
     return ModelFiles(
         path,
         config,
-        map_tensors(file.tensors, config, "gguf"),
+        map_tensors(tensors, config, "gguf"),
         lambda: tokenizer_from_gguf(file.metadata) if has_tokenizer else None,
         template_from_gguf(file.metadata),
         generation_from_gguf(file.metadata, config.vocab_size),
-        embedding_from_gguf(file.metadata),
+        embedding,
+        # A reranker's file may lack the output matrix, and does not say so.
+        not config.bidirectional and not heads.labels,
+        heads,
     )
 
 
@@ -162,6 +169,7 @@ def _read_directory(path: Path) -> ModelFiles:
     # Where there is none, the embedding stands in its place, and nothing asks for it.
     weights = map_tensors(tensors, config if has_output else replace(config, tied=True), "hf")
     config = weights.config
+    embedding = _embedding(folder)
     advice = folder / "generation_config.json"
     generation = read_json(advice) if is_there(advice) else None
     return ModelFiles(
@@ -171,8 +179,9 @@ def _read_directory(path: Path) -> ModelFiles:
         lambda: tokenizer_from_directory(folder),
         template_from_directory(folder),
         generation_from_json(json, generation, config.vocab_size),
-        _embedding(folder),
-        has_output,
+        embedding,
+        has_output and not config.bidirectional,
+        heads_of_directory(folder, embedding, weights),
     )
 
 
@@ -180,6 +189,6 @@ def _embedding(folder: Path) -> EmbeddingDefaults:
     """What sentence-transformers wrote beside a model."""
     modules = folder / "modules.json"
     if not is_there(modules):
-        return EmbeddingDefaults()
+        return QWEN3_RERANKER if is_qwen3_reranker(folder) else EmbeddingDefaults()
     value = parse_json(read_small(modules), str(modules))
     return embedding_from_modules(value, lambda name: read_json_if_any(folder / name))

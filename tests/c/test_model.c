@@ -593,6 +593,7 @@ static void check_refused_configs(const tl_config *good) {
     BAD_CONFIG(activation = 3);
     BAD_CONFIG(qk_norm = 4);
     BAD_CONFIG(parallel = 2);
+    BAD_CONFIG(bidirectional = -1);
     BAD_CONFIG(attention_cap = -1);
     BAD_CONFIG(logit_cap = NAN);
     BAD_CONFIG(embedding_scale = INFINITY);
@@ -615,6 +616,48 @@ static void check_refused_configs(const tl_config *good) {
     BAD_CONFIG(n_experts_used = c.n_experts + 1);
     BAD_CONFIG(n_experts_used = c.n_experts ? 0 : 1);
 #undef BAD_CONFIG
+}
+
+// Tokens that attend to those behind them: a text comes whole, and neither threads nor neighbours change its bits. The
+// values are compared with sentence-transformers' in test_embed.py.
+static void check_bidirectional(void) {
+    shape s = shapes[3];
+    s.config.bidirectional = 1;
+    tl_model *model = make_model(&s);
+    static const int types[] = {0, 1, 8}, threads[] = {1, 2, 3, 7};
+    for (int k = 0; k < COUNT(types); k++) {
+        test t = {.shape = &s, .model = model, .cache = make_cache(model, types[k])};
+        static call c;
+        make_expected(&t);
+        const piece beside[] = {{0, 0, N_TOKENS}, {1, 0, 3}, {2, 0, N_TOKENS}}, late = {0, 5, 3};
+        for (int i = 0; i < COUNT(threads); i++) {
+            const piece whole = {i % 3, 0, N_TOKENS}, both[] = {beside[0], beside[2]};
+            run(&t, &whole, 1, threads[i], "both sides, threads");
+            run(&t, both, 2, threads[i], "both sides, two texts");
+        }
+        fill_call(&c, &t, beside, 3, 3);
+        float *logits = c.batch.logits = no_logits((size_t)c.batch.n), *alone = no_logits(3);
+        forward(&t, &c.batch);
+        for (int i = 0; i < c.batch.n; i++) {
+            const float *expected = t.expected + (size_t)c.positions[i] * VOCAB;
+            const int same = !memcmp(logits + (size_t)i * VOCAB, expected, VOCAB * sizeof(float));
+            CHECK(same == (c.sequences[i] != 1), "both sides: position %d of sequence %d", c.positions[i],
+                  c.sequences[i]);
+        }
+        const float *short_text = logits + (size_t)N_TOKENS * VOCAB;
+        fill_call(&c, &t, &beside[1], 1, 1);
+        c.batch.logits = alone;
+        forward(&t, &c.batch);
+        CHECK(!memcmp(alone, short_text, 3 * VOCAB * sizeof(float)), "both sides: a short text alone differs");
+        fill_call(&c, &t, &late, 1, 1);
+        tl_message message;
+        CHECK(tl_forward(model, t.cache, &c.batch, &message) == TL_ARGUMENT, "both sides: a text in pieces");
+        free(alone);
+        free(logits);
+        tl_cache_free(t.cache);
+        free(t.expected);
+    }
+    tl_model_free(model);
 }
 
 int main(void) {
@@ -644,6 +687,7 @@ int main(void) {
         tl_model_free(model);
         tl_model_free(other);
     }
+    check_bidirectional();
     tl_memory_live(&n_blocks, &n_bytes);
     CHECK(n_blocks == 0 && n_bytes == 0, "%zu blocks of %zu bytes are still allocated", n_blocks, n_bytes);
     return 0;

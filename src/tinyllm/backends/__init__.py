@@ -690,9 +690,9 @@ class Model:
             raise ArgumentError(f"layers is {between}, expected (first, last)")
         wants_logits = between[1] == self.config.n_layers if logits is None else bool(logits)
         if wants_logits and not self.has_output:
-            raise UnsupportedError(
-                "this model was saved without its output matrix: it gives vectors of texts (embed), no logits"
-            )
+            why = "was saved without its output matrix"
+            why = "attends to both sides" if self.config.bidirectional else why
+            raise UnsupportedError(f"this model {why}: it gives vectors of texts (embed), no logits")
         return self._core.forward(
             cache._core,
             tokens,

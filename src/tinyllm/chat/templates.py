@@ -278,6 +278,7 @@ def template_from_gguf(metadata: Mapping[str, Any]) -> ChatTemplate | None:
         if not isinstance(value, str):
             raise FormatError(f"{show(name)} is a {type(value).__name__}, expected a text")
     sources = {name.removeprefix(key + "."): value for name, value in stored.items()}
+    sources.pop("rerank", None)  # of a reranker: no conversation
     if key in sources:
         sources["default"] = sources.pop(key)
     tokens = metadata.get("tokenizer.ggml.tokens", ())

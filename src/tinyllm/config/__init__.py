@@ -8,6 +8,8 @@ makers advise. A feature that a file asks for and that is not known is refused, 
 
 from tinyllm.config.embedding import (
     POOLINGS,
+    QWEN3_RERANKER,
+    Activation,
     EmbeddingDefaults,
     Pooling,
     embedding_from_gguf,
@@ -31,6 +33,8 @@ __all__ = [
     "ADVISED_RANGES",
     "GGUF_KEYS",
     "POOLINGS",
+    "QWEN3_RERANKER",
+    "Activation",
     "EmbeddingDefaults",
     "GenerationDefaults",
     "ModelConfig",

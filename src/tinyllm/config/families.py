@@ -242,11 +242,11 @@ FAMILIES: dict[str, Family] = {
         norms_minus_one=True,
     ),
     "gemma3_text": Family(
-        "Gemma 3",
+        "Gemma 3, EmbeddingGemma",
         json_defaults={
             **_GEMMA2_JSON, "max_position_embeddings": 131072, "rope_theta": 1000000.0,
             "rope_local_base_freq": 10000.0, "sliding_window_pattern": None, "final_logit_softcapping": None,
-            "vocab_size": 262208,
+            "vocab_size": 262208, "use_bidirectional_attention": False,
         },
         json_ignored={"hidden_act": _TANH, "attn_logit_softcapping": ()},
         rope_by_kind=True,
@@ -292,9 +292,11 @@ _GGUF_NAMES = {
     "command-r": "cohere",
     "mistral3": "ministral3",
 }
+# Likewise of those whose tokens attend to both sides.
+_GGUF_BIDIRECTIONAL = {"gemma-embedding": "gemma3_text", "llama-embed": "llama"}
 # Model types that GGUF files do not know by a name of their own.
 _WRITTEN_AS = {"mistral": "llama", "ministral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
-SUPPORTED = tuple(dict.fromkeys((*FAMILIES, *_GGUF_NAMES)))
+SUPPORTED = tuple(dict.fromkeys((*FAMILIES, *_GGUF_NAMES, *_GGUF_BIDIRECTIONAL)))
 
 # What says nothing about logits in any family's config.json, by the reason why.
 _JSON_HARMLESS: dict[str, tuple[str, ...]] = {
@@ -348,7 +350,7 @@ OUTER_HARMLESS: dict[str, str] = dict.fromkeys(
 def family(architecture: Any, source: Source) -> Family:
     """The family that a file names; raises UnsupportedError with the list of those there are."""
     name = architecture if isinstance(architecture, str) else ""
-    name = _GGUF_NAMES.get(name, name) if source == "gguf" else name
+    name = (_GGUF_NAMES | _GGUF_BIDIRECTIONAL).get(name, name) if source == "gguf" else name
     if name not in FAMILIES:
         raise UnsupportedError(
             f"architecture {str(architecture)[:80]!r} is not supported; supported: {', '.join(SUPPORTED)}"
@@ -356,10 +358,17 @@ def family(architecture: Any, source: Source) -> Family:
     return FAMILIES[name]
 
 
-def gguf_architecture(model_type: str) -> str:
+def gguf_architecture(model_type: str, bidirectional: bool = False) -> str:
     """The general.architecture under which GGUF files hold models of this model_type."""
     names = {kind: name for name, kind in _GGUF_NAMES.items()} | _WRITTEN_AS
-    return names.get(model_type, model_type)
+    name = names.get(model_type, model_type)
+    alike = (other for other, kind in _GGUF_BIDIRECTIONAL.items() if FAMILIES[kind] is family(name, "gguf"))
+    return next(alike, name) if bidirectional else name
+
+
+def is_bidirectional(architecture: str) -> bool:
+    """Whether a GGUF file's general.architecture says so by itself. Those of llama-embed have a key."""
+    return architecture == "gemma-embedding"
 
 
 def layer_windows(n_layers: int, window: int, period: int | list[bool]) -> tuple[int, ...]:

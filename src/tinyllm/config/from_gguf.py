@@ -13,7 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tinyllm.config.families import Family, family, head_dim_of, layer_ropes, layer_windows
+from tinyllm.config.families import (
+    Family,
+    family,
+    head_dim_of,
+    is_bidirectional,
+    layer_ropes,
+    layer_windows,
+)
 from tinyllm.config.fields import Fields, brief
 from tinyllm.config.model import ModelConfig, bounded
 from tinyllm.config.rope import as_float32, linear, yarn, yarn_scale
@@ -26,6 +33,11 @@ GGUF_HARMLESS: dict[str, str] = {
     "tensor_data_layout": "names the layout that a converter found, not the one it wrote",
     "vocab_size": "where there are tokens, they are counted; without, it is obeyed",
     "pooling_type": "how embeddings are made of the hidden states",
+    "classifier.output_labels": "what the rows of a reranker's head stand for",
+    **dict.fromkeys(
+        ("dense_2_feat_in", "dense_2_feat_out", "dense_3_feat_in", "dense_3_feat_out"),
+        "sizes of what stands behind the pooling, which its tensors have",
+    ),
     _FINETUNED: "llama.cpp shows it and does no more; a Granite is asked for its RoPE by it, which is obeyed",
 }
 
@@ -109,8 +121,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         factors = multiplied(factors, "rope_factors_short.weight", tensors, rope_dim)
         if original_context is None:
             raise FormatError(f"{prefix}rope.scaling.original_context_length is missing")
-    if not fields.flag("attention.causal", True):
-        raise UnsupportedError(f"attention that is not causal ({prefix}attention.causal) is not supported")
+    bidirectional = not fields.flag("attention.causal", not is_bidirectional(architecture))
 
     def own(field: str, default: float) -> float:
         """A number that only some families know; elsewhere its key is unknown."""
@@ -125,7 +136,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         )
     windows = layer_windows(
         n_layers,
-        fields.whole("attention.sliding_window", 0),
+        _gguf_window(fields, row, bidirectional),
         _gguf_period(fields, n_layers, row.window_period),
     )
     config = ModelConfig(
@@ -152,6 +163,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         residual_scale=own("residual_scale", 1.0) or 1.0,
         logit_scale=1 / logit_scale if row.divides_logits else logit_scale,
         query_growth=own("query_growth", 0.0),
+        bidirectional=bidirectional,
         windows=windows,
         long_rope_factors=long_factors,
         **_gguf_feed_forward(fields, row),
@@ -182,7 +194,10 @@ def config_to_gguf(config: ModelConfig, architecture: str) -> dict[str, Any]:
     if row.divides_logits:
         keys[GGUF_OWN["logit_scale"]] = 1 / config.logit_scale
     if any(config.windows):
-        keys["attention.sliding_window"] = max(config.windows)
+        window = max(config.windows)
+        keys["attention.sliding_window"] = 2 * (window - 1) if config.bidirectional else window
+    if config.bidirectional:
+        keys["attention.causal"] = False
     return {
         **{key: value for key, value in keys.items() if value is not None},
         "attention.value_length": config.head_dim,
@@ -205,6 +220,20 @@ def _gguf_scale(architecture: str, n_layers: int, dim: int, n_heads: int, head_d
     largest of Gemma 2 (46 layers) and of Gemma 3 (62) divide by the root of dim / n_heads instead."""
     largest = (architecture, n_layers) in (("gemma2", 46), ("gemma3", 62))
     return 1 / math.sqrt(dim / n_heads if largest else head_dim)
+
+
+def _gguf_window(fields: Fields, row: Family, bidirectional: bool) -> int:
+    """The positions that a window reaches to one side, the token itself among them: of models that look to
+    both, files of Gemma state the whole."""
+    size = fields.whole("attention.sliding_window", 0)
+    if not size or not bidirectional:
+        return size
+    if "use_bidirectional_attention" not in row.json_defaults:
+        raise UnsupportedError(
+            f"a window ({fields.prefix}attention.sliding_window) beside attention to both sides is supported "
+            "for Gemma 3 alone"
+        )
+    return size // 2 + 1
 
 
 def _gguf_period(fields: Fields, n_layers: int, default: int) -> int | list[bool]:

@@ -80,8 +80,6 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
     context = bounded("context", fields.whole("max_position_embeddings"))
     head_dim = bounded("head_dim", fields.whole("head_dim", head_dim_of(dim, n_heads)))
     _check_activation(fields, row)
-    if not fields.flag("is_causal", True):
-        raise UnsupportedError("attention that is not causal (is_causal) is not supported")
 
     def own(key: str, default: float) -> float:
         """A number that only some families know; elsewhere its key is unknown."""
@@ -93,6 +91,7 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
     rope = json_rope(fields, config, row, head_dim, context)
     ropes = _json_no_ropes(fields, n_layers) if row.no_rope_interval else ()
     windows = _json_windows(fields, row, n_layers, ropes) if "sliding_window" in row.json_defaults else ()
+    bidirectional = not fields.flag("is_causal", True) or own_flag("use_bidirectional_attention")
     attention_bias = own_flag("attention_bias")
     divisor = max(own("query_pre_attn_scalar", head_dim), 0.0)
     logits_scaling = own("logits_scaling", 1.0)
@@ -126,6 +125,7 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
         residual_scale=own("residual_multiplier", 1.0),
         logit_scale=own("logit_scale", 1.0) / logits_scaling,
         query_growth=rope.query_growth,
+        bidirectional=bidirectional,
         windows=windows,
         long_rope_factors=rope.long_factors,
         **_json_feed_forward(fields, row),
@@ -196,6 +196,15 @@ def _json_feed_forward(fields: Fields, row: Family) -> dict[str, Any]:
     }
 
 
+def _window_size(fields: Fields, row: Family) -> int:
+    """The positions that a window reaches to one side, the token itself among them. transformers halves
+    what a Gemma 3 says that looks to both; of other models it lets both sides see one more."""
+    size = fields.whole("sliding_window", 0)
+    if size and "use_bidirectional_attention" in row.json_defaults:
+        size = size // 2 + 1 if fields.flag("use_bidirectional_attention", False) else size
+    return size + 1 if size and not fields.flag("is_causal", True) else size
+
+
 _WINDOW_KEYS = (
     "use_sliding_window", "layer_types", "max_window_layers", "sliding_window_pattern",
     "_sliding_window_pattern",
@@ -205,7 +214,7 @@ _WINDOW_KEYS = (
 def _json_windows(fields: Fields, row: Family, n_layers: int, ropes: tuple[Any, ...]) -> tuple[int, ...]:
     """Windows by layer, by those of the keys that the family's class reads. Of the others it warns where they
     would make a difference."""
-    size = fields.whole("sliding_window", 0)
+    size = _window_size(fields, row)
     said = {key: fields.get(key) for key in _WINDOW_KEYS if fields.get(key) is not None}
     read = {key: value for key, value in said.items() if key in row.json_defaults}
     windows = _windows(Fields(read), row, size, n_layers, ropes)

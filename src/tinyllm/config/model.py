@@ -96,6 +96,7 @@ class ModelConfig:
     # Queries and keys normed before RoPE: head by head, with the same or with its own weights, or as a whole
     qk_norm: Literal["head", "heads", "all"] | None = None
     parallel: bool = False  # attention and feed-forward read the same x
+    bidirectional: bool = False  # tokens attend to those behind them, too: a text is computed in one call
     attention_cap: float = 0.0  # scores become cap * tanh(score / cap); 0: none
     logit_cap: float = 0.0  # likewise the logits, after logit_scale
     embedding_scale: float = 1.0
@@ -105,7 +106,7 @@ class ModelConfig:
     query_growth: float = 0.0
     windows: tuple[
         int, ...
-    ] = ()  # by layer: positions a token attends to, itself among them; 0: all. (): all 0
+    ] = ()  # by layer: positions a token attends to (to either side), itself among them; 0: all. (): all 0
     ropes: tuple[Literal["usual", "local", "none"], ...] = ()  # by layer; (): all usual
     local_rope_theta: float | None = None  # of "local" layers, which have neither factors nor rope_scale
     long_rope_factors: tuple[float, ...] | None = None  # in place of rope_factors past original_context

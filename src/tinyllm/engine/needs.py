@@ -33,6 +33,7 @@ def call_bytes(config: ModelConfig, n: int) -> int:
 
 def call_tokens(config: ModelConfig, weight_bytes: int) -> int:
     """Tokens of a call at most, which change no result: CHUNK, but where a few weights ask for activations by
-    the gigabyte no more than take what the weights do, or 64 MB."""
-    room = max(weight_bytes, SCRATCH_BYTES)
-    return CHUNK if call_bytes(config, CHUNK) <= room else max(1, room // call_bytes(config, 1))
+    the gigabyte no more than take what the weights do, or 64 MB. A model that attends to both sides takes a
+    text in one call, so that it is the longest text that may be had."""
+    room, most = max(weight_bytes, SCRATCH_BYTES), config.context if config.bidirectional else CHUNK
+    return most if call_bytes(config, most) <= room else max(1, room // call_bytes(config, 1))

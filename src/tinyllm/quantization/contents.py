@@ -97,20 +97,22 @@ def _of_directory(path: Path) -> Contents:
     files = read_model(path)
     folder = path if path.is_dir() else path.parent
     config = files.config
-    architecture = gguf_architecture(config.architecture)
+    architecture = gguf_architecture(config.architecture, config.bidirectional)
     rope, vectors = _rope(read_json(folder / "config.json"), config)
-    tensors = _tensors(files, architecture) | {name: _from_values(v) for name, v in vectors.items()}
+    heads, behind = _heads(files, architecture)
+    tensors = _tensors(files, architecture) | {name: _from_values(v) for name, v in vectors.items()} | behind
     metadata: dict[str, Any] = {
         "general.architecture": architecture,
         "general.type": "model",
         "general.name": folder.resolve().name,
         **{f"{architecture}.{k}": v for k, v in (config_to_gguf(config, architecture) | rope).items()},
         **{f"{architecture}.{k}": v for k, v in embedding_to_gguf(files.embedding).items()},
+        **heads,
         **generation_to_gguf(files.defaults, config.context),
         **(tokenizer_to_gguf(folder) or {"tokenizer.ggml.model": "none"}),
     }
     _check(folder, config, metadata, tensors, vectors)
-    _warn_of_unsaid(files, architecture)
+    _warn_of_unsaid(files, architecture, behind)
     template = template_from_directory(folder)
     if template is not None:
         metadata["tokenizer.chat_template"] = template.source
@@ -201,6 +203,31 @@ def _tensors(files: ModelFiles, architecture: str) -> dict[str, Source]:
     return found
 
 
+def _heads(files: ModelFiles, architecture: str) -> tuple[dict[str, Any], dict[str, Source]]:
+    """Keys and tensors of what stands behind the pooling, where llama.cpp's files can have it: the dense
+    layers of EmbeddingGemma, and a reranker whose prompt is a text with places."""
+    heads, keys, tensors = files.heads, dict[str, Any](), dict[str, Source]()
+    linear = all(layer.bias is None and layer.activation == "identity" for layer in heads.dense)
+    if architecture == "gemma-embedding" and linear and len(heads.dense) <= 2:
+        for name, layer in zip(("dense_2", "dense_3"), heads.dense, strict=False):
+            tensors[f"{name}.weight"] = _from_file(layer.weight)
+            n_out, n_in = layer.weight.shape
+            keys |= {f"{architecture}.{name}_feat_in": n_in, f"{architecture}.{name}_feat_out": n_out}
+    if heads.labels and files.embedding.judges:
+        matrix, *labels = heads.labels
+        ids = [files.tokenizer.id_of(i) if isinstance(i, str) and files.tokenizer else i for i in labels]
+        if all(isinstance(i, int) for i in ids):
+            rows = np.concatenate([_rows(matrix, int(i), int(i) + 1) for i in ids])  # type: ignore[arg-type]
+            shape = (2, matrix.shape[-1])
+            tensors["cls.output.weight"] = Source(shape, matrix.format, lambda first, last: rows[first:last])
+            keys |= {
+                f"{architecture}.pooling_type": 4,
+                f"{architecture}.classifier.output_labels": ["yes", "no"],
+                "tokenizer.chat_template.rerank": files.embedding.judges,
+            }
+    return keys, tensors
+
+
 # ---- metadata
 
 
@@ -241,18 +268,21 @@ def _rope(
     return keys, {}
 
 
-def _warn_of_unsaid(files: ModelFiles, architecture: str) -> None:
+def _warn_of_unsaid(files: ModelFiles, architecture: str, behind: Mapping[str, Source]) -> None:
     """What the file means all the same, for who knows it."""
     e = files.embedding
     steps = {
         "normalize": e.normalize, "instruction": bool(e.instruction), "max_seq_length": bool(e.max_tokens),
-        "that embed refuses it": bool(e.refused),
+        "dense layers": bool(e.dense) and not behind, "include_prompt": not e.pools_instruction,
+        "its pooling": e.pooling is not None and not embedding_to_gguf(e),
+        "that it is a reranker": bool(e.labels) and not behind,
+        "that embed refuses it": bool(e.refused) and not e.labels,
     }  # fmt: skip
     if unsaid := [name for name, there in steps.items() if there]:
         _log.warning(
             "%s: a GGUF file cannot say this of its vectors of texts: %s", files.path, ", ".join(unsaid)
         )
-    if not files.has_output:
+    if not files.has_output and not files.config.bidirectional:
         _log.warning(
             "%s: a GGUF file cannot say that a model has no output matrix: ask it for vectors of texts alone",
             files.path,

@@ -177,8 +177,8 @@ MIXES: dict[str, Mix] = {
 
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+?)(_exps|_shexp)?\.weight")
 _NEVER = re.compile(
-    r".*(_norm\.weight|ffn_gate_inp\.weight)"
-)  # norms, and the router, whose errors choose experts
+    r".*(_norm\.weight|ffn_gate_inp\.weight)|cls\.output\.weight"
+)  # norms, the router, whose errors choose experts, and the two rows of a reranker
 
 
 # Other names: a format's own stands for the middle of its mixes.

@@ -52,7 +52,8 @@ def facts_of(path: str) -> Facts:
     stats = [path.stat() for path in sorted({info.path for info in files.weights.values()})]
     tensors = [(info.name, info.shape, info.format) for info in files.weights.values()]
     capabilities = ["completion"] if files.has_output else []
-    capabilities += ["embedding"] if not files.has_output or files.embedding.pooling else []
+    embeds = files.embedding.pooling or not (files.has_output or files.heads.labels)
+    capabilities += ["embedding"] if embeds else []
     source = files.template and (files.template.source, files.template.tool_source)
     said = repr((files.config, tensors, source, [stat.st_size for stat in stats]))
     defaults = {name: value for name, value in asdict(files.defaults).items() if value not in (None, ())}

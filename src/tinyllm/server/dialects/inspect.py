@@ -44,9 +44,10 @@ def _facts(served: Served, llm: LLM | None) -> dict[str, Any]:
     if llm is None:
         return facts | dict.fromkeys(unknown)
     writes = "chat" if llm.chat_template else "base"
+    kind = "reranker" if llm.is_reranker else writes if llm.model.has_output else "embedding"
     defaults = SamplingParams().resolve(llm.defaults)
     return facts | {
-        "kind": writes if llm.model.has_output else "embedding",
+        "kind": kind,
         "architecture": llm.config.architecture,
         "parameters": sum(llm.formats.values()),
         "quantization": next(iter(llm.formats), None),

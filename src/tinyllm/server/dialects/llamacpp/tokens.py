@@ -108,8 +108,12 @@ async def embedding(call: Call) -> Response:
     if normalize not in (2, -1):
         raise fields.refusal("embd_normalize", "must be 2 (to length 1) or -1 (not at all)")
     fields.finish()
-    vectors = await call.compute(model, lambda llm: llm.embed(texts, normalize=normalize == 2).tolist())
-    return json_response([{"index": i, "embedding": [vector]} for i, vector in enumerate(vectors)])
+
+    def work(llm: LLM) -> list[dict[str, Any]]:
+        vectors = llm.embed(texts, normalize=normalize == 2, cancel=call.gone.is_set).tolist()
+        return [{"index": i, "embedding": [vector]} for i, vector in enumerate(vectors)]
+
+    return await call.json(call.compute(model, work))
 
 
 def tokenizer_of(llm: LLM) -> Tokenizer:

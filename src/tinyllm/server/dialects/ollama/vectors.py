@@ -16,7 +16,6 @@ from tinyllm.server.app import Call
 from tinyllm.server.ask import Fields
 from tinyllm.server.dialects.ollama.asked import keep_alive_of, options_of
 from tinyllm.server.models import Served
-from tinyllm.server.streams import json_response
 
 
 async def embed(call: Call) -> Response:
@@ -32,10 +31,10 @@ async def embed(call: Call) -> Response:
 
     def work(llm: LLM) -> dict[str, Any]:
         load_ns = time.perf_counter_ns() - started
-        if dimensions is not None and not 1 <= dimensions <= llm.config.dim:
-            raise fields.refusal("dimensions", f"is {dimensions}, expected 1 to {llm.config.dim}")
+        if dimensions is not None and not 1 <= dimensions <= llm.embedding_dim:
+            raise fields.refusal("dimensions", f"is {dimensions}, expected 1 to {llm.embedding_dim}")
         prompts: list[str | list[int]] = [_cut(llm, text) if truncates else text for text in texts]
-        vectors = llm.embed(prompts, normalize=True)[:, :dimensions]
+        vectors = llm.embed(prompts, normalize=True, cancel=call.gone.is_set)[:, :dimensions]
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
         return {
             "model": wanted.name,
@@ -45,7 +44,7 @@ async def embed(call: Call) -> Response:
             "prompt_eval_count": sum(len(_ids(llm, prompt)) for prompt in prompts),
         }
 
-    return json_response(await call.compute(wanted.name, work))
+    return await call.json(call.compute(wanted.name, work))
 
 
 async def embeddings(call: Call) -> Response:
@@ -53,8 +52,11 @@ async def embeddings(call: Call) -> Response:
     fields = await call.fields()
     wanted, prompt = _embedding(call, fields), fields.need("prompt", str)
     fields.finish()
-    vector = await call.compute(wanted.name, lambda llm: llm.embed(prompt).tolist())
-    return json_response({"embedding": vector})
+
+    def work(llm: LLM) -> dict[str, Any]:
+        return {"embedding": llm.embed(prompt, cancel=call.gone.is_set).tolist()}
+
+    return await call.json(call.compute(wanted.name, work))
 
 
 def _embedding(call: Call, fields: Fields) -> Served:

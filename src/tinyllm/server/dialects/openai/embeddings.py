@@ -1,4 +1,4 @@
-"""OpenAI's /v1/embeddings, and what /v1/rerank says.
+"""OpenAI's /v1/embeddings, and /v1/rerank as Jina, Cohere and others have it.
 
 Imports ask.py and app.py.
 """
@@ -26,10 +26,10 @@ async def embeddings(call: Call) -> Response:
     fields.finish()
 
     def work(llm: LLM) -> dict[str, Any]:
-        if dimensions not in (None, llm.config.dim):
-            why = f"is {dimensions}; the vectors of {llm.name} have {llm.config.dim} numbers, and are not cut"
+        if dimensions not in (None, llm.embedding_dim):
+            why = f"is {dimensions}; vectors of {llm.name} have {llm.embedding_dim} numbers, and are not cut"
             raise Refusal(400, f"dimensions {why}", param="dimensions", code="invalid_value")
-        vectors = llm.embed(texts)
+        vectors = llm.embed(texts, cancel=call.gone.is_set)
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(vector, encoding)}
             for i, vector in enumerate(vectors)
@@ -55,17 +55,36 @@ def _count(llm: LLM, text: str | list[int]) -> int:
 
 
 async def rerank(call: Call) -> Response:
-    """No model here scores pairs of texts: the answer says why, for the model that was asked."""
+    """Scores of texts for a query, the best first; where the model is no reranker, the answer says so."""
     fields = await call.fields()
-    model = fields.take("model", str)
-    fields.need("query", str)
-    fields.need("documents", list)
-    fields.take("top_n", int)
-    fields.take("return_documents", bool)
+    model, query = fields.take("model", str), fields.need("query", str)
+    given, most = fields.need("documents", list), call.server.limits.prompts
+    texts: list[Any] = [one.get("text") if isinstance(one, dict) else one for one in given]
+    if not all(isinstance(text, str) for text in texts):
+        raise fields.refusal("documents", 'must be texts, or objects with a "text"', code="invalid_type")
+    if not 1 <= len(texts) <= most:
+        raise fields.refusal("documents", f"are {len(texts)}, expected 1 to {most}")
+    top_n, with_texts = fields.take("top_n", int), fields.take("return_documents", bool, False)
+    if top_n is not None and top_n < 1:
+        raise fields.refusal("top_n", f"is {top_n}, expected 1 or more")
+    instruction = fields.take("instruction", str)
     fields.finish()
 
-    def work(llm: LLM) -> Refusal:
-        why = llm.embedding.refused or "it is no reranker; /v1/embeddings makes vectors to compare"
-        return Refusal(400, f"{llm.name}: {why}", param="model", code="unsupported_model")
+    def work(llm: LLM) -> dict[str, Any]:
+        counted = 0
 
-    raise await call.compute(model, work)
+        def count(done: int, total: int) -> None:
+            nonlocal counted
+            counted = total
+
+        scores = llm.rerank(query, texts, instruction=instruction, progress=count, cancel=call.gone.is_set)
+        best = np.argsort(-scores, kind="stable")[:top_n].tolist()
+        results = [
+            {"index": i, "relevance_score": float(scores[i])}
+            | ({"document": {"text": texts[i]}} if with_texts else {})
+            for i in best
+        ]
+        usage = {"prompt_tokens": counted, "total_tokens": counted}
+        return {"object": "list", "model": llm.name, "results": results, "usage": usage}
+
+    return await call.json(call.compute(model, work))
