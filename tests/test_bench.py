@@ -30,6 +30,7 @@ from helpers_models import golden_spec, random_weights
 
 import tinyllm
 from tinyllm import backends
+from tinyllm.cli import bench
 from tinyllm.cli.bench import main
 from tinyllm.errors import ArgumentError, MemoryLimitError, UnsupportedError
 from tinyllm.measure import benchmark
@@ -412,7 +413,7 @@ def test_json_has_llama_benchs_keys_and_ours(cli: Cli, tiny: Path) -> None:
 
 
 def test_markdown_is_a_table_whose_rows_say_it_all(cli: Cli, tiny: Path) -> None:
-    result = cli(tiny, "-p", "4", "-n", "2", "-b", "2", "-r", "2", "--buffer", "1")
+    result = cli(tiny, "-p", "4", "-n", "2", "-b", "2", "-r", "2", "--buffer", "1", "--wide")
     assert result.code == 0
     header, rule, *body = (
         [cell.strip() for cell in line.split("|")[1:-1]] for line in result.out.splitlines()
@@ -436,6 +437,58 @@ def test_markdown_is_a_table_whose_rows_say_it_all(cli: Cli, tiny: Path) -> None
     assert len({len(line) for line in lines}) == 1, "columns are aligned"
 
 
+def test_a_table_fits_a_hundred_columns(cli: Cli, tiny: Path) -> None:
+    """What is the same in all rows stands above them; what differs in a column."""
+    theirs = ("-m", tiny, "-fa", "0,1", "-ngl", "0")
+    result = cli(*theirs, "-p", "4", "-n", "2", "-r", "1", "--buffer", "1")
+    assert "-fa means nothing here" in result.err
+    above, _, body = result.out.partition("\n\n")
+    above = " ".join(above.split())
+    for fact in (
+        benchmark.cpu_name(),
+        f"threads, f16 cache, tinyllm {backends.version} memory reads ",
+        f"{tiny.name}: ",
+        "sha256:" + hashlib.sha256(tiny.read_bytes()).hexdigest()[:12],
+        " parameters, ",
+        "loaded in ",
+        "of memory",
+    ):
+        assert fact in above, fact
+    header, _, prompt, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines())
+    assert header == ["test", "t/s", "GB/s", "% of read", "GMAC/s", "% of peak"]
+    assert prompt[0] == "pp4"
+    assert max(map(len, result.out.splitlines())) <= 100
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """A row of figures as wide as they come."""
+    row: dict[str, Any] = dict.fromkeys([*LLAMA_BENCH_KEYS, *OUR_KEYS], 12345.678)
+    return row | {
+        "model_filename": "m.gguf", "model_type": "llama Q4_K_M", "gpu_info": "", "device": "cpu",
+        "cpu_info": "AMD EPYC 9B14", "isa": "avx512vnni", "n_threads": 2, "type_k": "f16", "n_gen": 128,
+        "test": "tg128 @ d16384 x 16", "file_hash": "sha256:0", "avg_ts": 57106.66, "stddev_ts": 3400.79,
+        **changes,
+    }  # fmt: skip
+
+
+def test_tables_of_much_that_differs_fit_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "Meta-Llama-3.1-8B-Instruct-{}-with-a-very-long-name.gguf"
+    few = [record(model_filename=long.format(t), file_hash=f"sha256:{t}") for t in ("q4_0", "q8_0")]
+    all_of_it = [
+        record(model_filename=name, file_hash=f"sha256:{name}", type_k=cache, isa=isa, n_threads=threads)
+        for name in (long.format("q4_0"), "b.gguf")
+        for cache, isa, threads in (("f16", "avx2", 1), ("q8_0", "avx512vnni", 128))
+    ]
+    for records, columns in ((few, ["model"]), (all_of_it, ["model", "cache", "isa", "threads"])):
+        bench._write_md(records)
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 100
+        header = [cell.strip() for cell in out.partition("\n\n")[2].splitlines()[0].split("|")[1:-1]]
+        assert header[: len(columns) + 2] == [*columns, "test", "t/s"]
+        assert " ".join(out.split()).count(long.format("q4_0")) == 1, "whole names stand above"
+    assert "57107 ± 3401" in out
+
+
 def test_csv_has_a_line_a_row(cli: Cli, tiny: Path) -> None:
     result = cli(tiny, "-p", "4", "-n", "2", "-r", "1", "--buffer", "1", "-o", "csv")
     assert result.code == 0
@@ -448,7 +501,7 @@ def test_csv_has_a_line_a_row(cli: Cli, tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        ([], 2, "the following arguments are required: MODEL"),
+        ([], 2, "no MODEL given"),
         (["{tiny}", "-p", "x"], 2, "argument -p/--n-prompt: 'x' is not whole numbers with commas between"),
         (["{tiny}", "-p", "-1"], 2, "argument -p/--n-prompt"),
         (["{tiny}", "-b", "0"], 2, "argument -b/--batch: '0' is not a whole number of 1 or more"),
@@ -458,7 +511,7 @@ def test_csv_has_a_line_a_row(cli: Cli, tiny: Path) -> None:
         (["{tiny}", "-o", "xml"], 2, "argument -o/--output: invalid choice: 'xml'"),
         (["{tiny}", "--cache-type", "q3"], 2, "cache type is 'q3'; it is one of "),
         (["{tiny}", "--isa", "mmx"], 1, "instruction set 'mmx' is not usable on this machine"),
-        (["{tiny}", "--nosuch"], 2, "unrecognized arguments: --nosuch"),
+        (["{tiny}", "--nosuch"], 2, "there is no option --nosuch"),
         (["nosuch.gguf"], 1, "nosuch.gguf: no such file or directory"),
         (["{junk}"], 1, "not a model"),
     ],

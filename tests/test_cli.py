@@ -89,6 +89,9 @@ def test_the_prompt_from_a_pipe_or_a_file(cli: Cli, tmp_path: Path) -> None:
     assert cli("stories", *options, stdin=b"One day\n").out == expected
     assert cli("stories", "-", *options, stdin=b"One day").out == expected
     assert cli("stories", "-f", file, *options).out == expected
+    both = cli("stories", "One", *options, "--json", stdin=b"day\n")
+    assert json.loads(both.out)["prompt"] == "One\nday", "what is piped follows the prompt"
+    assert json.loads(cli("stories", "-f", file, "--json", stdin=b"x").out)["prompt"] == "One day\nx"
     assert json.loads(cli("stories", r"One\nday", "-e", "--json", *options).out)["prompt"] == "One\nday"
     assert json.loads(cli("stories", r"One\nday", "--json", *options).out)["prompt"] == r"One\nday"
 
@@ -350,7 +353,22 @@ def test_what_is_wrong_with_a_model_is_one_line(cli: Cli, tmp_path: Path, model:
     [
         ("", "no MODEL given"),
         ("stories", "standard input is empty"),
-        ("stories x --bogus", "--bogus"),
+        ("stories x --bogus", "there is no option --bogus"),
+        ("stories x --temprature 1", "there is no option --temprature; --temperature is one"),
+        ("stories x -n5", "there is no option -n5; -n 5 has a space between"),
+        ("stories x --max-tok 5", "there is no option --max-tok; --max-tokens is one"),
+        ("stories x --mirostat 2", "there is no option --mirostat"),
+        ("stories x y z", "too many arguments: y z"),
+        ("x y -m stories", "MODEL is given twice: x and --model stories"),
+        ("stories x -p y", "PROMPT is given twice"),
+        ("stories x -ngl", "-ngl needs a value"),
+        ("stories x --batch-size", "--batch-size needs a value"),
+        ("stories x -ctk f16 -ctv q8_0", "keys and values have one type here: f16 and q8_0"),
+        ("stories x -l 5", "'5' is no token id and number"),
+        ("stories x --chat-template-kwargs []", "'[]' is no JSON object"),
+        ("stories x -cnv", "--conversation needs a terminal"),
+        ("stories x --tools /dev/null", "/dev/null is no JSON"),
+        ("stories --prompts y --tools /dev/null", "is no JSON"),
         ("stories x y", "y"),
         ("stories x --temp hot", "hot"),
         ("stories x --temp -1", "temperature is -1"),
@@ -358,9 +376,10 @@ def test_what_is_wrong_with_a_model_is_one_line(cli: Cli, tmp_path: Path, model:
         ("stories x --top-p 2", "top_p is 2"),
         ("stories x --top-k -5", "top_k is -5"),
         ("stories x --repeat-penalty 0", "repetition_penalty is 0"),
-        ("stories x --seed -1", "seed is -1"),
+        ("stories x --seed -2", "seed is -2"),
+        ("stories x -n -2", "'-2' is not a whole number of 1 or more"),
         ("stories x -n 0", "'0' is not a whole number of 1 or more"),
-        ("stories x -c 0", "--context"),
+        ("stories x -c -5", "--context"),
         ("stories x -t none", "--threads"),
         ("stories x -t 100000", "threads is 100000"),
         ("stories x --device tpu", "tpu"),
@@ -408,6 +427,7 @@ def test_a_prompt_that_does_not_fit(cli: Cli) -> None:
     result = cli("stories", "Once upon a time there was a dog", "-c", "4")
     assert_one_line(result, 1)
     assert "context of 4" in result.err
+    assert "begin with a larger context: -c N" in result.err
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b"\xff", b'{"model": "stories"}', b"null"])
@@ -485,7 +505,8 @@ def test_options_of_sampling_reach_the_call() -> None:
         --stop y --min-tokens 2 --repeat-last-n -1 --no-repeat-ngram-size 4 --dry-multiplier 0.75 --dry-base 2
         --dry-allowed-length 3 --dry-penalty-last-n 99 --dry-sequence-breaker , --dry-sequence-breaker none
         --xtc-probability 0.5 --xtc-threshold 0.2 --suppress-tokens 5,6 --begin-suppress-tokens 7
-        --bad-words-ids 1,2 --bad-words-ids 3"""
+        --bad-words-ids 1,2 --bad-words-ids 3 --typical 0.9 --presence-penalty 0.5 --frequency-penalty 0.25
+        --logit-bias 5-inf --logit-bias 7+1.5"""
     fields = common.sampling_fields(parser.parse_args(line.split()))
     assert fields == {
         "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.25, "seed": 7,
@@ -493,6 +514,8 @@ def test_options_of_sampling_reach_the_call() -> None:
         "no_repeat_ngram_size": 4,
         "dry_multiplier": 0.75, "dry_base": 2.0, "dry_allowed_length": 3, "dry_penalty_last_n": 99,
         "dry_sequence_breakers": [",", "none"], "xtc_probability": 0.5, "xtc_threshold": 0.2,
+        "typical_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.25,
+        "logit_bias": {5: float("-inf"), 7: 1.5},
         "suppress_tokens": [5, 6], "begin_suppress_tokens": [7], "bad_words_ids": [[1, 2], [3]],
     }  # fmt: skip
     SamplingParams(**fields)
@@ -507,6 +530,92 @@ def test_bans_on_the_command_line(cli: Cli) -> None:
     assert not {plain[0], plain[1]} & set(banned)
     assert_one_line(cli(*options, "--suppress-tokens", "a"), 2)
     assert "token 99999" in cli(*options, "--suppress-tokens", "99999").err
+
+
+LLAMA_CLI = """-m stories -p Once -s 7 -n -1 --n-predict 9 --temperature 1.5 -c 0 --ctx-size 300 -ngl 0 -fa on
+    --flash-attn -b 512 --mlock --typical-p 0.9 --presence-penalty 0.5 --repeat-last-n 32 --logit-bias 5-inf
+    --no-mmap -ctk q8_0 -ctv q8_0 -no-cnv --color --no-warmup -st --jinja"""
+
+
+def test_the_options_of_llama_cpp_and_ollama(cli: Cli, tmp_path: Path) -> None:
+    """What means the same gives the same; what means nothing is named."""
+    theirs = LLAMA_CLI.split()
+    ours = "stories Once --seed 7 -n 9 --temp 1.5 -c 300 --device cpu --typical 0.9 --presence-penalty 0.5 "
+    ours += "--repeat-last-n 32 --logit-bias 5-inf --cache-type q8_0 --no-chat"
+    a, b = cli(*theirs, "--json"), cli(*ours.split(), "--json")
+    assert a.code == b.code == 0
+    same = ("model", "prompt", "chat", "tokens", "seed", "settings", "parameters")
+    assert [json.loads(a.out)[key] for key in same] == [json.loads(b.out)[key] for key in same]
+    named = re.findall(r"(?m)^(-\S+) means nothing here: \w", a.err)
+    assert named == [
+        "-fa",
+        "--flash-attn",
+        "-b",
+        "--mlock",
+        "--no-mmap",
+        "--color",
+        "--no-warmup",
+        "-st",
+        "--jinja",
+    ]
+    assert not re.search("means nothing", b.err)
+    assert "-ngl means nothing here unless it is 0" in cli("stories", "x", "-n", "1", "-ngl", "99").err
+    assert json.loads(cli("stories", "x", "-n", "1", "-s", "-1", "--json").out)["seed"] >= 0
+    replayed = tmp_path / "out.json"
+    replayed.write_text(a.out)
+    assert cli("--replay", replayed).out == "same: all 9 tokens\n", "with a token that is forbidden"
+    assert "no such file" in cli("-hf", "org/repo:Q4_0", "-p", "x").err
+
+
+def test_a_value_is_no_option(cli: Cli) -> None:
+    value = json.loads(cli("stories", "-n", "1", "--stop=-fa", "--json", "--", "-fa").out)
+    assert (value["prompt"], value["parameters"]["stop"]) == ("-fa", ["-fa"])
+
+
+def test_tools_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
+    """Calls are lines of JSON, and the result replays."""
+    tool = {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"type": "object", "properties": {}}},
+    }
+    tools, template, out = tmp_path / "tools.json", tmp_path / "t.jinja", tmp_path / "out.json"
+    tools.write_text(json.dumps([tool]))
+    template.write_text("{{ tools }}{% for m in messages %}{{ m }}{% endfor %}")
+    call = '{"name": "add", "arguments": {}}'
+    options = ("stories", "Add", "--tools", tools, "--chat-template", template, "--choices", call)
+    assert cli(*options).out == '{"tool_call": {"name": "add", "arguments": {}}}\n'
+    out.write_text(cli(*options, "--json").out)
+    (made,) = json.loads(out.read_text())["tool_calls"]
+    assert (made["name"], made["arguments"]) == ("add", {})
+    assert cli("--replay", out).out.startswith("same: all ")
+    assert_one_line(cli("stories", "Add", "--tools", tools), 2)
+    assert_one_line(cli("stories", "--prompts", "-", "--tools", tools), 2)
+
+
+def test_a_pipe_that_says_nothing_is_told_of() -> None:
+    """PROMPT waits for what is piped to follow it; who forgot the pipe is told."""
+    with subprocess.Popen(
+        [*RUN, "stories", "Once", "-n", "1"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        assert b"waiting for the text that follows PROMPT" in process.stderr.readline()
+        process.stdin.close()
+        assert process.wait(timeout=120) == 0
+
+
+def test_a_long_list_of_prompts_says_how_far_it_is() -> None:
+    with tinyllm.load("stories") as llm:
+        seen: list[tuple[int, int]] = []
+        texts = llm(["One", "Two", "Three"], max_tokens=4, progress=lambda *p: seen.append(p), temperature=0)
+        alone = [llm(prompt, max_tokens=4, temperature=0).tokens for prompt in ("One", "Two", "Three")]
+    assert [text.tokens for text in texts] == alone
+    assert seen[-1] == (3, 3)
+    assert seen == sorted(seen)
+    assert len(seen) >= 3
 
 
 def test_help_teaches(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,7 +206,7 @@ def test_json_and_csv_have_the_same_figures(cli: Cli) -> None:
     ("argv", "code", "message"),
     [
         (["stories"], 2, "one model alone has nothing to be compared with"),
-        (["stories", "--types", "q4_0"], 2, "is quantized already; weights= is for float models"),
+        (["stories", "--types", "q4_0"], 2, "quantized already; --weights and --types are for float models"),
         ([str(MASTER), "--types", "q9"], 2, "'q9' is no quantization; there are f32, "),
         (["stories", str(MASTER), "--plot", "a.png"], 2, "--plot draws quality, which is measured on a text"),
         (["stories", str(MASTER), "--device", "gpu"], 2, "gpu"),

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import ReadCount
 from helpers_cli import Cli, in_process
 from helpers_gguf import small_tokenizer, write_gguf
@@ -171,6 +173,84 @@ def test_a_template_and_what_it_takes(cli: Cli, tmp_path: Path) -> None:
     out = cli(path).out
     assert "takes --template-arg enable_thinking" in out
     assert "tools and reasoning (<think>)" in out
+
+
+# --- any file -----------------------------------------------------------------------------------------------
+
+
+def test_raw_is_what_the_file_says(cli: Cli) -> None:
+    path = Path(tinyllm.__file__).parent / "data/stories.gguf"
+    reader = gguf.GGUFReader(path)
+    value = json.loads(cli("stories", "--raw", "--json").out)
+    theirs = {field.name: field.contents() for field in reader.fields.values() if field.name[:4] != "GGUF"}
+    assert value["keys"].keys() == theirs.keys()
+    for key, expected in theirs.items():
+        assert value["keys"][key] == pytest.approx(expected), key
+    assert [(t["name"], t["shape"], t["type"], t["offset"], t["n_bytes"]) for t in value["tensors"]] == [
+        (t.name, t.shape[::-1].tolist(), t.tensor_type.name, t.data_offset, t.n_bytes) for t in reader.tensors
+    ]
+    assert value["unsupported"] is None
+    text = cli("stories", "--raw").out
+    assert re.search(r'general\.architecture +"llama"', text)
+    assert re.search(r"tokenizer\.ggml\.tokens .*\n?.*\(2048 of them\)", text)
+    assert re.search(r"\| blk\.3\.ffn_down\.weight +\| 256 x 768 +\| Q8_0 +\| +209 kB \| +\d+ \|", text)
+    assert json.loads(cli("stories", "--json").out)["formats"][0]["bits"] == 8.5
+
+
+def test_a_gguf_that_is_not_run_is_listed(cli: Cli, tmp_path: Path) -> None:
+    """Another architecture, and types of tensors that no kernel reads or nobody knows."""
+    path = tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.add_uint32("mamba.block_count", 3)
+    writer.add_tensor("a.weight", np.zeros((2, 256), np.float32))
+    blocks = np.zeros((2, 66), np.uint8)
+    writer.add_tensor("b.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    result = cli(path)
+    assert result.code == 0
+    assert re.search(r"mamba\.block_count +3", result.out)
+    assert re.search(r"\| b\.weight \| 2 x 256 \| IQ2_XXS \| +132 B \|", result.out)
+    assert "warning: tinyllm does not run this: " in result.out
+    value = json.loads(cli(path, "--json").out)
+    assert "IQ2_XXS" in value["unsupported"]
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"b.weight") + 8 + 4 + 16
+    assert raw[at] == gguf.GGMLQuantizationType.IQ2_XXS
+    raw[at] = 99
+    path.write_bytes(raw)
+    tensor = json.loads(cli(path, "--raw", "--json").out)["tensors"][1]
+    assert (tensor["type"], tensor["n_bytes"]) == ("type 99", None)
+
+
+def test_safetensors_that_are_no_model(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "any.safetensors"
+    values = {"w": np.zeros((2, 3), np.int64), "b": np.zeros(4, np.float16)}
+    safetensors.numpy.save_file(values, path, metadata={"made by": "a test"})
+    assert "--raw lists what it holds" in cli(path).err
+    text = cli(path, "--raw").out
+    assert re.search(r'made by +"a test"', text)
+    assert re.search(r"\| w +\| 2 x 3 +\| I64 +\| +48 B \|", text)
+    (tmp_path / "config.json").write_text('{"model_type": "unknown"}')
+    folder = json.loads(cli(tmp_path, "--raw", "--json").out)
+    assert folder["keys"] == {"model_type": "unknown"}
+    assert {t["name"] for t in folder["tensors"]} == {"w", "b"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"GGUF", b"GGUF" + b"\x03\0\0\0" + b"\xff" * 16, b"\xff" * 40, b"\x02\0\0\0\0\0\0\0[]",
+     b'\x0c\0\0\0\0\0\0\0{"a": "xyz"}'],
+)  # fmt: skip
+def test_what_is_neither_is_refused(cli: Cli, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(content)
+    result = cli(path, "--raw")
+    assert result.code == 1
+    assert str(path) in result.err
+    assert result.err.count("\n") == 1
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -386,6 +466,7 @@ def test_plot_without_matplotlib(cli: Cli, tmp_path: Path, monkeypatch: pytest.M
     [
         ("", 2, "MODEL"),
         ("stories --tokens x --next y", 2, "cannot be used together"),
+        ("stories --raw --next y", 2, "--next and --raw cannot be used together"),
         ("stories --plot x.png", 2, "it needs --next"),
         ("stories --next x --temp hot", 2, "not a list of numbers"),
         ("stories --next x --temp -1", 2, "0 to 1000"),

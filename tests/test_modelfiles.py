@@ -101,8 +101,11 @@ def test_gguf_files_of_other_types(type: str, words: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("both", [False, True])
 def test_the_commands_say_it_too(both: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(adapter(model(tmp_path / "m") if both else tmp_path / "m"))
-    for command, args in ((inspect, []), (quantize, [str(tmp_path / "out.gguf"), "q8_0"])):
-        assert command([folder, *args]) == 1
-        said = capsys.readouterr()
-        assert not said.out
-        assert "m: holds an adapter (adapter_config.json" in said.err
+    assert quantize([folder, str(tmp_path / "out.gguf"), "q8_0"]) == 1
+    said = capsys.readouterr()
+    assert not said.out
+    assert "m: holds an adapter (adapter_config.json" in said.err
+    assert inspect([folder]) == 0, "which lists what is there"
+    said = capsys.readouterr()
+    assert "lora_A" in said.out
+    assert "m: holds an adapter (adapter_config.json" in " ".join(said.out.split())

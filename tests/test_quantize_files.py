@@ -23,13 +23,14 @@ import pytest
 import tokenizers
 from helpers_formats import dequantize, kind_of
 from helpers_gguf import small_tokenizer, write_gguf
-from helpers_models import golden_specs, random_ids, random_weights, write_hf_directory
+from helpers_models import golden_spec, golden_specs, random_ids, random_weights, write_hf_directory
 from test_families import LLAMA_CPP_DIFFERS, LLAMA_CPP_TOLERANCE
 
 import tinyllm
-from tinyllm import errors
+from tinyllm import errors, quantization
 from tinyllm.cli.perplexity import main as perplexity
 from tinyllm.cli.quantize import main
+from tinyllm.errors import ArgumentError
 from tinyllm.files import FORMATS, gguf_writer
 from tinyllm.files.gguf import read_gguf
 from tinyllm.files.gguf_writer import OutTensor
@@ -553,6 +554,136 @@ def test_wrong_places(path: Path, tmp_path: Path) -> None:
     assert main([str(path), str(tmp_path / "x.gguf"), "q9"]) == 2
 
 
+FALLBACK = re.compile(
+    r"  [\w.*]+(?: \((\d+) of them\))?: (\w+) instead of (\w+), as rows of (?:80|160) are no multiple of its "
+    r"block of (?:32|256)"
+)
+
+
+def test_pure_and_chosen_formats(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    done = tinyllm.quantize(path, out, "q4_k_m", pure=True)
+    assert {one.wanted for one in done.tensors if "norm" not in one.name} == {"Q4_K"}
+    assert formats_of(out)["blk.0.attn_v.weight"] == formats_of(out)["output.weight"] == "q4_k"
+    chosen = [(r"blk\.0\..*attn_v", "Q8_0"), ("attn_v", "f16"), ("^output", "q5_0")]
+    tinyllm.quantize(path, out, "q4_k_s", tensor_types=chosen)
+    plain = mixes.tensor_formats({name: t.shape for name, t in read_gguf(path).tensors.items()}, "q4_k_s")
+    expected = {name: FORMATS[format].name.lower() for name, format in plain.items()}
+    expected |= {name: "f16" for name in expected if "attn_v" in name}
+    assert formats_of(out) == expected | {"blk.0.attn_v.weight": "q8_0", "output.weight": "q5_0"}
+    with tinyllm.load(out) as llm:
+        assert np.isfinite(llm.logits([1, 2, 3])).all()
+    for wrong, words in (
+        (("attn_v", "q9"), "'q9' is no format of a tensor; there are f32"),
+        (("(", "q8_0"), "'(' is no regular expression"),
+        (("attn_norm", "q8_0"), "no matrix has 'attn_norm' in its name; norms, biases and routers stay F32"),
+    ):
+        with pytest.raises(ArgumentError, match=re.escape(words)):
+            tinyllm.quantize(path, out, "q4_0", tensor_types=[wrong])
+
+
+def test_a_dry_run_says_what_would_be_written(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    options = ["q4_k_m", "--tensor-type", "ffn_down=q8_0"]
+    assert main([str(path), *options, "--dry-run"]) == 0
+    table, said = capsys.readouterr()
+    assert not list(tmp_path.iterdir())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert main([str(path), str(out), *options]) == 0
+    assert {name: to.lower() for name, _, _, to, _ in rows} == formats_of(out)
+    real = capsys.readouterr().err
+    bits = r"([\d.]+ bits a weight \(.*?\))"
+    assert re.search(bits, said)[1] == re.search(bits, real)[1]  # type: ignore[index]
+    planned = quantization.plan(path, "q4_k_m", tensor_types=[("ffn_down", "q8_0")])
+    assert 0 < out.stat().st_size - planned.n_bytes < 60_000, "the metadata"
+    assert main([str(path), "q4_0"]) == 2
+    assert "no OUT given" in capsys.readouterr().err
+    assert main([str(out), "q4_0", "--dry-run"]) == 2
+    assert "quantized already" in capsys.readouterr().err
+
+
+def split_model(folder: Path, path: Path, n: int) -> Path:
+    """The same model in n files, by the reference writer."""
+    file = gguf.GGUFReader(path)
+    most = -(-len(file.tensors) // n)
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=most)
+    for name, field in file.fields.items():
+        if name[:4] != "GGUF" and name != "general.architecture":
+            inner = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in file.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / f"m-00001-of-{n:05}.gguf"
+
+
+def test_a_set_stays_a_set(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, out = split_model(tmp_path, path, 3), tmp_path / "out"
+    out.mkdir()
+    whole = tinyllm.quantize(first, out / "whole.gguf", "q4_0")
+    assert main([str(first), str(out / "set.gguf"), "q4_0", "--keep-split"]) == 0
+    names = [f"set-{i}-of-00003.gguf" for i in ("00001", "00002", "00003")]
+    assert sorted(p.name for p in out.iterdir()) == [*names, "whole.gguf"]
+    assert f"{names[0]}: " in capsys.readouterr().err
+    parts = [gguf.GGUFReader(out / name) for name in names]
+    before = [gguf.GGUFReader(first.with_name(n.replace("set", "m"))) for n in names]
+    assert [[t.name for t in part.tensors] for part in parts] == [
+        [t.name for t in part.tensors] for part in before
+    ]
+    for i, part in enumerate(parts):
+        kinds = {key: part.fields[f"split.{key}"] for key in ("no", "count", "tensors.count")}
+        assert [field.contents() for field in kinds.values()] == [i, 3, sum(whole.formats.values())]
+        assert [field.types[0].name for field in kinds.values()] == ["UINT16", "UINT16", "INT32"]
+    ids = random_ids(CONFIG, 1, 20)
+    with tinyllm.load(out / names[0]) as a, tinyllm.load(out / "whole.gguf") as b:
+        np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
+    with pytest.raises(ArgumentError, match="keep_split is for a GGUF in several files"):
+        tinyllm.quantize(path, out / "x.gguf", "q4_0", keep_split=True)
+    with pytest.raises(ArgumentError, match="is the model itself"):
+        tinyllm.quantize(first, tmp_path / "m.gguf", "q4_0", keep_split=True)
+    assert sorted(p.name for p in out.iterdir()) == [*names, "whole.gguf"]
+
+
+def test_a_set_appears_when_all_of_it_is_written(path: Path, tmp_path: Path) -> None:
+    first, out = split_model(tmp_path, path, 2), tmp_path / "out"
+    out.mkdir()
+
+    def interrupted(done: int, total: int) -> None:
+        if done > 0.9 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tinyllm.quantize(first, out / "m.gguf", "q8_0", keep_split=True, progress=interrupted)
+    assert not list(out.iterdir())
+
+
+def test_a_copy_changes_nothing(path: Path, tmp_path: Path) -> None:
+    """Of a set it makes one file, of a directory a GGUF of the same floats with norms in F32."""
+    quantized, out = tmp_path / "q.gguf", tmp_path / "copy.gguf"
+    tinyllm.quantize(path, quantized, "q3_k_m")
+    done = tinyllm.quantize(split_model(tmp_path, quantized, 3), out, "COPY")
+    before, after = gguf.GGUFReader(quantized), gguf.GGUFReader(out)
+    assert done.fallbacks == {}
+    for a, b in zip(before.tensors, after.tensors, strict=True):
+        assert (a.name, a.tensor_type) == (b.name, b.tensor_type)
+        np.testing.assert_array_equal(a.data, b.data)
+    assert read_gguf(out).metadata["general.file_type"] == 12
+    spec = golden_spec("llama2")
+    folder = write_hf_directory(tmp_path / "hf", spec.config, random_weights(spec.config, 1), dtype="BF16")
+    tinyllm.quantize(folder, out, "copy")
+    found = formats_of(out)
+    assert {found[name] for name in found if "norm" in name} == {"f32"}
+    assert {found[name] for name in found if "norm" not in name} == {"bf16"}
+    assert read_gguf(out).metadata["general.file_type"] == 32
+    with pytest.raises(ArgumentError, match="a copy changes no type"):
+        tinyllm.quantize(path, out, "copy", pure=True)
+
+
 def test_what_fell_back_and_what_grew_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows of 160 fit no block of 256, rows of 80 none of 32 either, as the file itself shows."""
     config = CONFIG | {"hidden_size": 160, "intermediate_size": 80, "num_attention_heads": 4}
@@ -573,11 +704,14 @@ def test_what_fell_back_and_what_grew_is_said(tmp_path: Path, capsys: pytest.Cap
     assert main([str(path), str(out), "q4_k_m"]) == 0
     lines = capsys.readouterr().err.splitlines()
     counts = [(pair, list(done.fallbacks.values()).count(pair)) for pair in set(done.fallbacks.values())]
-    assert len(lines) == 2
-    assert lines[1].startswith(
-        f"{len(matrices)} of {len(got)} tensors got another type, as their rows fit no"
-    )
-    assert all(f"{n} {found} instead of {wanted}" in lines[1] for (wanted, found), n in counts)
+    assert lines[1] == f"{len(matrices)} of {len(got)} tensors got another type than theirs:"
+    told = {(m[3], m[2]): 0 for m in map(FALLBACK.fullmatch, lines[2:]) if m}
+    for line in lines[2:]:
+        match = FALLBACK.fullmatch(line)
+        assert match, line
+        told[match[3], match[2]] += int(match[1] or 1)
+    assert told == dict(counts)
+    assert "  blk.*.attn_v.weight (2 of them): Q5_0 instead of Q4_K, as rows of 160 " in " ".join(lines)
     assert main([str(path), str(out), "f32"]) == 0
     *_, last = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"the file is larger than the [0-9.]+ [kM]B that it was made of", last)
@@ -690,10 +824,10 @@ def test_ctrl_c(tmp_path: Path) -> None:
     """The process, stopped while it writes."""
     script = (
         "import sys, time, tinyllm.cli.quantize as q, tinyllm.quantization as z\n"
-        "write = z.write_gguf\n"
+        "write = z.write_set\n"
         "def slow(*a, progress, **k):\n"
         "    return write(*a, progress=lambda d, t: (print(flush=True), time.sleep(60)), **k)\n"
-        "z.write_gguf = slow\n"
+        "z.write_set = slow\n"
         f"sys.exit(q.main(['stories', {str(tmp_path / 'x.gguf')!r}, 'q4_0', '--allow-requantize']))"
     )
     process = subprocess.Popen(

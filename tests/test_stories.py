@@ -121,7 +121,9 @@ def test_perplexity_does_not_depend_on_the_file_or_on_threads(data_dir: Path) ->
 def run_cli(*arguments: str) -> str:
     program = Path(sysconfig.get_path("scripts")) / "tinyllm-run"
     command = [str(program), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", timeout=60
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 

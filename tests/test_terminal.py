@@ -16,12 +16,14 @@ import os
 import pty
 import re
 import select
+import struct
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers_hostile import STRING, array, encode, scalar, tiny_directory, tiny_gguf
@@ -29,7 +31,8 @@ from helpers_hostile import STRING, array, encode, scalar, tiny_directory, tiny_
 import tinyllm
 from tinyllm import LLM, SamplingParams
 from tinyllm.cli.common import BACKGROUNDS, BOLD, CYAN, DIM, progress_bar, progress_line, shown
-from tinyllm.cli.interactive import Chat, Talk, Text, interact
+from tinyllm.cli.interactive import View, interact
+from tinyllm.cli.talks import Chat, Talk, Text
 from tinyllm.errors import FormatError, TemplateError, UnsupportedError
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
@@ -50,10 +53,10 @@ LIMIT_S = 120  # for something that takes a second; only a hang reaches it
 class Terminal:
     """tinyllm-run in a pseudo-terminal of its own."""
 
-    def __init__(self, *argv: str | Path, **env: str) -> None:
+    def __init__(self, *argv: str | Path, columns: int = 1320, **env: str) -> None:
         self.master, slave = pty.openpty()
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, b"\x32\x00\x28\x05\x00\x00\x00\x00")  # 50 lines of 1320
-        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "INPUTRC")}
+        self.resize(columns)
+        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "INPUTRC", "COLUMNS")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *map(str, argv)],
             stdin=slave,
@@ -64,6 +67,9 @@ class Terminal:
         )
         os.close(slave)
         self.seen = ""  # since the last `expect`
+
+    def resize(self, columns: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
 
     def expect(self, text: str) -> str:
         """Waits for `text`; what came before it."""
@@ -126,8 +132,8 @@ Open = Callable[..., Terminal]
 def terminal() -> Iterator[Open]:
     opened: list[Terminal] = []
 
-    def start(*argv: str | Path, **env: str) -> Terminal:
-        opened.append(Terminal(*argv, **env))
+    def start(*argv: str | Path, **options: Any) -> Terminal:
+        opened.append(Terminal(*argv, **options))
         return opened[-1]
 
     yield start
@@ -264,6 +270,70 @@ def test_the_arrow_key_brings_back_the_last_line(terminal: Open) -> None:
     assert run.code() == 0
 
 
+GNU_READLINE = pytest.mark.skipif(
+    importlib.util.find_spec("readline") is None
+    or "libedit" in (importlib.import_module("readline").__doc__ or ""),
+    reason="this Python has no GNU readline",
+)
+
+
+@GNU_READLINE
+def test_pasted_lines_are_one_message(terminal: Open, chat_file: Path) -> None:
+    run = terminal("stories", "--chat-template", chat_file, "-n", "3", "--temp", "0")
+    run.expect("\x1b[?2004h> ")  # the terminal is asked to mark what is pasted
+    run.send("\x1b[200~first line\r/undo\r\tlast line\r\x1b[201~")
+    time.sleep(0.3)
+    run.send(" typed\r")
+    run.expect("3 tokens, ")
+    run.expect("> ")
+    run.send("/undo\r")
+    run.expect(repr("first line\n/undo\n\tlast line\n typed"))
+    run.expect("> ")
+    run.send("\x04")
+    assert run.code() == 0
+
+
+def test_lines_end_between_words_at_the_edge_of_any_size(terminal: Open, llm: LLM) -> None:
+    options = ("-n", "60", "--temp", "0", "-c", "200")
+    text = "Once upon a time" + llm("Once upon a time", max_tokens=60, temperature=0).text
+    run = terminal("stories", *options, columns=30)
+    for columns in (30, 50):
+        run.resize(columns)
+        run.expect("> ")
+        run.send("Once upon a time\r")
+        run.expect(f"{BOLD}Once")
+        shown = "Once" + run.expect(f"\n{DIM}60 tokens")
+        lines = re.sub(r"\x1b\[\d*m", "", shown).split("\n")
+        assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+        assert columns - 15 < max(map(len, lines)) <= columns
+        figures = "60 tokens" + run.expect(END)
+        assert max(map(len, figures.split("\n"))) <= columns, "what is said of it as well"
+    run.expect("> ")
+    run.send("/bye\r")
+    assert run.code() == 0
+
+
+def test_plain_breaks_no_lines(terminal: Open, llm: LLM) -> None:
+    text = llm("Once upon a time", max_tokens=60, temperature=0).text
+    for option in ("--plain", "--no-wrap", "--nowordwrap"):
+        out = terminal("stories", "Once upon a time", "-n", "60", "--temp", "0", option, columns=30).rest()
+        assert f"Once upon a time{END}{text}\n" in out
+
+
+def test_a_conversation_goes_on_after_a_prompt(terminal: Open, chat_file: Path) -> None:
+    run = terminal("stories", "-p", "Hello", "-cnv", "--chat-template", chat_file, "-n", "3", "--verbose")
+    run.expect("a chat")
+    run.expect("loaded in")
+    run.expect("3 tokens, ")
+    run.expect("> ")
+    run.send("/undo\r")
+    run.expect("took back 'Hello' and its answer")
+    run.expect("> ")
+    run.send("\x04")
+    run.rest()
+    assert run.code() == 0
+
+
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(terminal: Open, tmp_path: Path) -> None:
     template = tmp_path / "slow.jinja"
     template.write_text("{{ 'Lily had a dog. ' * 6000 if messages[-1].content == 'long' else 'Once' }}")
@@ -314,6 +384,12 @@ def converse(
 PARAMS = SamplingParams(max_tokens=5, temperature=0)
 
 
+@pytest.fixture(scope="module")
+def endless(llm: LLM) -> SamplingParams:
+    """No token ends the text."""
+    return SamplingParams(temperature=0, logit_bias=dict.fromkeys(llm.eos_ids, float("-inf")))
+
+
 def test_a_chat_sends_everything_said_so_far(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -356,20 +432,214 @@ def test_a_chat_sends_everything_said_so_far(
 
 
 def test_a_full_context_is_said_with_numbers_and_forgets_nothing(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    llm: LLM, endless: SamplingParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = Chat(
-        llm,
-        SamplingParams(temperature=0, logit_bias=dict.fromkeys(llm.eos_ids, float("-inf"))),
-        None,
-        chat_template=TEMPLATE,
-    )
-    _, err = converse(llm, talk, ["Hello", "One more thing"], monkeypatch, capsys)
+    talk = Chat(llm, endless, None, chat_template=TEMPLATE)
+    _, err = converse(llm, talk, ["Hello", "One more thing", "n"], monkeypatch, capsys)
     assert "the context is full: 200 of 200 tokens" in err, "the answer ran into it"
     assert "tokens do not fit into the context of 200" in err, "the next question did not fit"
+    assert "begin with a larger context: -c N" in err
+    assert "context=" not in err
     assert err.count("nothing was forgotten") == 2
     assert talk._messages[0]["content"] == "Hello"
     assert len(talk._messages) == 2
+
+
+def test_the_oldest_turns_go_when_the_user_agrees(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Chat(llm, SamplingParams(max_tokens=40, temperature=0), "Be kind.", chat_template=TEMPLATE)
+    lines = ["One", "Two", "Three", "Four", "yes", "/drop", "/drop x"]
+    asked: list[str] = []
+    typed = iter(lines)
+
+    def read(prompt: str) -> str:
+        asked.append(prompt)
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    assert interact(llm, talk) == 0
+    err = capsys.readouterr().err
+    (question,) = (prompt for prompt in asked if prompt != "> ")
+    assert re.fullmatch(
+        r"Forget the oldest (1|2) of 3 turns to make room, and answer again\? \[y/N\] ", question
+    )
+    n = int(question.split()[3])
+    left = [m["content"] for m in talk._messages if m["role"] == "user"]
+    assert left == ["One", "Two", "Three", "Four"][n + 1 :], "one more by /drop"
+    assert f"forgot 1 turn; {3 - n} left" in err
+    assert "/drop takes a number, not 'x'" in err
+    assert re.search(r"\d+ tokens of context are left; /drop forgets the oldest part", err), (
+        "it is said before"
+    )
+
+
+def test_an_answer_that_broke_off_may_be_made_again_with_room(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Chat(llm, SamplingParams(max_tokens=100, temperature=0), None, chat_template=TEMPLATE)
+    _, err = converse(llm, talk, ["One", "Two", "y"], monkeypatch, capsys)
+    assert err.count("the context is full: 200 of 200 tokens") == 1
+    assert [m["content"] for m in talk._messages if m["role"] == "user"] == ["Two"]
+    alone = llm.chat([{"role": "user", "content": "Two"}], params=talk.params, chat_template=TEMPLATE)
+    assert talk._messages[-1]["content"] == alone.text
+
+
+def test_a_long_text_goes_on_without_its_beginning(
+    llm: LLM, endless: SamplingParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Text(llm, endless)
+    _, err = converse(llm, talk, ["Once upon a time", "", "n", "", "y", "/drop 10"], monkeypatch, capsys)
+    assert "nothing was forgotten" in err
+    assert "forgot 10 tokens; 190 left" in err
+    ids, _ = talk._texts[-1]
+    assert ids[0] == llm.tokenizer.bos_id  # type: ignore[union-attr]
+    too_long = "dog " * 300
+    _, err = converse(llm, Text(llm, endless), [too_long], monkeypatch, capsys)
+    assert "do not fit into the context of 200" in err, "nothing helps, so nothing is asked"
+
+
+def test_another_answer_differs_whatever_the_seed(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=7)
+    for talk in (Chat(llm, params, None, chat_template=TEMPLATE), Text(llm, params)):
+        lines = ["Once", "/regen", "/undo", "Once", "/set seed 7", "/undo", "Once"]
+        out, err = converse(llm, talk, lines, monkeypatch, capsys)
+        first, again, undone, same = (line.removeprefix("Once") for line in out.rstrip("\n").split("\n"))
+        assert len({first, again, undone}) == 3
+        assert same == first, "a seed that is set begins anew"
+        assert "seed: 7" in err
+    greedy = Chat(llm, PARAMS, None, chat_template=TEMPLATE)
+    out, err = converse(llm, greedy, ["/regen", "Hi", "/regen", "/set temp 1"], monkeypatch, capsys)
+    assert "there is no answer yet" in err
+    assert "the temperature is 0, so the answer will be the same" in err
+    assert len(set(out.rstrip("\n").split("\n"))) == 1
+    assert len(greedy._messages) == 2
+
+
+def test_settings_have_the_names_of_options(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk, view = Chat(llm, PARAMS, None, chat_template=TEMPLATE), View()
+    lines = """/set temperature 0.5|/set parameter top_k 3|/set num_predict 9|/set repeat-penalty 1.5
+        /set stop END|/set min_p -|/set logit_bias 5-inf|/set verbose|/set nowordwrap|/set temperature hot
+        /set system Be brief.
+        /set nonsense 1|/set num_ctx 99|/set|/set top_p 7|/show|/?|/set max-tokens -1|/set logit-bias -"""
+    type_lines([line.strip() for line in lines.replace("\n", "|").split("|")], monkeypatch)
+    assert interact(llm, talk, view) == 0
+    err = capsys.readouterr().err
+    p = talk.params
+    assert (p.temperature, p.top_k, p.repetition_penalty, p.stop, p.min_p) == (0.5, 3, 1.5, ("END",), None)
+    assert (p.max_tokens, p.logit_bias) == (None, {})
+    assert (view.figures, view.wraps, talk._system) == (True, False, "Be brief.")
+    for words in (
+        "invalid float value: 'hot'",
+        "there is no option --nonsense",
+        "context cannot change while a model is loaded",
+        "top_p is 7",
+        "min_p: the default again",
+        "temperature 0.5, top_k 3, top_p 0.95, min_p 0.05",
+        "logit_bias {5: -inf}",
+        "system prompt: Be brief.",
+        "0 turns so far",
+    ):
+        assert words in err, words
+    for command in (
+        "regen",
+        "undo",
+        "clear",
+        "drop",
+        "system",
+        "set",
+        "show",
+        "read",
+        "save",
+        "load",
+        "exit",
+    ):
+        assert f"\n/{command} " in err
+
+
+def test_a_conversation_is_saved_and_loaded(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, notes = tmp_path / "talk.json", tmp_path / "notes.txt"
+    notes.write_text("Some notes.\n")
+    talk = Chat(llm, PARAMS, "Be kind.", chat_template=TEMPLATE)
+    lines = [
+        f"/read {notes}",
+        "Hello",
+        f"/save {file}",
+        f"/save {file}",
+        f"/save {notes}",
+        "/save",
+        "/read /none",
+    ]
+    _, err = converse(llm, talk, lines, monkeypatch, capsys)
+    assert talk._messages[0]["content"] == "Some notes.\n\nHello"
+    assert "11 characters, which go before your next message" in err
+    assert err.count("saved as") == 2, "a saved conversation may be replaced"
+    assert f"{notes} is there and no saved conversation" in err
+    assert "which file?" in err
+    assert "/none: No such file" in err
+    other = Chat(llm, PARAMS, None, chat_template=TEMPLATE)
+    _, err = converse(llm, other, [f"/load {file}", "More"], monkeypatch, capsys)
+    assert "1 turn; system prompt: Be kind." in err
+    assert other._messages[:2] == talk._messages
+    assert len(other._messages) == 4
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]))
+    for wrong in ("{", "[1]", '{"messages": [{"role": "user"}]}', "[" * 100_000):
+        notes.write_text(wrong)
+        _, err = converse(llm, other, [f"/load {notes}"], monkeypatch, capsys)
+        assert f"{notes}: it holds no messages" in err or f"{notes} is no JSON" in err
+        assert len(other._messages) == 4
+    converse(llm, other, [f"/load {listed}"], monkeypatch, capsys)
+    assert (other._system, len(other._messages)) == ("S", 1)
+
+
+def test_a_text_is_saved_and_loaded(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, talk = tmp_path / "text.json", Text(llm, PARAMS)
+    converse(llm, talk, ["Once", f"/save {file}"], monkeypatch, capsys)
+    record = json.loads(file.read_text())
+    assert record["tokens"] == talk._texts[-1][0]
+    other = Text(llm, PARAMS)
+    out, _ = converse(llm, other, [f"/load {file}", ""], monkeypatch, capsys)
+    assert out == llm(record["tokens"], PARAMS).text + "\n\n"
+    file.write_text(json.dumps({**record, "tokens": [5, 6]}))  # of another model
+    _, err = converse(llm, other, [f"/load {file}"], monkeypatch, capsys)
+    assert other._texts[-1][0] == llm.tokenizer.encode(record["text"])  # type: ignore[union-attr]
+    assert "tokens of text; Enter goes on with it" in err
+
+
+def test_results_of_tools_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's words are forced: the bundled one calls no tools of its own accord."""
+    tool = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+    template = "{{ tools }}{% for m in messages %}{{ m.role }} {{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    call, sent = {"name": "add", "arguments": {}}, list[Any]()
+    answers = iter([json.dumps(call), "done"])
+    with tinyllm.load("stories") as llm:
+        options = {"chat_template": template, "tools": [{"type": "function", "function": tool}]}
+        talk = Chat(llm, PARAMS, None, **options)
+
+        def chat(messages: Any, **options: Any) -> Any:
+            sent.append(messages)
+            options["params"] = SamplingParams(choices=[next(answers)], max_tokens=40)
+            return LLM.chat(llm, messages, **options)
+
+        monkeypatch.setattr(llm, "chat", chat)
+        out, _ = converse(llm, talk, ["Add", "42"], monkeypatch, capsys)
+    assert out.startswith(json.dumps({"tool_call": call}))
+    assert out.rstrip().endswith("done")
+    assert [m["role"] for m in sent[1]] == ["user", "assistant", "tool"]
+    assert sent[1][2]["content"] == "42"
 
 
 def test_a_base_model_continues_its_text(
@@ -446,7 +716,15 @@ def test_the_commands_print_in_one_place() -> None:
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 to_stream = any(re.fullmatch(r"sys\.std(out|err)", ast.unparse(arg)) for arg in node.args)
-                is_ours = name in ("styled", "shown", "_has_styles", "_use_utf8")
+                is_ours = name in (
+                    "styled",
+                    "shown",
+                    "has_styles",
+                    "_fitted",
+                    "_use_utf8",
+                    "_is_terminal",
+                    "Page",
+                )
                 if name in ("print", "sys.stdout.write", "sys.stderr.write") or (to_stream and not is_ours):
                     found.append(f"{file.name}: {name}")
     assert found == ["common.py: print"]

@@ -84,6 +84,7 @@ MAX_GRAMMARS = 64  # that are kept, compiled
 Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
 Cancel = Callable[[], bool]
+Progress = Callable[[int, int], object]
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +185,7 @@ class LLM:
         *,
         n: None = None,
         cancel: Cancel | None = None,
+        progress: Progress | None = None,
         **options: Unpack[CallOptions],
     ) -> Completion: ...
 
@@ -195,6 +197,7 @@ class LLM:
         *,
         n: int,
         cancel: Cancel | None = None,
+        progress: Progress | None = None,
         **options: Unpack[CallOptions],
     ) -> list[Completion]: ...
 
@@ -206,6 +209,7 @@ class LLM:
         *,
         n: int | None = None,
         cancel: Cancel | None = None,
+        progress: Progress | None = None,
         **options: Unpack[CallOptions],
     ) -> list[Any]: ...
 
@@ -219,6 +223,7 @@ class LLM:
         special: bool = False,
         reasoning: bool = False,
         cancel: Cancel | None = None,
+        progress: Progress | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """Continues a prompt, or several in one batch.
@@ -228,7 +233,8 @@ class LLM:
         of special tokens ("<|eot_id|>") means these tokens. reasoning: whether the prompt is a chat's (of
         `chat_ids`), so that reasoning is told from the answer. cancel: asked about every 20 ms by the
         calling thread, while it waits and before a layer while it computes; True ends the call with what
-        there is; it must not use the model. The rest are fields of SamplingParams, in place of `params` or
+        there is; it must not use the model. progress: called with (texts that are over, texts in all) after
+        each step. The rest are fields of SamplingParams, in place of `params` or
         over it.
 
         Returns a Completion; with `n`, a list of n; for a list of prompts, a list with one of these for
@@ -239,13 +245,25 @@ class LLM:
 
             llm("Once upon a time", max_tokens=50, temperature=0).text
         """
-        return self._call(prompt, n, self._requests(prompt, params, n, special, reasoning, sampling), cancel)
+        requests = self._requests(prompt, params, n, special, reasoning, sampling)
+        return self._call(prompt, n, requests, cancel, progress)
 
     def _call(
-        self, prompt: object, n: int | None, requests: list[list[_Request]], cancel: Cancel | None
+        self,
+        prompt: object,
+        n: int | None,
+        requests: list[list[_Request]],
+        cancel: Cancel | None,
+        progress: Progress | None = None,
     ) -> Any:
-        for _ in self._engine.generate([[r.generation for r in group] for group in requests], cancel):
-            pass
+        groups = [[r.generation for r in group] for group in requests]
+        left = [generation for group in groups for generation in group]
+        n_pieces, n_all = 0, len(left)
+        for _ in self._engine.generate(groups, cancel):
+            n_pieces += 1
+            if progress is not None and n_pieces >= len(left):  # about one a text: a step of the batch
+                n_pieces, left = 0, [generation for generation in left if generation.finish_reason is None]
+                progress(n_all - len(left), n_all)
         return self._results(prompt, n, requests)
 
     @takes_sampling

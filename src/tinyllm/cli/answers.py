@@ -1,19 +1,32 @@
 """How a prompt goes to the model, through its chat template or as it stands, and how an answer is printed.
 
 What run.py, results.py and interactive.py share. Text goes to stdout, everything about it to stderr. Imports
-common.py.
+common.py and page.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllm.cli.common import DIM, UsageError, counted, note, put, styled
+from tinyllm.cli.common import (
+    DIM,
+    UsageError,
+    counted,
+    json_text,
+    note,
+    peak_memory_bytes,
+    put,
+    rate,
+    seconds,
+    size,
+)
+from tinyllm.cli.page import Page
 
 if TYPE_CHECKING:
-    from tinyllm import LLM, Completion
+    from tinyllm import LLM, Completion, SamplingParams
     from tinyllm.chat.reasoning import Kind
     from tinyllm.results import Stream
 
@@ -33,43 +46,75 @@ def as_prompt(llm: LLM, text: str, args: argparse.Namespace) -> str | list[int]:
     """What the model gets: the text, or a chat model's whole prompt as ids."""
     if not is_chat(llm, args):
         return text
+    return llm.chat_ids(messages_of(text, args), **chat_options(args))
+
+
+def messages_of(text: str, args: argparse.Namespace) -> list[dict[str, str]]:
+    """The conversation that a prompt begins."""
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    messages = [*system, {"role": "user", "content": text}]
-    return llm.chat_ids(messages, **chat_options(args))
+    return [*system, {"role": "user", "content": text}]
+
+
+def answer(
+    llm: LLM, text: str, params: SamplingParams, args: argparse.Namespace, *, stream: bool = False
+) -> Any:
+    """A Completion, or a Stream of it: a chat model's answer, or how another goes on."""
+    ask: Any = llm.chat if is_chat(llm, args) else llm.stream if stream else llm
+    if is_chat(llm, args):
+        return ask(messages_of(text, args), params=params, stream=stream, **chat_options(args))
+    return ask(text, params, special=args.special)
 
 
 def chat_only(args: argparse.Namespace) -> list[tuple[str, Any]]:
     """The options that make no sense without a chat template."""
-    return [("--system", args.system), ("--template-arg", args.template_args)]
+    return [
+        ("--system", args.system),
+        ("--template-arg", args.template_args),
+        ("--tools", args.tools),
+    ]
 
 
 def chat_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `LLM.chat` that were given."""
     return {
+        "tools": args.tools,
         "chat_template": args.chat_template,
         "template_args": dict(args.template_args or ()),
         "special_in_messages": args.special,
     }
 
 
-def print_stream(stream: Stream, *, shows_reasoning: bool = True) -> Completion:
-    """Prints a text as it comes, and a line break at its end; reasoning goes to stderr. Ctrl-C ends it
-    there."""
-    kind, ends_line = "text", True
+def print_stream(stream: Stream, page: Page | None = None, *, shows_reasoning: bool = True) -> Completion:
+    """Prints a text as it comes, and a line break at its end. Reasoning goes to stderr, and a call of a tool
+    to stdout, a line of JSON. Ctrl-C ends it there. page: what text goes to; None: stdout, as it is."""
+    page = page or Page(sys.stdout, wraps=False)
+    thoughts = Page(sys.stderr, wraps=page.wraps)
+    kind: Kind = "text"
+    ends_line = True
     with stream:
         try:
             for piece in stream:
-                if not piece.text:
-                    continue
-                if piece.kind != kind:
-                    kind = _print_change(piece.kind, ends_line, shows_reasoning)
-                if kind == "text":
-                    put(piece.text, end="", flush=True)
-                elif shows_reasoning:
-                    put(styled(piece.text, DIM, sys.stderr), to=sys.stderr, end="", flush=True)
-                ends_line = piece.text.endswith("\n") or (kind == "reasoning" and not shows_reasoning)
+                shows: Kind = "text" if piece.kind == "tool_call" else piece.kind
+                if shows != kind and (piece.text or piece.tool_call):
+                    (thoughts if kind == "reasoning" else page).end()
+                    kind = _print_change(shows, ends_line, shows_reasoning)
+                    ends_line = True
+                if piece.tool_call is not None:
+                    call = {"name": piece.tool_call.name, "arguments": piece.tool_call.arguments}
+                    page.write("" if ends_line else "\n")
+                    page.end()
+                    put(json_text({"tool_call": call}), flush=True)
+                    ends_line = True
+                elif piece.kind == "text":
+                    page.write(piece.text)
+                elif piece.kind == "reasoning" and shows_reasoning:
+                    thoughts.write(piece.text, DIM)
+                if piece.text and piece.kind != "tool_call":
+                    ends_line = piece.text.endswith("\n") or (kind == "reasoning" and not shows_reasoning)
         except KeyboardInterrupt:
             ends_line = False
+    page.end()
+    thoughts.end()
     if not ends_line:
         put(to=sys.stdout if kind == "text" else sys.stderr, flush=True)
     return stream.completion
@@ -98,3 +143,22 @@ def finish(llm: LLM, completion: Completion) -> str:
     if isinstance(completion.stop_reason, str):
         return f"ended before {completion.stop_reason!r}, as asked"
     return "ended by the model"
+
+
+def print_figures(llm: LLM, completion: Completion) -> None:
+    """What a text took: loading, prompt, answer."""
+    t = completion.timings
+    where = f"cpu, {llm.model.threads} threads" if llm.device == "cpu" else llm.device
+    note(
+        f"{Path(llm.name).name}: loaded in {seconds(llm.load_s)}, {size(llm.model.weight_bytes)} of weights, "
+        f"context {llm.context}, {where}; "
+        f"peak memory {size(peak_memory_bytes())}"
+    )
+    prompt_rate, token_rate = rate(t.prompt_tokens, t.prompt_s), rate(t.generated_tokens, t.generate_s)
+    prompt, generated = counted(t.prompt_tokens, "token", 5), counted(t.generated_tokens, "token", 5)
+    note(f"prompt     {prompt} in {seconds(t.prompt_s):>7}  {prompt_rate:8.1f} tok/s")
+    note(
+        f"generated  {generated} in {seconds(t.generate_s):>7}  {token_rate:8.1f} tok/s  "
+        f"{token_rate * llm.model.token_bytes / 1e9:.2f} GB/s of weights"
+    )
+    note(f"{finish(llm, completion)}; seed {completion.seed}")

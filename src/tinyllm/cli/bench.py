@@ -7,8 +7,11 @@ common.py, and measure/benchmark.py, which measures, once the options make sense
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from tinyllm.cli.common import (
     EXIT_CODES,
     EXIT_OK,
     Parser,
+    UsageError,
     add_model_argument,
     json_text,
     machine,
@@ -51,10 +55,10 @@ EPILOG = f"""examples:
   {PROG} compare f16.gguf --types q8_0,q4_0 --text wiki.test.raw
 
 columns:
-  t/s        tokens a second: mean ± standard deviation, and the median
+  t/s        tokens a second: mean ± standard deviation; --wide has the median too
   GB/s       weights and cache that decoding reads, summed from the model's real tensors
   % of read  that, of the read bandwidth measured before and after each repetition with the same threads
-  read GB/s  this bandwidth: median (least to most)
+  read GB/s  with --wide, this bandwidth: median (least to most)
   GMAC/s     1e9 multiply-adds with weights a second, the figure that limits prefill
   % of peak  of a prompt, that of what the processor multiplies when it does nothing else, measured likewise
 
@@ -73,6 +77,11 @@ def _run(argv: list[str]) -> int:
 
         return compare.run(argv[1:])
     args = _parser().parse_intermixed_args(argv)
+    if args.wide and args.output != "md":
+        raise UsageError("--wide is for -o md; the others have every figure anyway")
+    models = [*args.models, *args.more]
+    if not models:
+        raise UsageError("no MODEL given: a .gguf file, a directory, or stories")
     from tinyllm.measure import benchmark
 
     to_measure = benchmark.cases(
@@ -86,20 +95,22 @@ def _run(argv: list[str]) -> int:
     )
     with progress_line() as progress:
         results = benchmark.measure(
-            args.models,
+            models,
             to_measure,
             device=args.device,
             repetitions=args.repetitions,
             read_bytes=None if args.buffer is None else args.buffer * 1_048_576,
             progress=progress,
         )
-    WRITERS[args.output]([result.record() for result in results])
+    write = _write_wide if args.wide else WRITERS[args.output]
+    write([result.record() for result in results])
     return EXIT_OK
 
 
 def _parser() -> Parser:
     parser = Parser(PROG, "MODEL... [options]", DESCRIPTION, EPILOG)
-    add_model_argument(parser, "models", "+")
+    add_model_argument(parser, "models", "*")
+    parser.add_argument("--model", dest="more", action="append", default=[], help=argparse.SUPPRESS)
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "-p",
@@ -147,6 +158,9 @@ def _parser() -> Parser:
     output.add_argument(
         "-o", "--output", choices=tuple(WRITERS), default="md", metavar="FORMAT", help="md, csv or json (md)"
     )
+    output.add_argument(
+        "--wide", action="store_true", help="md: every row says it all, also what is the same in all of them"
+    )
     return parser
 
 
@@ -168,12 +182,76 @@ def _names(text: str) -> list[str]:
 # Output
 
 
+MOST_COLUMNS = 100
+TEXT_COLUMNS = ("model", "cache", "isa", "test", "file", "machine")
+FIGURES = ("test", "t/s", "GB/s", "% of read", "GMAC/s", "% of peak")
+NAME_LENGTHS = (40, 24, 16, 12, 8)  # of a model at most: the first with which the table is narrow enough
+
+
 def _write_md(records: list[dict[str, Any]]) -> None:
+    """What differs as a table, below what is the same in all rows."""
+    for line in _above(records):
+        put("\n".join(textwrap.wrap(line, MOST_COLUMNS)))
+    put()
+    tables = (_narrow(records, length, FIGURES) for length in NAME_LENGTHS)
+    last = (_narrow(records, NAME_LENGTHS[-1], FIGURES[:n]) for n in (4, 2))
+    for text in chain(tables, last):
+        if len(text.partition("\n")[0]) <= MOST_COLUMNS:
+            break
+    put(text)
+
+
+def _above(records: list[dict[str, Any]]) -> Iterator[str]:
+    """What is the same in all rows, and of each model what is the same in its rows."""
+    first = records[0]
+    places = "; ".join(dict.fromkeys(machine(record) for record in records))
+    cache = f", {first['type_k']} cache" if len({record["type_k"] for record in records}) == 1 else ""
+    yield f"{places}{cache}, tinyllm {first['version']}"
+    reads = [record[key] for record in records for key in ("read_gb_s_min", "read_gb_s_max")]
+    middle = statistics.median(record["read_gb_s"] for record in records)
+    yield f"memory reads {middle:.1f} GB/s ({min(reads):.1f}-{max(reads):.1f})"
+    for rows in _by_model(records):
+        cells, peak = _cells(rows[0]), max(record["peak_memory_bytes"] for record in rows)
+        yield (
+            f"{cells['model']}, {cells['size']}, {cells['params']} parameters, {cells['file']}; "
+            f"loaded in {cells['load']}, at most {size(peak)} of memory"
+        )
+
+
+def _by_model(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault((record["model_filename"], record["file_hash"]), []).append(record)
+    return list(found.values())
+
+
+def _narrow(records: list[dict[str, Any]], length: int, figures: Sequence[str]) -> str:
+    """A table of these figures, and of what differs beside them. length: of a model's name at most."""
+    differing = [
+        (key, title)
+        for key, title in (("type_k", "cache"), ("isa", "isa"), ("n_threads", "threads"))
+        if len({record[key] for record in records}) > 1
+    ]
+    rows = []
+    for record in records:
+        name = Path(record["model_filename"]).name
+        if len(name) > length:
+            name = f"{name[: length // 3]}…{name[length // 3 + 1 - length :]}"
+        digits = 2 if record["avg_ts"] < 100 else 1 if record["avg_ts"] < 1000 else 0
+        cells = _cells(record) | {
+            "model": name,
+            "t/s": f"{record['avg_ts']:.{digits}f} ± {record['stddev_ts']:.{digits}f}",
+            **{title: str(record[key]) for key, title in differing},
+        }
+        columns = [*["model"] * (len(_by_model(records)) > 1), *(title for _, title in differing), *figures]
+        rows.append({title: cells[title] for title in columns})
+    return table(list(rows[0]), [list(row.values()) for row in rows], TEXT_COLUMNS)
+
+
+def _write_wide(records: list[dict[str, Any]]) -> None:
+    """Rows that say it all."""
     rows = [_cells(record) for record in records]
     put(table(list(rows[0]), [list(row.values()) for row in rows], TEXT_COLUMNS))
-
-
-TEXT_COLUMNS = ("model", "cache", "test", "file", "machine")
 
 
 def _cells(record: dict[str, Any]) -> dict[str, str]:

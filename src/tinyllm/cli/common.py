@@ -15,11 +15,14 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
+
+from tinyllm.cli import peers
 
 if TYPE_CHECKING:
     from tinyllm import LLM
@@ -49,6 +52,34 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_intermixed_args(  # type: ignore[override]  # of a namespace there is no need
+        self, args: Sequence[str]
+    ) -> argparse.Namespace:
+        """Reads a command line, with the names that llama.cpp and Ollama have for options of ours."""
+        own = self._option_string_actions
+        try:
+            found, unknown = self.parse_known_intermixed_args(peers.translate(args, own, note))
+        except peers.Untranslated as error:
+            raise UsageError(str(error)) from None
+        options = [arg for arg in unknown if arg.startswith("-")]
+        if options:
+            raise UsageError(f"there is no option {options[0]}{peers.hint(options[0], own)}")
+        if unknown:
+            raise UsageError(f"too many arguments: {' '.join(unknown)}")
+        return found
+
+    @property
+    def options(self) -> Sequence[str]:
+        """All there are."""
+        return tuple(self._option_string_actions)
+
+    def action_of(self, option: str) -> argparse.Action | None:
+        return self._option_string_actions.get(option)
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """What an option that is not known stands for: nothing, where argparse would read -ngl as -n gl."""
+        return []
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -104,13 +135,31 @@ def _report(prog: str, error: Exception) -> int:
     elif isinstance(error, OSError) and error.filename is not None:
         _say(prog, f"{error.filename}: {error.strerror}")
     elif isinstance(error, (Error, OSError)):
-        _say(prog, str(error))
+        _say(prog, in_options(str(error)))
     else:
         text = (
             f"internal error: {type(error).__name__}: {error} (TINYLLM_DEBUG=1 shows where; please report it)"
         )
         _say(prog, text)
     return EXIT_USAGE if isinstance(error, ArgumentError) else EXIT_ERROR
+
+
+# What errors advise to those who write Python: what they advise here.
+_ADVICE = {
+    "load the model with a larger context=": "begin with a larger context: -c N",
+    "pass allow_requantize=True (--allow-requantize)": "give --allow-requantize",
+    "pass max_tokens": "give -n N",
+    "use device='cpu'": "give --device cpu",
+    "weights= is for float models": "--weights and --types are for float models",
+    "chat_template= (tinyllm-run: --chat-template FILE)": "--chat-template FILE",
+}
+
+
+def in_options(message: str) -> str:
+    """What an error says, in the words of the command line."""
+    for advice, here in _ADVICE.items():
+        message = message.replace(advice, here)
+    return message
 
 
 def _say(prog: str, message: str) -> None:
@@ -125,6 +174,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def _or_none(kind: Callable[[str], Any], none: str) -> Callable[[str], Any]:
+    """An argparse type: `kind`, or a word of llama.cpp's that leaves it to the model or to chance."""
+
+    def read(text: str) -> Any:
+        return None if text == none else kind(text)
+
+    read.__name__ = kind.__name__  # which errors name
+    return read
 
 
 def out_file(text: str) -> str:
@@ -156,7 +215,7 @@ def add_model_options(
     group.add_argument(
         "-c",
         "--context",
-        type=positive,
+        type=_or_none(positive, "0"),
         metavar="N",
         help=context,
     )
@@ -192,7 +251,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-n",
         "--max-tokens",
-        type=positive,
+        type=_or_none(positive, "-1"),
         metavar="N",
         help="stop after N tokens (default: at the end of the text)",
     )
@@ -220,6 +279,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="drop tokens less likely than P times the likeliest; 0 for no limit (0.05)",
     )
     group.add_argument(
+        "--typical",
+        dest="typical_p",
+        type=float,
+        metavar="P",
+        help="choose among the tokens of usual surprise that together have probability P; 1 for no limit (1)",
+    )
+    group.add_argument(
         "--repeat-penalty",
         dest="repetition_penalty",
         type=float,
@@ -228,7 +294,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--seed",
-        type=int,
+        type=_or_none(int, "-1"),
         metavar="S",
         help="the same seed gives the same text (default: a new one each time)",
     )
@@ -247,6 +313,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         ("--grammar", "FILE|TEXT", "text that follows this grammar, Lark or GBNF"),
     ):
         form.add_argument(option, type=_file_or_text, metavar=metavar, help=text)
+    for option, dest in (("--json-schema-file", "json_schema"), ("--grammar-file", "grammar")):
+        form.add_argument(option, dest=dest, type=read_text, metavar="FILE", help="the same, of a file alone")
     form.add_argument("--regex", metavar="REGEX", help="text that matches this regular expression")
     form.add_argument(
         "--choices", action="append", metavar="TEXT", help="one of these texts; may be given several times"
@@ -274,6 +342,13 @@ def _add_repetition_options(parser: argparse.ArgumentParser) -> None:
             "N",
             "how many of the last tokens --repeat-penalty looks at; -1 for all (64)",
         ),
+        (
+            "--presence-penalty",
+            float,
+            "X",
+            "take X from the logit of each token that came before; 0 for none (0)",
+        ),
+        ("--frequency-penalty", float, "X", "the same, as many times as it came; 0 for none (0)"),
         ("--no-repeat-ngram-size", int, "N", "let no N tokens in a row come twice; 0 for any (0)"),
         (
             "--dry-multiplier",
@@ -297,6 +372,13 @@ def _add_repetition_options(parser: argparse.ArgumentParser) -> None:
         help="no repetition goes over this string; may be given several times, none for none "
         '(the line break, :, " and *)',
     )
+    group.add_argument(
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        metavar="ID(+|-)X",
+        help="add X to a token's logit, such as 15043+1 or 15043-inf; may be given several times",
+    )
     for option, text in (
         ("--suppress-tokens", "never choose these tokens"),
         ("--begin-suppress-tokens", "do not begin with one of these tokens"),
@@ -318,8 +400,16 @@ def _token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids such as 13,198") from None
 
 
+def _bias(text: str) -> tuple[int, float]:
+    match = re.fullmatch(r"(\d+)([+-](?:inf|\d+(?:\.\d+)?))", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no token id and number such as 15043+1")
+    return int(match[1]), float(match[2])
+
+
 _SAMPLING = (
-    "max_tokens temperature top_k top_p min_p repetition_penalty seed stop min_tokens penalty_window "
+    "max_tokens temperature top_k top_p min_p typical_p repetition_penalty seed stop min_tokens "
+    "penalty_window presence_penalty frequency_penalty logit_bias "
     "no_repeat_ngram_size dry_multiplier dry_base dry_allowed_length dry_penalty_last_n "
     "dry_sequence_breakers xtc_probability xtc_threshold suppress_tokens begin_suppress_tokens bad_words_ids "
     "json_schema regex choices grammar"
@@ -328,10 +418,38 @@ _SAMPLING = (
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of SamplingParams that were given."""
-    fields = {name: getattr(args, name) for name in _SAMPLING.split()}
+    fields = {name: getattr(args, name, None) for name in _SAMPLING.split()}
     if fields["dry_sequence_breakers"] == ["none"]:
         fields["dry_sequence_breakers"] = []
+    if fields["logit_bias"] is not None:
+        fields["logit_bias"] = dict(fields["logit_bias"])
     return {name: value for name, value in fields.items() if value is not None}
+
+
+# Ollama's names of parameters that have another here.
+_OLLAMA = {"num_predict": "max_tokens", "num_thread": "threads", "num_ctx": "context"}
+_FIXED = ("context", "threads", "device", "cache_type", "weights")
+
+
+def setting(name: str, value: str) -> dict[str, Any]:
+    """The field of SamplingParams that an option sets, by its name here, llama.cpp's or Ollama's; the value -
+    takes it back. Raises UsageError."""
+    name = name.lstrip("-").replace("-", "_")
+    name = _OLLAMA.get(name, name)
+    if name in _FIXED:
+        raise UsageError(f"{name} cannot change while a model is loaded: leave, and give it when you begin")
+    parser = Parser("/set", "", "", "")
+    add_sampling_options(parser)
+    option = f"--{name.replace('_', '-')}"
+    action = parser.action_of(peers.SAME.get(option, option))
+    given = {}
+    if value != "-":
+        given = sampling_fields(parser.parse_intermixed_args([f"{option}={value}"]))
+    elif action is None:
+        raise UsageError(f"there is no option {option}{peers.hint(option, parser.options)}")
+    if given or action is None:
+        return given
+    return {action.dest: {} if action.dest == "logit_bias" else None}
 
 
 def load_model(path: str, args: argparse.Namespace, **settings: Any) -> LLM:
@@ -451,14 +569,14 @@ _STYLES = "|".join(map(re.escape, (BOLD, DIM, CYAN, *BACKGROUNDS, _END)))
 _CONTROL = re.compile(rf"(?P<style>{_STYLES})|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def _has_styles(stream: TextIO) -> bool:
+def has_styles(stream: TextIO) -> bool:
     """https://no-color.org"""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:
     """`text` in one of the styles above where `stream` is a terminal that has styles."""
-    return f"{style}{text}{_END}" if text and _has_styles(stream) else text
+    return f"{style}{text}{_END}" if text and style and has_styles(stream) else text
 
 
 def shown(text: str, stream: TextIO) -> str:
@@ -466,7 +584,7 @@ def shown(text: str, stream: TextIO) -> str:
     the styles above: a file that holds one makes a text bold, and that is all."""
     if not stream.isatty():
         return text
-    keeps_styles = _has_styles(stream)
+    keeps_styles = has_styles(stream)
     return _CONTROL.sub(lambda m: m[0] if m["style"] and keeps_styles else _visible(m[0]), text)
 
 
@@ -507,7 +625,22 @@ def _without_nan(value: Any) -> Any:
 
 def note(text: str) -> None:
     """A line about the work, on stderr, faint."""
-    put(styled(text, DIM, sys.stderr), to=sys.stderr, flush=True)
+    put(styled(_fitted(text, sys.stderr), DIM, sys.stderr), to=sys.stderr, flush=True)
+
+
+def _fitted(text: str, stream: TextIO) -> str:
+    """Lines that end between words where a terminal would break them; what follows a gap stays behind it."""
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # no terminal
+        return text
+    lines: list[str] = []
+    for line in text.split("\n"):
+        gap = re.match(r"\S.{0,18}?\s{2,}", line)
+        wrapper = textwrap.TextWrapper(max(width, 20), replace_whitespace=False, break_on_hyphens=False)
+        wrapper.subsequent_indent = " " * len(gap[0] if gap else "")
+        lines += [line] if len(line) <= width else wrapper.wrap(line)
+    return "\n".join(lines)
 
 
 def counted(n: int, thing: str, width: int = 0) -> str:

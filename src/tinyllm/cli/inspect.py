@@ -1,7 +1,8 @@
 """tinyllm-inspect: what is in a model's files, what running it would take, and how it sees a text.
 
 Facts go to stdout, as lines or JSON. Only --next loads the weights. Imports common.py; once the
-options make sense, measure/inspection.py, which reads the headers, and next_token.py, which draws.
+options make sense, measure/inspection.py, which reads the headers, raw.py, which lists them, and
+next_token.py, which draws.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ DESCRIPTION = """Shows what a model is made of, from its files' headers and with
 architecture, parameters, formats, tokenizer, chat template, the memory it would take here, and what
 looks wrong.
 
+Of a file that tinyllm does not run it lists the keys and tensors, as --raw does of any.
+
 --tokens shows the pieces that a text is cut into. --next loads the model and shows what it thinks may
 come after a text: each token's probability at several temperatures, and which ones sampling would
 choose from."""
@@ -53,6 +56,7 @@ choose from."""
 EPILOG = f"""examples:
   {PROG} model.gguf                              the facts
   {PROG} model.gguf -c 8192 --cache-type q8_0    the memory for another context
+  {PROG} other.safetensors --raw --json          all that the headers say, for programs
   {PROG} stories --tokens "Lily's café"          the tokens of a text
   {PROG} stories --next "The dog was" --temp 0.5,1,1.5
   {PROG} stories --next "The dog was" --plot next.png
@@ -68,17 +72,34 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
-    if args.tokens is not None and args.next is not None:
-        raise UsageError("--tokens and --next cannot be used together")
+    given = [name for name in ("tokens", "next", "raw") if getattr(args, name) not in (None, False)]
+    if len(given) > 1:
+        raise UsageError(f"--{' and --'.join(given)} cannot be used together")
     if args.plot is not None and args.next is None:
         raise UsageError("--plot draws what --next shows; it needs --next TEXT")
     if args.tokens is not None:
         return _print_tokens(args)
     if args.next is not None:
         return _print_next(args)
+    from tinyllm.cli import raw
+
+    if args.raw:
+        return raw.print_raw(args.model, args.output)
+    from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
     from tinyllm.measure.inspection import inspect_model
 
-    found = inspect_model(args.model, context=args.context, cache_type=args.cache_type, weights=args.weights)
+    try:
+        found = inspect_model(
+            args.model, context=args.context, cache_type=args.cache_type, weights=args.weights
+        )
+    except UnsupportedError as error:
+        if not raw.is_readable(args.model):
+            raise
+        return raw.print_raw(args.model, args.output, str(error))
+    except (FormatError, NotFoundError) as error:
+        if raw.is_readable(args.model):
+            raise type(error)(f"{error} (--raw lists what it holds)") from None
+        raise
     if args.output == "json":
         put(json_text(found.record(), indent=1))
     else:
@@ -92,6 +113,11 @@ def _parser() -> Parser:
     add_model_argument(parser)
     what = parser.add_argument_group("what to show")
     what.add_argument("--tensors", action="store_true", help="every tensor, not only kinds of them")
+    what.add_argument(
+        "--raw",
+        action="store_true",
+        help="every key and tensor as the file has them, of any GGUF or safetensors, be it a model or not",
+    )
     what.add_argument("--tokens", metavar="TEXT", help="the tokens of a text")
     what.add_argument("--next", metavar="TEXT", help="the probabilities of the token after a text")
     what.add_argument(
@@ -102,6 +128,7 @@ def _parser() -> Parser:
     what.add_argument(
         "-o", "--output", choices=("text", "json"), default="text", help="text, or json for programs (text)"
     )
+    what.add_argument("--json", dest="output", action="store_const", const="json", help="the same as -o json")
     following = parser.add_argument_group("with --next")
     following.add_argument(
         "--temp",
@@ -140,14 +167,14 @@ def _lines(found: Inspection, all_tensors: bool) -> Iterator[str]:
     before = ""
     for name, text in _facts(found):
         label = styled(f"{'' if name == before else name:<15}", DIM, sys.stdout)
-        yield from _wrapped(label, 15, text)
+        yield from wrapped(label, 15, text)
         before = name
     yield ""
     yield _tensor_table(found.tensors) if all_tensors else _group_table(found.tensors)
     if found.warnings:
         yield ""
     for warning in found.warnings:
-        yield from _wrapped(styled("warning: ", BOLD, sys.stdout), 9, warning)
+        yield from wrapped(styled("warning: ", BOLD, sys.stdout), 9, warning)
 
 
 def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -179,7 +206,7 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     yield from (("memory", text) for text in _memory_lines(found.memory))
 
 
-def _wrapped(label: str, indent: int, text: str) -> Iterator[str]:
+def wrapped(label: str, indent: int, text: str) -> Iterator[str]:
     width = max(40, shutil.get_terminal_size((100, 40)).columns) - indent
     first, *rest = textwrap.wrap(text, width, replace_whitespace=False) or [""]
     yield label + first
@@ -232,7 +259,7 @@ def _memory_lines(memory: Memory) -> Iterator[str]:
 
 
 def _tensor_table(tensors: Iterable[Tensor]) -> str:
-    rows = [(t.name, _shape(t.shape), t.format, size(t.n_bytes)) for t in tensors]
+    rows = [(t.name, shape_text(t.shape), t.format, size(t.n_bytes)) for t in tensors]
     return table(("tensor", "shape", "format", "size"), rows, left=("tensor", "shape", "format"))
 
 
@@ -240,12 +267,12 @@ def _group_table(tensors: Iterable[Tensor]) -> str:
     """One row for each kind of weight and format."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for t in tensors:
-        groups.setdefault((t.weight, _shape(t.shape), t.format), []).append(t.n_bytes)
+        groups.setdefault((t.weight, shape_text(t.shape), t.format), []).append(t.n_bytes)
     rows = [(*group, str(len(sizes)), size(sum(sizes))) for group, sizes in groups.items()]
     return table(("weight", "shape", "format", "tensors", "size"), rows, left=("weight", "shape", "format"))
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 

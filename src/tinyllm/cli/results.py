@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllm.cli.answers import as_prompt, is_chat
+from tinyllm.cli.answers import as_prompt, chat_options, is_chat, messages_of
 from tinyllm.cli.common import (
     EXIT_ERROR,
     EXIT_OK,
@@ -23,6 +24,7 @@ from tinyllm.cli.common import (
     load_model,
     note,
     peak_memory_bytes,
+    progress_bar,
     put,
     rate,
     sampling_fields,
@@ -52,6 +54,10 @@ def as_json(llm: LLM, prompt: str, completion: Completion, args: argparse.Namesp
         "settings": {name: getattr(llm, name) for name in SETTINGS} | {"weights": args.weights},
         "prompt_ids": completion.prompt_tokens,
     }
+    if args.tools is not None:
+        result["tool_calls"] = [asdict(call) for call in completion.tool_calls]
+        options = {name: value for name, value in chat_options(args).items() if value}
+        result["conversation"] = {"messages": messages_of(prompt, args), **options}
     if args.logprobs is not None:
         result["logprobs"] = completion.logprobs
         result["top_logprobs"] = completion.top_logprobs
@@ -64,7 +70,8 @@ def run_batch(args: argparse.Namespace, prompts: list[str], params: SamplingPara
         start = time.perf_counter()
         chats = is_chat(llm, args)
         ready = [as_prompt(llm, prompt, args) for prompt in prompts]
-        completions = llm(ready, params, special=args.special, reasoning=chats)
+        with progress_bar("prompts") as progress:
+            completions = llm(ready, params, special=args.special, reasoning=chats, progress=progress)
         elapsed = time.perf_counter() - start
         for prompt, completion in zip(prompts, completions, strict=True):
             put(as_json(llm, prompt, completion, args))
@@ -95,7 +102,8 @@ def replay(args: argparse.Namespace) -> int:
 def _again(llm: LLM, result: Mapping[str, Any]) -> Completion:
     parameters, conversation = dict(result["parameters"]), result.get("conversation")
     if bias := parameters.get("logit_bias"):
-        parameters["logit_bias"] = {int(token): value for token, value in bias.items()}  # JSON has texts
+        # JSON has texts as keys, and no infinity.
+        parameters["logit_bias"] = {int(t): -math.inf if x is None else x for t, x in bias.items()}
     completion: Completion
     if conversation:
         completion = llm.chat(**conversation, **parameters)

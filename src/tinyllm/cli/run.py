@@ -9,12 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import select
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tinyllm.cli import prefix
-from tinyllm.cli.answers import as_prompt, chat_only, chat_options, finish, is_chat, print_stream
+from tinyllm.cli.answers import (
+    answer,
+    as_prompt,
+    chat_only,
+    chat_options,
+    is_chat,
+    print_figures,
+    print_stream,
+)
 from tinyllm.cli.common import (
     BOLD,
     EXIT_CODES,
@@ -25,39 +33,38 @@ from tinyllm.cli.common import (
     add_model_argument,
     add_model_options,
     add_sampling_options,
-    counted,
     load_model,
     note,
-    peak_memory_bytes,
     positive,
     put,
-    rate,
     read_text,
     run_command,
     sampling_fields,
-    seconds,
-    size,
-    styled,
 )
+from tinyllm.cli.page import Page
 
 if TYPE_CHECKING:
     from tinyllm import LLM, Completion, SamplingParams
 
 PROG = f"{prefix}run"
+PATIENCE_S = 1.0  # after which it is said that a pipe is waited for
 
 DESCRIPTION = """Runs a language model from a file on this machine.
 
 A base model continues PROMPT; a model made for chat answers it. Without a prompt, on a terminal, you get a
-conversation. A prompt can also come through a pipe."""
+conversation. A prompt can also come through a pipe, or go on there."""
 
 EPILOG = f"""examples:
   {PROG} stories "Once upon a time"              the small model that comes with tinyllm
   {PROG} model.gguf                              a conversation; /help there lists its commands
   {PROG} model.gguf "What is RoPE?" --temp 0     the likeliest answer, the same every time
-  cat notes.txt | {PROG} model.gguf --system "Summarize this text."
+  cat notes.txt | {PROG} model.gguf "Summarize:"  the prompt, and what comes through the pipe
   {PROG} stories "Lily" -n 50 --seed 7 --json > out.json
   {PROG} --replay out.json                       does this machine give the very same tokens?
   {PROG} stories --prompts beginnings.txt        one prompt a line, as one batch, JSON lines out
+
+Options of llama.cpp and Ollama are known by their names where they mean the same (-m -p -s -sys -cnv -hf
+--ctx-size --n-predict --temperature --format ...), and named where they mean nothing here: docs/terminal.md.
 
 {EXIT_CODES}"""
 
@@ -68,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
+    _take_options_for_arguments(args)
     if args.version or args.info:
         return _print_info(args.info)
     _check(args)
@@ -85,14 +93,17 @@ def _run(argv: list[str]) -> int:
         return run_batch(args, _read_prompts(args), params)
     prompt = _read_prompt(args)
     with load_model(args.model, args) as llm:
-        if prompt is None:
-            from tinyllm.cli.interactive import Chat, Text, interact
+        if prompt is None or args.conversation:
+            from tinyllm.cli.interactive import View, interact
+            from tinyllm.cli.talks import Chat, Talk, Text
 
-            chats = is_chat(llm, args)
-            talk: Chat | Text = Text(llm, params, special=args.special)
-            if chats:
+            talk: Talk
+            if is_chat(llm, args):
                 talk = Chat(llm, params, args.system, **chat_options(args))
-            return interact(llm, talk, shows_reasoning=args.reasoning)
+            else:
+                talk = Text(llm, params, special=args.special)
+            view = View(args.reasoning, args.wraps and not args.plain, not args.plain, args.verbose)
+            return interact(llm, talk, view, prompt)
         return _run_once(llm, prompt, params, args)
 
 
@@ -102,7 +113,14 @@ def _run(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(PROG, "MODEL [PROMPT] [options]", DESCRIPTION, EPILOG)
     add_model_argument(parser, nargs="?")
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text; - reads it from a pipe")
+    for option, what in (("--model", "MODEL"), ("--prompt", "PROMPT")):
+        parser.add_argument(option, dest=f"{option[2:]}_option", metavar=what, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="the text; what comes through a pipe follows it, - stands for the pipe alone",
+    )
 
     text = parser.add_argument_group("prompt")
     text.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file")
@@ -116,6 +134,9 @@ def _parser() -> Parser:
     )
     text.add_argument(
         "--system", metavar="TEXT", help="how a chat model should behave, told before the first message"
+    )
+    text.add_argument(
+        "--conversation", action="store_true", help="go on with a conversation after PROMPT is answered"
     )
     chat = text.add_mutually_exclusive_group()
     chat.add_argument(
@@ -138,6 +159,12 @@ def _parser() -> Parser:
         type=_key_and_value,
         metavar="NAME=VALUE",
         help="a variable for the chat template, such as enable_thinking=false; may be given several times",
+    )
+    text.add_argument(
+        "--tools",
+        type=_tools,
+        metavar="FILE",
+        help="what a chat model may call: a JSON list of tools, as OpenAI writes them (docs/tools.md)",
     )
     text.add_argument(
         "--prompts",
@@ -163,6 +190,15 @@ def _parser() -> Parser:
         help="do not show what a model thinks before it answers (it goes to stderr, faint)",
     )
     output.add_argument(
+        "--plain",
+        action="store_true",
+        help="on a terminal: colour no Markdown, break no lines at words",
+    )
+    output.add_argument("--no-wrap", dest="wraps", action="store_false", help="do not break lines at words")
+    output.add_argument(
+        "--verbose", action="store_true", help="in a conversation too, say what each answer took"
+    )
+    output.add_argument(
         "--logprobs",
         type=_count,
         metavar="K",
@@ -176,6 +212,29 @@ def _parser() -> Parser:
     output.add_argument("--version", action="store_true", help="version, instruction set, threads, CUDA")
     output.add_argument("--info", action="store_true", help="all that tinyllm knows about this machine")
     return parser
+
+
+def _take_options_for_arguments(args: argparse.Namespace) -> None:
+    """--model and --prompt are other ways to say MODEL and PROMPT. Raises UsageError where both are there."""
+    if args.model_option is not None:
+        if args.prompt is not None:
+            raise UsageError(f"MODEL is given twice: {args.model} and --model {args.model_option}")
+        args.model, args.prompt = args.model_option, args.model
+    if args.prompt_option is not None:
+        if args.prompt is not None:
+            raise UsageError(f"PROMPT is given twice: {args.prompt!r} and --prompt {args.prompt_option!r}")
+        args.prompt = args.prompt_option
+
+
+def _tools(path: str) -> list[dict[str, Any]]:
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path} is no JSON: {error}") from None
+    if not isinstance(value, list) or not value:
+        raise argparse.ArgumentTypeError(f"{path} is no list of tools")
+    return value
 
 
 def _key_and_value(text: str) -> tuple[str, Any]:
@@ -201,6 +260,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("no MODEL given: a .gguf file, a directory, or stories")
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} cannot be used together")
+    if args.tools is not None and (args.prompts is not None or args.logprobs is not None):
+        raise UsageError("--tools is for a PROMPT or a conversation, without --logprobs")
+    if args.conversation and not (_is_terminal(sys.stdin) and sys.stdout.isatty()):
+        raise UsageError("--conversation needs a terminal")
     for name, value in chat_only(args):
         if value is not None and args.chat is False:
             raise UsageError(f"{name} is for chat; it cannot be used with --no-chat")
@@ -227,21 +290,47 @@ def _print_info(all_of_it: bool) -> int:
 
 
 def _read_prompt(args: argparse.Namespace) -> str | None:
-    """The prompt; None on a terminal without one, which asks for a conversation."""
-    if args.file is not None:
-        text = read_text(args.file)
-    elif args.prompt == "-" or (args.prompt is None and not sys.stdin.isatty()):
-        text = read_text("-")
-        if not text:
+    """The prompt, and behind it what comes through a pipe; None on a terminal without either, which asks for
+    a conversation."""
+    text = args.prompt if args.file is None else _trimmed(read_text(args.file))
+    if not _is_terminal(sys.stdin) and args.file != "-":
+        piped = _trimmed(_read_pipe(waits=text in (None, "-")))
+        if not piped and text in (None, "-"):
             raise UsageError("there is no PROMPT, and standard input is empty")
-    elif args.prompt is None:
+        text = piped if text in (None, "-", "") else f"{text}\n{piped}" if piped else text
+    elif text == "-":
+        text = _trimmed(read_text("-"))
+    if text is None:
         if args.json or args.logprobs is not None or not sys.stdout.isatty():
             raise UsageError("there is no PROMPT")
         return None
-    else:
-        return unescaped(args.prompt) if args.escapes else str(args.prompt)
-    text = text.removesuffix("\n").removesuffix("\r")
-    return unescaped(text) if args.escapes else text
+    return unescaped(text) if args.escapes else str(text)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def _trimmed(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _read_pipe(waits: bool) -> str:
+    """What standard input holds. waits: whether nobody wonders that it is waited for."""
+    if sys.stdin is None:
+        return ""
+    if waits:
+        return read_text("-")
+    try:
+        comes = bool(select.select([sys.stdin], [], [], PATIENCE_S)[0])
+    except (OSError, ValueError):  # no file of the system's
+        comes = True
+    if not comes:
+        note("waiting for the text that follows PROMPT through the pipe (with < /dev/null there is none)")
+    try:
+        return read_text("-")
+    except OSError:  # nohup's, say, which cannot be read
+        return ""
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
@@ -282,21 +371,22 @@ def unescaped(text: str) -> str:
 
 
 def _run_once(llm: LLM, text: str, params: SamplingParams, args: argparse.Namespace) -> int:
-    prompt, chats = as_prompt(llm, text, args), is_chat(llm, args)
+    chats = is_chat(llm, args)
     if args.json:
         from tinyllm.cli.results import as_json
 
-        completion = llm(prompt, params, special=args.special, reasoning=chats)
+        completion = answer(llm, text, params, args)
         put(as_json(llm, text, completion, args))
     elif args.logprobs is not None:
-        completion = llm(prompt, params, special=args.special)
+        completion = llm(as_prompt(llm, text, args), params, special=args.special)
         _print_logprobs(llm, completion)
     else:
+        page = Page(sys.stdout, wraps=args.wraps and not args.plain, markdown=chats and not args.plain)
         if not chats and sys.stdout.isatty():
-            put(styled(text, BOLD, sys.stdout), end="", flush=True)
-        stream = llm.stream(prompt, params, special=args.special, reasoning=chats)
-        completion = print_stream(stream, shows_reasoning=args.reasoning)
-    _print_figures(llm, completion)
+            page.write(text, BOLD)
+        stream = answer(llm, text, params, args, stream=True)
+        completion = print_stream(stream, page, shows_reasoning=args.reasoning)
+    print_figures(llm, completion)
     return EXIT_INTERRUPTED if completion.finish_reason == "cancelled" else EXIT_OK
 
 
@@ -310,24 +400,6 @@ def _print_logprobs(llm: LLM, completion: Completion) -> None:
     for token, logprob, top in zip(completion.tokens, completion.logprobs or [], tops, strict=True):
         others = "  ".join(f"{name(t)} {math.exp(p):.1%}" for t, p in top)
         put(f"{name(token):<20} {logprob:9.4f} {math.exp(logprob):7.2%}   {others}".rstrip())
-
-
-def _print_figures(llm: LLM, completion: Completion) -> None:
-    t = completion.timings
-    where = f"cpu, {llm.model.threads} threads" if llm.device == "cpu" else llm.device
-    note(
-        f"{Path(llm.name).name}: loaded in {seconds(llm.load_s)}, {size(llm.model.weight_bytes)} of weights, "
-        f"context {llm.context}, {where}; "
-        f"peak memory {size(peak_memory_bytes())}"
-    )
-    prompt_rate, token_rate = rate(t.prompt_tokens, t.prompt_s), rate(t.generated_tokens, t.generate_s)
-    prompt, generated = counted(t.prompt_tokens, "token", 5), counted(t.generated_tokens, "token", 5)
-    note(f"prompt     {prompt} in {seconds(t.prompt_s):>7}  {prompt_rate:8.1f} tok/s")
-    note(
-        f"generated  {generated} in {seconds(t.generate_s):>7}  {token_rate:8.1f} tok/s  "
-        f"{token_rate * llm.model.token_bytes / 1e9:.2f} GB/s of weights"
-    )
-    note(f"{finish(llm, completion)}; seed {completion.seed}")
 
 
 if __name__ == "__main__":

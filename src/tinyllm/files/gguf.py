@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from tinyllm._core import read_strings
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
-from tinyllm.files import CHUNK_BYTES, FORMATS, FileReader, TensorInfo, show, show_some
+from tinyllm.files import CHUNK_BYTES, FORMATS, FileReader, Format, TensorInfo, show, show_some
 
 MAX_HEADER_BYTES = (
     256 << 20
@@ -37,12 +37,16 @@ _DTYPES = {  # value type -> numpy dtype
     11: "<i8", 12: "<f8",
 }  # fmt: skip
 _U32_TYPE = 4
-# Types that exist but that no kernel reads, for a message that names them.
-_OTHER_FORMATS = {
-    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+# Types that exist but that no kernel reads: their names and sizes.
+OTHER_FORMATS = {
+    number: Format(name, block, block_bytes)
+    for number, name, block, block_bytes in (
+        (9, "Q8_1", 32, 36), (15, "Q8_K", 256, 292), (24, "I8", 1, 1), (25, "I16", 1, 2), (26, "I32", 1, 4),
+        (27, "I64", 1, 8), (28, "F64", 1, 8),
+    )
 }  # fmt: skip
 _MIN_PAIR_BYTES = 8 + 1 + 4 + 1
-_MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
+MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     return GGUFFile(metadata, tensors, files, types)
 
 
-class _Header:
+class Header:
     """A cursor over the header that refills a bounded window and never moves past the end of the file."""
 
     def __init__(self, file: FileReader) -> None:
@@ -166,19 +170,26 @@ class _Header:
 
 def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, int], dict[str, TensorInfo]]:
     with FileReader(path) as file:
-        header = _Header(file)
-        if header.take(4, "the magic number") != b"GGUF":
-            raise FormatError(f"{path}: not a GGUF file")
-        _check_version(header)
-        n_tensors = header.u64("the number of tensors")
-        n_pairs = header.u64("the number of metadata entries")
-        what = f"a header of {n_pairs} entries and {n_tensors} tensors"
-        header.require(_MIN_TENSOR_BYTES * n_tensors + _MIN_PAIR_BYTES * n_pairs, what)
-        metadata, types, alignment = _read_metadata(header, n_pairs)
+        header = Header(file)
+        n_tensors, metadata, types, alignment = read_keys(header)
         return metadata, types, _read_tensors(header, n_tensors, alignment)
 
 
-def _check_version(header: _Header) -> None:
+def read_keys(header: Header) -> tuple[int, dict[str, Any], dict[str, int], int]:
+    """How many tensors a file has, its metadata and their types, and its alignment. The cursor then stands
+    where the tensors are described."""
+    if header.take(4, "the magic number") != b"GGUF":
+        raise FormatError(f"{header.file.path}: not a GGUF file")
+    _check_version(header)
+    n_tensors = header.u64("the number of tensors")
+    n_pairs = header.u64("the number of metadata entries")
+    what = f"a header of {n_pairs} entries and {n_tensors} tensors"
+    header.require(MIN_TENSOR_BYTES * n_tensors + _MIN_PAIR_BYTES * n_pairs, what)
+    metadata, types, alignment = _read_metadata(header, n_pairs)
+    return n_tensors, metadata, types, alignment
+
+
+def _check_version(header: Header) -> None:
     version = header.u32("the version")
     if version in (2, 3):
         return
@@ -190,7 +201,7 @@ def _check_version(header: _Header) -> None:
     raise UnsupportedError(f"{path}: GGUF version {version} is unknown; versions 2 and 3 are read")
 
 
-def _read_metadata(header: _Header, n_pairs: int) -> tuple[dict[str, Any], dict[str, int], int]:
+def _read_metadata(header: Header, n_pairs: int) -> tuple[dict[str, Any], dict[str, int], int]:
     metadata: dict[str, Any] = {}
     types: dict[str, int] = {}
     alignment = 32
@@ -210,7 +221,7 @@ def _read_metadata(header: _Header, n_pairs: int) -> tuple[dict[str, Any], dict[
     return metadata, types, alignment
 
 
-def _read_value(header: _Header, kind: int, what: str) -> tuple[Any, int]:
+def _read_value(header: Header, kind: int, what: str) -> tuple[Any, int]:
     if kind == _STRING:
         return header.string(what), kind
     if kind != _ARRAY:
@@ -224,7 +235,7 @@ def _read_value(header: _Header, kind: int, what: str) -> tuple[Any, int]:
     return _read_numbers(header, kind, count, what), kind
 
 
-def _read_numbers(header: _Header, kind: int, count: int, what: str) -> npt.NDArray[Any]:
+def _read_numbers(header: Header, kind: int, count: int, what: str) -> npt.NDArray[Any]:
     if kind not in _DTYPES:
         header.fail(f"{what} has the unknown value type {kind}")
     dtype = np.dtype(_DTYPES[kind])
@@ -236,7 +247,7 @@ def _read_numbers(header: _Header, kind: int, count: int, what: str) -> npt.NDAr
     return values
 
 
-def _read_tensors(header: _Header, n_tensors: int, alignment: int) -> dict[str, TensorInfo]:
+def _read_tensors(header: Header, n_tensors: int, alignment: int) -> dict[str, TensorInfo]:
     file = header.file
     found: dict[str, TensorInfo] = {}
     for i in range(n_tensors):
@@ -264,9 +275,10 @@ def _read_tensors(header: _Header, n_tensors: int, alignment: int) -> dict[str, 
     return tensors
 
 
-def _tensor_bytes(header: _Header, what: str, dims: tuple[int, ...], type_number: int) -> int:
+def _tensor_bytes(header: Header, what: str, dims: tuple[int, ...], type_number: int) -> int:
     if type_number not in FORMATS:
-        name = _OTHER_FORMATS.get(type_number, f"number {type_number}, which is unknown")
+        other = OTHER_FORMATS.get(type_number)
+        name = other.name if other else f"number {type_number}, which is unknown"
         supported = ", ".join(f.name for f in FORMATS.values())
         raise UnsupportedError(f"{header.file.path}: {what} has type {name}; supported: {supported}")
     n_elements = 1

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -47,6 +48,15 @@ class OutTensor:
         return n // form.block * form.block_bytes
 
 
+@dataclass(frozen=True)
+class Part:
+    """One file of a set: where, its metadata and its tensors."""
+
+    path: str | os.PathLike[str]
+    metadata: Mapping[str, Any]
+    tensors: Sequence[OutTensor]
+
+
 def write_gguf(
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any],
@@ -62,9 +72,56 @@ def write_gguf(
     int32, uint64 and int64 that holds them, and floats float32. progress: called with (bytes written, bytes
     in all). Raises WriteError, ArgumentError; leaves nothing behind then.
     """
-    header = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
-    for key, value in metadata.items():
-        header += [_text(key), _value(value, (types or {}).get(key), key)]
+    return write_set([Part(path, metadata, tensors)], types=types, progress=progress)
+
+
+def write_set(
+    parts: Sequence[Part],
+    *,
+    types: Mapping[str, int] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> int:
+    """As `write_gguf`, of several files, none of which appears before all are written."""
+    headers = [_header(part, types or {}) for part in parts]
+    sizes = [
+        len(header) + sum(_padded(tensor.n_bytes) for tensor in part.tensors)
+        for header, part in zip(headers, parts, strict=True)
+    ]
+    done, total = 0, sum(sizes)
+    with ExitStack() as stack:
+        for part, header in zip(parts, headers, strict=True):
+            file = stack.enter_context(replacing(part.path, total - done))
+            done += file.write(header)
+            for tensor in part.tensors:
+                done = _write_tensor(file, tensor, done, total, progress)
+    return total
+
+
+def _write_tensor(
+    file: IO[bytes],
+    tensor: OutTensor,
+    done: int,
+    total: int,
+    progress: Callable[[int, int], object] | None,
+) -> int:
+    """Returns how many bytes are written then."""
+    end = done + tensor.n_bytes
+    for chunk in tensor.chunks():
+        file.write(chunk)
+        done += len(chunk)
+        if progress is not None:
+            progress(done, total)
+    if done != end:
+        raise ArgumentError(f"{tensor.name}: {end - done} bytes are missing")
+    return done + file.write(bytes(_padded(tensor.n_bytes) - tensor.n_bytes))
+
+
+def _header(part: Part, types: Mapping[str, int]) -> bytes:
+    """What comes before the tensors' bytes."""
+    tensors = part.tensors
+    header = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(part.metadata))]
+    for key, value in part.metadata.items():
+        header += [_text(key), _value(value, types.get(key), key)]
     offset = 0
     for tensor in tensors:
         dims = tensor.shape[::-1]
@@ -72,22 +129,7 @@ def write_gguf(
         header.append(struct.pack("<IQ", tensor.format, offset))
         offset += _padded(tensor.n_bytes)
     start = b"".join(header)
-    start += bytes(_padded(len(start)) - len(start))
-    total = len(start) + offset
-    with replacing(path, total) as file:
-        file.write(start)
-        done = len(start)
-        for tensor in tensors:
-            end = done + tensor.n_bytes
-            for chunk in tensor.chunks():
-                file.write(chunk)
-                done += len(chunk)
-                if progress is not None:
-                    progress(done, total)
-            if done != end:
-                raise ArgumentError(f"{tensor.name}: {end - done} bytes are missing")
-            done += file.write(bytes(_padded(tensor.n_bytes) - tensor.n_bytes))
-    return total
+    return start + bytes(_padded(len(start)) - len(start))
 
 
 def _padded(n_bytes: int) -> int:

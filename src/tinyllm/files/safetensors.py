@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
 from tinyllm.files import (
@@ -21,6 +21,7 @@ from tinyllm.files import (
     MAX_JSON_BYTES,
     MXFP4,
     FileReader,
+    Identity,
     TensorInfo,
     is_there,
     list_directory,
@@ -123,7 +124,19 @@ def _unsupported(path: Path, name: str, dtype: str) -> UnsupportedError:
     )
 
 
-def _read_file(path: Path) -> dict[str, TensorInfo]:
+class Entries(NamedTuple):
+    """A file's tensors by name, as its JSON says them, its notes (__metadata__), where its data begins, and
+    the file's size and identity."""
+
+    tensors: dict[str, Any]
+    notes: dict[str, str]
+    data: int
+    size: int
+    identity: Identity | None
+
+
+def read_entries(path: Path) -> Entries:
+    """Nothing of the tensors is checked yet. Raises ReadError, FormatError."""
     with FileReader(path) as file:
         n_header = int.from_bytes(file.read_at(0, 8), "little")
         if n_header > min(file.size - 8, MAX_JSON_BYTES):
@@ -132,13 +145,16 @@ def _read_file(path: Path) -> dict[str, TensorInfo]:
                 f"header at most {MAX_JSON_BYTES}); not a safetensors file, or a truncated download"
             )
         header = parse_json(file.read_at(8, n_header), f"{path}: header")
-        size, identity = file.size, file.identity
     if not isinstance(header, dict):
         raise FormatError(f"{path}: the header is not a JSON object")
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise FormatError(f"{path}: __metadata__ must map strings to strings")
-    data = 8 + n_header
+    return Entries(header, notes, 8 + n_header, file.size, file.identity)
+
+
+def _read_file(path: Path) -> dict[str, TensorInfo]:
+    header, _, data, size, identity = read_entries(path)
     tensors = {
         name: replace(_tensor(path, name, entry, data), identity=identity) for name, entry in header.items()
     }
@@ -171,9 +187,9 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         fail("its dtype is not a string")
     if dtype not in _FORMAT_OF_DTYPE:
         raise _unsupported(path, name, dtype)
-    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+    if not are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         fail(f"its shape must be a list of at most {MAX_DIMENSIONS} whole numbers")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         fail("its data_offsets must be two whole numbers in ascending order")
     n_bytes = 1 if dtype == "U8" else FORMATS[_FORMAT_OF_DTYPE[dtype]].block_bytes
     for n in shape:
@@ -186,5 +202,5 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     return TensorInfo(name, tuple(shape), _FORMAT_OF_DTYPE[dtype], path, data + offsets[0], n_bytes)
 
 
-def _are_sizes(values: Any) -> bool:
+def are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in values)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,15 @@ class Source:
 @dataclass(frozen=True)
 class Contents:
     """A GGUF file's metadata (types: GGUF's numbers of their types, where they are known) and tensors.
-    paths: the files that they are read from."""
+    paths: the files that they are read from. part_of: of a GGUF, which of them each tensor is in.
+    as_quantized: what a GGUF says of how it was quantized itself."""
 
     metadata: dict[str, Any]
     types: dict[str, int]
     tensors: dict[str, Source]
     paths: tuple[Path, ...]
+    part_of: Mapping[str, int] = field(default_factory=dict)
+    as_quantized: Mapping[str, Any] = field(default_factory=dict)
 
 
 def contents_of(where: Path) -> Contents:
@@ -90,7 +93,9 @@ def _of_gguf(path: Path) -> Contents:
         if key not in dropped and not key.startswith("split.")
     }
     tensors = {name: _from_file(info) for name, info in file.tensors.items()}
-    return Contents(metadata, dict(file.types), tensors, file.files)
+    as_quantized = {key: file.metadata[key] for key in dropped[1:] if key in file.metadata}
+    part_of = {name: file.files.index(info.path) for name, info in file.tensors.items()}
+    return Contents(metadata, dict(file.types), tensors, file.files, part_of, as_quantized)
 
 
 def _of_directory(path: Path) -> Contents:

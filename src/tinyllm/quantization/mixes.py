@@ -8,7 +8,7 @@ files' table of formats. Used by `load(weights=...)` and by `quantize`, so both 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinyllm.errors import ArgumentError
@@ -208,15 +208,28 @@ def tensor_formats(
 
 
 def wanted_and_got(
-    shapes: Mapping[str, tuple[int, ...]], type: str, *, imatrix: bool = False
+    shapes: Mapping[str, tuple[int, ...]],
+    type: str,
+    *,
+    imatrix: bool = False,
+    pure: bool = False,
+    overrides: Sequence[tuple[str, str]] = (),
 ) -> dict[str, tuple[str, str]]:
     """As `tensor_formats`, the names of two formats: the one that the quantization has for a tensor, and the
-    one it gets, another where its rows are no multiple of the first one's block. Raises ArgumentError where
-    one it gets needs importance and there is none."""
+    one it gets, another where its rows are no multiple of the first one's block.
+
+    pure: every matrix gets the quantization's own format. overrides: (pattern, format); a matrix whose name
+    has the pattern (a regular expression) in it gets this format, of several the first's. Raises
+    ArgumentError, also for a pattern that no matrix has and for a format that needs importance where there
+    is none.
+    """
     mix = MIXES[key_of(type)]
-    facts = _facts(shapes, imatrix)
+    facts, chosen = _facts(shapes, imatrix), _overridden(shapes, overrides)
     wanted = {
-        name: _wanted(name, shape, mix, facts, "output.weight" in shapes) for name, shape in shapes.items()
+        name: chosen.get(name)
+        or (mix.base if pure and _is_matrix(name, shape) else None)
+        or _wanted(name, shape, mix, facts, "output.weight" in shapes)
+        for name, shape in shapes.items()
     }
     both = {name: (format, _fitting(format, shapes[name][-1])) for name, format in wanted.items()}
     for name, (_, got) in both.items():
@@ -226,6 +239,30 @@ def wanted_and_got(
                 "(tinyllm-quantize --imatrix FILE, which tinyllm-perplexity MODEL TEXT --imatrix FILE makes)"
             )
     return both
+
+
+def _overridden(
+    shapes: Mapping[str, tuple[int, ...]], overrides: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    """{name: format} of the matrices that somebody has chosen one for."""
+    found: dict[str, str] = {}
+    for pattern, format in overrides:
+        if format.lower() not in IDS:
+            raise ArgumentError(f"{format!r} is no format of a tensor; there are {', '.join(IDS)}")
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise ArgumentError(f"{pattern!r} is no regular expression: {error}") from None
+        names = [name for name, shape in shapes.items() if regex.search(name) and _is_matrix(name, shape)]
+        if not names:
+            raise ArgumentError(f"no matrix has {pattern!r} in its name; norms, biases and routers stay F32")
+        found = {name: format.lower() for name in names} | found
+    return found
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is one that may be quantized."""
+    return len(shape) >= 2 and name.endswith(".weight") and not _NEVER.fullmatch(name)
 
 
 def _facts(shapes: Mapping[str, tuple[int, ...]], imatrix: bool) -> Facts:
@@ -239,7 +276,7 @@ def _facts(shapes: Mapping[str, tuple[int, ...]], imatrix: bool) -> Facts:
 
 
 def _wanted(name: str, shape: tuple[int, ...], mix: Mix, facts: Facts, has_output: bool) -> str:
-    if len(shape) < 2 or not name.endswith(".weight") or _NEVER.fullmatch(name):
+    if not _is_matrix(name, shape):
         return "f32"
     if mix.base in ("f32", "f16", "bf16"):
         return mix.base
