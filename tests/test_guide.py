@@ -1,9 +1,10 @@
 """docs/guide.md tells the truth: every command in it is run as a reader would, and gives what is printed.
+docs/guide.fr.md is the same in French: it has the very same commands and outputs.
 
 Commands stand in `console` blocks after "$ ", followed by what a terminal 90 columns wide shows of stdout;
 Python in `pycon` blocks, one session from top to bottom. "..." stands for any text, and of what tinyllm-bench
 prints the numbers are not compared. `python tests/test_guide.py` writes what is printed now, but for outputs
-with "...".
+with "...", into both.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
+FRENCH = ROOT / "docs" / "guide.fr.md"
 BLOCK = re.compile(r"^```(console|pycon)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 COLUMNS, LIMIT_S = 90, 300
 # No bar is drawn where a busy machine is slow.
@@ -171,15 +173,24 @@ def test_python() -> None:
 
 
 def test_the_guide_has_what_it_should() -> None:
-    text = GUIDE.read_text(encoding="utf-8")
     tools = {step.command.split()[0] for step in COMMANDS}
     assert {"tinyllm-run", "tinyllm-inspect", "tinyllm-bench", "tinyllm-perplexity"} <= tools
+
+
+def test_the_french_guide_has_the_same_commands_and_outputs() -> None:
+    english, french = (BLOCK.findall(guide.read_text(encoding="utf-8")) for guide in (GUIDE, FRENCH))
+    assert french == english
+
+
+@pytest.mark.parametrize("guide", [GUIDE, FRENCH], ids=lambda guide: guide.name)
+def test_every_block_is_run_and_every_link_leads_somewhere(guide: Path) -> None:
+    text = guide.read_text(encoding="utf-8")
     assert len(BLOCK.findall(text)) == text.count("```") / 2, "every block is run"
     sections = re.findall(r"^## (\d.*)", text, re.MULTILINE)
     for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
         assert anchor in {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in sections}
     for link in re.findall(r"\]\(([\w./]+)(?:#[\w-]+)?\)", text):
-        assert (GUIDE.parent / link).exists(), link
+        assert (guide.parent / link).exists(), link
 
 
 @pytest.mark.parametrize(
@@ -221,3 +232,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         new = "".join(rewritten(make_folder(Path(temporary))))
     GUIDE.write_text(new, encoding="utf-8")
+    printed = iter([match[0] for match in BLOCK.finditer(new)])
+    FRENCH.write_text(
+        BLOCK.sub(lambda _: next(printed), FRENCH.read_text(encoding="utf-8")), encoding="utf-8"
+    )

@@ -225,7 +225,7 @@ def test_lines_are_counted_as_they_are() -> None:
     assert sentence in " ".join(README.split()), "the README's sentence is the last that it prints"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "docs/llama_cpp.md", "docs/transformers.md"])
 def test_the_example_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

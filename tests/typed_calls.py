@@ -21,6 +21,8 @@ assert_type(llm("x", n=2, temperature=0.5), list[tinyllm.Completion])
 assert_type(llm.chat(messages, top_k=5, stop=["."]), tinyllm.Completion)
 assert_type(llm.chat(messages, n=2), list[tinyllm.Completion])
 assert_type(llm.chat(messages, tools=[len], tool_choice="len").tool_calls[0].arguments, dict[str, Any])
+assert_type(llm.score("x"), tinyllm.Score)
+assert_type(llm.score(["x", "y"], top_logprobs=2), list[tinyllm.Score])
 for piece in llm.chat(messages, stream=True, seed=1):
     assert_type(piece, tinyllm.Piece)
 for piece in llm.stream("x", max_tokens=3):

@@ -71,6 +71,7 @@ from tinyllm.errors import (
     size_text,
 )
 from tinyllm.files import show
+from tinyllm.habits import Habits
 from tinyllm.results import AsyncStream, CachePages, Completion, Score, Stream, Timings, brief, of_samples
 from tinyllm.tokenizer import Tokenizer
 
@@ -108,7 +109,7 @@ class ChatOptions(SamplingOptions, total=False):
     special_in_messages: bool
 
 
-class LLM:
+class LLM(Habits):
     """A loaded model. Made by `load`; any number of threads may use one.
 
     model: the layer below, with `model.forward`. tokenizer: None for a model that takes and gives ids only.
@@ -138,6 +139,8 @@ class LLM:
         for bytes; None: what the device has."""
         config = model.config
         self.model, self.tokenizer, self.chat_template, self.config = model, tokenizer, chat_template, config
+        if tokenizer is not None:
+            tokenizer.bind(self)
         self.name, self.cache_type, self.load_s = name, cache_type, load_s
         self.formats = dict(formats or {})
         self._prompts: dict[bool, Prompts] = {}  # by whether it is the model's own template
@@ -521,6 +524,35 @@ class LLM:
     ) -> list[int]:
         """The ids of the prompt that `chat` makes of a conversation; its arguments and errors are those of
         `chat`."""
+        prompts, messages, told = self._arranged(messages, tools, chat_template, template_args)
+        return prompts.ids(
+            messages,
+            tools=told,
+            special_in_messages=special_in_messages,
+            template_args=template_args,
+        )
+
+    def chat_text(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        *,
+        tools: SequenceOf[Tool] | None = None,
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a conversation as the template writes it, special tokens in full; arguments and
+        errors are those of `chat`. Its ids are `chat_ids`."""
+        prompts, messages, told = self._arranged(messages, tools, chat_template, template_args)
+        return prompts.template.render(messages, tools=told, **(template_args or {}))
+
+    def _arranged(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        tools: SequenceOf[Tool] | None,
+        chat_template: str | None,
+        template_args: Mapping[str, Any] | None,
+    ) -> tuple[Prompts, SequenceOf[Mapping[str, Any]], SequenceOf[Mapping[str, Any]] | None]:
+        """What a template gets: messages and tools in the form that it shows."""
         prompts = self._prompts_of(chat_template)
         told: SequenceOf[Mapping[str, Any]] | None = as_tools(tools or ()) or None
         if told or any(map(_is_to_be_completed, _calls_in(messages))):
@@ -529,12 +561,7 @@ class LLM:
             source = template.tool_source if told and template.tool_source else template.source
             format = format_of(source, self.tokenizer.special_tokens)
             messages, told = arranged(template, messages, told or [], format, **(template_args or {}))
-        return prompts.ids(
-            messages,
-            tools=told,
-            special_in_messages=special_in_messages,
-            template_args=template_args,
-        )
+        return prompts, messages, told
 
     def _conversation(
         self,
@@ -637,20 +664,44 @@ class LLM:
             "model": self._fingerprint,
         }
 
-    def score(
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str is a sequence too
         self,
         prompt: Prompt,
         *,
         special: bool = False,
         top_logprobs: int = 0,
         cancel: Cancel | None = None,
-    ) -> Score:
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self,
+        prompt: SequenceOf[Prompt],
+        *,
+        special: bool = False,
+        top_logprobs: int = 0,
+        cancel: Cancel | None = None,
+    ) -> list[Score]: ...
+
+    def score(
+        self,
+        prompt: Prompt | SequenceOf[Prompt],
+        *,
+        special: bool = False,
+        top_logprobs: int = 0,
+        cancel: Cancel | None = None,
+    ) -> Any:
         """How likely a text (or ids) is, token by token. top_logprobs: how many alternatives each token comes
-        with. cancel: as in a call; what there is has fewer logprobs. Raises ContextError when it is longer
-        than the context, FormatError where a broken model computes what is not finite.
+        with. cancel: as in a call; what there is has fewer logprobs. Of a list of texts, a list of scores.
+        Raises ContextError when it is longer than the context, FormatError where a broken model computes what
+        is not finite.
 
         llm.score("The cat sat on the mat.").perplexity
         """
+        if not _is_prompt(prompt):
+            ask: dict[str, Any] = {"special": special, "top_logprobs": top_logprobs, "cancel": cancel}
+            return [self.score(one, **ask) for one in cast("SequenceOf[Prompt]", prompt)]
         ids = self._fit(self._ids(prompt, special))
         n_top = min(integer("top_logprobs", top_logprobs, 0, backends.MOST_INT), self.config.vocab_size)
         logprobs: list[float] = []
@@ -663,13 +714,21 @@ class LLM:
                     tops.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
         return Score(ids, logprobs, tops if n_top else None)
 
-    def logits(self, prompt: Prompt, *, special: bool = False) -> Logits:
+    @overload
+    def logits(self, prompt: Prompt, *, special: bool = False) -> Logits: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def logits(self, prompt: SequenceOf[Prompt], *, special: bool = False) -> list[Logits]: ...
+
+    def logits(self, prompt: Prompt | SequenceOf[Prompt], *, special: bool = False) -> Any:
         """The logits after each of n tokens (ids, or a text): float32 [n, vocab_size].
 
-        Raises ContextError when there are more tokens than the context holds, MemoryLimitError when the
-        result does not fit into the free memory, FormatError where a broken model computes what is not
-        finite (`model.forward` gives it as it is).
+        Of a list of prompts, a list of these. Raises ContextError when there are more tokens than the context
+        holds, MemoryLimitError when the result does not fit into the free memory, FormatError where a broken
+        model computes what is not finite (`model.forward` gives it as it is).
         """
+        if not _is_prompt(prompt):
+            return [self.logits(one, special=special) for one in cast("SequenceOf[Prompt]", prompt)]
         ids = self._fit(self._ids(prompt, special))
         n_bytes, free = 4 * len(ids) * self.config.vocab_size, backends.free_memory()
         if n_bytes > free:

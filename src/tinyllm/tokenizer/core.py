@@ -3,8 +3,8 @@
 It is the same class for every kind of vocabulary. What differs comes in as two functions: an encoder (text to
 ids, without BOS and EOS) and a speller (a token as the vocabulary spells it to the bytes it stands for).
 Decoding is then the same few lines for all: join the bytes, drop the space that SentencePiece put in front,
-read them as UTF-8. Imports errors, and of files how messages show texts. Where the functions come from:
-from_gguf.py and from_directory.py.
+read them as UTF-8. Imports errors, habits.py, and of files how messages show texts. Where the functions come
+from: from_gguf.py and from_directory.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from tinyllm.errors import ArgumentError, Error, FormatError, MemoryLimitError, comes_from, size_text
 from tinyllm.files import show_words
+from tinyllm.tokenizer.habits import Habits
 
 Speller = Callable[[str], bytes]
 
@@ -76,7 +77,7 @@ def need_memory(n_bytes: int, doing: str) -> None:
         ) from error
 
 
-class Tokenizer:
+class Tokenizer(Habits):
     """A vocabulary with its rules. Immutable; any number of threads may use one.
 
     vocab_size      number of ids, 0 <= id < vocab_size; padding ids that have no text are counted
@@ -179,11 +180,15 @@ class Tokenizer:
             start = found[0] + len(found[1])
         return None
 
-    def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """The text of `ids`; special tokens are left out unless `special`. Bytes that are no UTF-8 become
-        U+FFFD; nothing else is changed (spaces before punctuation stay, unlike with Hugging Face's clean-up).
+    def decode(
+        self, ids: Iterable[int], special: bool = False, *, skip_special_tokens: bool | None = None
+    ) -> str:
+        """The text of `ids`; special tokens are left out unless `special`, which `skip_special_tokens`, if it
+        is given, is the opposite of. Bytes that are no UTF-8 become U+FFFD; nothing else is changed (spaces
+        before punctuation stay, unlike with Hugging Face's clean-up).
 
         Raises ArgumentError for an id outside the vocabulary."""
+        special = special if skip_special_tokens is None else not skip_special_tokens
         data = b"".join(self._visible(i, special) for i in ids)
         if self._leading_space and data.startswith(b" "):
             data = data[1:]
