@@ -321,7 +321,8 @@ def test_the_same_bits_everywhere(kind: Kind, any_isa: list[str]) -> None:
     """Instruction sets and thread counts, at widths that fill no tile of sixteen groups."""
     x = hard_rows()[:: 6 if kind in BOOKS else 1]
     importance = IMPORTANCE[:768]
-    for k in (256, 768) if size(kind)[0] == 256 else (32, 96, 768):
+    block = size(kind)[0]
+    for k in sorted({max(block, 32), 3 * max(block, 32), 768}):
         some = np.ascontiguousarray(x[:, :k])
         backends.select_isa("scalar")
         plain, weighted = quantize(some, kind), quantize(some, kind, importance[:k])
