@@ -30,6 +30,7 @@ COMMANDS = {
         "list", "show the models in the caches of Hugging Face, Ollama and llama.cpp", alone=False
     ),
     "inspect": Command("inspect", "show what a model is made of, how it cuts a text, what comes next"),
+    "embed": Command("embed", "make vectors of the texts in a file, for a search by meaning"),
     "quantize": Command("quantize", "make a model smaller and faster, less exact"),
     "bench": Command("bench", "measure tokens a second, and how close that is to the machine's limit"),
     "compare": Command(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyllm.cli import prefix
 from tinyllm.cli.common import (
     EXIT_CODES,
     EXIT_OK,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-PROG = "tinyllm-embed"
+PROG = f"{prefix}embed"
 
 DESCRIPTION = """Makes vectors of texts: texts that mean much the same have vectors that point much the same
 way, which is how a search by meaning finds them. The model should be one that was trained for it.
