@@ -27,6 +27,8 @@ from tinyllm.chat.templates import without_template
 from tinyllm.cli.inspect import main, visible
 from tinyllm.engine.next_token import look
 from tinyllm.engine.sampling import SamplingParams
+from tinyllm.files import FORMATS
+from tinyllm.files.gguf import OTHER_FORMATS
 from tinyllm.measure.inspection import _tokenizer_warnings, inspect_model
 from tinyllm.modelfiles import read_model
 
@@ -223,6 +225,15 @@ def test_a_gguf_that_is_not_run_is_listed(cli: Cli, tmp_path: Path) -> None:
     path.write_bytes(raw)
     tensor = json.loads(cli(path, "--raw", "--json").out)["tensors"][1]
     assert (tensor["type"], tensor["n_bytes"]) == ("type 99", None)
+
+
+def test_sizes_of_types_that_no_kernel_reads() -> None:
+    """As the reference reader has them, but for Q8_1 (findings/gguf_q8_1_block.sh)."""
+    theirs = {type.name: sizes for type, sizes in gguf.GGML_QUANT_SIZES.items()}
+    ours = {form.name: (form.block, form.block_bytes) for form in OTHER_FORMATS.values()}
+    assert ours == {name: theirs[name] for name in ours} | {"Q8_1": (32, 36)}
+    assert all(gguf.GGMLQuantizationType[form.name] == number for number, form in OTHER_FORMATS.items())
+    assert {*ours, *(form.name for form in FORMATS.values())} >= set(theirs)
 
 
 def test_safetensors_that_are_no_model(cli: Cli, tmp_path: Path) -> None:
