@@ -162,6 +162,42 @@ struct Cache {
     }
 };
 
+// An adapter of a model, which it keeps. A sequence's: each with its strength.
+struct Adapter {
+    std::shared_ptr<tl_adapter> p;
+
+    Adapter(std::shared_ptr<tl_model> model, int room) {
+        tl_adapter *adapter = nullptr;
+        tl_message message;
+        tl_status status = tl_adapter_create(&adapter, model.get(), room, &message);
+        if (status != TL_OK) raise(status, message);
+        p.reset(adapter, [model](tl_adapter *a) { tl_adapter_free(a); });
+    }
+
+    // a and b: their rows as their formats have them.
+    void add(const std::string &name, int layer, int rank, bool has_bias, float scale, int a_format, const Bytes &a,
+             int b_format, const Bytes &b) {
+        Call call;
+        const tl_matrix *of = tl_model_matrix(p->model, name.c_str(), layer);
+        if (!of) raise_argument("there is no matrix \"" + name + "\" in layer " + std::to_string(layer));
+        const bool looked_up = of == &p->model->embedding;
+        const tl_source from_a{format_of(a_format), -1, 0, a.data(), nullptr, 0, 0, nullptr};
+        const tl_source from_b{format_of(b_format), -1, 0, b.data(), nullptr, 0, 0, nullptr};
+        const int64_t n_a = static_cast<int64_t>(looked_up ? of->rows : of->k) * rank;
+        const int64_t n_b = static_cast<int64_t>(looked_up ? of->k : of->rows) * (rank + has_bias);
+        if (rank < 1 || a.size() != n_a * from_a.format->block_bytes || b.size() != n_b * from_b.format->block_bytes)
+            raise_argument(name + " of rank " + std::to_string(rank) + " has matrices of another size");
+        tl_message message;
+        tl_status status;
+        {
+            Released released(call);
+            status = tl_adapter_add(p.get(), name.c_str(), layer, rank, has_bias, scale, &from_a, &from_b, &message);
+        }
+        if (status != TL_OK) raise(status, message);
+    }
+};
+using Uses = std::vector<std::vector<std::pair<const Adapter *, float>>>;
+
 struct Model {
     std::shared_ptr<tl_model> p;
     std::vector<py::array_t<double>> observed;
@@ -237,8 +273,8 @@ struct Model {
 
     py::object forward(Cache &cache, const py::object &tokens, const py::object &x, const Ints &positions,
                        const Ints &sequences, const Ints &page_tables, const Ints &rows, int first_layer,
-                       int last_layer, bool logits, int n_candidates, const std::optional<Bits> &allowed, int threads,
-                       const py::object &should_stop) {
+                       int last_layer, bool logits, int n_candidates, const std::optional<Bits> &allowed,
+                       const std::optional<Uses> &adapters, int threads, const py::object &should_stop) {
         Call call;
         std::shared_ptr<tl_model> model = (get(), p);
         std::shared_ptr<tl_cache> pages = (cache.get(), cache.p);
@@ -285,6 +321,24 @@ struct Model {
             if (allowed->ndim() != 2 || allowed->shape(0) != batch.n_rows || allowed->shape(1) != words)
                 raise_argument("allowed must be [" + std::to_string(batch.n_rows) + ", " + std::to_string(words) + "]");
             batch.allowed = allowed->data();
+        }
+        std::vector<tl_use> uses;
+        std::vector<int32_t> use_ends;
+        std::vector<std::shared_ptr<tl_adapter>> kept; // should_stop may drop them
+        if (adapters) {
+            if (adapters->size() != static_cast<size_t>(batch.n_sequences))
+                raise_argument("adapters must be a list for each of " + std::to_string(batch.n_sequences) +
+                               " sequences");
+            for (const auto &of_sequence : *adapters) {
+                for (const auto &[adapter, scale] : of_sequence) {
+                    if (!adapter) raise_argument("an adapter is None");
+                    kept.push_back(adapter->p);
+                    uses.push_back({adapter->p.get(), scale});
+                }
+                use_ends.push_back(static_cast<int32_t>(uses.size()));
+            }
+            batch.uses = uses.data();
+            batch.use_ends = use_ends.data();
         }
         Watch watch{should_stop, on_main_thread()};
         batch.stop = Watch::ask;
@@ -786,8 +840,11 @@ PYBIND11_MODULE(_core, m) {
         .def("check", &Model::check)
         .def("forward", &Model::forward, py::arg("cache"), py::arg("tokens"), py::arg("x"), py::arg("positions"),
              py::arg("sequences"), py::arg("page_tables"), py::arg("rows"), py::arg("first_layer"),
-             py::arg("last_layer"), py::arg("logits"), py::arg("n_candidates"), py::arg("allowed"), py::arg("threads"),
-             py::arg("should_stop"))
+             py::arg("last_layer"), py::arg("logits"), py::arg("n_candidates"), py::arg("allowed"), py::arg("adapters"),
+             py::arg("threads"), py::arg("should_stop"))
+        .def(
+            "adapter", [](const Model &model, int room) { return Adapter((model.get(), model.p), room); },
+            py::arg("room"))
         .def_property_readonly("most_candidates",
                                [](const Model &model) { return model.get()->backend->most_candidates; })
         .def("unpack", &Model::unpack, py::arg("name"), py::arg("layer"))
@@ -796,6 +853,11 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("weight_bytes", [](Model &model) { return model.get()->weight_bytes; })
         .def_property_readonly("token_bytes", [](Model &model) { return tl_model_token_bytes(model.get()); })
         .def("close", [](Model &model) { model.p.reset(); });
+
+    py::class_<Adapter>(m, "Adapter")
+        .def("add", &Adapter::add, py::arg("name"), py::arg("layer"), py::arg("rank"), py::arg("has_bias"),
+             py::arg("scale"), py::arg("a_format"), py::arg("a"), py::arg("b_format"), py::arg("b"))
+        .def_property_readonly("n_bytes", [](const Adapter &a) { return a.p->n_bytes; });
 
     py::class_<Uploads>(m, "Uploads")
         .def(py::init<const Model &, std::vector<Weight>, py::object, int>(), py::arg("model"), py::arg("weights"),

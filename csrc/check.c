@@ -112,6 +112,21 @@ static tl_status check_token(const tl_model *model, const tl_cache *cache, const
     return TL_OK;
 }
 
+static tl_status check_uses(const tl_model *model, const tl_batch *b, tl_message *message) {
+    if (!model->backend->adapted)
+        return tl_fail(message, TL_UNSUPPORTED, "adapters do not run on %s", model->backend->name);
+    for (int s = 0, end = 0; s < b->n_sequences; end = b->use_ends[s++]) {
+        if (b->use_ends[s] < end)
+            return tl_fail(message, TL_ARGUMENT, "the adapters of sequence %d end at %d, before %d", s, b->use_ends[s],
+                           end);
+        for (int i = end; i < b->use_ends[s]; i++)
+            if (b->uses[i].adapter->model != model || !isfinite(b->uses[i].scale))
+                return tl_fail(message, TL_ARGUMENT, "adapter %d of sequence %d %s", i - end, s,
+                               isfinite(b->uses[i].scale) ? "is another model's" : "has a scale that is not finite");
+    }
+    return TL_OK;
+}
+
 tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_batch *b, tl_message *message) {
     const tl_config *c = &model->config;
     if (!model->is_complete)
@@ -145,5 +160,5 @@ tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_
         tl_status status = check_token(model, cache, b, t, message);
         if (status != TL_OK) return status;
     }
-    return TL_OK;
+    return b->use_ends ? check_uses(model, b, message) : TL_OK;
 }

@@ -3,7 +3,7 @@
 #include "tinyllm.h"
 
 static tl_status forward(tl_model *model, tl_cache *cache, const tl_batch *batch, tl_message *message) {
-    const tl_backend *be = model->backend;
+    const tl_backend *be = batch->use_ends ? model->backend->adapted : model->backend;
     tl_run *run = model->scratch;
     tl_status status = be->begin(&run, model, cache, batch, message);
     model->scratch = run;

@@ -76,7 +76,6 @@ static void *worker_main(void *argument) {
             park(self);
         }
     }
-    return NULL;
 }
 
 static void start_workers(int wanted) {

@@ -233,6 +233,52 @@ tl_status tl_model_observe(tl_model *model, const char *name, int layer, double 
 const tl_matrix *tl_model_matrix(const tl_model *model, const char *name, int layer); // NULL if there is none
 void tl_model_free(tl_model *model);
 
+// ---- adapters ------------------------------------------------------------------------------------------------------
+// LoRA, arXiv 2106.09685: beside a matrix w stands a pair of thin ones, and out = in @ w.T + scale * (in @ a.T) @ b.T, the
+// pair in float32. The model's own weights stay as they are, so that rows of one call can have different adapters.
+typedef struct tl_pair {
+    const tl_matrix *of; // the model's
+    int rank, looked_up; // looked_up: the embedding's, of whose a a token has a row
+    float scale;
+    tl_matrix a; // [rank, k], looked_up: [vocab_size, rank]; the backend puts it as it likes
+    tl_matrix b; // [rows, rank], or [rows, rank + 1], whose last column is a bias that scale goes with, too
+} tl_pair;
+
+typedef struct tl_adapter {
+    const tl_model *model;
+    tl_pair *pairs; // [n_pairs] ascending by `of`
+    int n_pairs, room;
+    size_t n_bytes; // packed bytes uploaded
+} tl_adapter;
+
+// An adapter used with a strength: every pair's scale is multiplied by it.
+typedef struct tl_use {
+    const tl_adapter *adapter;
+    float scale;
+} tl_use;
+
+// Makes an adapter without pairs, for as many as `room`. The model outlives it.
+tl_status tl_adapter_create(tl_adapter **adapter, const tl_model *model, int room, tl_message *message);
+// Packs one pair of a matrix, named as for tl_model_upload. a and b: rows of floats in memory. has_bias: b's last column.
+tl_status tl_adapter_add(tl_adapter *adapter, const char *name, int layer, int rank, int has_bias, float scale,
+                         const tl_source *a, const tl_source *b, tl_message *message);
+void tl_adapter_free(tl_adapter *adapter);
+
+// The first pair whose matrix is not before `of`; and the pair of `of`, NULL if there is none.
+static inline int tl_adapter_place(const tl_adapter *adapter, const tl_matrix *of) {
+    int first = 0, end = adapter->n_pairs;
+    while (first < end) {
+        const int middle = (first + end) / 2, before = (uintptr_t)adapter->pairs[middle].of < (uintptr_t)of;
+        first = before ? middle + 1 : first;
+        end = before ? end : middle;
+    }
+    return first;
+}
+static inline const tl_pair *tl_adapter_pair(const tl_adapter *adapter, const tl_matrix *of) {
+    const int at = tl_adapter_place(adapter, of);
+    return at < adapter->n_pairs && adapter->pairs[at].of == of ? &adapter->pairs[at] : NULL;
+}
+
 // ---- the KV cache --------------------------------------------------------------------------------------------------
 #define TL_PAGE    64  // tokens a page holds
 #define TL_SEGMENT 256 // positions attention adds up at a time (4 pages)
@@ -303,6 +349,9 @@ typedef struct tl_batch {
     tl_candidate *candidates; // [n_rows, n_candidates] the largest first, of equal ones the lower token
     tl_total *totals;         // [n_rows]
     float *activations;       // [n, dim], or NULL
+    const int32_t *use_ends;  // [n_sequences] a sequence's adapters are those of uses before its end and from the end
+                              // before it on, added one after another; NULL: none has any
+    const tl_use *uses;
     int threads;
     int (*stop)(void *); // asked before each layer; non-zero cancels; or NULL
     void *stop_data;
@@ -347,15 +396,19 @@ struct tl_backend {
     void (*norm_linear)(tl_run *run, const tl_norm *norm, const tl_matrix *w);
     tl_status (*end)(tl_run *run, tl_message *message); // activations out
     void (*release)(tl_run *run);                       // frees what begin kept
+    const tl_backend
+        *adapted; // the same operations for a batch with adapters, whose pairs they add; NULL: none has them
+    tl_status (*upload_pair)(tl_pair *pair, const tl_source *a, const tl_source *b,
+                             tl_message *message); // of `adapted`
 };
 
 extern const tl_backend tl_backend_cpu;
 
 // Changes with the structs that a backend in another library reads: equal on both sides, or it must not be used.
 static inline int tl_seam_abi(void) {
-    const size_t sizes[] = {sizeof(tl_backend), sizeof(tl_run),   sizeof(tl_model),  sizeof(tl_layer),
-                            sizeof(tl_config),  sizeof(tl_cache), sizeof(tl_matrix), sizeof(tl_source),
-                            sizeof(tl_batch),   sizeof(tl_format)};
+    const size_t sizes[] = {sizeof(tl_backend), sizeof(tl_run),    sizeof(tl_model),  sizeof(tl_layer),
+                            sizeof(tl_config),  sizeof(tl_cache),  sizeof(tl_matrix), sizeof(tl_source),
+                            sizeof(tl_batch),   sizeof(tl_format), sizeof(tl_pair),   sizeof(tl_adapter)};
     unsigned abi = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) abi = abi * 31 + (unsigned)sizes[i];
     return (int)(abi & 0x7fffffff);

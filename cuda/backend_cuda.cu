@@ -169,15 +169,19 @@ static void linear_add(tl_run *run, const float *in, const tl_matrix *w, const t
     launch(r, add_normed, {r->shape.n, 1, 1}, BLOCK_THREADS, NORM_SUMS * sizeof(float), true, add);
 }
 
-// hidden = activation(gate) * up, of rows of x. experts: w is the first of theirs.
-static void glu(cuda_run *r, const tl_matrix *gate, const tl_matrix *up, const expert_weights *experts, const int *rows,
-                const tl_norm *norm, int n, const int *count) {
+static gating gating_of(const tl_config &c) {
     static const gating activations[] = {{-1, 0, INFINITY, 0},                           // SiLU
                                          {-1.5957691216057308f, 0.044715f, INFINITY, 0}, // GELU, -2 sqrt(2 / pi)
                                          {-1.702f, 0, 7, 1}};                            // gpt-oss's
+    return activations[c.activation];
+}
+
+// hidden = activation(gate) * up, of rows of x. experts: w is the first of theirs.
+static void glu(cuda_run *r, const tl_matrix *gate, const tl_matrix *up, const expert_weights *experts, const int *rows,
+                const tl_norm *norm, int n, const int *count) {
     const float *x = r->base.x;
     product_arguments a = product_into(GLU, 2);
-    a.activation = activations[r->base.model->config.activation];
+    a.activation = gating_of(r->base.model->config);
     a.experts = experts;
     a.w[0] = matrix_of(gate, r->base.hidden);
     a.w[1] = matrix_of(up, r->base.hidden);
@@ -200,17 +204,22 @@ static void norm_glu(tl_run *run, int layer) {
     glu(r, &w->w_gate, &w->w_up, NULL, NULL, &w->ffn_norm, r->shape.n, in_block(r, 4 * N_TOKENS));
 }
 
-// For one token: scores, routing, gate and up, down, the sum.
-static void moe(tl_run *run, int layer) {
+static void score_experts(tl_run *run, int layer) {
+    cuda_run *r = run_of(run);
+    const tl_layer *w = &run->model->layers[layer];
+    product_arguments router = product_into(STORE, 1);
+    router.w[0] = matrix_of(&w->router, r->scores);
+    products(r, router, run->x, NULL, &w->ffn_norm, run->model->config.dim, r->shape.n, in_block(r, 4 * N_TOKENS), 0);
+}
+
+// By their scores: routing, gate and up, down, the sum.
+static void visit_experts(tl_run *run, int layer) {
     cuda_run *r = run_of(run);
     const tl_layer *w = &run->model->layers[layer];
     const tl_config &c = run->model->config;
     const int *n = in_block(r, 4 * N_TOKENS), *n_visits = r->to.counts + N_VISITS;
     const int most_visits = r->shape.n * c.n_experts_used;
     const expert_weights *experts = r->experts + (size_t)layer * (size_t)c.n_experts * EXPERT_MATRICES;
-    product_arguments router = product_into(STORE, 1);
-    router.w[0] = matrix_of(&w->router, r->scores);
-    products(r, router, run->x, NULL, &w->ffn_norm, c.dim, r->shape.n, n, 0);
     const route_arguments to = {r->scores, n, c.n_experts, c.n_experts_used, c.norm_topk_prob != 0, r->to};
     launch(r, route, {r->shape.n, 1, 1}, BLOCK_THREADS, route_shared_bytes(c.n_experts), true, to);
     const tl_expert &any = w->experts[0];
@@ -221,6 +230,11 @@ static void moe(tl_run *run, int layer) {
     products(r, down, run->hidden, NULL, NULL, c.ff_dim, most_visits, n_visits, 0);
     const add_visits_arguments add = {run->x, r->added, r->to, c.dim, c.n_experts_used, n};
     launch(r, add_visits, {r->shape.n, 1, 1}, BLOCK_THREADS, 0, true, add);
+}
+
+static void moe(tl_run *run, int layer) {
+    score_experts(run, layer);
+    visit_experts(run, layer);
 }
 
 // Of the rows of logits just computed, LOGIT_ROWS at most.
@@ -350,6 +364,8 @@ static void embedding(tl_run *run) {
     launch(r, embed, {r->shape.n, 1, 1}, 256, 0, false, e); // after the copies, so never before they have ended
 }
 
+#include "adapters.cuh"
+
 // ---- a call -------------------------------------------------------------------------------------------------------------
 
 // What this backend cannot compute, by name.
@@ -436,7 +452,7 @@ static tl_status begin_call(gpu *d, tl_run **run, tl_model *model, tl_cache *cac
     if (!error && b->x)
         error = gpu_copy_in(d->stream, r->base.x, b->x, (size_t)b->n * (size_t)model->config.dim * sizeof(float));
     if (error) return gpu_fail(d, error, "the buffers of a call", message);
-    r->record = b->tokens && !b->activations && b->n <= GRAPH_TOKENS && b->first_layer == 0 &&
+    r->record = b->tokens && !b->activations && !b->use_ends && b->n <= GRAPH_TOKENS && b->first_layer == 0 &&
                 b->last_layer == model->config.n_layers;
     if (!r->record) return TL_OK;
     const auto known = r->graphs.find(r->shape);
@@ -448,6 +464,12 @@ static tl_status begin_call(gpu *d, tl_run **run, tl_model *model, tl_cache *cac
     if (error) return gpu_fail(d, error, "recording a call", message);
     r->recording = true;
     return TL_OK;
+}
+
+static tl_status begin_adapted(gpu *d, tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *b,
+                               tl_message *message) {
+    const tl_status status = begin_call(d, run, model, cache, b, message);
+    return status == TL_OK ? make_table(run_of(*run), message) : status;
 }
 
 static tl_status end_call(tl_run *run, tl_message *message) {
@@ -534,7 +556,35 @@ template <int I> struct on_device {
     static tl_status begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *b, tl_message *message) {
         return begin_call(&gpus[I], run, model, cache, b, message);
     }
-    static void release(tl_run *run) { release_run(run_of(run)); }
+    static tl_status adapted_begin(tl_run **run, tl_model *model, tl_cache *cache, const tl_batch *b,
+                                   tl_message *message) {
+        return begin_adapted(&gpus[I], run, model, cache, b, message);
+    }
+    static tl_status upload_of_pair(tl_pair *pair, const tl_source *a, const tl_source *b, tl_message *message) {
+        return upload_pair(&gpus[I], pair, a, b, message);
+    }
+    static void release(tl_run *run) {
+        release_adapted(run_of(run));
+        release_run(run_of(run));
+    }
+    static const tl_backend *adapted() {
+        static const tl_backend made = [] {
+            tl_backend t = {};
+            t.name = "cuda";
+            t.begin = adapted_begin;
+            t.embed = adapted_embedding;
+            t.qkv = adapted_qkv;
+            t.attend = attention;
+            t.linear_add = adapted_linear_add;
+            t.norm_glu = adapted_norm_glu;
+            t.moe = adapted_moe;
+            t.norm_linear = adapted_norm_linear;
+            t.end = end_call;
+            t.upload_pair = upload_of_pair;
+            return t;
+        }();
+        return &made;
+    }
     static const tl_backend *table() {
         static const tl_backend made = [] {
             tl_backend t = {}; // an operation that is not named here is one this backend lacks
@@ -559,6 +609,7 @@ template <int I> struct on_device {
             t.norm_linear = norm_linear;
             t.end = end_call;
             t.release = release;
+            t.adapted = adapted();
             return t;
         }();
         return &made;
@@ -619,6 +670,9 @@ static tl_status set_up(int device, tl_message *message) {
     if (!error) error = gpu_allow_shared(sum_exponentials, d->shared_block);
     if (!error) error = gpu_allow_shared(store_kv, d->shared_block);
     if (!error) error = gpu_allow_shared(embed, d->shared_block);
+    if (!error) error = gpu_allow_shared(low_rank_in, d->shared_block);
+    if (!error) error = gpu_allow_shared(low_rank_out, d->shared_block);
+    if (!error) error = gpu_allow_shared(finish, d->shared_block);
     for (int i = 0; i < n_quantized_formats && !error; i++) {
         size_t step;
         const product_kernel kernel = many_kernel(quantized_facts[i].id, &step);

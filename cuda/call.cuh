@@ -59,8 +59,9 @@ struct cuda_run {
     uint8_t *fetched;    // pinned: logits, or candidates with their totals
     size_t fetched_bytes;
     std::map<call_shape, gpu_graph> graphs;
-    int n_tiles, tile_limit; // of this call: there are; there may be
-    int n_splits;            // blocks that share a tile's segments
+    int n_tiles, tile_limit;     // of this call: there are; there may be
+    int n_splits;                // blocks that share a tile's segments
+    struct adapted_run *adapted; // of calls with adapters (adapters.cuh), or NULL
 };
 
 static int round_up_to_power(int n) {

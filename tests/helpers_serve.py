@@ -122,10 +122,11 @@ def serving(
     dialects: Sequence[Dialect] = tuple(DIALECTS),
     parallel: int = 8,
     queue: int = 64,
+    adapters: Mapping[str, Mapping[str, str]] | None = None,
     **options: Any,
 ) -> Iterator[Running]:
     """Runs a server in a thread. options: of `Server`."""
-    models = Models({name: str(path) for name, path in paths.items()}, load)
+    models = Models({name: str(path) for name, path in paths.items()}, load, adapters=adapters)
     server = Server(models, Turns(parallel, queue), **options)
     app = application(server, dialects)
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="on")

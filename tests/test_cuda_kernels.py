@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pytest
 import reference
 from families_table import FILES
+from helpers_adapters import Case, adapter_case, adapter_cases, write_adapter
 from helpers_embed import EMBEDDERS, write_embedder
 from helpers_gguf import FORMATS, rewritten, small_tokenizer, write_gguf
 from helpers_models import (
@@ -871,3 +872,70 @@ def test_what_needs_all_logits_gets_them(
 ) -> None:
     monkeypatch.setattr(chooser.model, "candidates", None)
     assert len(chooser([1, 2], max_tokens=2, temperature=1, seed=1, **options).tokens) == 2
+
+
+# ---- adapters
+
+
+ON_GPU = [case for case in adapter_cases() if case.name not in ("mixtral", "stacked", "experts")]
+
+
+@pytest.mark.parametrize("case", ON_GPU, ids=lambda case: case.name)
+def test_adapters_equal_peft(case: Case, host: Host, tmp_path: Path) -> None:
+    """As on the CPU (test_adapters.py): within 1e-4 of PEFT's largest logit, candidates and vectors as well.
+    Nothing is left behind."""
+    arrays = np.load(GOLDEN_DIR / "adapters.npz")
+    positions, expected = arrays[f"{case.name}.positions"], arrays[f"{case.name}.logits"]
+    ids = random_ids(case.spec.config, case.spec.seed, 70)
+    adapters = {"it": write_adapter(case, tmp_path / "adapter")}
+    live = host.live()
+    with load(golden_model(case.spec, tmp_path / "model"), cache_type="f32", adapters=adapters) as llm:
+        logits = llm.logits(ids, adapter="it")
+        assert relative_error(logits[positions], expected) < 1e-4
+        one = llm(ids, max_tokens=1, temperature=0, adapter="it")
+        assert one.tokens == [int(logits[-1].argmax())]
+        assert llm(ids, max_tokens=1, temperature=0).tokens == [int(llm.logits(ids)[-1].argmax())]
+    del llm
+    assert host.live() == live
+
+
+def test_adapters_of_one_call(host: Host, tmp_path: Path) -> None:
+    """Rows with different adapters, several and none: the bits of each alone, in prompts and step by step."""
+    case = adapter_case("all")
+    paths = {f"a{i}": write_adapter(case, tmp_path / f"a{i}", seed=3000 + i) for i in range(2)}
+    choices: list[Any] = ["a0", None, [("a1", 0.5), ("a0", 2.0)]]
+    ids = np.array(random_ids(case.spec.config, case.spec.seed, 12))
+    with load(golden_model(case.spec, tmp_path / "model"), cache_type="f32", adapters=paths) as llm:
+        uses = [llm._applied(choice).uses for choice in choices]
+        pool = llm.model.cache("f32", len(uses))
+        pool.grow(len(uses))
+
+        def forward(sequences: list[int], first: int, last: int) -> F32:
+            m = len(sequences)
+            return llm.model.forward(
+                np.tile(ids[first:last], m),
+                np.tile(np.arange(first, last), m),
+                np.repeat(np.arange(m), last - first),
+                np.array(sequences)[:, None, None],
+                adapters=[uses[s] for s in sequences] if any(uses[s] for s in sequences) else None,
+                cache=pool,
+            ).reshape(m, last - first, -1)
+
+        alone = np.concatenate([forward([s], 0, len(ids)) for s in range(3)])
+        assert len({row.tobytes() for row in alone}) == 3
+        np.testing.assert_array_equal(forward([0, 1, 2], 0, len(ids)), alone)
+        steps = [forward([0, 1, 2], i, i + 1) for i in range(len(ids))]
+        np.testing.assert_array_equal(np.concatenate(steps, axis=1), alone)
+
+
+def test_adapters_of_experts_are_refused(host: Host, tmp_path: Path) -> None:
+    """By name when they are loaded, and by the backend itself."""
+    case = adapter_case("experts")
+    path = write_adapter(case, tmp_path / "adapter")
+    with load(golden_model(case.spec, tmp_path / "model")) as llm:
+        with pytest.raises(tinyllm.UnsupportedError, match="adapters of experts run on the CPU only"):
+            llm.add_adapter("it", path)
+        llm.model.device = "cpu"
+        llm.add_adapter("it", path)
+        with pytest.raises(tinyllm.UnsupportedError, match=r"\d+ of an adapter's \d+ pairs are of experts"):
+            llm([1, 2], max_tokens=1, adapter="it")

@@ -72,4 +72,5 @@ const tl_backend tl_backend_cpu = {
     .norm_linear = cpu_norm_linear,
     .end = tl_cpu_end,
     .release = tl_cpu_release,
+    .adapted = &tl_cpu_adapted,
 };

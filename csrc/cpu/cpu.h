@@ -46,8 +46,9 @@ typedef struct tl_cpu_run {
     size_t q_width, kv_width; // heads * head_dim, kv heads * head_dim
     int layer;                // that an operation works on
     int n_tiles, v_stride;
-    int group;    // heads that share a kv head
-    int n_splits; // segments computed apart from each other, or 1
+    int group;               // heads that share a kv head
+    int n_splits;            // segments computed apart from each other, or 1
+    struct tl_low_rank *low; // of calls with adapters (adapters.c)
 } tl_cpu_run;
 
 // load.c
@@ -79,10 +80,16 @@ typedef struct tl_expert_unit {
 } tl_expert_unit;
 tl_expert_unit tl_cpu_expert_unit(const tl_routing *routing, int n_panels, int block, int unit);
 void tl_cpu_moe(tl_run *run, int layer);
+// The halves of their work: hidden = activation(gate) * up; gate into hidden and up apart; visits = what down gives.
+typedef enum tl_expert_half { TL_GATED, TL_GATE_AND_UP, TL_DOWN } tl_expert_half;
+void tl_cpu_experts(tl_cpu_run *run, const tl_layer *layer, tl_expert_half half);
+void tl_cpu_add_visits(tl_cpu_run *run); // x += what the experts gave
 // A product's panels [first, last) for rows [from, to) of its input; with `up` both, and the activation.
 void tl_cpu_multiply(const tl_product *p, int first, int last, int from, int to);
 // Panels a unit takes: as many as stay in L2, at most `share`, whole groups, at least one.
 int tl_cpu_block(const tl_matrix *w, int share);
+// adapters.c
+extern const tl_backend tl_cpu_adapted;
 // attend.c
 void tl_cpu_tiles(tl_cpu_run *run);
 void tl_cpu_attend(tl_run *run, int layer);

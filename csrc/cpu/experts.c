@@ -12,7 +12,7 @@ typedef struct job {
     const tl_layer *layer;
     float *x;     // [rows, in.k] what the matrices read
     int gathered; // x is still to be copied from the tokens' normed rows
-    int down;     // the second half: w_down
+    tl_expert_half half;
     int quantize; // a matrix wants int8
     int block;    // panels a unit
 } job;
@@ -86,7 +86,7 @@ static void expert_unit(void *data, int unit, int thread) {
     const job *j = data;
     tl_cpu_run *r = j->run;
     const tl_expert *any = &j->layer->experts[0];
-    const int n_panels = tl_panels(j->down ? &any->w_down : &any->w_gate);
+    const int n_panels = tl_panels(j->half == TL_DOWN ? &any->w_down : &any->w_gate);
     const tl_expert_unit u = tl_cpu_expert_unit(j->routing, n_panels, j->block, unit);
     const tl_expert *expert = &j->layer->experts[u.expert];
     const size_t ff = (size_t)j->config->ff_dim, dim = (size_t)j->config->dim;
@@ -95,10 +95,11 @@ static void expert_unit(void *data, int unit, int thread) {
                              .in = &r->in,
                              .out = r->base.hidden,
                              .stride = ff,
-                             .up = &up,
+                             .up = j->half == TL_GATED ? &up : NULL,
                              .activation = j->config->activation};
     const tl_product down = {.w = &expert->w_down, .in = &r->in, .out = r->visits, .stride = dim};
-    tl_cpu_multiply(j->down ? &down : &gate, u.first, u.last, u.from, u.to);
+    tl_cpu_multiply(j->half == TL_DOWN ? &down : &gate, u.first, u.last, u.from, u.to);
+    if (j->half == TL_GATE_AND_UP) tl_cpu_multiply(&up, u.first, u.last, u.from, u.to);
 }
 
 static void observe(const job *j) {
@@ -106,53 +107,60 @@ static void observe(const job *j) {
         const int e = j->routing->active[i], *row = &j->routing->first_row[e], n = row[1] - row[0];
         const tl_expert *expert = &j->layer->experts[e];
         const float *x = j->x + (size_t)row[0] * (size_t)j->run->in.k;
-        if (!j->down) tl_cpu_observe(&expert->w_gate, x, n);
-        tl_cpu_observe(j->down ? &expert->w_down : &expert->w_up, x, n);
+        if (j->half != TL_DOWN) tl_cpu_observe(&expert->w_gate, x, n);
+        tl_cpu_observe(j->half == TL_DOWN ? &expert->w_down : &expert->w_up, x, n);
     }
 }
 
-// One half: rows of activations readied, then every active expert's matrices, in blocks that stay in L2, smaller where
-// that leaves too few units for the threads.
-static void half(job *j, int n_rows, const tl_matrix *w) {
-    const int threads = j->run->base.batch->threads, n_panels = tl_panels(w), wanted = TL_UNITS_THREAD * threads;
-    j->block = tl_cpu_block(w, j->routing->n_active * n_panels / wanted);
-    j->run->in.x = j->x;
-    j->run->in.k = w->k;
-    j->run->in.n_rows = n_rows;
-    if (j->quantize || j->gathered) tl_parallel(n_rows < TL_FEW_TOKENS ? 1 : threads, n_rows, prepare_row, j);
-    observe(j);
-    tl_parallel(threads, j->routing->n_active * ((n_panels + j->block - 1) / j->block), expert_unit, j);
+// Rows of activations readied, then every active expert's matrices, in blocks that stay in L2, smaller where that leaves too
+// few units for the threads.
+void tl_cpu_experts(tl_cpu_run *r, const tl_layer *layer, tl_expert_half half) {
+    const tl_config *c = &r->base.model->config;
+    const int n_rows = r->base.batch->n * c->n_experts_used, down = half == TL_DOWN;
+    job j = {.run = r, .routing = &r->routing, .config = c, .layer = layer, .half = half, .gathered = !down};
+    j.x = down ? r->base.hidden : r->visits;
+    for (int e = 0; e < c->n_experts; e++) {
+        const tl_expert *expert = &layer->experts[e];
+        j.quantize |= down ? !expert->w_down.format->is_float
+                           : !expert->w_gate.format->is_float || !expert->w_up.format->is_float;
+    }
+    const tl_matrix *w = down ? &layer->experts[0].w_down : &layer->experts[0].w_gate;
+    const int threads = r->base.batch->threads, n_panels = tl_panels(w), wanted = TL_UNITS_THREAD * threads;
+    j.block = tl_cpu_block(w, r->routing.n_active * n_panels / wanted);
+    r->in.x = j.x;
+    r->in.k = w->k;
+    r->in.n_rows = n_rows;
+    if (j.quantize || j.gathered) tl_parallel(n_rows < TL_FEW_TOKENS ? 1 : threads, n_rows, prepare_row, &j);
+    observe(&j);
+    tl_parallel(threads, r->routing.n_active * ((n_panels + j.block - 1) / j.block), expert_unit, &j);
 }
 
 static void add_visits(void *data, int t, int thread) {
     (void)thread;
-    const job *j = data;
-    const size_t dim = (size_t)j->config->dim;
-    float *x = j->run->base.x + (size_t)t * dim;
-    for (int i = 0; i < j->config->n_experts_used; i++) {
-        const int visit = t * j->config->n_experts_used + i;
-        const float *out = j->run->visits + (size_t)j->routing->rows[visit] * dim, weight = j->routing->weights[visit];
+    const tl_cpu_run *r = data;
+    const tl_config *c = &r->base.model->config;
+    const size_t dim = (size_t)c->dim;
+    float *x = r->base.x + (size_t)t * dim;
+    for (int i = 0; i < c->n_experts_used; i++) {
+        const int visit = t * c->n_experts_used + i;
+        const float *out = r->visits + (size_t)r->routing.rows[visit] * dim, weight = r->routing.weights[visit];
         for (size_t d = 0; d < dim; d++) x[d] += weight * out[d];
     }
+}
+
+void tl_cpu_add_visits(tl_cpu_run *r) {
+    const int n = r->base.batch->n;
+    tl_parallel(n < TL_FEW_TOKENS ? 1 : r->base.batch->threads, n, add_visits, r);
 }
 
 void tl_cpu_moe(tl_run *run, int layer) {
     tl_cpu_run *r = (tl_cpu_run *)run;
     const tl_layer *w = &run->model->layers[layer];
     const tl_config *c = &run->model->config;
-    const int n = run->batch->n, threads = run->batch->threads, n_rows = n * c->n_experts_used;
     tl_product router = {.w = &w->router, .out = r->routing.scores, .stride = (size_t)c->n_experts};
-    tl_cpu_products(r, run->x, NULL, n, &w->ffn_norm, &router, 1);
-    tl_cpu_route(&r->routing, c, n, threads);
-    job j = {.run = r, .routing = &r->routing, .config = c, .layer = w, .x = r->visits, .gathered = 1};
-    for (int e = 0; e < c->n_experts; e++)
-        j.quantize |= !w->experts[e].w_gate.format->is_float || !w->experts[e].w_up.format->is_float;
-    half(&j, n_rows, &w->experts[0].w_gate);
-    j.x = run->hidden;
-    j.gathered = 0;
-    j.down = 1;
-    j.quantize = 0;
-    for (int e = 0; e < c->n_experts; e++) j.quantize |= !w->experts[e].w_down.format->is_float;
-    half(&j, n_rows, &w->experts[0].w_down);
-    tl_parallel(n < TL_FEW_TOKENS ? 1 : threads, n, add_visits, &j);
+    tl_cpu_products(r, run->x, NULL, run->batch->n, &w->ffn_norm, &router, 1);
+    tl_cpu_route(&r->routing, c, run->batch->n, run->batch->threads);
+    tl_cpu_experts(r, w, TL_GATED);
+    tl_cpu_experts(r, w, TL_DOWN);
+    tl_cpu_add_visits(r);
 }

@@ -108,5 +108,6 @@ tl_status tl_cpu_end(tl_run *run, tl_message *message) {
 
 void tl_cpu_release(tl_run *run) {
     tl_free(((tl_cpu_run *)run)->arena);
+    tl_free(((tl_cpu_run *)run)->low);
     tl_free(run);
 }

@@ -26,6 +26,24 @@ class Cache:
     def page_bytes(self) -> int: ...
     def close(self) -> None: ...
 
+class Adapter:
+    """Low-rank pairs beside a model's matrices."""
+
+    def add(
+        self,
+        name: str,
+        layer: int,
+        rank: int,
+        has_bias: bool,
+        scale: float,
+        a_format: int,
+        a: NDArray[np.uint8],
+        b_format: int,
+        b: NDArray[np.uint8],
+    ) -> None: ...
+    @property
+    def n_bytes(self) -> int: ...
+
 class Model:
     """Packed weights and the forward pass over them."""
 
@@ -46,9 +64,11 @@ class Model:
         logits: bool,
         n_candidates: int,
         allowed: NDArray[np.uint32] | None,
+        adapters: Sequence[Sequence[tuple[Adapter, float]]] | None,
         threads: int,
         should_stop: Callable[[], bool] | None,
     ) -> Any: ...
+    def adapter(self, room: int) -> Adapter: ...
     @property
     def most_candidates(self) -> int: ...
     def unpack(self, name: str, layer: int) -> NDArray[np.float32]: ...

@@ -7,6 +7,7 @@ engine/ does the work. Imports what stands below: `engine`, `constraints`, `chat
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -43,12 +44,13 @@ from tinyllm.chat.tools.schema import Tool
 from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pooling
 from tinyllm.constraints import Form, Grammar, Vocabulary, form_of, form_of_calls
 from tinyllm.engine import reranking, saved
+from tinyllm.engine.adapters import AdapterChoice, Adapters
 from tinyllm.engine.breakers import breaker_ids
 from tinyllm.engine.choosing import choose, require_finite
 from tinyllm.engine.embedding import Text, vectors
 from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece
 from tinyllm.engine.heads import Heads
-from tinyllm.engine.kvcache import KVCache, Sequence, root_key
+from tinyllm.engine.kvcache import NOTHING, Applied, KVCache, Sequence, root_key
 from tinyllm.engine.loop import Inbox, Loop
 from tinyllm.engine.needs import cache_pages, call_tokens
 from tinyllm.engine.sampling import (
@@ -95,6 +97,7 @@ class CallOptions(SamplingOptions, total=False):
 
     special: bool
     reasoning: bool
+    adapter: AdapterChoice
 
 
 class ChatOptions(SamplingOptions, total=False):
@@ -107,6 +110,7 @@ class ChatOptions(SamplingOptions, total=False):
     chat_template: str | None
     template_args: Mapping[str, Any] | None
     special_in_messages: bool
+    adapter: AdapterChoice
 
 
 class LLM(Habits):
@@ -175,6 +179,7 @@ class LLM(Habits):
             threads=model.threads,
         )
         self._loop = Loop(self._engine)
+        self._adapters, self._usual = Adapters(model), NOTHING
         self._fingerprint: str | None = None
         # Made when the first form is asked for, by what ends a text; the last grammars.
         self._vocabularies: dict[frozenset[int], Vocabulary] = {}
@@ -225,6 +230,7 @@ class LLM(Habits):
         n: int | None = None,
         special: bool = False,
         reasoning: bool = False,
+        adapter: AdapterChoice = None,
         cancel: Cancel | None = None,
         progress: Progress | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -234,11 +240,12 @@ class LLM(Habits):
         prompt: a text, a list of ids, or a list of such prompts. n: how many samples of each, sharing what
         is computed for the prompt; sample i has the seed `stream_seed(seed, i)`. special: whether the text
         of special tokens ("<|eot_id|>") means these tokens. reasoning: whether the prompt is a chat's (of
-        `chat_ids`), so that reasoning is told from the answer. cancel: asked about every 20 ms by the
-        calling thread, while it waits and before a layer while it computes; True ends the call with what
-        there is; it must not use the model. progress: called with (texts that are over, texts in all) after
-        each step. The rest are fields of SamplingParams, in place of `params` or
-        over it.
+        `chat_ids`), so that reasoning is told from the answer. adapter: the name of one of the model's
+        adapters, or several with a strength each, [("a", 0.5), ("b", 1.0)]; []: the model as it is; None:
+        as `adapted` says, else as it is. cancel: asked about every 20 ms by the calling thread, while it
+        waits and before a layer while it computes; True ends the call with what there is; it must not use the
+        model. progress: called with (texts that are over, texts in all) after each step. The rest are fields
+        of SamplingParams, in place of `params` or over it.
 
         Returns a Completion; with `n`, a list of n; for a list of prompts, a list with one of these for
         each, equal to a loop with the same seed. Raises ArgumentError, ContextError (no room for an answer)
@@ -248,7 +255,7 @@ class LLM(Habits):
 
             llm("Once upon a time", max_tokens=50, temperature=0).text
         """
-        requests = self._requests(prompt, params, n, special, reasoning, sampling)
+        requests = self._requests(prompt, params, n, special, reasoning, sampling, adapter=adapter)
         return self._call(prompt, n, requests, cancel, progress)
 
     def _call(
@@ -278,6 +285,7 @@ class LLM(Habits):
         n: int | None = None,
         special: bool = False,
         reasoning: bool = False,
+        adapter: AdapterChoice = None,
         cancel: Cancel | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Stream:
@@ -286,7 +294,8 @@ class LLM(Habits):
 
         for piece in llm.stream("Once upon a time"): print(piece, end="", flush=True)
         """
-        return self._stream(self._streamed(prompt, params, n, special, reasoning, sampling), cancel)
+        group = self._streamed(prompt, params, n, special, reasoning, sampling, adapter=adapter)
+        return self._stream(group, cancel)
 
     def _stream(self, group: list[_Request], cancel: Cancel | None) -> Stream:
         generations = [request.generation for request in group]
@@ -332,6 +341,7 @@ class LLM(Habits):
         n: int | None = None,
         special: bool = False,
         reasoning: bool = False,
+        adapter: AdapterChoice = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """A call for a task of asyncio or trio: other tasks go on while it waits, and texts of all tasks and
@@ -341,7 +351,9 @@ class LLM(Habits):
             await llm.acall("Once upon a time", max_tokens=50)
         """
         return await self._acall(
-            prompt, n, lambda: self._requests(prompt, params, n, special, reasoning, sampling)
+            prompt,
+            n,
+            lambda: self._requests(prompt, params, n, special, reasoning, sampling, adapter=adapter),
         )
 
     async def _acall(self, prompt: object, n: int | None, ask: Callable[[], list[list[_Request]]]) -> Any:
@@ -363,13 +375,14 @@ class LLM(Habits):
         n: int | None = None,
         special: bool = False,
         reasoning: bool = False,
+        adapter: AdapterChoice = None,
         **sampling: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Like `stream`, for a task of asyncio or trio; see `acall`.
 
         async for piece in llm.astream("Once upon a time"): print(piece, end="", flush=True)
         """
-        return self._astream(self._streamed(prompt, params, n, special, reasoning, sampling))
+        return self._astream(self._streamed(prompt, params, n, special, reasoning, sampling, adapter=adapter))
 
     def _astream(self, group: list[_Request]) -> AsyncStream:
         generations = [request.generation for request in group]
@@ -426,6 +439,7 @@ class LLM(Habits):
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
+        adapter: AdapterChoice = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """Answers a conversation, as the model's own chat template puts it.
@@ -453,9 +467,10 @@ class LLM(Habits):
         ids, calling = self._conversation(
             messages, tools, tool_choice, strict, chat_template, template_args, special_in_messages
         )
+        asked = (ids, params, n, False, True, sampling, calling, adapter)
         if not stream:
-            return self._call(ids, n, self._requests(ids, params, n, False, True, sampling, calling), cancel)
-        return self._stream(self._streamed(ids, params, n, False, True, sampling, calling), cancel)
+            return self._call(ids, n, self._requests(*asked), cancel)
+        return self._stream(self._streamed(*asked), cancel)
 
     @overload
     def achat(
@@ -501,6 +516,7 @@ class LLM(Habits):
         chat_template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
+        adapter: AdapterChoice = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """Like `chat`, for a task of asyncio or trio: `await` it, or with stream=True go through its pieces
@@ -509,9 +525,10 @@ class LLM(Habits):
         ids, calling = self._conversation(
             messages, tools, tool_choice, strict, chat_template, template_args, special_in_messages
         )
+        asked = (ids, params, n, False, True, sampling, calling, adapter)
         if not stream:
-            return self._acall(ids, n, lambda: self._requests(ids, params, n, False, True, sampling, calling))
-        return self._astream(self._streamed(ids, params, n, False, True, sampling, calling))
+            return self._acall(ids, n, lambda: self._requests(*asked))
+        return self._astream(self._streamed(*asked))
 
     def chat_ids(
         self,
@@ -624,23 +641,25 @@ class LLM(Habits):
             last = self._prompts[source is None] = Prompts(template, tokenizer)
         return last
 
-    def session(self, *, seed: int | None = None) -> Session:
+    def session(self, *, seed: int | None = None, adapter: AdapterChoice = None) -> Session:
         """A text that grows step by step and can be forked. Close it when done, or use it in `with`.
 
-        seed: for samples that are given none; None draws one.
+        seed: for samples that are given none; None draws one. adapter: as in a call, for all of it.
         """
         resolved = SamplingParams(seed=seed).resolve()
         assert resolved.seed is not None
-        return Session(self, self._engine.sequence(), resolved.seed)
+        return Session(self, self._engine.sequence(applied=self._applied(adapter)), resolved.seed)
 
-    def restore(self, path: str | os.PathLike[str]) -> Session:
+    def restore(self, path: str | os.PathLike[str], *, adapter: AdapterChoice = None) -> Session:
         """The session that `Session.save` wrote, to go on with the very same bits; nothing of it is computed
-        again.
+        again. adapter: that the session had; it is known by its content.
 
         Raises FormatError for a file that is damaged, or of another model, cache type, device or version,
         which it names; NotFoundError; MemoryLimitError.
         """
-        sequence, logits, header = saved.restore(path, self._cache, self.config.vocab_size, self._facts())
+        applied = self._applied(adapter)
+        facts = self._facts(applied)
+        sequence, logits, header = saved.restore(path, self._cache, self.config.vocab_size, facts, applied)
         self._fit(sequence.tokens)
         session = Session(self, sequence, header["seed"])
         session._n_forks = header["n_forks"]
@@ -648,7 +667,7 @@ class LLM(Habits):
         session._logits, session._n_logits = logits, 0 if logits is None else session._n_given
         return session
 
-    def _facts(self) -> dict[str, str]:
+    def _facts(self, applied: Applied = NOTHING) -> dict[str, str]:
         """What the numbers in the pages depend on. The model is known by what it computes: a hash of the
         bits of some logits, which every weight has a part in."""
         if self._fingerprint is None:
@@ -662,7 +681,48 @@ class LLM(Habits):
             "device": self.device.split(":")[0],
             "cache_type": self.cache_type,
             "model": self._fingerprint,
+            "adapters": applied.key.hex(),
         }
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters that calls can name, and where each comes from."""
+        return self._adapters.paths
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapters that calls can name."""
+        return self._adapters.n_bytes
+
+    def add_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Loads an adapter beside the model, which stays as it is: a directory that PEFT saved, or a GGUF
+        file. Calls then take `adapter=name`; texts with different adapters, or none, share the model's calls.
+
+        name: of printable characters, without a colon, not taken yet. Raises ArgumentError, NotFoundError,
+        ReadError, FormatError (broken, or made for another model), UnsupportedError (for what of it is not
+        done here, by name), MemoryLimitError.
+
+            llm.add_adapter("pirate", "pirate-lora"); llm("Hello", adapter="pirate")
+        """
+        with out_of_memory("loading an adapter"):
+            self._adapters.add(name, path)
+
+    def remove_adapter(self, name: str) -> None:
+        """No call can name it any more; texts that have it keep it until they end. Raises ArgumentError."""
+        self._adapters.remove(name)
+
+    def adapted(self, adapter: AdapterChoice) -> LLM:
+        """The same model, whose calls use this adapter where they name none: a view, not a copy. What is
+        removed later, it keeps. Closing either closes the model. Raises ArgumentError.
+
+            pirate = llm.adapted("pirate"); pirate("Hello")
+        """
+        view = copy.copy(self)
+        view._usual = self._adapters.applied(adapter)
+        return view
+
+    def _applied(self, adapter: AdapterChoice) -> Applied:
+        return self._usual if adapter is None else self._adapters.applied(adapter)
 
     @overload
     def score(  # type: ignore[overload-overlap]  # a str is a sequence too
@@ -671,6 +731,7 @@ class LLM(Habits):
         *,
         special: bool = False,
         top_logprobs: int = 0,
+        adapter: AdapterChoice = None,
         cancel: Cancel | None = None,
     ) -> Score: ...
 
@@ -681,6 +742,7 @@ class LLM(Habits):
         *,
         special: bool = False,
         top_logprobs: int = 0,
+        adapter: AdapterChoice = None,
         cancel: Cancel | None = None,
     ) -> list[Score]: ...
 
@@ -690,23 +752,26 @@ class LLM(Habits):
         *,
         special: bool = False,
         top_logprobs: int = 0,
+        adapter: AdapterChoice = None,
         cancel: Cancel | None = None,
     ) -> Any:
         """How likely a text (or ids) is, token by token. top_logprobs: how many alternatives each token comes
-        with. cancel: as in a call; what there is has fewer logprobs. Of a list of texts, a list of scores.
-        Raises ContextError when it is longer than the context, FormatError where a broken model computes what
-        is not finite.
+        with. adapter, cancel: as in a call; what there is has fewer logprobs. Of a list of texts, a list of
+        scores. Raises ContextError when it is longer than the context, FormatError where a broken model
+        computes what is not finite.
 
         llm.score("The cat sat on the mat.").perplexity
         """
         if not _is_prompt(prompt):
-            ask: dict[str, Any] = {"special": special, "top_logprobs": top_logprobs, "cancel": cancel}
+            ask: dict[str, Any] = {
+                "special": special, "top_logprobs": top_logprobs, "adapter": adapter, "cancel": cancel,
+            }  # fmt: skip
             return [self.score(one, **ask) for one in cast("SequenceOf[Prompt]", prompt)]
         ids = self._fit(self._ids(prompt, special))
         n_top = min(integer("top_logprobs", top_logprobs, 0, backends.MOST_INT), self.config.vocab_size)
         logprobs: list[float] = []
         tops: list[list[tuple[int, float]]] = []
-        for rows in self._rows(ids[:-1], cancel):
+        for rows in self._rows(ids[:-1], cancel, self._applied(adapter)):
             for row in rows:
                 logprobs.append(backends.logprob(row, ids[len(logprobs) + 1]))
                 if n_top:
@@ -715,20 +780,33 @@ class LLM(Habits):
         return Score(ids, logprobs, tops if n_top else None)
 
     @overload
-    def logits(self, prompt: Prompt, *, special: bool = False) -> Logits: ...  # type: ignore[overload-overlap]
+    def logits(  # type: ignore[overload-overlap]
+        self, prompt: Prompt, *, special: bool = False, adapter: AdapterChoice = None
+    ) -> Logits: ...
 
     @overload
-    def logits(self, prompt: SequenceOf[Prompt], *, special: bool = False) -> list[Logits]: ...
+    def logits(
+        self, prompt: SequenceOf[Prompt], *, special: bool = False, adapter: AdapterChoice = None
+    ) -> list[Logits]: ...
 
-    def logits(self, prompt: Prompt | SequenceOf[Prompt], *, special: bool = False) -> Any:
-        """The logits after each of n tokens (ids, or a text): float32 [n, vocab_size].
+    def logits(
+        self,
+        prompt: Prompt | SequenceOf[Prompt],
+        *,
+        special: bool = False,
+        adapter: AdapterChoice = None,
+    ) -> Any:
+        """The logits after each of n tokens (ids, or a text): float32 [n, vocab_size]. adapter: as in a call.
 
         Of a list of prompts, a list of these. Raises ContextError when there are more tokens than the context
         holds, MemoryLimitError when the result does not fit into the free memory, FormatError where a broken
         model computes what is not finite (`model.forward` gives it as it is).
         """
         if not _is_prompt(prompt):
-            return [self.logits(one, special=special) for one in cast("SequenceOf[Prompt]", prompt)]
+            return [
+                self.logits(one, special=special, adapter=adapter)
+                for one in cast("SequenceOf[Prompt]", prompt)
+            ]
         ids = self._fit(self._ids(prompt, special))
         n_bytes, free = 4 * len(ids) * self.config.vocab_size, backends.free_memory()
         if n_bytes > free:
@@ -739,7 +817,7 @@ class LLM(Habits):
         with out_of_memory(f"making room for the logits of {len(ids)} tokens"):
             out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
         end = 0
-        for rows in self._rows(ids):
+        for rows in self._rows(ids, applied=self._applied(adapter)):
             start, end = end, end + len(rows)
             out[start:end] = rows
         return out
@@ -753,6 +831,7 @@ class LLM(Habits):
         prompt: str | None = None,
         instruction: str | None = None,
         special: bool = False,
+        adapter: AdapterChoice = None,
         progress: Callable[[int, int], None] | None = None,
         cancel: Cancel | None = None,
     ) -> npt.NDArray[np.float32]:
@@ -767,8 +846,8 @@ class LLM(Habits):
         "mean" where they say nothing. Behind that come the files' dense layers. normalize: to length 1, so
         that a product of two is their cosine; None: whether the files have such a step. prompt: the name of
         one of the makers' instructions, `embedding.prompts`, such as "query"; instruction: a text of one's
-        own; it goes in front of every text; None: what the files put there unasked. progress: called with
-        (tokens computed, of how many). cancel: asked as in a call. Texts share calls; the bits are those of
+        own; it goes in front of every text; None: what the files put there unasked. adapter, cancel: as in a
+        call. progress: called with (tokens computed, of how many). Texts share calls; the bits are those of
         each text alone.
 
         Raises UnsupportedError where the files ask for vectors that are not made here (a reranker's scores, a
@@ -796,7 +875,8 @@ class LLM(Habits):
         with out_of_memory(f"computing vectors of {len(given)} texts"):
             texts = [self._embedded(text, before, special) for text in given]
             out = np.empty((len(texts), heads.dim(self.config.dim)), np.float32)
-            for first, pooled in self._pooled(texts, pooling, progress, cancel):
+            uses = self._applied(adapter).uses
+            for first, pooled in self._pooled(texts, pooling, progress, cancel, uses):
                 with np.errstate(over="ignore", invalid="ignore"):  # said in our words
                     out[first : first + len(pooled)] = heads.behind_pooling(pooled)
             require_finite(out)
@@ -843,7 +923,7 @@ class LLM(Habits):
         with out_of_memory(f"reading {len(asked)} texts"):
             out = np.empty(len(asked), np.float32)
             given = [Text(self._fit(self._ids(ids, False))) for ids in asked]
-            for first, last in self._pooled(given, "last", progress, cancel):
+            for first, last in self._pooled(given, "last", progress, cancel, self._usual.uses):
                 out[first : first + len(last)] = self._heads.scores(last)
             require_finite(out)
         return out
@@ -864,12 +944,12 @@ class LLM(Habits):
         pooling: Pooling,
         progress: Callable[[int, int], None] | None,
         cancel: Cancel | None,
+        uses: backends.Uses,
     ) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
         """Pooled vectors, [n, dim], and of which text the first of them is."""
         total, first = sum(len(text.ids) for text in texts), 0
-        for done, pooled in vectors(
-            self.model, texts, pooling, cache_type=self.cache_type, chunk=self.chunk, should_stop=cancel
-        ):
+        settings: dict[str, Any] = {"cache_type": self.cache_type, "chunk": self.chunk, "uses": uses}
+        for done, pooled in vectors(self.model, texts, pooling, should_stop=cancel, **settings):
             yield first, pooled
             first += len(pooled)
             if progress is not None:
@@ -988,11 +1068,12 @@ class LLM(Habits):
         reasoning: bool,
         sampling: SamplingOptions,
         calling: Calling | None = None,
+        adapter: AdapterChoice = None,
     ) -> list[list[_Request]]:
         """What a call asks for, a group a prompt."""
         prompts = [prompt] if _is_prompt(prompt) else list(cast("SequenceOf[Prompt]", prompt))
-        given, thread = _merge(params, sampling), threading.get_ident()
-        return [self._group(one, given, n, special, reasoning, calling, thread) for one in prompts]
+        given, thread, applied = _merge(params, sampling), threading.get_ident(), self._applied(adapter)
+        return [self._group(one, given, n, special, reasoning, calling, thread, applied) for one in prompts]
 
     def _group(
         self,
@@ -1003,12 +1084,13 @@ class LLM(Habits):
         reasoning: bool,
         calling: Calling | None,
         thread: int | None,
+        applied: Applied,
     ) -> list[_Request]:
         """The samples of one prompt. thread: whose call computes them; None: a stream, read by any."""
         if n is not None:
             n = integer("n", n, 1, backends.MOST_INT)
         ids, resolved = self._prompt(prompt, special), params.resolve(self.defaults)
-        first = self._request(resolved, ids, self._engine.sequence(ids, thread), reasoning, calling)
+        first = self._request(resolved, ids, self._engine.sequence(ids, thread, applied), reasoning, calling)
         others = (_derive(resolved, i) for i in range(1, n or 1))
         return [first, *(self._request(p, ids, None, reasoning, calling) for p in others)]
 
@@ -1027,10 +1109,12 @@ class LLM(Habits):
         reasoning: bool,
         sampling: SamplingOptions,
         calling: Calling | None = None,
+        adapter: AdapterChoice = None,
     ) -> list[_Request]:
         if not _is_prompt(prompt):
             raise ArgumentError("stream takes one prompt; call the model with a list of them")
-        return self._group(prompt, _merge(params, sampling), n, special, reasoning, calling, None)
+        applied = self._applied(adapter)
+        return self._group(prompt, _merge(params, sampling), n, special, reasoning, calling, None, applied)
 
     def _request(
         self,
@@ -1182,11 +1266,13 @@ class LLM(Habits):
             "; ".join(g.call_errors) or None,
         )
 
-    def _rows(self, ids: list[int], cancel: Cancel | None = None) -> Iterator[Logits]:
+    def _rows(
+        self, ids: list[int], cancel: Cancel | None = None, applied: Applied = NOTHING
+    ) -> Iterator[Logits]:
         """The logits after each token, a chunk at a time, until they are cancelled."""
         if not ids:
             return
-        sequence = self._engine.sequence(ids, threading.get_ident())
+        sequence = self._engine.sequence(ids, threading.get_ident(), applied)
         try:
             for rows in self._engine.evaluate(Job(sequence, first_row=0), cancel):
                 require_finite(rows)
@@ -1316,7 +1402,7 @@ class Session:
 
             session.append(long_prompt); session.save("prompt.session")
         """
-        facts = {**self._llm._facts(), "seed": self.seed, "n_forks": self._n_forks}
+        facts = {**self._llm._facts(self._sequence.applied), "seed": self.seed, "n_forks": self._n_forks}
         logits = self._evaluate() if self._sequence.tokens else None
         while (kept := saved.snapshot(self._llm._cache, self._sequence)) is None:
             self._n_logits = 0  # somebody older took its pages meanwhile

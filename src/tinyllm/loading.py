@@ -50,6 +50,7 @@ def load(
     context: int | None = None,
     cache_type: CacheType = "f16",
     weights: str | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     free_memory: Callable[[], int] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> LLM:
@@ -64,9 +65,10 @@ def load(
     for (with LongRoPE, as in Phi-3: at first; more chooses the factors for long texts), or less where only
     less fits into 80 % of the device's free memory. cache_type: the numbers of the KV cache, "f16", "f32" or
     "q8_0". weights: a quantization ("q8_0", "q4_k_m"...) for a float model, made while loading: the same bits
-    as in the file that `quantize` writes. free_memory: says how many bytes it may take beside those it has,
-    asked while it loads and whenever the cache grows, for programs that keep to less than the device has.
-    progress: called with (bytes done, bytes in all).
+    as in the file that `quantize` writes. adapters: {name: path} of adapters (LoRA) to load beside it, as
+    `LLM.add_adapter` does. free_memory: says how many bytes it may take beside those it has, asked while it
+    loads and whenever the cache grows, for programs that keep to less than the device has. progress: called
+    with (bytes done, bytes in all).
 
     Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
     with the numbers, before anything big is allocated.
@@ -123,13 +125,14 @@ def load(
                 context=asked,
                 cache_type=cache_type,
                 weights=weights,
+                adapters=adapters,
                 free_memory=free_memory,
                 progress=progress,
             )
         model.has_output = files.has_output
         if context > (covered := files.config.covered_context):
             log.warning("context %d is more than the %d the model was trained for", context, covered)
-        return LLM(
+        llm = LLM(
             model,
             tokenizer,
             files.template,
@@ -143,6 +146,9 @@ def load(
             free_memory=free,
             load_s=time.perf_counter() - started,
         )
+        for adapter, where in (adapters or {}).items():
+            llm.add_adapter(adapter, where)
+        return llm
     except BaseException:
         model.close()
         raise

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 import tinyllm._core as _core
+from tinyllm.adapters import Pair
 from tinyllm.backends import cuda
 from tinyllm.config import ModelConfig
 from tinyllm.errors import (
@@ -402,6 +403,19 @@ class PagePool:
         self._core.close()
 
 
+class Adapter:
+    """An adapter's pairs beside a model's weights, made by `Model.adapter`; they go when nothing uses it."""
+
+    def __init__(self, core: _core.Adapter) -> None:
+        self._core = core
+        self.n_bytes: int = core.n_bytes
+
+
+Uses = Sequence[
+    tuple[Adapter, float]
+]  # a sequence's adapters, each with its strength, in the order they are added
+
+
 @dataclass(frozen=True)
 class Weight:
     """A tensor that is to become a weight of a model. layer: None for one outside the layers. row_order:
@@ -573,6 +587,20 @@ class Model:
         """A matrix as float32 [rows, k], exactly the numbers its format means."""
         return self._core.unpack(*_weight(name, layer))
 
+    def adapter(self, pairs: Sequence[Pair]) -> Adapter:
+        """Uploads an adapter's pairs; calls say which sequences have it. Raises ArgumentError for a matrix
+        that there is not, UnsupportedError where the device has no adapters, MemoryLimitError."""
+        if self.device != "cpu" and any("." in pair.name for pair in pairs):
+            raise UnsupportedError(
+                f"adapters of experts run on the CPU only, not on {self.device}; use device='cpu'"
+            )
+        core = self._core.adapter(len(pairs))
+        for pair in pairs:
+            name, layer = _weight(pair.name, pair.layer)
+            scale, a, b = float(pair.scale), pair.a, pair.b
+            core.add(name, layer, pair.rank, pair.has_bias, scale, a.format, a.bytes(), b.format, b.bytes())
+        return Adapter(core)
+
     def observe(self, name: str, layer: int | None = None) -> npt.NDArray[np.float64]:
         """What a matrix [rows, k] meets from now on: float64 [k + 1] that every call adds to.
 
@@ -604,6 +632,7 @@ class Model:
         rows: npt.ArrayLike | None = None,
         layers: tuple[int, int] | None = None,
         logits: bool | None = None,
+        adapters: Sequence[Uses] | None = None,
         cache: PagePool,
         should_stop: Callable[[], bool] | None = None,
     ) -> F32:
@@ -613,16 +642,19 @@ class Model:
         sequence's tokens stand together in order, sequences ascend. page_tables: int [n_sequences,
         len(cache_groups), max_pages], page ids of `cache`, or [n_sequences, max_pages] where there is one
         group; what is wholly behind a group's window is not read, but must be a page. layers: (first, last),
-        default all. should_stop: asked before each layer (at most every 20 ms), True cancels; what it does to
-        the arrays of the call reaches the next one, which takes copies. Returns float32 logits [len(rows),
+        default all. adapters: of each sequence those that are applied to its rows, [] for none; None: to no
+        row of the call. should_stop: asked before each layer (at most every 20 ms), True cancels; what it
+        does to the arrays of the call reaches the next one, which takes copies. Returns float32 logits
+        [len(rows),
         vocab_size] of the tokens that `rows` lists (None: all), or, where the last layer is not the model's
         last or `logits` is False, activations [n, dim]: the numbers as they are computed, NaN and infinity
         where the weights make them so. Raises ArgumentError for what does not fit, and where `check` has not
         found all weights; CancelledError.
         """
         found: F32 = self._forward(
-            tokens_or_x, positions, sequences, page_tables, rows, layers, logits, 0, cache, should_stop
-        )
+            tokens_or_x, positions, sequences, page_tables, rows, layers, logits, 0, cache, should_stop,
+            adapters=adapters,
+        )  # fmt: skip
         return found
 
     def candidates(
@@ -635,6 +667,7 @@ class Model:
         rows: npt.ArrayLike,
         n: int,
         allowed: npt.NDArray[np.uint32] | None = None,
+        adapters: Sequence[Uses] | None = None,
         cache: PagePool,
         should_stop: Callable[[], bool] | None = None,
     ) -> Candidates:
@@ -648,7 +681,18 @@ class Model:
                 raise TypeError(f"allowed must be uint32, not {allowed.dtype}")
             allowed = np.array(allowed, order="C")
         found = self._forward(
-            tokens, positions, sequences, page_tables, rows, None, None, n, cache, should_stop, allowed
+            tokens,
+            positions,
+            sequences,
+            page_tables,
+            rows,
+            None,
+            None,
+            n,
+            cache,
+            should_stop,
+            allowed,
+            adapters,
         )
         return Candidates(*found)
 
@@ -670,6 +714,7 @@ class Model:
         cache: PagePool,
         should_stop: Callable[[], bool] | None,
         allowed: npt.NDArray[np.uint32] | None = None,
+        adapters: Sequence[Uses] | None = None,
     ) -> Any:
         if not isinstance(cache, PagePool):
             raise TypeError(f"cache must be what `Model.cache` returns, not {type(cache).__name__}")
@@ -706,6 +751,7 @@ class Model:
             wants_logits,
             n_candidates,
             allowed,
+            None if adapters is None else [[(one._core, scale) for one, scale in uses] for uses in adapters],
             self.threads,
             should_stop,
         )

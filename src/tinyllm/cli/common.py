@@ -242,6 +242,30 @@ def add_model_options(
     )
 
 
+def add_lora_option(parser: argparse.ArgumentParser) -> None:
+    """The option --lora that `load_model` reads."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        type=path_and_scale,
+        metavar="PATH[:SCALE]",
+        help="apply an adapter (LoRA): a directory that PEFT saved, or a GGUF file; SCALE is its strength "
+        "(default: 1). Several add up",
+    )
+
+
+def path_and_scale(text: str) -> tuple[str, float]:
+    """Of PATH or PATH:SCALE."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        found = (path, float(scale)) if colon and path and not os.path.exists(text) else (text, 1.0)
+    except ValueError:
+        found = (text, 1.0)  # the colon is a part of the path
+    if not math.isfinite(found[1]):
+        raise argparse.ArgumentTypeError(f"the scale of {text!r} is not a number")
+    return found
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options that `sampling_fields` reads. Defaults are left to the model and the library."""
     group = parser.add_argument_group(
@@ -459,8 +483,11 @@ def load_model(path: str, args: argparse.Namespace, **settings: Any) -> LLM:
 
     names = ("device", "threads", "context", "cache_type", "weights")
     options = {name: getattr(args, name) for name in names} | settings
+    loras: list[tuple[str, float]] = getattr(args, "lora", None) or []
+    adapters = {f"{i}": where for i, (where, _) in enumerate(loras)}
     with progress_bar("loading") as progress:
-        return tinyllm.load(path, **options, progress=progress)
+        llm = tinyllm.load(path, **options, adapters=adapters, progress=progress)
+    return llm.adapted([(f"{i}", scale) for i, (_, scale) in enumerate(loras)])
 
 
 MOST_TEXT_BYTES = 1_000_000_000  # far above what anybody measures on; a device may never end

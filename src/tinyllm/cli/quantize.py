@@ -21,6 +21,7 @@ from tinyllm.cli.common import (
     counted,
     note,
     out_file,
+    path_and_scale,
     positive,
     progress_bar,
     put,
@@ -58,6 +59,7 @@ examples:
   {PROG} model-f16.gguf q4_k_m --dry-run               what would become of each tensor
   {PROG} model-f16.gguf q4.gguf q4_0 --tensor-type 'ffn_down=q6_k' --tensor-type 'blk\.0\.=q8_0'
   {PROG} in-00001-of-00004.gguf out.gguf copy          several files as one
+  {PROG} path/to/hf-directory merged.gguf q4_k_m --lora path/to/adapter
 
 An imatrix says which columns of the weights matter, from a run over a text of your choice. On the bundled
 model low-bit types lost 1 to 4 percent less with it, but q4_0 and q4_k_s 2 to 4 percent more: measure.
@@ -95,6 +97,15 @@ def _parser() -> Parser:
         "--imatrix",
         metavar="FILE",
         help="importance of columns: tinyllm-perplexity's file, or llama.cpp's (GGUF or .dat)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        type=path_and_scale,
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="merge an adapter (LoRA) into the float model: a directory that PEFT saved, or a GGUF file; "
+        "SCALE is its strength (default: 1). Several add up",
     )
     parser.add_argument(
         "--pure", action="store_true", help="every matrix gets TYPE's own format, none a better one"
@@ -143,7 +154,7 @@ def _run(argv: list[str]) -> int:
         raise UsageError("no OUT given: the .gguf file to write, between MODEL and TYPE")
     from tinyllm.quantization import plan, quantize
 
-    choices = {"pure": args.pure, "tensor_types": args.tensor_types}
+    choices = {"pure": args.pure, "tensor_types": args.tensor_types, "lora": args.lora}
     if args.dry_run:
         done = plan(
             args.model,

@@ -19,6 +19,7 @@ from tinyllm.cli.answers import as_prompt, chat_options, is_chat, messages_of
 from tinyllm.cli.common import (
     EXIT_ERROR,
     EXIT_OK,
+    UsageError,
     counted,
     json_text,
     load_model,
@@ -51,7 +52,8 @@ def as_json(llm: LLM, prompt: str, completion: Completion, args: argparse.Namesp
         "seed": completion.seed,
         "timings": {**asdict(completion.timings), "peak_memory_bytes": peak_memory_bytes()},
         "parameters": {**sampling_fields(args), "seed": completion.seed},
-        "settings": {name: getattr(llm, name) for name in SETTINGS} | {"weights": args.weights},
+        "settings": {name: getattr(llm, name) for name in SETTINGS}
+        | {"weights": args.weights, "lora": args.lora},
         "prompt_ids": completion.prompt_tokens,
     }
     if args.tools is not None:
@@ -87,6 +89,8 @@ def replay(args: argparse.Namespace) -> int:
     results = _read_results(Path(args.replay).expanduser())
     first = results[0]
     settings = {name: first["settings"].get(name) for name in ("context", "cache_type", "weights")}
+    if args.lora is None:
+        args.lora = _loras(first["settings"])
     n_same = 0
     with load_model(args.model or first["model"], args, **settings) as llm:
         for number, result in enumerate(results, 1):
@@ -97,6 +101,17 @@ def replay(args: argparse.Namespace) -> int:
             n_same += verdict.startswith("same")
             put(f"result {number}: {verdict}" if len(results) > 1 else verdict)
     return EXIT_OK if n_same == len(results) else EXIT_ERROR
+
+
+def _loras(settings: Mapping[str, Any]) -> list[tuple[str, float]] | None:
+    """The adapters that a result was made with; of a served one only their name is known."""
+    if name := settings.get("adapter"):
+        raise UsageError(f"the result was made with the adapter {name!r}: give --lora PATH")
+    loras = settings.get("lora") or []
+    try:
+        return [(str(path), float(scale)) for path, scale in loras] or None
+    except (TypeError, ValueError):
+        raise UsageError("the result's settings.lora is not what --json writes") from None
 
 
 def _again(llm: LLM, result: Mapping[str, Any]) -> Completion:

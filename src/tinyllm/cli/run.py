@@ -30,6 +30,7 @@ from tinyllm.cli.common import (
     EXIT_OK,
     Parser,
     UsageError,
+    add_lora_option,
     add_model_argument,
     add_model_options,
     add_sampling_options,
@@ -60,6 +61,7 @@ EPILOG = f"""examples:
   {PROG} model.gguf "What is RoPE?" --temp 0     the likeliest answer, the same every time
   cat notes.txt | {PROG} model.gguf "Summarize:"  the prompt, and what comes through the pipe
   {PROG} stories "Lily" -n 50 --seed 7 --json > out.json
+  {PROG} model.gguf "Hello" --lora adapter:0.7   with an adapter (LoRA), at 0.7 of its strength
   {PROG} --replay out.json                       does this machine give the very same tokens?
   {PROG} stories --prompts beginnings.txt        one prompt a line, as one batch, JSON lines out
 
@@ -176,6 +178,7 @@ def _parser() -> Parser:
 
     add_sampling_options(parser)
     add_model_options(parser)
+    add_lora_option(parser)
 
     output = parser.add_argument_group("output")
     output.add_argument(

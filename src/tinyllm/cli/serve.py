@@ -41,6 +41,7 @@ EPILOG = f"""examples:
   {PROG} model.gguf --name llama      the name that clients ask for
   {PROG} --models ~/models            every model in a folder, each loaded when first asked for
   {PROG} small.gguf --model big=~/big.gguf --memory-limit 16GB --keep-alive 10m
+  {PROG} model.gguf --name llama --lora law=law-lora   also llama:law, with an adapter
   TINYLLM_API_KEY=... {PROG} model.gguf --host 0.0.0.0
 
 {EXIT_CODES}"""
@@ -79,7 +80,12 @@ def _run(argv: list[str]) -> int:
     templates = {args.model: args.chat_template} if args.chat_template is not None else {}
     loader = Loader(templates, **{name: getattr(args, name) for name in names})
     models = Models(
-        paths, loader, needed=loader.needed, memory_limit=args.memory_limit, keep_alive_s=args.keep_alive
+        paths,
+        loader,
+        adapters=_adapters(args, paths),
+        needed=loader.needed,
+        memory_limit=args.memory_limit,
+        keep_alive_s=args.keep_alive,
     )
     access = Access(key, (args.host, *args.allowed_host), not loopback, args.cors)
     server = Server(
@@ -145,6 +151,22 @@ def _paths(args: argparse.Namespace) -> dict[str, str]:
     for option, value in (("--name", args.name), ("--chat-template", args.chat_template)):
         if value is not None and args.model is None:
             raise UsageError(f"{option} is for MODEL, and there is none")
+    return found
+
+
+def _adapters(args: argparse.Namespace, paths: dict[str, str]) -> dict[str, dict[str, str]]:
+    """{model: {adapter: path}}; an adapter that names no model is the first one's."""
+    found: dict[str, dict[str, str]] = {}
+    for name, path in args.lora:
+        base, colon, adapter = name.rpartition(":")
+        model = base if colon else next(iter(paths))
+        if model not in paths:
+            raise UsageError(f"--lora {name}: there is no model {model}, only {', '.join(paths)}")
+        if adapter in found.setdefault(model, {}) or f"{model}:{adapter}" in paths:
+            raise UsageError(f"--lora {name}: two are called {model}:{adapter}")
+        if not Path(path).expanduser().exists():
+            raise UsageError(f"--lora {name}: {path} is not there")
+        found[model][adapter] = path
     return found
 
 
@@ -228,6 +250,15 @@ def _parser() -> Parser:
         type=read_text,
         metavar="FILE",
         help="chat with this Jinja template in place of MODEL's own; so a base model chats, too",
+    )
+    models.add_argument(
+        "--lora",
+        type=_name_and_path,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an adapter (LoRA) of MODEL, which clients ask for as MODEL:NAME; of another model "
+        "OTHER:NAME=PATH. May be given several times",
     )
     add_model_options(parser)
 

@@ -371,6 +371,14 @@ def is_bidirectional(architecture: str) -> bool:
     return architecture == "gemma-embedding"
 
 
+def hf_architecture(architecture: str, n_experts: int) -> str:
+    """The model_type under which Hugging Face's files hold what a GGUF file calls so; its own name as it
+    is."""
+    if architecture == "llama" and n_experts:
+        return "mixtral"
+    return _GGUF_NAMES.get(architecture, architecture)
+
+
 def layer_windows(n_layers: int, window: int, period: int | list[bool]) -> tuple[int, ...]:
     """Windows by layer; () where there are none. With a period every period-th layer has none (period 1: none
     has one; 0: all have), or by a list of whether a layer has one."""

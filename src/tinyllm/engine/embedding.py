@@ -109,10 +109,12 @@ def vectors(
     *,
     cache_type: backends.CacheType,
     chunk: int,
+    uses: backends.Uses = (),
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[int, Rows]]:
     """(tokens computed so far, the vectors that are complete with them [n, dim]), call by call, the texts' in
-    order. Raises CancelledError once should_stop says so, ContextError, MemoryLimitError."""
+    order. uses: the adapters of all texts. Raises CancelledError once should_stop says so, ContextError,
+    MemoryLimitError."""
     lengths = [len(text.ids) for text in texts]
     calls = planned(lengths, chunk, model.config.bidirectional)
     n_groups = len(model.cache_groups)
@@ -143,6 +145,7 @@ def vectors(
                 np.repeat(np.arange(len(call.parts)), [stop - start for _, start, stop in call.parts]),
                 tables,
                 logits=False,
+                adapters=[uses] * len(call.parts) if uses else None,
                 cache=pool,
                 should_stop=should_stop,
             )

@@ -27,7 +27,7 @@ from tinyllm.chat.tools.answers import AnswerSplitter
 from tinyllm.chat.tools.calls import Part as CallPart
 from tinyllm.chat.tools.shapes import ToolCall
 from tinyllm.engine.choosing import Mask, Wish, choose, grant, only, taken
-from tinyllm.engine.kvcache import PAGE, KVCache, Sequence
+from tinyllm.engine.kvcache import NOTHING, PAGE, Applied, KVCache, Sequence
 from tinyllm.engine.pace import SHORT, Pace
 from tinyllm.engine.sampling import Candidates, Logits, Sampled, Sampler, StopStrings
 from tinyllm.errors import (
@@ -66,6 +66,7 @@ class Model(Protocol):
         page_tables: I32,
         *,
         rows: I32 | None = None,
+        adapters: Any = None,
         cache: Any,
         should_stop: Callable[[], bool] | None = None,
     ) -> F32: ...
@@ -83,6 +84,7 @@ class Model(Protocol):
         rows: I32,
         n: int,
         allowed: Mask | None = None,
+        adapters: Any = None,
         cache: Any,
         should_stop: Callable[[], bool] | None = None,
     ) -> Candidates: ...
@@ -569,11 +571,13 @@ class Engine:
         self._last_s, self._last_end = 0.0, 0.0  # of the last call
         _engines.add(self)
 
-    def sequence(self, tokens: Iterable[int] = (), runner: int | None = None) -> Sequence:
+    def sequence(
+        self, tokens: Iterable[int] = (), runner: int | None = None, applied: Applied = NOTHING
+    ) -> Sequence:
         """A new sequence, nothing of it computed yet. The tokens must be ids of the vocabulary. runner: the
         thread whose call closes it without waiting for anybody's wish; None for a stream's or a session's.
         """
-        return self.cache.sequence(tokens, runner)
+        return self.cache.sequence(tokens, runner, applied)
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens, sharing what is computed. Where there is no page left for
@@ -586,7 +590,7 @@ class Engine:
             try:
                 return self.cache.fork(sequence)
             except MemoryLimitError:
-                return self.cache.sequence(sequence.tokens, sequence.runner)
+                return self.cache.sequence(sequence.tokens, sequence.runner, sequence.applied)
 
     def step(self, jobs: list[Job], cancel: Callable[[], bool] | None = None) -> bool:
         """Calls the model until there is news about one of `jobs`, logits or an error; False where `cancel`
@@ -896,6 +900,8 @@ class Engine:
             "cache": self.cache.pool,
             "should_stop": should_stop,
         }
+        if any(s.applied.uses for s in sequences):
+            options["adapters"] = [s.applied.uses for s in sequences]
         if n_candidates := self._n_candidates(parts):
             return self.model.candidates(*given, n=n_candidates, allowed=self._allowed(parts), **options)
         return self.model.forward(*given, **options)

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import wraps
 from hashlib import blake2b
 from itertools import count, zip_longest
@@ -51,9 +52,21 @@ class PagePool(Protocol):
 
 def root_key(*facts: str) -> bytes:
     """The key before a sequence's first page. `facts` are what the cached numbers depend on beside the
-    tokens: the model, its adapter, the cache's type, the choice of RoPE.
+    tokens: the model, the cache's type, the choice of RoPE. (Of its adapters `Sequence.key` knows.)
     """
     return blake2b(b"\0".join(fact.encode() for fact in facts), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The adapters that a sequence's numbers are made with: what the model takes for them, and a key of what
+    they are, which its pages' keys depend on."""
+
+    uses: Any = ()
+    key: bytes = b""
+
+
+NOTHING = Applied()
 
 
 def first_seen(n_cached: int, window: int) -> int:
@@ -78,7 +91,9 @@ class Sequence:
     again.
     """
 
-    def __init__(self, cache: KVCache, tokens: Iterable[int], runner: int | None) -> None:
+    def __init__(
+        self, cache: KVCache, tokens: Iterable[int], runner: int | None, applied: Applied = NOTHING
+    ) -> None:
         # These very lists as long as it lives: the cache keeps them beyond that.
         self.tables: list[list[int]] = [[] for _ in cache.windows]
         self.tokens = list(tokens)
@@ -87,6 +102,7 @@ class Sequence:
         self.is_closed = False
         self.order = next(cache._orders)  # age: the lower, the older
         self.runner = runner  # the thread whose call closes it, or None: somebody does when it suits them
+        self.applied = applied
         self._cache = cache
         self._keys: list[bytes] = []
         # A destructor in Python would swallow an interrupt and lose the pages; append of a deque is one step.
@@ -106,7 +122,7 @@ class Sequence:
     def key(self, page: int) -> bytes:
         """The key of a full page: a hash of its parent's key and its tokens, so of all tokens so far."""
         for i in range(len(self._keys), page + 1):
-            parent = self._keys[-1] if i else self._cache.root
+            parent = self._keys[-1] if i else self._cache.root + self.applied.key
             tokens = np.array(self.tokens[i * PAGE : (i + 1) * PAGE], dtype="<i4")
             assert len(tokens) == PAGE, "only full pages have a key"
             self._keys.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
@@ -180,9 +196,11 @@ class KVCache:
         self._tables_of: dict[weakref.ref[Sequence], list[list[int]]] = {}
         self._closed: deque[weakref.ref[Sequence]] = deque()
 
-    def sequence(self, tokens: Iterable[int] = (), runner: int | None = None) -> Sequence:
+    def sequence(
+        self, tokens: Iterable[int] = (), runner: int | None = None, applied: Applied = NOTHING
+    ) -> Sequence:
         """A new sequence, with no pages yet."""
-        return Sequence(self, tokens, runner)
+        return Sequence(self, tokens, runner, applied)
 
     def holders(self) -> list[Sequence]:
         """The sequences that have pages."""
@@ -280,7 +298,7 @@ class KVCache:
         """A second sequence with the same tokens: it shares the full pages and gets a copy of the last,
         partial ones. Raises MemoryLimitError when there are no pages for the copies.
         """
-        child = self.sequence(sequence.tokens, sequence.runner)
+        child = self.sequence(sequence.tokens, sequence.runner, sequence.applied)
         child._keys = list(sequence._keys)
         n_full, n_rest = divmod(sequence.n_cached, PAGE)
         copies = self._take(len(self.windows)) if n_rest else []
@@ -301,11 +319,15 @@ class KVCache:
 
     @_books
     def restore(
-        self, tokens: list[int], present: list[list[int]], contents: Iterable[npt.NDArray[np.uint8]]
+        self,
+        tokens: list[int],
+        present: list[list[int]],
+        contents: Iterable[npt.NDArray[np.uint8]],
+        applied: Applied = NOTHING,
     ) -> Sequence:
         """A sequence of which all tokens are computed, from the bytes of its pages. present: for each table
         whether there is an i-th page; else it is behind the window. Raises MemoryLimitError."""
-        sequence = self.sequence(tokens)
+        sequence = self.sequence(tokens, applied=applied)
         n = sum(map(sum, present))
         pages = self._take(n) if n else []
         left = iter(pages)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyllm.engine.kvcache import GONE, PAGE, KVCache, Sequence
+from tinyllm.engine.kvcache import GONE, NOTHING, PAGE, Applied, KVCache, Sequence
 from tinyllm.errors import FormatError
 from tinyllm.files import FileReader, parse_json
 from tinyllm.files.outfiles import replacing
@@ -76,7 +76,11 @@ def save(
 
 
 def restore(
-    path: str | os.PathLike[str], cache: KVCache, vocab_size: int, facts: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    cache: KVCache,
+    vocab_size: int,
+    facts: Mapping[str, Any],
+    applied: Applied = NOTHING,
 ) -> tuple[Sequence, Logits | None, dict[str, Any]]:
     """The sequence that `save` wrote, its logits and its header.
 
@@ -106,7 +110,7 @@ def restore(
 
         with cache.lock:
             cache.collect()
-            return cache.restore(tokens, present, contents()), logits, header
+            return cache.restore(tokens, present, contents(), applied), logits, header
 
 
 def _check_hash(file: FileReader) -> None:

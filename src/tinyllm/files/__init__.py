@@ -484,9 +484,9 @@ def _refuse_adapter(folder: Path) -> None:
 def adapter_text(found: str) -> str:
     """The message for an adapter, instead of a model or beside one; `found` says where."""
     return (
-        f"holds an adapter ({found}), which is not applied here. Merge it into its base model: "
-        'peft.AutoPeftModelForCausalLM.from_pretrained("ADAPTER").merge_and_unload().save_pretrained("MERGED")'
-        ", or llama-export-lora for GGUF files; then name the merged model"
+        f"holds an adapter ({found}), not a model of its own. Name its base model, and the adapter beside "
+        'it: tinyllm.load("BASE", adapters={"name": "ADAPTER"}), tinyllm-run BASE --lora ADAPTER; or merge '
+        "the two into a file: tinyllm-quantize BASE MERGED.gguf TYPE --lora ADAPTER"
     )
 
 

@@ -333,10 +333,10 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
     row_of_family = family(config.architecture, source)
     _refuse_adapter(tensors)
     if source == "hf":
-        unwrapped: dict[str, TensorInfo] = {}
+        bare: dict[str, TensorInfo] = {}
         for name, info in tensors.items():
-            _add(unwrapped, _unwrapped(name), info)
-        config, tensors = _own_head(unwrapped, config)
+            _add(bare, unwrapped(name), info)
+        config, tensors = _own_head(bare, config)
     else:
         tensors = _with_factors(tensors)
     tensors, fused = _split_fused(tensors, config, source)
@@ -390,7 +390,8 @@ def _add(found: dict[str, TensorInfo], name: str, info: TensorInfo) -> None:
     found[name] = info
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """A tensor's name in Hugging Face's files without what may stand around the language model."""
     match = _WRAPPED.fullmatch(name)
     if not match:
         return name
@@ -492,6 +493,19 @@ def fused_in_gguf(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
     for layer in range(config.n_layers):
         for fused, parts in _FUSED["gguf"]:
             yield f"blk.{layer}.{fused}.weight", [f"blk.{layer}.{part}.weight" for part, _ in parts]
+
+
+def fused_tensors(config: ModelConfig, source: Source) -> dict[str, list[tuple[str, int]]]:
+    """Tensors that may hold several matrices of the table on top of each other: the parts' names, and their
+    rows (in each matrix of a stack)."""
+    tables = _FUSED[source] if family(config.architecture, source).fused else ()
+    both = dict(_FUSED_ANYWHERE if source == "gguf" else ()) | dict(tables)
+    prefixes = (f"blk.{i}." if source == "gguf" else f"model.layers.{i}." for i in range(config.n_layers))
+    return {
+        f"{layer}{name}.weight": [(f"{layer}{part}.weight", rows(config)) for part, rows in parts]
+        for layer in prefixes
+        for name, parts in both.items()
+    }
 
 
 def in_gguf(weights: Weights) -> dict[Key, tuple[str, tuple[int, ...]]]:

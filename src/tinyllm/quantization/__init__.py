@@ -26,6 +26,7 @@ from tinyllm.files.outfiles import target_of
 from tinyllm.modelfiles import model_path
 from tinyllm.quantization.contents import Contents, Source, contents_of
 from tinyllm.quantization.imatrix import Imatrix, read_imatrix
+from tinyllm.quantization.merging import merged
 from tinyllm.quantization.mixes import IDS, MIXES, key_of, wanted_and_got
 
 PIECE_NUMBERS = 1 << 22  # of a tensor, that are read, rounded and written at a time
@@ -72,6 +73,7 @@ def quantize(
     type: str,
     *,
     imatrix: str | os.PathLike[str] | Imatrix | None = None,
+    lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
     allow_requantize: bool = False,
     pure: bool = False,
     tensor_types: Sequence[tuple[str, str]] = (),
@@ -83,7 +85,8 @@ def quantize(
     mixes.MIXES; "copy": each tensor stays what it is).
 
     model: a GGUF file (of a split set the first) or a directory with safetensors. imatrix: importance of
-    columns, a file's path. allow_requantize: take a quantized model as well, whose errors then add up. pure:
+    columns, a file's path. lora: adapters with a strength each, which are merged into the float matrices.
+    allow_requantize: take a quantized model as well, whose errors then add up. pure:
     every matrix gets the quantization's own format, none a better one. tensor_types: (pattern, format): a
     matrix in whose name the regular expression is found gets this format; of several the first's holds.
     keep_split: of a split GGUF, write a set of as many files, called OUT-00001-of-0000N.gguf and so on.
@@ -101,7 +104,10 @@ def quantize(
     integer("threads", n_threads, 1, backends.MAX_THREADS)
     key = _key(type)
     target_of(out)
-    contents = contents_of(model_path(model))
+    where = model_path(model)
+    contents = contents_of(where)
+    if lora:
+        contents = merged(contents, where, lora)
     planned = _planned(contents, key, known is not None, pure, tensor_types)
     if not allow_requantize:
         _refuse_quantized(model_path(model), contents.tensors, planned)
@@ -127,13 +133,15 @@ def plan(
     type: str,
     *,
     imatrix: bool = False,
+    lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
     allow_requantize: bool = False,
     pure: bool = False,
     tensor_types: Sequence[tuple[str, str]] = (),
 ) -> Quantized:
     """What `quantize` would write, told from the headers alone; n_bytes is that of the tensors. imatrix:
     whether there would be one. Raises what `quantize` does, but for the weights' values and OUT."""
-    contents = contents_of(model_path(model))
+    where = model_path(model)
+    contents = merged(contents_of(where), where, lora) if lora else contents_of(where)
     planned = _planned(contents, _key(type), imatrix, pure, tensor_types)
     if not allow_requantize:
         _refuse_quantized(model_path(model), contents.tensors, planned)

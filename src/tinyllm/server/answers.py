@@ -58,6 +58,8 @@ def replay_of(answer: Answer, completion: Completion) -> dict[str, Any]:
             "weights": answer.weights,
         },
     }
+    if answer.adapter is not None:
+        found["settings"]["adapter"] = answer.adapter
     if ask.tools:
         found["conversation"] = {
             "messages": ask.messages,

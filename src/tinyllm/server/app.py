@@ -69,13 +69,14 @@ class Limits:
 @dataclass(frozen=True)
 class Answer:
     """The texts that an `Ask` asked for, in the making. llm: the model that makes them, `name` as served, its
-    weights loaded as `weights` says."""
+    weights loaded as `weights` says, with one of its adapters or None."""
 
     ask: Ask
     name: str
     llm: LLM
     stream: AsyncStream
     weights: str | None = None
+    adapter: str | None = None
 
     async def whole(self) -> list[Completion]:
         """All n, at their end."""
@@ -141,12 +142,12 @@ class Server:
         async with AsyncExitStack() as stack:
             llm = await stack.enter_async_context(self.model(asks[0].model, places))
             waited_s = time.monotonic() - asked_at
-            name, answers = self.models.find(asks[0].model).name, []
+            served, answers = self.models.find(asks[0].model), []
             for ask in asks:
                 stream = await shielded(asyncio.to_thread(_begun, llm, ask))
                 stack.callback(self._ended, waited_s, stream)
                 stack.push_async_callback(stream.aclose)
-                answers.append(Answer(ask, name, llm, stream, self.weights))
+                answers.append(Answer(ask, served.name, llm, stream, self.weights, served.adapter))
             yield answers
 
     def _ended(self, waited_s: float, stream: AsyncStream) -> None:

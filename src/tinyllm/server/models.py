@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 @dataclass
 class Served:
     """A model that may be asked for. llm: None while it is not loaded. reserved: bytes that are kept for it
-    while it is loaded: weights, a call and a useful context."""
+    while it is loaded: weights, a call and a useful context. base: of a name "base:adapter" the model, which
+    alone is loaded and unloaded; adapter: with which it then answers."""
 
     name: str
     path: str
@@ -47,6 +48,13 @@ class Served:
     reserved: int = 0
     last_used: float = 0.0  # time.monotonic
     keep_alive_s: float = math.inf
+    base: Served | None = None
+    adapter: str | None = None
+
+    @property
+    def root(self) -> Served:
+        """The model that is loaded for it."""
+        return self.base or self
 
     @property
     def n_bytes(self) -> int:
@@ -60,7 +68,7 @@ def held_bytes(llm: LLM | None) -> int:
     if llm is None:
         return 0
     pages = llm.cache_pages
-    return llm.model.weight_bytes + pages.allocated * pages.page_bytes
+    return llm.model.weight_bytes + llm.adapter_bytes + pages.allocated * pages.page_bytes
 
 
 class Loader:
@@ -88,20 +96,27 @@ class Loader:
 
 
 class Models:
-    """paths: {name: what `tinyllm.load` takes}, the first is meant where a request names none. load: a path's
-    model; under a limit it gets `free_memory` as `tinyllm.load` does, and needed says how many bytes a path
-    takes at least. memory_limit: bytes that all may hold, None for no limit of our own."""
+    """paths: {name: what `tinyllm.load` takes}, the first is meant where a request names none. adapters: of a
+    name {adapter: its path}, each asked for as "name:adapter". load: a path's model; under a limit it gets
+    `free_memory` as `tinyllm.load` does, and needed says how many bytes a path takes at least. memory_limit:
+    bytes that all may hold, None for no limit of our own."""
 
     def __init__(
         self,
         paths: Mapping[str, str],
         load: Callable[..., LLM],
         *,
+        adapters: Mapping[str, Mapping[str, str]] | None = None,
         needed: Callable[[str], int] | None = None,
         memory_limit: int | None = None,
         keep_alive_s: float = math.inf,
     ) -> None:
         self.served = {name: Served(name, path, keep_alive_s=keep_alive_s) for name, path in paths.items()}
+        self._adapters = adapters or {}
+        for base, names in self._adapters.items():
+            for adapter in names:
+                root, name = self.served[base], f"{base}:{adapter}"
+                self.served[name] = Served(name, root.path, base=root, adapter=adapter)
         self.keep_alive_s = keep_alive_s  # of every model, unless a request says otherwise
         self._load, self._needed, self._memory_limit = load, needed, memory_limit
         self._changing = asyncio.Lock()  # what is loaded; one lock for all, lest two wait for each other
@@ -124,7 +139,8 @@ class Models:
     async def use(self, name: str | None) -> AsyncIterator[LLM]:
         """The model, loaded, and not unloaded meanwhile. Raises Refusal (404), MemoryLimitError, whatever
         its files are refused for, and ModelClosedError once all are closed."""
-        served = self.find(name)
+        found = self.find(name)
+        served = found.root
         served.users += 1
         served.last_used = time.monotonic()
         try:
@@ -132,7 +148,7 @@ class Models:
                 await shielded(self._bring(served))  # a client that goes does not break it off: others wait
             if served.llm is None:
                 raise ModelClosedError("the server is ending")
-            yield served.llm
+            yield served.llm if found.adapter is None else _adapted(served.llm, found)
         finally:
             served.users -= 1
             served.last_used = time.monotonic()
@@ -140,14 +156,14 @@ class Models:
     def load_now(self, name: str | None, **more: Any) -> None:
         """Loads a model in this thread, before there is an event loop. Errors are the loader's own. more:
         arguments for `load`."""
-        served = self.find(name)
+        served = self.find(name).root
         self._in_the_way(served, self._bytes_of(served))
         self._load_one(served, **more)
 
     async def unload(self, served: Served) -> bool:
         """Frees a model that nobody uses; whether it is gone."""
         async with self._changing:
-            return await self._unload(served)
+            return await self._unload(served.root)
 
     async def reap(self) -> None:
         """Unloads what was not asked for in its keep-alive time, for ever; to be run as a task."""
@@ -198,6 +214,8 @@ class Models:
     def _load_one(self, served: Served, **more: Any) -> None:
         if self._memory_limit is not None:
             more["free_memory"] = lambda: self._left(served)
+        if adapters := self._adapters.get(served.name):
+            more["adapters"] = adapters
         llm = self._load(served.path, **more)
         pages = llm.cache_pages
         first_step = min(STEP_BYTES, pages.most * pages.page_bytes)
@@ -264,6 +282,12 @@ class Models:
         await shielded(asyncio.to_thread(llm.close))
         served.reserved = 0
         return True
+
+
+def _adapted(llm: LLM, served: Served) -> LLM:
+    view = llm.adapted(served.adapter)
+    view.name = served.name
+    return view
 
 
 class _NoRoom(MemoryLimitError):

@@ -26,7 +26,7 @@ MOST_TEMPERATURES, MOST_TOP = 8, 200
 
 async def models(call: Call) -> Response:
     served = call.server.models.served.values()
-    return json_response({"models": [_facts(one, one.llm) for one in served]})
+    return json_response({"models": [_facts(one, one.root.llm) for one in served]})
 
 
 async def load(call: Call) -> Response:

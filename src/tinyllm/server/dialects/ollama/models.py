@@ -87,7 +87,8 @@ async def show(call: Call) -> Response:
     fields.finish()
     served = call.server.models.find(name)
     facts = await asyncio.to_thread(facts_of, served.path)
-    template = served.llm.chat_template if served.llm else facts.template
+    llm = served.root.llm
+    template = llm.chat_template if llm else facts.template
     listed = await _listed(served)
     c, architecture = facts.config, facts.config.architecture
     info = {

@@ -104,7 +104,7 @@ async def _load(call: Call, wanted: Wanted, part: Part) -> Response:
 
 def _keep(call: Call, wanted: Wanted) -> None:
     usual, asked = call.server.models.keep_alive_s, wanted.keep_alive_s
-    wanted.served.keep_alive_s = usual if asked is None else asked
+    wanted.served.root.keep_alive_s = usual if asked is None else asked
 
 
 class _Reply:

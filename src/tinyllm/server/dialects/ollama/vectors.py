@@ -63,7 +63,7 @@ def _embedding(call: Call, fields: Fields) -> Served:
     served = call.server.models.find(fields.need("model", str))
     options_of(fields)
     keep_alive_s = keep_alive_of(fields)
-    served.keep_alive_s = call.server.models.keep_alive_s if keep_alive_s is None else keep_alive_s
+    served.root.keep_alive_s = call.server.models.keep_alive_s if keep_alive_s is None else keep_alive_s
     return served
 
 
