@@ -181,8 +181,8 @@ struct Adapter {
         const tl_matrix *of = tl_model_matrix(p->model, name.c_str(), layer);
         if (!of) raise_argument("there is no matrix \"" + name + "\" in layer " + std::to_string(layer));
         const bool looked_up = of == &p->model->embedding;
-        const tl_source from_a{format_of(a_format), -1, 0, a.data(), nullptr, 0, 0, nullptr};
-        const tl_source from_b{format_of(b_format), -1, 0, b.data(), nullptr, 0, 0, nullptr};
+        const tl_source from_a{format_of(a_format), -1, 0, a.data(), nullptr, 0, 0, nullptr, 0};
+        const tl_source from_b{format_of(b_format), -1, 0, b.data(), nullptr, 0, 0, nullptr, 0};
         const int64_t n_a = static_cast<int64_t>(looked_up ? of->rows : of->k) * rank;
         const int64_t n_b = static_cast<int64_t>(looked_up ? of->k : of->rows) * (rank + has_bias);
         if (rank < 1 || a.size() != n_a * from_a.format->block_bytes || b.size() != n_b * from_b.format->block_bytes)

@@ -76,6 +76,7 @@ static void *worker_main(void *argument) {
             park(self);
         }
     }
+    return NULL;
 }
 
 static void start_workers(int wanted) {
