@@ -29,7 +29,7 @@ from tinyllm import _core
 from tinyllm.cli.common import percent, progress_line, read_text, seconds, size, table
 from tinyllm.cli.plot import draw
 from tinyllm.errors import Error
-from tinyllm.files import FORMATS
+from tinyllm.files import GGUF_FORMATS
 from tinyllm.measure import benchmark, compare
 from tinyllm.modelfiles import read_model
 from tinyllm.quantization.mixes import MIXES, NEED_IMATRIX
@@ -176,9 +176,9 @@ def _kl(row: dict[str, Any]) -> float:
 
 
 def format_table() -> str:
-    by_bits = sorted(FORMATS.values(), key=lambda f: -f.block_bytes / f.block)
+    by_bits = sorted(GGUF_FORMATS.values(), key=lambda f: -f.block_bytes / f.block)
     panel_bytes = {id: n for id, *_, n in _core.formats()}  # of 16 rows' blocks
-    in_memory = {f.name: 8 * panel_bytes[id] / (16 * f.block) for id, f in FORMATS.items()}
+    in_memory = {f.name: 8 * panel_bytes[id] / (16 * f.block) for id, f in GGUF_FORMATS.items()}
     rows = [
         [
             f"`{f.name.lower()}`",

@@ -46,7 +46,7 @@ tl_status tl_copy(void *to, const void *from, size_t n_bytes);
 void tl_memory_live(size_t *n_blocks, size_t *n_bytes);
 
 // ---- formats -------------------------------------------------------------------------------------------------------
-// How a tensor's numbers are stored. `id` is the type number GGUF files use. A row of k numbers is k / block
+// How a tensor's numbers are stored. `id` is the type number GGUF files use, or one from TL_FIRST_OWN on. A row of k numbers is k / block
 // blocks of block_bytes each. The core keeps matrices as panels of 16 rows: panel_bytes hold 16 rows x block
 // numbers (formats/formats.h).
 typedef struct tl_format {
@@ -55,18 +55,21 @@ typedef struct tl_format {
     int block;        // numbers in a block: 1, 32, 64, 128 or 256
     int block_bytes;  // bytes of a block in the file
     int panel_bytes;  // bytes of 16 rows' blocks in a panel
-    int is_float;     // F32, F16, BF16: meets float32 activations; others meet int8 activations
+    int is_float; // meets float32 activations; others meet int8 activations. F32, F16 and BF16 (of block 1), and others
     // Packs one block of 16 rows; rows[i] is row i's block in the file, NULL for a row of zeros (past the
     // matrix's end).
     void (*pack)(uint8_t *panel, const uint8_t *const rows[16]);
     // The slow truth: out[block] = row's numbers in a packed block, exactly what the file's block means.
     void (*unpack)(float *out, const uint8_t *panel, int row);
     // Rounds k floats (a multiple of block) to the file's blocks. importance [k]: weights of the columns' squared
-    // errors, finite and >= 0, or NULL: all alike. What is not finite makes its block's numbers not finite.
+    // errors, finite and >= 0, or NULL: all alike. What is not finite makes its block's numbers not finite. NULL: nothing
+    // is quantized to the format.
     void (*quantize)(uint8_t *blocks, const float *x, size_t k, const float *importance);
     const uint16_t *codes; // the code book that blocks point into (formats/codebooks.h), or NULL
     int n_codes;
 } tl_format;
+
+#define TL_FIRST_OWN 200 // the least id of those formats that no GGUF file has
 
 #define TL_ROWS  16 // rows of a panel
 #define TL_GROUP 4  // panels that store their blocks side by side

@@ -193,7 +193,7 @@ tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl
     tl_pool_enter();
     if (s->kind != MATRIX) {
         float **floats = at;
-        if (*floats || !source->format->is_float)
+        if (*floats || !source->format->is_float || source->format->block > 1)
             status = tl_fail(message, TL_ARGUMENT, "%s of layer %d is %s", name, layer,
                              *floats ? "there already" : "a vector, which must be F32, F16 or BF16");
         else
@@ -203,9 +203,11 @@ tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl
         tl_matrix *matrix = at;
         if (matrix->data)
             status = tl_fail(message, TL_ARGUMENT, "%s of layer %d is there already", name, layer);
-        else if (source->format != format && !source->format->is_float)
+        else if (source->format != format && (!source->format->is_float || source->format->block > 1))
             status = tl_fail(message, TL_UNSUPPORTED, "%s cannot be turned into %s while loading", source->format->name,
                              format->name);
+        else if (source->format != format && !format->quantize)
+            status = tl_fail(message, TL_UNSUPPORTED, "%s: nothing is quantized to %s here", name, format->name);
         else if (k % format->block || k % source->format->block)
             status = tl_fail(message, TL_ARGUMENT, "rows of %d numbers are no multiple of %s's block of %d", k,
                              format->name, format->block);

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllm.errors import Error, FormatError, NotFoundError, ReadError, UnsupportedError
-from tinyllm.files import CHUNK_BYTES, FORMATS, find_model
+from tinyllm.files import CHUNK_BYTES, FORMATS, GGUF_FORMATS, find_model
 from tinyllm.files import gguf as loader
 from tinyllm.files.gguf import read_gguf
 
@@ -152,7 +152,7 @@ def test_versions_2_and_3(version: int, read: Read) -> None:
 
 
 def test_every_format_has_the_size_that_gguf_gives_it(read: Read) -> None:
-    for number, form in FORMATS.items():
+    for number, form in GGUF_FORMATS.items():
         kind = kind_of(form.name)
         assert (int(kind), *size(kind)) == (number, form.block, form.block_bytes)
         info = read(encode(File(tensors=[T("w", (512, 3), number)]))).tensors["w"]
@@ -498,7 +498,7 @@ tensors = st.builds(
     T,
     name=names,
     dims=st.lists(st.integers(1, 3), max_size=3).map(lambda more: (256, *more)),
-    type=st.sampled_from(sorted(FORMATS)),
+    type=st.sampled_from(sorted(GGUF_FORMATS)),
 )
 LIES_OF_A_FILE = {"n_tensors": sizes, "n_pairs": sizes, "version": sizes, "data": st.binary(max_size=300)}
 LIES_OF_A_TENSOR = {

@@ -7,7 +7,7 @@
     void tl_quantize_##name(uint8_t *blocks, const float *x, size_t k, const float *importance) {                      \
         tl_isa()->to_blocks[TL_INDEX_##name](blocks, x, k, importance);                                                \
     }
-TL_FORMATS(X)
+TL_GGUF_FORMATS(X)
 #undef X
 
 void tl_to_floats(float *out, int format, const uint8_t *in, size_t n) {
@@ -40,7 +40,7 @@ static void convert_rows(void *data, int unit, int thread) {
     const size_t first = (size_t)unit * job->rows_per_unit, end = first + job->rows_per_unit;
     float *floats = job->floats + (size_t)thread * job->k;
     for (size_t row = first; row < end && row < job->rows; row++) {
-        if (job->from->is_float)
+        if (job->from->is_float && job->from->block == 1)
             tl_to_floats(floats, job->from->id, job->in + row * in_bytes, job->k);
         else
             unpack_row(floats, job->from, job->in + row * in_bytes, job->k);
@@ -53,6 +53,7 @@ tl_status tl_convert(uint8_t *to, const tl_format *format, const uint8_t *in, co
     if (!k || k % (size_t)format->block || k % (size_t)from->block || threads < 1 || threads > TL_MAX_THREADS)
         return tl_fail(message, TL_ARGUMENT, "rows of %zu numbers do not fit %s's blocks of %d, on %d threads", k,
                        format->name, format->block, threads);
+    if (!format->quantize) return tl_fail(message, TL_UNSUPPORTED, "nothing is quantized to %s here", format->name);
     for (size_t i = 0; importance && i < k; i++)
         if (!(importance[i] >= 0 && importance[i] < INFINITY))
             return tl_fail(message, TL_ARGUMENT, "the importance of column %zu is %g", i, (double)importance[i]);

@@ -10,7 +10,7 @@
 
 // X(name, id in GGUF, numbers a block, bytes a block in the file, bytes of 16 rows' blocks in a panel,
 // is_float, what else tl_format has of it...)
-#define TL_FORMATS(X)                                                                                                  \
+#define TL_GGUF_FORMATS(X)                                                                                             \
     X(f32, 0, 1, 4, 64, 1)                                                                                             \
     X(f16, 1, 1, 2, 32, 1)                                                                                             \
     X(bf16, 30, 1, 2, 32, 1)                                                                                           \
@@ -43,6 +43,18 @@
     X(iq2_s, 22, 256, 82, 32 + 16 + 8 * (128 + 64 + 16), 0, .codes = tl_codes_iq2_s, .n_codes = 1024)                  \
     X(iq1_s, 19, 256, 50, 32 + 16 + 8 * (128 + 64 + 16), 0, .codes = tl_codes_iq1, .n_codes = 2048)                    \
     X(iq1_m, 29, 256, 56, 32 + 16 + 8 * (128 + 64 + 16), 0, .codes = tl_codes_iq1, .n_codes = 2048)
+
+// Those of pack_schemes.c and formats_schemes.inc, whose numbers are none of GGUF's. Nothing is quantized to them here.
+#define TL_SCHEME_FORMATS(X)                                                                                           \
+    X(i4_128, 200, 128, 4 + 1 + 64, 4 * 256 + 64 + 16, 0)                                                              \
+    X(i4_32, 201, 32, 2 + 1 + 16, 256 + 32 + 16, 0)                                                                    \
+    X(i8_64, 202, 64, 4 + 64, 2 * 512 + 64, 0)                                                                         \
+    X(nvfp4_64, 203, 64, 4 + 4 + 32, 2 * 256 + 64 + 64, 0)                                                             \
+    X(f8_e4m3, 204, 64, 4 + 64, 1024 + 64, 1)                                                                          \
+    X(bnb4, 205, 64, 1 + 4 + 32, 512 + 64 + 16, 1)                                                                     \
+    X(bnb8, 206, 64, 4 + 64, 1024 + 64, 1)
+
+#define TL_FORMATS(X) TL_GGUF_FORMATS(X) TL_SCHEME_FORMATS(X)
 
 // For each: its place in the table, numbers a block, bytes of a panel's block.
 enum {
@@ -87,11 +99,13 @@ static inline float tl_e4m3_half(uint8_t b) { return tl_f16_to_f32((unsigned sho
 // The code books of pack_small.c (codebooks.h).
 extern const uint16_t tl_codes_iq1[2048], tl_codes_iq2_xxs[256], tl_codes_iq2_xs[512], tl_codes_iq2_s[1024];
 extern const uint16_t tl_codes_iq3_xxs[256], tl_codes_iq3_s[512];
+// The numbers of bnb4's 16 codes, for each of its tables (pack_schemes.c).
+extern const float tl_bnb4[2][16];
 
 // cpu/quantize.c: k floats (a multiple of the format's block) -> blocks of the file, as tl_format.quantize; and n numbers
 // of F32, F16 or BF16 -> floats.
 #define X(name, ...) void tl_quantize_##name(uint8_t *blocks, const float *x, size_t k, const float *importance);
-TL_FORMATS(X)
+TL_GGUF_FORMATS(X)
 #undef X
 void tl_to_floats(float *out, int format, const uint8_t *in, size_t n);
 

@@ -90,8 +90,6 @@ static const int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 
 static void values_iq4_nl(float *out, const group *g) { scaled_table(out, g->code, d_of(g), iq4_values); }
 QUANTIZED(iq4_nl, 1, 4, 0, 1, 0)
 
-// Floats of 1 sign, 2 exponent and 1 mantissa bits, doubled; 8 is a zero as well.
-static const int8_t e2m1_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 static void read_mxfp4(group *g, const uint8_t *b, int j) { // exponent, nibbles
     (void)j;
     g->scale[0] = b[0];
@@ -229,7 +227,18 @@ const tl_format tl_formats[TL_N_FORMATS + 1] = {
      .unpack = tl_unpack_##format,                                                                                     \
      .quantize = tl_quantize_##format,                                                                                 \
      __VA_ARGS__},
-    TL_FORMATS(X)
+    TL_GGUF_FORMATS(X)
+#undef X
+#define X(format, id_, block_, block_bytes_, panel_bytes_, is_float_)                                                  \
+    {.id = id_,                                                                                                        \
+     .name = #format,                                                                                                  \
+     .block = block_,                                                                                                  \
+     .block_bytes = block_bytes_,                                                                                      \
+     .panel_bytes = panel_bytes_,                                                                                      \
+     .is_float = is_float_,                                                                                            \
+     .pack = tl_pack_##format,                                                                                         \
+     .unpack = tl_unpack_##format},
+        TL_SCHEME_FORMATS(X)
 #undef X
 };
 

@@ -164,4 +164,7 @@ static inline void read_plane(uint8_t code[32], const uint8_t *p, int to) {
     }
 }
 
+// Floats of 1 sign, 2 exponent and 1 mantissa bits, doubled; 8 is a zero as well.
+static const int8_t e2m1_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
 #endif

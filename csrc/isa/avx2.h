@@ -162,6 +162,30 @@ static inline vb vb_lookup(vb x, const uint8_t table[16]) {
                 _mm256_shuffle_epi8(values, _mm256_and_si256(x.b, low))};
 }
 
+static inline vb vb_add(vb x, vb y) { return (vb){_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+static inline vb vb_each(const uint8_t *p) {
+    const vi lanes = vi_load_u8(p);
+    const __m256i first =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    return (vb){_mm256_shuffle_epi8(lanes.a, first), _mm256_shuffle_epi8(lanes.b, first)};
+}
+static inline vf vf_load_e4m3(const uint8_t *p) { // the sign ends up twice
+    const __m256i moved = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
+    const __m256i half = _mm256_and_si256(moved, _mm256_set1_epi16((short)0xbfff));
+    return (vf){_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+}
+static inline __m256 v_pick(const float table[16],
+                            __m256i index) { // the lowest 3 bits choose, the fourth between halves
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+static inline vf vf_lookup(const float table[16], const uint8_t *p, int high) {
+    const vi index = vi_load_u8(p);
+    return (vf){v_pick(table, high ? _mm256_srli_epi32(index.a, 4) : index.a),
+                v_pick(table, high ? _mm256_srli_epi32(index.b, 4) : index.b)};
+}
+
 typedef __m256i vq;
 static inline vq vq_load(const int8_t *p) {
     int32_t quad;

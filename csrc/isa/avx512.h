@@ -96,6 +96,20 @@ static inline vb vb_lookup(vb a, const uint8_t table[16]) {
     return _mm512_shuffle_epi8(values, _mm512_and_si512(a, _mm512_set1_epi8(15)));
 }
 
+static inline vb vb_add(vb a, vb b) { return _mm512_add_epi8(a, b); }
+static inline vb vb_each(const uint8_t *p) {
+    const __m128i first = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+    return _mm512_shuffle_epi8(vi_load_u8(p), _mm512_broadcast_i32x4(first));
+}
+static inline vf vf_load_e4m3(const uint8_t *p) { // the sign ends up twice
+    const __m256i moved = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(moved, _mm256_set1_epi16((short)0xbfff)));
+}
+static inline vf vf_lookup(const float table[16], const uint8_t *p, int high) { // the lowest 4 bits choose
+    const vi index = vi_load_u8(p);
+    return _mm512_permutexvar_ps(high ? _mm512_srli_epi32(index, 4) : index, _mm512_loadu_ps(table));
+}
+
 typedef __m512i vq;
 static inline vq vq_load(const int8_t *p) {
     int32_t quad;

@@ -160,6 +160,29 @@ static inline vb vb_lookup(vb x, const uint8_t table[16]) {
                 vqtbl1q_u8(values, vandq_u8(x.c, low)), vqtbl1q_u8(values, vandq_u8(x.d, low))};
 }
 
+static inline vb vb_add(vb x, vb y) { return (vb)V_BOTH(vaddq_u8, x, y); }
+static inline vb vb_each(const uint8_t *p) {
+    static const uint8_t first[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    const uint8x16_t rows = vld1q_u8(p), index = vld1q_u8(first), four = vdupq_n_u8(4);
+    const uint8x16_t second = vaddq_u8(index, four), third = vaddq_u8(second, four);
+    return (vb){vqtbl1q_u8(rows, index), vqtbl1q_u8(rows, second), vqtbl1q_u8(rows, third),
+                vqtbl1q_u8(rows, vaddq_u8(third, four))};
+}
+static inline float16x8_t v_e4m3(int8x8_t x) { // the sign ends up twice
+    return vreinterpretq_f16_s16(vandq_s16(vshlq_n_s16(vmovl_s8(x), 7), vdupq_n_s16((int16_t)0xbfff)));
+}
+static inline vf vf_load_e4m3(const uint8_t *p) {
+    const int8x16_t x = vreinterpretq_s8_u8(vld1q_u8(p));
+    const float16x8_t low = v_e4m3(vget_low_s8(x)), high = v_e4m3(vget_high_s8(x));
+    return (vf){vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
+                vcvt_high_f32_f16(high)};
+}
+static inline vf vf_lookup(const float table[16], const uint8_t *p, int high) {
+    float x[16];
+    for (int i = 0; i < 16; i++) x[i] = table[high ? p[i] >> 4 : p[i] & 15];
+    return vf_load(x);
+}
+
 typedef int8x8_t vq; // in lane 0 of two
 static inline vq vq_load(const int8_t *p) {
     uint32_t quad;

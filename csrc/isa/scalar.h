@@ -127,6 +127,25 @@ static inline vb vb_lookup(vb a, const uint8_t table[16]) {
     return r;
 }
 
+static inline vb vb_add(vb a, vb b) {
+    vb r;
+    V_BYTES r.v[i] = (uint8_t)(a.v[i] + b.v[i]);
+    return r;
+}
+static inline vb vb_each(const uint8_t *p) { // byte i of 16 in all four bytes of lane i
+    vb r;
+    V_BYTES r.v[i] = p[i / 4];
+    return r;
+}
+// 16 8-bit floats of 4 exponent and 3 mantissa bits (E4M3), divided by 256; 0x7f is 480.
+static inline vf vf_load_e4m3(const uint8_t *p) {
+    V_OP(vf, tl_f16_to_f32((unsigned short)((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7)));
+}
+// What the low (or the high) half of each of 16 bytes stands for.
+static inline vf vf_lookup(const float table[16], const uint8_t *p, int high) {
+    V_OP(vf, table[high ? p[i] >> 4 : p[i] & 15]);
+}
+
 // A token's 4 activations, ready to meet 4 weights in every lane.
 typedef struct vq {
     int8_t v[4];

@@ -28,7 +28,7 @@ from tinyllm.errors import (
     out_of_memory,
     size_text,
 )
-from tinyllm.files import BF16, F16, F32, FORMATS
+from tinyllm.files import BF16, F16, F32, FORMATS, OWN_FORMATS
 from tinyllm.files.names import Weights, in_gguf
 from tinyllm.llm import LLM
 from tinyllm.modelfiles import ModelFiles, open_model
@@ -95,6 +95,7 @@ def load(
     try:
         formats = kept_formats(files.weights, weights, name)
         weight_bytes = _weight_bytes(files, formats)
+        device = _device_for(device, formats, name)
         chosen = backends.choose_device(device, _needed(files.config, weight_bytes, context, cache_type))
         context, max_pages = _fit_memory(
             files.config, cache_type, weight_bytes, context, name, chosen, free()
@@ -152,6 +153,19 @@ def load(
     except BaseException:
         model.close()
         raise
+
+
+def _device_for(device: str, formats: Mapping[tuple[str, int | None], int], name: str) -> str:
+    """ "cpu" where a GPU may be chosen, but lacks the kernels; the reason is logged. Raises UnsupportedError
+    where one is asked for."""
+    lacking = sorted({FORMATS[format].name for format in formats.values() if format in OWN_FORMATS})
+    if not lacking or device == "cpu":
+        return device
+    reason = f"{name} has weights in {', '.join(lacking)}, which only the CPU multiplies so far"
+    if device != "auto":
+        raise UnsupportedError(f"device {device!r} asked for, but {reason}; use device='cpu'")
+    log.info("device cpu: %s", reason)
+    return "cpu"
 
 
 def needed_bytes(

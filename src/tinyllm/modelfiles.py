@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from tinyllm.files.gguf import read_gguf
 from tinyllm.files.heads import HeadTensors, heads_of_directory, heads_of_gguf, is_qwen3_reranker
 from tinyllm.files.names import Weights, map_tensors
 from tinyllm.files.safetensors import read_safetensors
+from tinyllm.files.schemes import find_scheme, join
 from tinyllm.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 
 BUNDLED = {"stories": Path(__file__).parent / "data" / "stories.gguf"}
@@ -161,7 +162,11 @@ def _read_gguf(path: Path) -> ModelFiles:
 def _read_directory(path: Path) -> ModelFiles:
     folder = path if path.is_dir() else path.parent
     json = read_json(folder / "config.json")
-    tensors = read_safetensors(path).tensors
+    scheme = find_scheme(json, folder)
+    if scheme is not None:
+        json = {key: value for key, value in json.items() if key != "quantization_config"}
+    joined = None if scheme is None else partial(join, scheme=scheme)
+    tensors = read_safetensors(path, joined).tensors
     names = json.get("architectures")
     is_bare = isinstance(names, list) and bool(names) and all(str(name).endswith("Model") for name in names)
     config = config_from_json({**json, "architectures": None} if is_bare else json)

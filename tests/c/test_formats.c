@@ -5,6 +5,7 @@
 #define V_UNROLL
 #include "formats/formats.inc"
 #include "formats/formats_small.inc"
+#include "formats/formats_schemes.inc"
 #include "tinyllm.h"
 #include <stdio.h>
 
@@ -28,6 +29,14 @@ static void random_block(uint8_t *block, const tl_format *f) {
     for (size_t i = 0; i < sizeof halves / sizeof halves[0]; i++)
         for (int h = 0; h < 2 && halves[i].id == f->id; h++)
             if (halves[i].half[h] >= 0) block[halves[i].half[h] + 1] &= 0xbf; // |x| < 2, subnormals among them
+    if (f->id < TL_FIRST_OWN) return;
+    const float sign = f->id == 203 && random_bits() & 1 ? -1 : 1;
+    const float scale = sign * (float)(1 + random_bits() % 4095) * 0x1p-16f; // 12 bits
+    const unsigned short half = tl_f32_to_f16(scale);
+    if (f->id == 201)
+        memcpy(block, &half, 2);
+    else
+        memcpy(block + (f->id == 205), &scale, 4);
 }
 
 // A group as the matrix product sees it: row i's number k is scale[k / 16] * code + min[k / 16].
@@ -68,6 +77,13 @@ static void put_codes(numbers *n, const vb w[8], int zero, int fit, int offset) 
             n->scale[h] = vf_mul(scale, vf_from_vi(scale16_##name(b, j, h))), n->min[h] = vf_set1(0);                  \
         return KIND_##name == SCALE16;                                                                                 \
     }
+#define READ_SCALE_EACH16(name)                                                                                        \
+    static int read_##name(numbers *n, const uint8_t *b, int j) {                                                      \
+        LOAD(name);                                                                                                    \
+        n->scale[0] = scale, n->scale[1] = second_##name(b, j);                                                        \
+        for (int h = 0; h < 2; h++) n->min[h] = vf_set1(0);                                                            \
+        return KIND_##name == SCALE_EACH16;                                                                            \
+    }
 #define READ_SCALE16_MIN(name)                                                                                         \
     static int read_##name(numbers *n, const uint8_t *b, int j) {                                                      \
         LOAD(name);                                                                                                    \
@@ -75,14 +91,6 @@ static void put_codes(numbers *n, const vb w[8], int zero, int fit, int offset) 
             n->scale[h] = vf_mul(scale, vf_from_vi(scale16_##name(b, j, h))),                                          \
             n->min[h] = vf_mul(min_##name(b, j), vf_from_vi(min16_##name(b, j, h)));                                   \
         return KIND_##name == SCALE16_MIN;                                                                             \
-    }
-
-#define READ_SCALE_EACH16(name)                                                                                        \
-    static int read_##name(numbers *n, const uint8_t *b, int j) {                                                      \
-        LOAD(name);                                                                                                    \
-        n->scale[0] = scale, n->scale[1] = second_##name(b, j);                                                        \
-        n->min[0] = n->min[1] = vf_set1(0);                                                                            \
-        return KIND_##name == SCALE_EACH16;                                                                            \
     }
 
 #define FRAGMENTS(X)                                                                                                   \
@@ -104,7 +112,11 @@ static void put_codes(numbers *n, const vb w[8], int zero, int fit, int offset) 
     X(q2_0, SCALE32)                                                                                                   \
     X(q1_0, SCALE32)                                                                                                   \
     X(iq3_s, SCALE32)                                                                                                  \
-    X(iq2_s, SCALE16)
+    X(iq2_s, SCALE16)                                                                                                  \
+    X(i4_128, SCALE32)                                                                                                 \
+    X(i4_32, SCALE32)                                                                                                  \
+    X(i8_64, SCALE32)                                                                                                  \
+    X(nvfp4_64, SCALE_EACH16)
 
 #define X(name, kind) READ_##kind(name)
 FRAGMENTS(X)
@@ -152,21 +164,26 @@ static int check_fragment(const tl_format *f, int (*read)(numbers *, const uint8
     return 0;
 }
 
-static int check_floats(int id, vf (*load)(const uint8_t *)) {
+static int check_floats(int id, vf (*load)(const uint8_t *, int)) {
     const tl_format *f = tl_format_of(id);
-    uint8_t numbers[16][4], panel[64];
+    uint8_t numbers[16][68], panel[1088];
     const uint8_t *rows[16];
     for (int i = 0; i < 16; i++) {
-        for (int j = 0; j < 4; j++) numbers[i][j] = (uint8_t)random_bits() & 0xbf; // finite
+        random_block(numbers[i], f);
+        for (int j = 0; j < 4 && f->block == 1; j++) numbers[i][j] &= 0xbf; // finite
+        if (i && id == 205) numbers[i][0] = numbers[0][0];                  // the table is the matrix's
         rows[i] = i % 5 ? numbers[i] : NULL;
     }
+    if (id == 205) rows[0] = numbers[0];
     f->pack(panel, rows);
-    vf loaded = load(panel);
-    for (int i = 0; i < 16; i++) {
-        float x;
-        f->unpack(&x, panel, i);
-        if (x != loaded.v[i] || (!rows[i] && x != 0))
-            return printf("%s: row %d is %g, not %g\n", f->name, i, loaded.v[i], x), 1;
+    for (int c = 0; c < f->block; c++) {
+        vf loaded = load(panel, c);
+        for (int i = 0; i < 16; i++) {
+            float x[64];
+            f->unpack(x, panel, i);
+            if (x[c] != loaded.v[i] || (!rows[i] && x[c] != 0))
+                return printf("%s: row %d, number %d is %g, not %g\n", f->name, i, c, loaded.v[i], x[c]), 1;
+        }
     }
     return 0;
 }
@@ -227,7 +244,8 @@ static int check_halves(void) {
 int main(void) {
     int failed = check_sizes() | check_halves();
     for (int round = 0; round < 50 && !failed; round++)
-        failed = check_floats(0, load_f32) | check_floats(1, load_f16) | check_floats(30, load_bf16);
+        failed = check_floats(0, load_f32) | check_floats(1, load_f16) | check_floats(30, load_bf16) |
+                 check_floats(204, load_f8_e4m3) | check_floats(205, load_bnb4) | check_floats(206, load_bnb8);
     for (size_t i = 0; i < sizeof fragments / sizeof fragments[0]; i++) {
         const tl_format *f = tl_formats;
         while (f->name && strcmp(f->name, fragments[i].name)) f++;

@@ -33,7 +33,7 @@ from tinyllm.errors import (
     size_text,
 )
 from tinyllm.files import F32 as F32_ID
-from tinyllm.files import FORMATS, FileReader, TensorInfo, read_rows, show
+from tinyllm.files import FORMATS, OWN_FORMATS, FileReader, TensorInfo, read_rows, show
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -41,7 +41,8 @@ CacheType = Literal["f16", "f32", "q8_0"]
 
 PAGE = 64  # tokens of a KV page, TL_PAGE
 CACHE_TYPES: dict[str, int] = {"f32": 0, "f16": 1, "q8_0": 8}  # by name: the core's format id
-FORMAT_IDS: dict[str, int] = {name: id for id, name, *_ in _core.formats()}
+# By name: the core's number of what a GGUF file may hold.
+FORMAT_IDS: dict[str, int] = {name: id for id, name, *_ in _core.formats() if id not in OWN_FORMATS}
 
 Sampling = _core.Sampling
 sample_rows = _core.sample_rows
@@ -173,6 +174,7 @@ def default_threads() -> int:
 
 
 MAX_THREADS = 256
+MADE_BYTES = 1 << 24  # of a matrix that no file holds, made at a time
 MOST_INT = (1 << 31) - 1  # of the core's
 
 
@@ -495,8 +497,8 @@ class Uploads:
                 where: tuple[int, int] | F32 = (numbers[info.path], info.offset)
                 if values is not None:
                     where, order = values, np.arange(len(values), dtype=np.int32)
-                elif info.columns:
-                    where = (opened(_turned(info)), 0)
+                elif info.columns or info.made:
+                    where = (opened(_made(info)), 0)
                 given.append(
                     (
                         w.name,
@@ -505,7 +507,7 @@ class Uploads:
                         F32_ID if values is not None else info.format,
                         info.format if w.format is None else w.format,
                         order,
-                        1 if values is not None else info.row_stride,
+                        1 if values is not None or info.made else info.row_stride,
                         (numbers[info.scales.path], info.scales.offset) if info.scales else None,
                         info.factors[0] if info.factors else 1.0,
                     )
@@ -530,10 +532,11 @@ class Uploads:
         return values if w.row_order is None else values[w.row_order]
 
 
-def _batch_key(w: Weight) -> tuple[Path, tuple[int, int, int] | None, str]:
-    """The same for neighbours that are packed in one go: of one file, and of what is turned first one alone,
+def _batch_key(w: Weight) -> tuple[Path, str, str]:
+    """The same for neighbours that are packed in one go: of one file, and of what is made first one alone,
     as it takes room of its own."""
-    return w.info.path, w.info.columns, w.info.name if w.info.columns else ""
+    alone = w.info.columns or w.info.made
+    return w.info.path, f"{w.name} {w.layer}" if alone else "", w.info.name if alone else ""
 
 
 class Model:
@@ -786,19 +789,22 @@ class Model:
         )
 
 
-def _turned(info: TensorInfo) -> IO[bytes]:
-    """A file without a name that holds the rows of a matrix which lies transposed in its own."""
-    rows = read_rows(info, 0, info.shape[0])
+def _made(info: TensorInfo) -> IO[bytes]:
+    """A file without a name that holds the rows of a matrix which lies transposed in its own, or which no
+    file holds."""
+    step = max(1, MADE_BYTES * info.shape[0] // info.n_bytes) if info.made else info.shape[0]
     with ExitStack() as opened:
         try:
             file = opened.enter_context(TemporaryFile())
-            file.write(rows.data)
+            for first in range(0, info.shape[0], step):
+                rows = read_rows(info, first, min(first + step, info.shape[0]))
+                file.write(np.ascontiguousarray(rows).data)
             file.flush()
         except OSError as error:
             if not comes_from(error):
                 raise
             raise MemoryLimitError(
-                f"no room in {gettempdir()} for {size_text(info.n_bytes)}, where {show(info.name)} is turned "
+                f"no room in {gettempdir()} for {size_text(info.n_bytes)}, where {show(info.name)} is made "
                 f"while loading ({error.strerror}); set TMPDIR to a folder with room"
             ) from None
         opened.pop_all()

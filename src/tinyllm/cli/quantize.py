@@ -215,10 +215,10 @@ def _say_fallbacks(done: Quantized) -> None:
     for one in done.tensors:
         if one.wanted != one.got:
             found[re.sub(r"\.\d+\.", ".*.", one.name), one.shape[-1], one.wanted, one.got] += 1
-    from tinyllm.files import FORMATS
+    from tinyllm.files import GGUF_FORMATS
 
     for (name, k, wanted, got), n in found.items():
-        block = next(form.block for form in FORMATS.values() if form.name == wanted)
+        block = next(form.block for form in GGUF_FORMATS.values() if form.name == wanted)
         note(
             f"  {name}{f' ({n} of them)' if n > 1 else ''}: {got} instead of {wanted}, as rows of {k} are no "
             f"multiple of its block of {block}"

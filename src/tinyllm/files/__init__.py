@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -46,9 +46,8 @@ class Format:
     scales: tuple[int, ...] = ()
 
 
-# By GGML type number. The core keeps the same table beside its kernels;
-# tests/test_gguf.py compares the two.
-FORMATS: dict[int, Format] = {
+# By GGML type number: what GGUF files hold.
+GGUF_FORMATS: dict[int, Format] = {
     0: Format("F32", 1, 4),
     1: Format("F16", 1, 2, (0,)),
     2: Format("Q4_0", 32, 18, (0,)),
@@ -78,7 +77,28 @@ FORMATS: dict[int, Format] = {
     19: Format("IQ1_S", 256, 50, (0,)),
     29: Format("IQ1_M", 256, 56),
 }
-F32, F16, BF16, MXFP4, NVFP4, IQ1_M = 0, 1, 30, 39, 40, 29
+F32, F16, BF16, Q4_0, Q8_0, MXFP4, NVFP4, IQ1_M = 0, 1, 30, 2, 8, 39, 40, 29
+
+# What no file holds as it is: weights of safetensors that other libraries quantized (schemes/), their numbers
+# unchanged; csrc/formats/pack_schemes.c says what a block is.
+OWN_FORMATS: dict[int, Format] = {
+    200: Format("I4_128", 128, 69),
+    201: Format("I4_32", 32, 19, (0,)),
+    202: Format("I8_64", 64, 68),
+    203: Format("NVFP4_64", 64, 40),
+    204: Format("F8_E4M3", 64, 68),
+    205: Format("BNB4", 64, 37),
+    206: Format("BNB8", 64, 68),
+}
+I4_128, I4_32, I8_64, NVFP4_64, F8_E4M3, BNB4, BNB8 = OWN_FORMATS
+
+# Those whose weights meet float32 activations; others meet activations rounded to int8.
+MEET_FLOATS = (F32, F16, BF16, F8_E4M3, BNB4, BNB8)
+
+# All. The core keeps the same table beside its kernels; tests/test_boundary.py compares the two.
+FORMATS: dict[int, Format] = GGUF_FORMATS | OWN_FORMATS
+
+Made = Callable[[int, int], npt.NDArray[np.uint8]]  # rows [first, last) of a matrix, [rows, bytes of one]
 
 
 def are_finite(data: npt.NDArray[np.uint8], format: int) -> bool:
@@ -113,6 +133,8 @@ class TensorInfo:
     has its bytes of scale in `scales`. `factors`: what all numbers are multiplied by beside what their blocks
     say, one for all or one for each matrix of a stack; none is 1. `identity` is the file's when its header
     was read; None takes any.
+    `made`: no file holds it as it is; this makes its rows from other tensors, `offset` and `n_bytes` say
+    where they would lie if they lay one after another from 0 on, and path is that of one of the others.
     """
 
     name: str
@@ -127,6 +149,7 @@ class TensorInfo:
     scales: TensorInfo | None = None
     factors: tuple[float, ...] = ()
     identity: Identity | None = None
+    made: Made | None = None
 
     def open(self) -> FileReader:
         """The file; raises FormatError where it is no longer the one whose header was read."""
@@ -155,6 +178,8 @@ class TensorInfo:
         """The matrix whose rows are this one's columns first, first + step, ... Raises FormatError where
         the number of columns is no multiple of step."""
         k, n = self.shape
+        if self.made:
+            raise UnsupportedError(f"{self.path}: {show(self.name)} is quantized and lies transposed")
         if n % step:
             raise FormatError(
                 f"{self.path}: tensor {show(self.name)} has {n} columns, which cannot be those of {step} "
@@ -190,6 +215,9 @@ def read_rows(info: TensorInfo, first: int, last: int) -> npt.NDArray[np.uint8]:
     alone. Rows run along the last dimension; a vector has rows of one number."""
     n_rows = math.prod(info.shape[:-1]) if len(info.shape) > 1 else math.prod(info.shape)
     row_bytes, stride = info.n_bytes // n_rows, info.row_stride
+    if info.made:
+        start = info.offset // row_bytes + first * stride
+        return info.made(start, start + (last - first - 1) * stride + 1)[::stride]
     if info.columns:
         n, start, step = info.columns
         k = info.shape[-1]

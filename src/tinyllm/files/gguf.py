@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from tinyllm._core import read_strings
 from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
-from tinyllm.files import CHUNK_BYTES, FORMATS, FileReader, Format, TensorInfo, show, show_some
+from tinyllm.files import CHUNK_BYTES, GGUF_FORMATS, FileReader, Format, TensorInfo, show, show_some
 
 MAX_HEADER_BYTES = (
     256 << 20
@@ -276,17 +276,17 @@ def _read_tensors(header: Header, n_tensors: int, alignment: int) -> dict[str, T
 
 
 def _tensor_bytes(header: Header, what: str, dims: tuple[int, ...], type_number: int) -> int:
-    if type_number not in FORMATS:
+    if type_number not in GGUF_FORMATS:
         other = OTHER_FORMATS.get(type_number)
         name = other.name if other else f"number {type_number}, which is unknown"
-        supported = ", ".join(f.name for f in FORMATS.values())
+        supported = ", ".join(f.name for f in GGUF_FORMATS.values())
         raise UnsupportedError(f"{header.file.path}: {what} has type {name}; supported: {supported}")
     n_elements = 1
     for n in dims:
         n_elements *= n
     if n_elements == 0:
         header.fail(f"{what} has a dimension of 0: shape {dims[::-1]}")
-    form = FORMATS[type_number]
+    form = GGUF_FORMATS[type_number]
     if dims[0] % form.block:
         header.fail(f"{what} has rows of {dims[0]} elements, but {form.name} blocks hold {form.block} each")
     n_bytes = n_elements // form.block * form.block_bytes

@@ -8,6 +8,7 @@ itself, by offset. Imports only `errors` and this package's shared part. Read ne
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -34,8 +35,12 @@ from tinyllm.files import (
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_DIMENSIONS = 8
-_BYTES = -1  # not a format: of tensors whose parts `_join_mxfp4` puts together
-_FORMAT_OF_DTYPE = {"F32": F32, "F16": F16, "BF16": BF16, "U8": _BYTES}
+# Not formats: what parts of quantized weights hold, until schemes/ or `_join_mxfp4` puts them together.
+U8, I8, I32, I64, F8, F8_SCALE = range(-1, -7, -1)
+RAW_DTYPES = {U8: "U8", I8: "I8", I32: "I32", I64: "I64", F8: "F8_E4M3", F8_SCALE: "F8_E8M0"}
+_RAW_BYTES = {U8: 1, I8: 1, I32: 4, I64: 8, F8: 1, F8_SCALE: 1}
+_FORMAT_OF_DTYPE = {"F32": F32, "F16": F16, "BF16": BF16, **{dtype: raw for raw, dtype in RAW_DTYPES.items()}}
+Join = Callable[[dict[str, TensorInfo]], dict[str, TensorInfo]]
 
 
 @dataclass(frozen=True)
@@ -46,17 +51,22 @@ class SafetensorsFile:
     files: tuple[Path, ...]
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
+def read_safetensors(path: str | os.PathLike[str], join: Join | None = None) -> SafetensorsFile:
     """Read the headers of a directory's model.safetensors, or of the shards its index names, or of one file.
 
-    Links are followed; shards are sought beside the index as given. Raises NotFoundError, ReadError,
-    FormatError (what is broken, and where) or UnsupportedError (a dtype other than F32, F16, BF16).
+    join: puts the tensors of quantized weights together (schemes/). Links are followed; shards are sought
+    beside the index as given. Raises NotFoundError, ReadError, FormatError (what is broken, and where) or
+    UnsupportedError (a dtype other than F32, F16, BF16 that nothing joined).
     """
-    path = Path(path)
+    file = _read(Path(path))
+    return replace(file, tensors=_join_mxfp4(join(file.tensors) if join else file.tensors))
+
+
+def _read(path: Path) -> SafetensorsFile:
     if not os.path.isdir(path):
-        return SafetensorsFile(_join_mxfp4(_read_file(path)), (path,))
+        return SafetensorsFile(_read_file(path), (path,))
     if is_there(path / SINGLE):
-        return SafetensorsFile(_join_mxfp4(_read_file(path / SINGLE)), (path / SINGLE,))
+        return SafetensorsFile(_read_file(path / SINGLE), (path / SINGLE,))
     if is_there(path / INDEX):
         return _read_shards(path / INDEX)
     pickles = [show(name) for name in list_directory(path) if name.endswith((".bin", ".pth", ".pt"))]
@@ -87,23 +97,23 @@ def _read_shards(index: Path) -> SafetensorsFile:
     if missing:
         raise FormatError(f"{index}: names tensors that their shards do not hold: {show_some(missing)}")
     tensors = {name: shards[file][name] for name, file in weight_map.items()}
-    return SafetensorsFile(_join_mxfp4(tensors), tuple(index.with_name(file) for file in shards))
+    return SafetensorsFile(tensors, tuple(index.with_name(file) for file in shards))
 
 
 def _join_mxfp4(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     """NAME_blocks [..., rows, blocks, 16] and NAME_scales [..., rows, blocks] as NAME [..., rows, k], MXFP4.
 
-    Raises UnsupportedError for other tensors of bytes.
+    Raises UnsupportedError for other tensors of what is no format.
     """
     joined: dict[str, TensorInfo] = {}
     for name, tensor in tensors.items():
-        if tensor.format != _BYTES:
+        if tensor.format >= 0:
             joined[name] = tensor
             continue
         stem, _, kind = name.rpartition("_")
         blocks, scales = tensors.get(f"{stem}_blocks"), tensors.get(f"{stem}_scales")
-        if not (blocks and scales) or blocks.format != _BYTES or scales.format != _BYTES:
-            raise _unsupported(tensor.path, name, "U8")
+        if not (blocks and scales) or {tensor.format, blocks.format, scales.format} != {U8}:
+            raise _unsupported(tensor.path, name, RAW_DTYPES[tensor.format])
         if blocks.shape != (*scales.shape, 16) or len(scales.shape) < 2:
             raise FormatError(
                 f"{tensor.path}: {show(stem)} has blocks of shape {blocks.shape} and scales of shape "
@@ -120,7 +130,8 @@ def _join_mxfp4(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 def _unsupported(path: Path, name: str, dtype: str) -> UnsupportedError:
     return UnsupportedError(
         f"{path}: tensor {show(name)} has dtype {show(dtype)}; F32, F16 and BF16 are supported, and U8 in "
-        "pairs of MXFP4 blocks and scales. Other quantized models are read from GGUF"
+        "pairs of MXFP4 blocks and scales. Of other quantized models config.json must say the scheme "
+        "(quantization_config)"
     )
 
 
@@ -191,7 +202,8 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         fail(f"its shape must be a list of at most {MAX_DIMENSIONS} whole numbers")
     if not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         fail("its data_offsets must be two whole numbers in ascending order")
-    n_bytes = 1 if dtype == "U8" else FORMATS[_FORMAT_OF_DTYPE[dtype]].block_bytes
+    format = _FORMAT_OF_DTYPE[dtype]
+    n_bytes = _RAW_BYTES[format] if format < 0 else FORMATS[format].block_bytes
     for n in shape:
         n_bytes *= n
     if n_bytes == 0:
@@ -199,7 +211,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     if n_bytes != offsets[1] - offsets[0]:
         size = offsets[1] - offsets[0]
         fail(f"shape {tuple(shape)} of {dtype} takes {n_bytes} bytes, its data_offsets {size}")
-    return TensorInfo(name, tuple(shape), _FORMAT_OF_DTYPE[dtype], path, data + offsets[0], n_bytes)
+    return TensorInfo(name, tuple(shape), format, path, data + offsets[0], n_bytes)
 
 
 def are_sizes(values: Any) -> bool:

@@ -29,7 +29,7 @@ from tinyllm.engine.choosing import require_finite
 from tinyllm.engine.engine import CHUNK
 from tinyllm.engine.needs import call_tokens
 from tinyllm.errors import ArgumentError, MemoryLimitError
-from tinyllm.files import BF16, F16, F32, FORMATS, FileReader, TensorInfo
+from tinyllm.files import FORMATS, MEET_FLOATS, FileReader, TensorInfo
 from tinyllm.loading import kept_formats, load
 from tinyllm.modelfiles import ModelFiles, read_model
 
@@ -151,7 +151,7 @@ def facts_of(files: ModelFiles, weights: str | None = None) -> Facts:
     layer_macs = sum(layers.values()) - unused
     used = files.config.n_experts_used / max(1, files.config.n_experts)  # of the experts
     in_floats = sum(
-        n * (used if "." in key[0] else 1.0) for key, n in layers.items() if kept[key] in (F32, F16, BF16)
+        n * (used if "." in key[0] else 1.0) for key, n in layers.items() if kept[key] in MEET_FLOATS
     )
     return Facts(
         name=str(files.path),

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllm import backends
-from tinyllm.errors import ArgumentError, FormatError, integer
-from tinyllm.files import BF16, F16, F32, FORMATS, FileReader, are_finite, show
+from tinyllm.errors import ArgumentError, FormatError, UnsupportedError, integer
+from tinyllm.files import BF16, F16, F32, FORMATS, OWN_FORMATS, FileReader, are_finite, show
 from tinyllm.files.gguf_writer import OutTensor, Part, write_set
 from tinyllm.files.outfiles import target_of
 from tinyllm.modelfiles import model_path
@@ -173,6 +173,11 @@ def _planned(
             raise ArgumentError("a copy changes no type: pure and tensor_types are for quantizations")
         chosen = wanted_and_got(shapes, "f32")
         for name, source in sources.items():
+            if source.format in OWN_FORMATS:
+                raise UnsupportedError(
+                    f"{show(name)} is kept as {FORMATS[source.format].name}, which no GGUF file holds, so it "
+                    "cannot be copied; name a type, with allow_requantize=True (--allow-requantize)"
+                )
             # A directory's norms may be 16-bit floats, which a GGUF has as F32.
             if contents.part_of or chosen[name][1] != "f32" or len(source.shape) > 1:
                 chosen[name] = (FORMATS[source.format].name.lower(),) * 2

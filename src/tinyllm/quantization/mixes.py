@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinyllm.errors import ArgumentError
-from tinyllm.files import FORMATS
+from tinyllm.files import GGUF_FORMATS
 
-IDS: dict[str, int] = {form.name.lower(): id for id, form in FORMATS.items()}
+IDS: dict[str, int] = {form.name.lower(): id for id, form in GGUF_FORMATS.items()}
 # Where rows are no multiple of a format's block: the next best one with smaller blocks, and where those do
 # not fit either, F16.
 SMALLER_BLOCKS = {
@@ -281,7 +281,7 @@ def _wanted(name: str, shape: tuple[int, ...], mix: Mix, facts: Facts, has_outpu
     if mix.base in ("f32", "f16", "bf16"):
         return mix.base
     if name == "output.weight" or (name == "token_embd.weight" and not has_output):
-        if mix.output != "q6_k" and shape[-1] % FORMATS[IDS[mix.base]].block:
+        if mix.output != "q6_k" and shape[-1] % GGUF_FORMATS[IDS[mix.base]].block:
             return "q8_0"
         return "q8_0" if mix.base in ("q8_0", "mxfp4") else mix.output
     if name == "token_embd.weight":
@@ -314,6 +314,6 @@ def _in_layer(name: str, mix: Mix, facts: Facts) -> str | None:
 
 
 def _fitting(format: str, k: int) -> str:
-    if k % FORMATS[IDS[format]].block:
+    if k % GGUF_FORMATS[IDS[format]].block:
         format = SMALLER_BLOCKS.get(format, "f16")
-    return format if k % FORMATS[IDS[format]].block == 0 else "f16"
+    return format if k % GGUF_FORMATS[IDS[format]].block == 0 else "f16"
