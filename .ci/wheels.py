@@ -10,8 +10,9 @@ compiler.
     .venv/bin/python .ci/wheels.py --list                 what can be built here, and what not
 
 The C core knows no Python, so it is compiled once a platform; the binding, once a platform and Python. A
-Python's headers come from --headers, else from an interpreter of that version (in PATH, pyenv's, uv's),
-else from Debian's packages, which are unpacked, not installed. What cannot be built is named, and the exit code is 1.
+Python's headers come from --headers, else from an interpreter of that version (in PATH, pyenv's, uv's), else
+from Debian's packages, which are unpacked, not installed. What cannot be built is named, and the exit code
+is 1.
 docs/decisions/0014-wheels.md has the reasons.
 """
 
