@@ -29,7 +29,6 @@ COMMANDS = {
     "list": Command(
         "list", "show the models in the caches of Hugging Face, Ollama and llama.cpp", alone=False
     ),
-    "embed": Command("embed", "turn texts into vectors"),
     "inspect": Command("inspect", "show what a model is made of, how it cuts a text, what comes next"),
     "embed": Command("embed", "make vectors of the texts in a file, for a search by meaning"),
     "quantize": Command("quantize", "make a model smaller and faster, less exact"),
