@@ -10,8 +10,9 @@ compiler.
     .venv/bin/python .ci/wheels.py --list                 what can be built here, and what not
 
 The C core knows no Python, so it is compiled once a platform; the binding, once a platform and Python. A
-Python's headers come from --headers, else from an interpreter of that version in PATH, else from Debian's
-packages, which are unpacked, not installed. What cannot be built is named, and the exit code is 1.
+Python's headers come from --headers, else from an interpreter of that version (in PATH, pyenv's, uv's), else
+from Debian's packages, which are unpacked, not installed. What cannot be built is named, and the exit code
+is 1.
 docs/decisions/0014-wheels.md has the reasons.
 """
 
@@ -142,9 +143,16 @@ def headers(version: str, given: dict[str, Path], work: Path) -> Path:
 
 
 def _of_interpreter(version: str) -> Path | None:
-    if python := shutil.which(f"python{version}"):
-        folder = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('include'))").strip())
-        if (folder / "Python.h").is_file():
+    """Of one in PATH, or where pyenv and uv put theirs."""
+    homes = ("~/.pyenv/versions", "~/.local/share/uv/python")
+    found = [p for home in homes for p in sorted(Path(home).expanduser().glob(f"*{version}.*/bin/python3"))]
+    for python in filter(None, (shutil.which(f"python{version}"), *found)):
+        try:
+            said = run(python, "-c", "import sysconfig; print(sysconfig.get_path('include'))")
+        except CannotError:  # pyenv has a python3.12 in PATH that only says which version to choose
+            continue
+        folder = Path(said.strip())
+        if folder.name == f"python{version}" and (folder / "Python.h").is_file():
             return _settled(folder, folder.parent)
     return None
 
