@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers_adapters import adapter_case, write_lora_gguf
+from helpers_gguf import write_gguf
+from helpers_models import random_weights
 
 import tinyllm
 from tinyllm import backends
@@ -705,7 +708,7 @@ def test_arguments_without_use_are_named_once() -> None:
     [
         ("kv_overrides", {"tokenizer.ggml.add_bos_token": False}),
         ("rope_freq_base", 1e6),
-        ("lora_path", "a.gguf"),
+        ("lora_base", "a.gguf"),
         ("type_k", ours.GGML_TYPE_Q4_0),
         ("pooling_type", ours.LLAMA_POOLING_TYPE_RANK),
     ],
@@ -827,6 +830,20 @@ def test_a_template_of_the_file() -> None:
         plain = llama.create_chat_completion(CHAT, max_tokens=4, temperature=0.0)
         ids = llama.llm.chat_ids(CHAT, chat_template=CHATML_TOOLS)
         assert plain["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    case = adapter_case("all")
+    config = case.spec.config
+    write_gguf(tmp_path / "model.gguf", config, random_weights(config, case.spec.seed))
+    write_lora_gguf(tmp_path / "lora.gguf", case)
+    path, lora, ids = str(tmp_path / "model.gguf"), str(tmp_path / "lora.gguf"), [1, 5, 6, 7]
+    with tinyllm.load(path, context=64, adapters={"a": lora}) as llm:
+        with ours.Llama(path, n_ctx=64, lora_path=lora, lora_scale=0.5, verbose=False) as llama:
+            llama.eval(ids)
+            assert llama.scores.tobytes() == llm.logits(ids, adapter=[("a", 0.5)]).tobytes()
+            assert llama.sample(temp=0.0) == int(llama.scores[-1].argmax())
+        assert llm.logits(ids).tobytes() != llm.logits(ids, adapter=[("a", 0.5)]).tobytes()
 
 
 def test_from_pretrained(monkeypatch: pytest.MonkeyPatch) -> None:

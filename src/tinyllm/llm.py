@@ -180,6 +180,7 @@ class LLM(Habits):
         )
         self._loop = Loop(self._engine)
         self._adapters, self._usual = Adapters(model), NOTHING
+        self._whole: LLM | None = None  # of a view (`adapted`), what it is of
         self._fingerprint: str | None = None
         # Made when the first form is asked for, by what ends a text; the last grammars.
         self._vocabularies: dict[frozenset[int], Vocabulary] = {}
@@ -718,7 +719,7 @@ class LLM(Habits):
             pirate = llm.adapted("pirate"); pirate("Hello")
         """
         view = copy.copy(self)
-        view._usual = self._adapters.applied(adapter)
+        view._usual, view._whole = self._adapters.applied(adapter), self  # to which the tokenizer is bound
         return view
 
     def _applied(self, adapter: AdapterChoice) -> Applied:

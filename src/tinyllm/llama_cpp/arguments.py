@@ -52,7 +52,6 @@ WHAT: dict[str, tuple[Any, ...]] = {
     "yarn_beta_slow": (1.0,),
     "yarn_orig_ctx": (0,),
     "lora_base": (None,),
-    "lora_path": (None,),
 }
 _CACHE_TYPES = {
     constants.GGML_TYPE_F32: "f32",

@@ -170,12 +170,13 @@ class Llama:
         n_threads: None for one a physical core. pooling_type: of `embed`. logits_all, embedding: scores, log
         probabilities and vectors can be had without them. last_n_tokens_size: how many tokens the penalties
         look at. chat_format: a name (docs/llama_cpp.md); None: the model's own template. chat_handler: goes
-        before it. tokenizer: in place of the model's. type_k, type_v: GGML_TYPE_F32, F16 or Q8_0, the same
+        before it. lora_path, lora_scale: an adapter (docs/adapters.md) and its strength. tokenizer: in place
+        of the model's. type_k, type_v: GGML_TYPE_F32, F16 or Q8_0, the same
         for both. spm_infill: with `suffix`, the suffix comes first. verbose: a line on stderr of what was
         loaded, and of each text's speed.
 
         What chooses how to compute, such as n_batch or flash_attn, is warned of once, by name; what changes
-        the model, such as kv_overrides or lora_path, is an UnsupportedError. Raises NoModelError (a
+        the model, such as kv_overrides or rope_freq_base, is an UnsupportedError. Raises NoModelError (a
         ValueError and a FileNotFoundError), and what `tinyllm.load` does.
         """
         given = dict(locals())
@@ -193,13 +194,15 @@ class Llama:
             if vocab_only:
                 self._vocabulary: Tokenizer | None = load_tokenizer(model_path)
             else:
-                self._llm = tinyllm.load(
+                loaded = tinyllm.load(
                     model_path,
                     device=device_of(n_gpu_layers, main_gpu),
                     threads=n_threads,
                     context=n_ctx or None,
                     cache_type=cache_type_of(type_k, type_v),  # type: ignore[arg-type]
+                    adapters={"lora": lora_path} if lora_path else None,
                 )
+                self._llm = loaded.adapted([("lora", lora_scale)]) if lora_path else loaded
                 self._vocabulary = self._llm.tokenizer
         except NotFoundError as error:
             raise NoModelError(f"Model path does not exist: {model_path}: {error}") from error
