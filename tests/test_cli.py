@@ -148,6 +148,9 @@ def test_json_has_what_it_promises(cli: Cli) -> None:
         "generated_tokens",
         "generate_s",
         "cached_tokens",
+        "drafted_tokens",
+        "accepted_tokens",
+        "gain",
         "peak_memory_bytes",
     }
     assert value["model"] == "stories"

@@ -37,6 +37,7 @@ from safetensors.numpy import load_file, save_file
 import tinyllm
 from tinyllm import backends
 from tinyllm.engine.sampling import Sampler
+from tinyllm.engine.speculation import Costs, Guessing
 from tinyllm.files import TensorInfo
 from tinyllm.modelfiles import read_model
 
@@ -436,6 +437,27 @@ def test_greedy_text_of_a_trained_model(host: Host, data_dir: Path) -> None:
     ids = json.loads(path.read_text(encoding="utf-8"))["greedy_from_bos_200"][:80]
     with load(data_dir / "models/stories260K/stories260K.gguf") as llm:
         assert ids[:1] + list(llm(ids[:1], max_tokens=len(ids) - 1, temperature=0).tokens) == ids
+
+
+def test_guesses_change_no_bit(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several rows of a text in a call, of which the device finds the candidates, those of a form's too."""
+    monkeypatch.setattr(Guessing, "_fitting", lambda self, grade, most: most)
+    monkeypatch.setattr(Guessing, "_is_overdrawn", lambda self, plain_s: False)
+    monkeypatch.setattr(Costs, "most", lambda self: 1000)
+    with load("stories") as llm:  # type: ignore[arg-type]
+        assert llm.model.most_candidates > 40
+
+        def noisy(tokens: list[int], n: int) -> list[int]:
+            return [tokens[max(0, len(tokens) - 20 + i)] for i in range(min(n, 20))]
+
+        for more in ({"temperature": 0}, {"temperature": 0.8}, {"regex": "(cat |dog ){9}", "temperature": 1}):
+            options: dict[str, Any] = {"max_tokens": 24, "seed": 1, "logprobs": True, **more}
+            plain = llm("Once upon a time", speculate=None, **options)
+            known = plain.prompt_tokens + plain.tokens
+            for who in (noisy, lambda tokens, n, known=known: known[len(tokens) : len(tokens) + n], "lookup"):
+                made = llm("Once upon a time", speculate=who, **options)  # type: ignore[arg-type]
+                assert (made.tokens, made.logprobs) == (plain.tokens, plain.logprobs)
+            assert llm.cache_pages.used <= 1
 
 
 # ---- the same bits

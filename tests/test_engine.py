@@ -515,7 +515,7 @@ def test_a_large_batch_in_a_small_pool_looks_for_pages_once_a_call() -> None:
     engine = make_engine(max_pages=5)
     reserve, n = engine.cache.reserve, 0
 
-    def counted(sequence: Any) -> None:
+    def counted(sequence: Any, n_guesses: int) -> None:
         nonlocal n
         n += 1
         reserve(sequence)
@@ -725,7 +725,7 @@ def test_a_sequence_past_the_context_fails_alone() -> None:
     waiting(engine, too_long, grows)
     reserve = engine.cache.reserve
 
-    def reserve_and_grow(sequence: Any) -> None:
+    def reserve_and_grow(sequence: Any, n_guesses: int) -> None:
         reserve(sequence)
         if sequence is grows.sequence:
             sequence.tokens += [1] * 2000
@@ -831,6 +831,15 @@ class Form:
             raise ConstraintError("too large")
         allowed = self._random().random(VOCAB) < 0.1
         return np.pad(np.packbits(allowed, bitorder="little"), (0, 3)).view(np.uint32)
+
+    def mask_after(self, tokens: list[int]) -> Any:
+        asked, self.tokens = self.asked, [*self.tokens, *tokens]
+        self.asked = []
+        try:
+            return None if self.is_over else self.mask()
+        finally:
+            self.asked = asked
+            del self.tokens[len(self.tokens) - len(tokens) :]
 
     def accept(self, token: int) -> None:
         self.tokens.append(token)

@@ -267,7 +267,8 @@ def generate(texts: list[str], machine: Splitter, **options: Any) -> tuple[Gener
     )
     pieces = []
     while generation.finish_reason is None:
-        pieces += generation.accept(np.zeros(1, np.float32))
+        for news in generation.accept(np.zeros(1, np.float32)):
+            pieces += news
     return generation, pieces
 
 

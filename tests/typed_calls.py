@@ -27,12 +27,16 @@ for piece in llm.chat(messages, stream=True, seed=1):
     assert_type(piece, tinyllm.Piece)
 for piece in llm.stream("x", max_tokens=3):
     assert_type(piece, tinyllm.Piece)
+llm("x", speculate=lambda tokens, n: tokens[:n])
+llm.chat(messages, speculate=llm).text.upper()
+llm.session(speculate=None).generate(max_tokens=3)
 llm(["x", "y"], params=tinyllm.SamplingParams(seed=1), n=2)
 llm.session().sample(logit_bias={1: -5.0})
 llm.session().generate(top_p=0.5).text.upper()
 assert_type(llm.embed(["x", "y"], prompt="query"), npt.NDArray[np.float32])
 assert_type(llm.rerank("x", ["y"]), npt.NDArray[np.float32])
 
+llm("x", speculate="loockup")  # type: ignore[call-overload]
 llm("x", temprature=1)  # type: ignore[call-overload]
 llm("x", temperature="hot")  # type: ignore[call-overload]
 llm.chat(messages, max_token=3)  # type: ignore[call-overload]

@@ -16,11 +16,12 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, Union, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,7 @@ from tinyllm.engine.breakers import breaker_ids
 from tinyllm.engine.choosing import choose, require_finite
 from tinyllm.engine.embedding import Text, vectors
 from tinyllm.engine.engine import CALL_S, CHUNK, Engine, Generation, Job, Piece
+from tinyllm.engine.guessers import Called, Draft, Lookup, Propose, Translation, same_vocabulary
 from tinyllm.engine.heads import Heads
 from tinyllm.engine.kvcache import NOTHING, Applied, KVCache, Sequence, root_key
 from tinyllm.engine.loop import Inbox, Loop
@@ -61,6 +63,7 @@ from tinyllm.engine.sampling import (
     stream_seed,
     takes_sampling,
 )
+from tinyllm.engine.speculation import Guesser, Guessing, Record
 from tinyllm.errors import (
     ArgumentError,
     ConstraintError,
@@ -88,6 +91,7 @@ Prompt = str | SequenceOf[int] | npt.NDArray[np.integer[Any]]
 Logits = npt.NDArray[np.float32]
 Cancel = Callable[[], bool]
 Progress = Callable[[int, int], object]
+Speculate = Union[Literal["auto", "lookup"], "LLM", Propose, None]
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +102,7 @@ class CallOptions(SamplingOptions, total=False):
     special: bool
     reasoning: bool
     adapter: AdapterChoice
+    speculate: Speculate
 
 
 class ChatOptions(SamplingOptions, total=False):
@@ -111,6 +116,7 @@ class ChatOptions(SamplingOptions, total=False):
     template_args: Mapping[str, Any] | None
     special_in_messages: bool
     adapter: AdapterChoice
+    speculate: Speculate
 
 
 class LLM(Habits):
@@ -181,6 +187,10 @@ class LLM(Habits):
         self._loop = Loop(self._engine)
         self._adapters, self._usual = Adapters(model), NOTHING
         self._whole: LLM | None = None  # of a view (`adapted`), what it is of
+        self.draft: LLM | None = None  # that `load` loaded for it, and `close` closes
+        self.speculate: Speculate = "lookup"
+        self._records: dict[str, Record] = {}
+        self._is_same: weakref.WeakKeyDictionary[LLM, bool] = weakref.WeakKeyDictionary()
         self._fingerprint: str | None = None
         # Made when the first form is asked for, by what ends a text; the last grammars.
         self._vocabularies: dict[frozenset[int], Vocabulary] = {}
@@ -232,6 +242,7 @@ class LLM(Habits):
         special: bool = False,
         reasoning: bool = False,
         adapter: AdapterChoice = None,
+        speculate: Speculate = "auto",
         cancel: Cancel | None = None,
         progress: Progress | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -243,10 +254,13 @@ class LLM(Habits):
         of special tokens ("<|eot_id|>") means these tokens. reasoning: whether the prompt is a chat's (of
         `chat_ids`), so that reasoning is told from the answer. adapter: the name of one of the model's
         adapters, or several with a strength each, [("a", 0.5), ("b", 1.0)]; []: the model as it is; None:
-        as `adapted` says, else as it is. cancel: asked about every 20 ms by the calling thread, while it
-        waits and before a layer while it computes; True ends the call with what there is; it must not use the
-        model. progress: called with (texts that are over, texts in all) after each step. The rest are fields
-        of SamplingParams, in place of `params` or over it.
+        as `adapted` says, else as it is. speculate: who guesses tokens, which are computed together where
+        that saves time and never change a bit (docs/speculation.md): "lookup" in the text itself, a smaller
+        model, a function (tokens, n) -> at most n ids, None for nobody; "auto": as the model was loaded, a
+        draft or "lookup". cancel: asked about every 20 ms by the calling thread, while it waits and before a
+        layer while it computes; True ends the call with what there is; it must not use the model. progress:
+        called with (texts that are over, texts in all) after each step. The rest are fields of
+        SamplingParams, in place of `params` or over it.
 
         Returns a Completion; with `n`, a list of n; for a list of prompts, a list with one of these for
         each, equal to a loop with the same seed. Raises ArgumentError, ContextError (no room for an answer)
@@ -256,7 +270,9 @@ class LLM(Habits):
 
             llm("Once upon a time", max_tokens=50, temperature=0).text
         """
-        requests = self._requests(prompt, params, n, special, reasoning, sampling, adapter=adapter)
+        requests = self._requests(
+            prompt, params, n, special, reasoning, sampling, adapter=adapter, speculate=speculate
+        )
         return self._call(prompt, n, requests, cancel, progress)
 
     def _call(
@@ -287,6 +303,7 @@ class LLM(Habits):
         special: bool = False,
         reasoning: bool = False,
         adapter: AdapterChoice = None,
+        speculate: Speculate = "auto",
         cancel: Cancel | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Stream:
@@ -295,7 +312,9 @@ class LLM(Habits):
 
         for piece in llm.stream("Once upon a time"): print(piece, end="", flush=True)
         """
-        group = self._streamed(prompt, params, n, special, reasoning, sampling, adapter=adapter)
+        group = self._streamed(
+            prompt, params, n, special, reasoning, sampling, adapter=adapter, speculate=speculate
+        )
         return self._stream(group, cancel)
 
     def _stream(self, group: list[_Request], cancel: Cancel | None) -> Stream:
@@ -343,6 +362,7 @@ class LLM(Habits):
         special: bool = False,
         reasoning: bool = False,
         adapter: AdapterChoice = None,
+        speculate: Speculate = "auto",
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """A call for a task of asyncio or trio: other tasks go on while it waits, and texts of all tasks and
@@ -354,7 +374,9 @@ class LLM(Habits):
         return await self._acall(
             prompt,
             n,
-            lambda: self._requests(prompt, params, n, special, reasoning, sampling, adapter=adapter),
+            lambda: self._requests(
+                prompt, params, n, special, reasoning, sampling, adapter=adapter, speculate=speculate
+            ),
         )
 
     async def _acall(self, prompt: object, n: int | None, ask: Callable[[], list[list[_Request]]]) -> Any:
@@ -377,13 +399,18 @@ class LLM(Habits):
         special: bool = False,
         reasoning: bool = False,
         adapter: AdapterChoice = None,
+        speculate: Speculate = "auto",
         **sampling: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """Like `stream`, for a task of asyncio or trio; see `acall`.
 
         async for piece in llm.astream("Once upon a time"): print(piece, end="", flush=True)
         """
-        return self._astream(self._streamed(prompt, params, n, special, reasoning, sampling, adapter=adapter))
+        return self._astream(
+            self._streamed(
+                prompt, params, n, special, reasoning, sampling, adapter=adapter, speculate=speculate
+            )
+        )
 
     def _astream(self, group: list[_Request]) -> AsyncStream:
         generations = [request.generation for request in group]
@@ -441,6 +468,7 @@ class LLM(Habits):
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
         adapter: AdapterChoice = None,
+        speculate: Speculate = "auto",
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """Answers a conversation, as the model's own chat template puts it.
@@ -468,7 +496,7 @@ class LLM(Habits):
         ids, calling = self._conversation(
             messages, tools, tool_choice, strict, chat_template, template_args, special_in_messages
         )
-        asked = (ids, params, n, False, True, sampling, calling, adapter)
+        asked = (ids, params, n, False, True, sampling, calling, adapter, speculate)
         if not stream:
             return self._call(ids, n, self._requests(*asked), cancel)
         return self._stream(self._streamed(*asked), cancel)
@@ -518,6 +546,7 @@ class LLM(Habits):
         template_args: Mapping[str, Any] | None = None,
         special_in_messages: bool = False,
         adapter: AdapterChoice = None,
+        speculate: Speculate = "auto",
         **sampling: Unpack[SamplingOptions],
     ) -> Any:
         """Like `chat`, for a task of asyncio or trio: `await` it, or with stream=True go through its pieces
@@ -526,7 +555,7 @@ class LLM(Habits):
         ids, calling = self._conversation(
             messages, tools, tool_choice, strict, chat_template, template_args, special_in_messages
         )
-        asked = (ids, params, n, False, True, sampling, calling, adapter)
+        asked = (ids, params, n, False, True, sampling, calling, adapter, speculate)
         if not stream:
             return self._acall(ids, n, lambda: self._requests(*asked))
         return self._astream(self._streamed(*asked))
@@ -642,18 +671,24 @@ class LLM(Habits):
             last = self._prompts[source is None] = Prompts(template, tokenizer)
         return last
 
-    def session(self, *, seed: int | None = None, adapter: AdapterChoice = None) -> Session:
+    def session(
+        self, *, seed: int | None = None, adapter: AdapterChoice = None, speculate: Speculate = "auto"
+    ) -> Session:
         """A text that grows step by step and can be forked. Close it when done, or use it in `with`.
 
-        seed: for samples that are given none; None draws one. adapter: as in a call, for all of it.
+        seed: for samples that are given none; None draws one. adapter, speculate: as in a call, for all of
+        it.
         """
         resolved = SamplingParams(seed=seed).resolve()
         assert resolved.seed is not None
-        return Session(self, self._engine.sequence(applied=self._applied(adapter)), resolved.seed)
+        sequence = self._engine.sequence(applied=self._applied(adapter))
+        return Session(self, sequence, resolved.seed, speculate)
 
-    def restore(self, path: str | os.PathLike[str], *, adapter: AdapterChoice = None) -> Session:
+    def restore(
+        self, path: str | os.PathLike[str], *, adapter: AdapterChoice = None, speculate: Speculate = "auto"
+    ) -> Session:
         """The session that `Session.save` wrote, to go on with the very same bits; nothing of it is computed
-        again. adapter: that the session had; it is known by its content.
+        again. adapter: that the session had; it is known by its content. speculate: as in a call.
 
         Raises FormatError for a file that is damaged, or of another model, cache type, device or version,
         which it names; NotFoundError; MemoryLimitError.
@@ -662,7 +697,7 @@ class LLM(Habits):
         facts = self._facts(applied)
         sequence, logits, header = saved.restore(path, self._cache, self.config.vocab_size, facts, applied)
         self._fit(sequence.tokens)
-        session = Session(self, sequence, header["seed"])
+        session = Session(self, sequence, header["seed"], speculate)
         session._n_forks = header["n_forks"]
         session._n_given = len(sequence.tokens)
         session._logits, session._n_logits = logits, 0 if logits is None else session._n_given
@@ -1000,6 +1035,8 @@ class LLM(Habits):
         self._engine.close()
         self._cache.pool.close()
         self.model.close()
+        if self.draft is not None:
+            self.draft.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -1070,11 +1107,13 @@ class LLM(Habits):
         sampling: SamplingOptions,
         calling: Calling | None = None,
         adapter: AdapterChoice = None,
+        speculate: Speculate = "auto",
     ) -> list[list[_Request]]:
         """What a call asks for, a group a prompt."""
         prompts = [prompt] if _is_prompt(prompt) else list(cast("SequenceOf[Prompt]", prompt))
         given, thread, applied = _merge(params, sampling), threading.get_ident(), self._applied(adapter)
-        return [self._group(one, given, n, special, reasoning, calling, thread, applied) for one in prompts]
+        how = (given, n, special, reasoning, calling, thread, applied, speculate)
+        return [self._group(one, *how) for one in prompts]
 
     def _group(
         self,
@@ -1086,6 +1125,7 @@ class LLM(Habits):
         calling: Calling | None,
         thread: int | None,
         applied: Applied,
+        speculate: Speculate,
     ) -> list[_Request]:
         """The samples of one prompt. thread: whose call computes them; None: a stream, read by any."""
         if n is not None:
@@ -1093,7 +1133,67 @@ class LLM(Habits):
         ids, resolved = self._prompt(prompt, special), params.resolve(self.defaults)
         first = self._request(resolved, ids, self._engine.sequence(ids, thread, applied), reasoning, calling)
         others = (_derive(resolved, i) for i in range(1, n or 1))
-        return [first, *(self._request(p, ids, None, reasoning, calling) for p in others)]
+        group = [first, *(self._request(p, ids, None, reasoning, calling) for p in others)]
+        for request in group:
+            request.generation.guessing = self._guessing(speculate, request.generation.sampler)
+        return group
+
+    def _guessing(self, speculate: Speculate, sampler: Sampler | None) -> Guessing | None:
+        """Who guesses for one text; None: nobody. sampler: the text's, where it has one."""
+        asked = self.speculate if speculate == "auto" else speculate
+        guesser: Guesser
+        if asked is None:
+            return None
+        if asked == "lookup":
+            kind, guesser = "lookup", Lookup()
+        elif isinstance(asked, str):
+            raise ArgumentError(
+                f"speculate is {asked!r}, expected 'auto', 'lookup', a model, a function or None"
+            )
+        elif isinstance(asked, LLM):
+            kind, guesser = "draft", self._draft(asked, sampler)
+        elif callable(asked):
+            kind, guesser = "function", Called(asked)
+        else:
+            raise TypeError(
+                "speculate must be 'auto', 'lookup', a model that `load` returned, a function or None, not "
+                f"{type(asked).__name__}"
+            )
+        record = self._records.setdefault(kind, Record())
+        return Guessing(guesser, self._engine.costs, record, self.config.vocab_size)
+
+    def use_draft(self, draft: LLM) -> None:
+        """From now on `draft` guesses for calls that say speculate="auto", and is closed with this model.
+        Raises ArgumentError where one of them has no tokenizer and the vocabularies differ."""
+        self._draft(draft, None).close()
+        self.draft = self.speculate = draft
+
+    def _draft(self, draft: LLM, sampler: Sampler | None) -> Draft:
+        mine, other = self.tokenizer, draft.tokenizer
+        if self._is_same.get(draft) is None:
+            if mine is not None and other is not None:
+                self._is_same[draft] = mine is other or same_vocabulary(mine, other)
+            elif mine is other and self.config.vocab_size == draft.config.vocab_size:
+                self._is_same[draft] = True
+            else:
+                raise ArgumentError(
+                    f"{draft.name} cannot guess for {self.name}: one of them has no tokenizer, and their "
+                    "vocabularies differ"
+                )
+        translation = None
+        if not self._is_same[draft]:
+            assert mine is not None
+            assert other is not None
+            translation = Translation(mine, other)
+        is_like = translation is None and self.config.vocab_size == draft.config.vocab_size
+        of_core = sampler is not None and sampler.is_of_core
+        return Draft(
+            draft._engine,
+            draft.context,
+            applied=draft._usual,
+            sampler=sampler if is_like and of_core else None,
+            translation=translation,
+        )
 
     def _results(self, prompt: object, n: int | None, requests: list[list[_Request]]) -> Any:
         """What a call returns, in the shape it asked for."""
@@ -1111,11 +1211,13 @@ class LLM(Habits):
         sampling: SamplingOptions,
         calling: Calling | None = None,
         adapter: AdapterChoice = None,
+        speculate: Speculate = "auto",
     ) -> list[_Request]:
         if not _is_prompt(prompt):
             raise ArgumentError("stream takes one prompt; call the model with a list of them")
         applied = self._applied(adapter)
-        return self._group(prompt, _merge(params, sampling), n, special, reasoning, calling, None, applied)
+        given = _merge(params, sampling)
+        return self._group(prompt, given, n, special, reasoning, calling, None, applied, speculate)
 
     def _request(
         self,
@@ -1259,6 +1361,7 @@ class LLM(Habits):
                 len(g.tokens),
                 ended - prompt_done,
                 min(n_adopted, len(request.prompt)),
+                *((g.guessing.drafted, g.guessing.accepted, g.guessing.gain) if g.guessing else ()),
             ),
             self.device,
             g.reasoning if g.split.has_reasoning else None,
@@ -1293,9 +1396,11 @@ class Session:
             print(a.generate(max_tokens=20), b.generate(max_tokens=20))
     """
 
-    def __init__(self, llm: LLM, sequence: Sequence, seed: int) -> None:
+    def __init__(self, llm: LLM, sequence: Sequence, seed: int, speculate: Speculate = "auto") -> None:
         self.seed = seed
         self._llm, self._sequence = llm, sequence
+        self._speculate = speculate
+        self._guessing = llm._guessing(speculate, None)  # which learns from request to request
         self._logits: Logits | None = None
         self._n_logits = 0  # how many tokens they follow
         self._n_given = 0  # how many tokens there were after the last `append`
@@ -1365,11 +1470,22 @@ class Session:
             raise ArgumentError("the session is empty: append something first")
         request = self._llm._request(self._params(params, sampling), prompt, self._sequence, forces=False)
         generation = request.generation
+        generation.guessing = self._guessing.again() if self._guessing else None
 
         def pieces() -> Generator[Piece, None, None]:
-            while generation.finish_reason is None:
-                logits = self._evaluate(cancel)
-                yield from generation.finish("cancelled") if logits is None else generation.accept([logits])
+            logits = self._evaluate(cancel)
+            rows = [] if logits is None else [logits]
+            while rows:
+                n = len(self._sequence.tokens)
+                for news in generation.accept(rows):
+                    yield from news
+                n_right = self._sequence.n_right if len(rows) > 1 else 0
+                self._logits, self._n_logits = np.array(rows[n_right]), n + n_right
+                if generation.finish_reason is not None:
+                    return
+                generation.guess()
+                rows = self._rows(generation.guesses, cancel)
+            yield from generation.finish("cancelled")
 
         return Stream(pieces(), lambda: self._llm._completions([request]))
 
@@ -1393,7 +1509,8 @@ class Session:
         """
         self._n_forks += 1
         llm = self._llm
-        child = Session(llm, llm._engine.fork(self._sequence), stream_seed(self.seed, self._n_forks))
+        seed = stream_seed(self.seed, self._n_forks)
+        child = Session(llm, llm._engine.fork(self._sequence), seed, self._speculate)
         child._logits, child._n_logits, child._n_given = self._logits, self._n_logits, self._n_given
         return child
 
@@ -1413,6 +1530,8 @@ class Session:
     def close(self) -> None:
         """Frees the session's part of the cache."""
         self._sequence.close()
+        if self._guessing is not None:
+            self._guessing.close()
 
     def __enter__(self) -> Session:
         return self
@@ -1437,11 +1556,19 @@ class Session:
         if not tokens:
             raise ArgumentError("the session is empty: append something first")
         if self._n_logits != len(tokens):
-            rows = list(self._llm._engine.evaluate(Job(self._sequence), cancel))
+            rows = self._rows([], cancel)
             if not rows:
                 return None
-            self._logits, self._n_logits = np.array(rows[-1][-1]), len(tokens)
+            self._logits, self._n_logits = np.array(rows[-1]), len(tokens)
         return self._logits
+
+    def _rows(self, guesses: list[int], cancel: Cancel | None) -> list[Logits]:
+        """The logits after the last token, and after each guess that was computed with it; none when
+        cancelled."""
+        job = Job(self._sequence)
+        job.want(1, guesses)
+        rows = [row for part in self._llm._engine.evaluate(job, cancel) for row in part]
+        return rows if job.is_done else []
 
     def _certain(self) -> Logits:
         logits = self._evaluate()

@@ -13,6 +13,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from tinyllm import backends
 from tinyllm.backends import PAGE, CacheType
@@ -30,7 +31,7 @@ from tinyllm.errors import (
 )
 from tinyllm.files import BF16, F16, F32, FORMATS, OWN_FORMATS
 from tinyllm.files.names import Weights, in_gguf
-from tinyllm.llm import LLM
+from tinyllm.llm import LLM, Speculate
 from tinyllm.modelfiles import ModelFiles, open_model
 
 MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
@@ -51,6 +52,8 @@ def load(
     cache_type: CacheType = "f16",
     weights: str | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    draft: str | os.PathLike[str] | ModelFiles | None = None,
+    speculate: Speculate = "auto",
     free_memory: Callable[[], int] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> LLM:
@@ -66,9 +69,11 @@ def load(
     less fits into 80 % of the device's free memory. cache_type: the numbers of the KV cache, "f16", "f32" or
     "q8_0". weights: a quantization ("q8_0", "q4_k_m"...) for a float model, made while loading: the same bits
     as in the file that `quantize` writes. adapters: {name: path} of adapters (LoRA) to load beside it, as
-    `LLM.add_adapter` does. free_memory: says how many bytes it may take beside those it has, asked while it
-    loads and whenever the cache grows, for programs that keep to less than the device has. progress: called
-    with (bytes done, bytes in all).
+    `LLM.add_adapter` does. draft: a smaller model, as `path`, that guesses tokens for it
+    (docs/speculation.md); it is closed with the model. speculate: what calls do that say nothing of it, as in
+    a call; "auto": the draft guesses, else tokens are looked up. free_memory: says how many bytes it may take
+    beside those it has, asked while it loads and whenever the cache grows, for programs that keep to less
+    than the device has. progress: called with (bytes done, bytes in all).
 
     Raises NotFoundError, ReadError, FormatError, UnsupportedError, ArgumentError, and MemoryLimitError,
     with the numbers, before anything big is allocated.
@@ -76,6 +81,22 @@ def load(
         with tinyllm.load("model.gguf") as llm: print(llm("Once upon a time"))
     """
     started = time.perf_counter()
+    if draft is not None:
+        settings: dict[str, Any] = {
+            "device": device,
+            "threads": threads,
+            "cache_type": cache_type,
+            "free_memory": free_memory,
+        }
+        llm = load(path, context=context, weights=weights, adapters=adapters, progress=progress, **settings)
+        try:
+            llm.use_draft(load(draft, **settings))
+            if speculate != "auto":
+                llm.speculate = speculate
+        except BaseException:
+            llm.close()
+            raise
+        return llm
     if context is not None:
         context = integer("context", context, 1, MAX_CONTEXT)
     if not isinstance(cache_type, str):
@@ -127,6 +148,7 @@ def load(
                 cache_type=cache_type,
                 weights=weights,
                 adapters=adapters,
+                speculate=speculate,
                 free_memory=free_memory,
                 progress=progress,
             )
@@ -149,6 +171,8 @@ def load(
         )
         for adapter, where in (adapters or {}).items():
             llm.add_adapter(adapter, where)
+        if speculate != "auto":
+            llm.speculate = speculate
         return llm
     except BaseException:
         model.close()

@@ -266,6 +266,27 @@ def path_and_scale(text: str) -> tuple[str, float]:
     return found
 
 
+def add_speculation_options(parser: argparse.ArgumentParser) -> None:
+    """Of commands that write texts: `draft` and `speculate` of `tinyllm.load`."""
+    group = parser.add_argument_group(
+        "speculation", "Tokens are guessed and computed together where that is faster; the text is the same."
+    )
+    one = group.add_mutually_exclusive_group()
+    one.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="a smaller model that guesses (default: what came before in the text)",
+    )
+    one.add_argument(
+        "--no-speculation",
+        dest="speculate",
+        action="store_const",
+        const=None,
+        default="auto",
+        help="guess nothing",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options that `sampling_fields` reads. Defaults are left to the model and the library."""
     group = parser.add_argument_group(
@@ -481,8 +502,8 @@ def load_model(path: str, args: argparse.Namespace, **settings: Any) -> LLM:
     `args`."""
     import tinyllm
 
-    names = ("device", "threads", "context", "cache_type", "weights")
-    options = {name: getattr(args, name) for name in names} | settings
+    names = ("device", "threads", "context", "cache_type", "weights", "draft", "speculate")
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)} | settings
     loras: list[tuple[str, float]] = getattr(args, "lora", None) or []
     adapters = {f"{i}": where for i, (where, _) in enumerate(loras)}
     with progress_bar("loading") as progress:

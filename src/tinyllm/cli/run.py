@@ -34,6 +34,7 @@ from tinyllm.cli.common import (
     add_model_argument,
     add_model_options,
     add_sampling_options,
+    add_speculation_options,
     load_model,
     note,
     positive,
@@ -179,6 +180,7 @@ def _parser() -> Parser:
     add_sampling_options(parser)
     add_model_options(parser)
     add_lora_option(parser)
+    add_speculation_options(parser)
 
     output = parser.add_argument_group("output")
     output.add_argument(

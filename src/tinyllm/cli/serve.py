@@ -22,6 +22,7 @@ from tinyllm.cli.common import (
     UsageError,
     add_model_argument,
     add_model_options,
+    add_speculation_options,
     counted,
     note,
     positive,
@@ -76,9 +77,10 @@ def _run(argv: list[str]) -> int:
         )
     _check_paths(paths)
     _show_log()
-    names = ("device", "threads", "context", "cache_type", "weights")
+    names = ("device", "threads", "context", "cache_type", "weights", "speculate")
     templates = {args.model: args.chat_template} if args.chat_template is not None else {}
-    loader = Loader(templates, **{name: getattr(args, name) for name in names})
+    drafts = {args.model: args.draft} if args.draft is not None else {}
+    loader = Loader(templates, drafts, **{name: getattr(args, name) for name in names})
     models = Models(
         paths,
         loader,
@@ -148,7 +150,8 @@ def _paths(args: argparse.Namespace) -> dict[str, str]:
         found[name] = path
     if not found:
         raise UsageError("which model? give a file, a folder, stories, or --models FOLDER")
-    for option, value in (("--name", args.name), ("--chat-template", args.chat_template)):
+    own = (("--name", args.name), ("--chat-template", args.chat_template), ("--draft", args.draft))
+    for option, value in own:
         if value is not None and args.model is None:
             raise UsageError(f"{option} is for MODEL, and there is none")
     return found
@@ -261,6 +264,7 @@ def _parser() -> Parser:
         "OTHER:NAME=PATH. May be given several times",
     )
     add_model_options(parser)
+    add_speculation_options(parser)
 
     clients = parser.add_argument_group("clients")
     clients.add_argument(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -138,6 +138,19 @@ class GrammarConstraint:
         if not self._matcher.consume_token(token):
             raise ConstraintError(f"token {token} is not one that the form allows")
         self._is_over = self._matcher.is_stopped()
+
+    def mask_after(self, tokens: Sequence[int]) -> Bits | None:
+        """What `mask` would be after these tokens, as an array of its own; None where the form does not allow
+        them, or is over with them. The text stays where it is."""
+        if self._coming is not None:
+            self.mask()
+        n = self._matcher.try_consume_tokens(list(tokens))
+        bits = None
+        if n == len(tokens) and not self._matcher.is_stopped():
+            self._compute()
+            bits = self._bits.copy()
+        self.rollback(n)
+        return bits
 
     def rollback(self, n: int) -> None:
         """Takes back the last n tokens."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tinyllm import backends
 from tinyllm.engine.sampling import Candidates, Logits, Sampled, Sampler
-from tinyllm.errors import ArgumentError, FormatError
+from tinyllm.errors import ArgumentError, Error, FormatError
 
 Mask = npt.NDArray[np.uint32]
 
@@ -59,7 +59,7 @@ def grant(wishes: Sequence[Wish], threads: int) -> None:
         try:
             require_finite(wish.logits)
             row = wish.sampler.row(wish.logits, wish.tokens, len(wish.tokens), wish.mask)
-        except Exception as error:  # the text's own, which its thread raises
+        except (Error, MemoryError) as error:  # the text's own; what a signal handler raises is this thread's
             wish.give(error)
         else:
             ready.append((wish, row))

@@ -3,7 +3,7 @@
 `Engine.step` makes one call of the model for everything that any thread waits for, whoever comes first
 doing it for all, and choosing the next tokens of all (choosing.py). `Engine.generate` is the loop above it:
 a sampler that runs Python code chooses there, in its caller's own thread. Imports `choosing`, `kvcache`,
-`pace`, `sampling`, chat's reasoning and calls, and `errors`. Read next: llm.py, the interface.
+`pace`, `sampling`, `speculation`, chat's reasoning and calls, and `errors`. Read next: llm.py, the interface.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from tinyllm.engine.choosing import Mask, Wish, choose, grant, only, taken
 from tinyllm.engine.kvcache import NOTHING, PAGE, Applied, KVCache, Sequence
 from tinyllm.engine.pace import SHORT, Pace
 from tinyllm.engine.sampling import Candidates, Logits, Sampled, Sampler, StopStrings
+from tinyllm.engine.speculation import Costs, Guessing
 from tinyllm.errors import (
     ArgumentError,
     CancelledError,
     ContextError,
+    Error,
     MemoryLimitError,
     ModelClosedError,
 )
@@ -102,6 +104,9 @@ class Constraint(Protocol):
     def accept(self, token: int) -> None:
         """The next token is this one."""
 
+    def mask_after(self, tokens: SequenceOf[int]) -> npt.NDArray[np.uint32] | None:
+        """What `mask` would be if these were accepted, which they are not; None where they cannot come."""
+
     def forced(self) -> list[int]:
         """The tokens that must come next, whatever the model says; [] where it has a choice."""
 
@@ -116,7 +121,8 @@ class Job:
     first_row: the position of the first token whose logits are wanted; None: the sequence's last. is_watched:
     somebody reads along while it is written; None: as streams and sessions are. wishes: the choices that the
     last row is computed for, asked for when it is there. mask: what may come after a position, asked for
-    before the call where candidates are enough; None: anything.
+    before the call where candidates are enough; None: anything. guesses: what may follow the sequence's
+    tokens, computed with the last of them as far as a call has room, each with its logits.
     """
 
     def __init__(
@@ -136,6 +142,7 @@ class Job:
         self.logits: Any = None  # [rows, vocab_size], of the wanted tokens that the last step computed
         self.is_done = False  # all tokens are computed
         self.error: Exception | None = None  # why it cannot go on
+        self.guesses: list[int] = []
         self._next_row = first_row
         self._advanced = False
 
@@ -154,9 +161,10 @@ class Job:
         n = self.sequence.n_pending
         return n <= MOST_GIVEN and len(self.sequence.tokens) - n >= self.next_row
 
-    def want(self, n_rows: int) -> None:
-        """The logits of the last n_rows tokens are wanted next."""
+    def want(self, n_rows: int, guesses: SequenceOf[int] = ()) -> None:
+        """The logits of the last n_rows tokens are wanted next, and those of guesses after them."""
         self._next_row = None if n_rows == 1 else len(self.sequence.tokens) - n_rows
+        self.guesses = list(guesses)
 
     def start(self, patience_s: float = math.inf) -> None:
         """Forgets the last step."""
@@ -231,6 +239,7 @@ class Generation:
     split: Splitter | AnswerSplitter = field(default_factory=Plain)
     constraint: Constraint | None = None
     opening: frozenset[int] = frozenset()
+    guessing: Guessing | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -243,8 +252,10 @@ class Generation:
     started: float = field(default_factory=time.perf_counter)
     prompt_done: float | None = None  # when the prompt was computed
     ended: float | None = None
+    guesses: list[int] = field(default_factory=list)  # what may come after the sequence's tokens
     _given: list[int] = field(default_factory=list)  # the sequence's last tokens, that were not chosen
-    _is_masked: bool = False  # whether `mask_after` had a form's mask for the last row
+    # Whether `mask_after` had a form's mask for the last token's row and those of the guesses.
+    _is_masked: list[bool] = field(default_factory=list)
     # What another thread chose: after how many tokens, and the token, or why there is none.
     _granted: tuple[int, Sampled | Exception] | None = None
 
@@ -272,32 +283,66 @@ class Generation:
 
         return Wish(sampler, row, tokens, None if constraint is None else self._mask(constraint), give)
 
-    def accept(self, rows: SequenceOf[Logits]) -> list[Piece]:
-        """Chooses the next token. rows: the logits of the last n_rows tokens, each as the sampler takes it.
-        Returns what there is to show."""
+    def guess(self) -> None:
+        """Says what may come next, for the next call to compute beside what is certain."""
+        assert self.sequence is not None
+        if self.guessing is None:
+            return
+        room = self.context - len(self.sequence.tokens) - 1
+        if self.max_tokens is not None:
+            room = min(room, self.max_tokens - len(self.tokens) - len(self._given) - 1)
+        guesses = self.guessing.propose(self.sequence.tokens, room)
+        end = next((i for i, token in enumerate(guesses) if token in self.eos_ids), len(guesses))
+        self.guesses = guesses[:end]
+
+    def accept(self, rows: SequenceOf[Logits]) -> Iterator[list[Piece]]:
+        """Chooses the next token, and the one after a guess for as long as that is what is chosen. Yields
+        what there is to show of each before it chooses another.
+
+        rows: the logits of the last n_rows tokens and of as many guesses as were computed, each as the
+        sampler takes it.
+        """
         assert self.sequence is not None
         if self.prompt_done is None:
             self.prompt_done = time.perf_counter()
-        tokens = self.sequence.tokens
-        pieces: list[Piece] = []
-        given, self._given = self._given, []
-        for i, token in enumerate(given):
-            pieces += self._take(taken(self.sampler, rows[i], token))
-            if self.finish_reason is not None:
-                return pieces
+        guesses, self.guesses = self.guesses, []
+        n_given, n_right = len(self._given), 0
+        for i, row in enumerate(rows):
+            n_before = len(self.tokens)
+            if (pieces := self._next(row, i - n_given)) is None:
+                break
+            is_guess = i >= n_given and guesses[i - n_given : i - n_given + 1] == self.tokens[n_before:]
+            is_right = is_guess and len(self.tokens) > n_before
+            n_right += is_right
+            yield pieces
+            if self.finish_reason is not None or (i >= n_given and not is_right):
+                break
+        if self.guessing is not None:
+            self.guessing.learn(len(rows) - n_given - 1, n_right)
+
+    def _next(self, row: Logits, n_right: int) -> list[Piece] | None:
+        """One more token by the logits after n_right guesses that were right (negative before the last
+        certain token); what there is to show, None where the row cannot tell and is to be computed again."""
+        assert self.sequence is not None
+        tokens, n_right = self.sequence.tokens, max(0, n_right)
+        if self._given:
+            if n_right and isinstance(row, Candidates):
+                return None  # which are of what the form allowed, not of the one that it left
+            self.sequence.n_right = n_right
+            return self._take(taken(self.sampler, row, self._given.pop(0)))
         if len(tokens) >= self.context:  # a session that another stream took there
-            return pieces + self.finish("length")
+            return self.finish("length")
         constraint = self.constraint if self.split.is_answer else None
         if constraint is not None and constraint.is_over:
-            return pieces + self.finish("stop")
-        if constraint is None and self._is_masked and isinstance(rows[-1], Candidates):
-            self._is_masked = False
-            return pieces  # the given tokens opened reasoning, which is free: the row is computed again
-        sampled = self._chosen(rows[-1], tokens, constraint)
+            return self.finish("stop")
+        if isinstance(row, Candidates) and self._is_masked[n_right : n_right + 1] == [constraint is None]:
+            return None  # a token since the call was planned opened reasoning, which is free, or ended it
+        self.sequence.n_right = n_right
+        sampled = self._chosen(row, tokens, constraint)
         if sampled.token in self.eos_ids:
-            return pieces + self.finish("stop", sampled.token)
+            return self.finish("stop", sampled.token)
         tokens.append(sampled.token)
-        pieces += self._take(sampled)
+        pieces = self._take(sampled)
         if constraint is not None and self.finish_reason is None and self.split.is_answer:
             constraint.accept(sampled.token)
             if constraint.is_over:
@@ -317,17 +362,22 @@ class Generation:
         return granted[1]
 
     def mask_after(self, position: int) -> Mask | None:
-        """Of which tokens `accept` wants the candidates in the row of the token at this position: those that
-        may follow, or the one that was given; None: all."""
+        """Of which tokens `accept` wants the candidates in the row of the token, or guess, at this position:
+        those that may follow, or the one that was given; None: all. Asked for in order."""
         assert self.sequence is not None
         tokens = self.sequence.tokens
-        if position < len(tokens) - 1:
+        n_guesses = position - (len(tokens) - 1)
+        if n_guesses < 0:
             return only(tokens[position + 1], self.sampler.vocab_size)
         constraint = self.constraint if self.split.is_answer else None
-        self._is_masked = constraint is not None and not constraint.is_over
-        if constraint is None or constraint.is_over:
-            return None
-        return self._mask(constraint)
+        if constraint is not None and constraint.is_over:
+            constraint = None
+        if n_guesses == 0:
+            self._is_masked = [constraint is not None]
+            return None if constraint is None else self._mask(constraint).copy()
+        mask = None if constraint is None else constraint.mask_after(self.guesses[:n_guesses])
+        self._is_masked.append(mask is not None)
+        return mask
 
     def _mask(self, constraint: Constraint) -> Mask:
         mask = constraint.mask()
@@ -372,6 +422,7 @@ class Generation:
         if self.stops.found is not None:
             reason, stop_reason = "stop", self.stops.found
         self.finish_reason, self.stop_reason, self.ended = reason, stop_reason, time.perf_counter()
+        self.guesses = []
         return pieces
 
     def _keep(self, parts: Iterable[Part | CallPart]) -> list[Piece]:
@@ -408,6 +459,8 @@ class Generation:
     def close(self) -> None:
         if self.sequence is not None:
             self.sequence.close()
+        if self.guessing is not None:
+            self.guessing.close()
 
 
 class Batch:
@@ -443,38 +496,37 @@ class Batch:
         is_cancelled = not self._engine.step(list(self.jobs.values()), cancel)
         for first, job in list(self.jobs.items()):
             try:
-                news = self._go_on(first, job, is_cancelled)
+                yield from self._go_on(first, job, is_cancelled)
             except Exception as error:
                 if failed is None:
                     raise
                 failed.append((first, error))
-                continue
-            yield from news
 
-    def _go_on(self, first: Generation, job: Job, is_cancelled: bool) -> list[tuple[Generation, Piece]]:
-        """The next token of a text, or the first ones of its group."""
+    def _go_on(self, first: Generation, job: Job, is_cancelled: bool) -> Iterator[tuple[Generation, Piece]]:
+        """The next tokens of a text, or the first ones of its group."""
         if job.error is not None:
             raise job.error
         rows = self._rows.setdefault(job, [])
         rows += [] if job.logits is None else [job.logits[i] for i in range(len(job.logits))]
         if not is_cancelled and not job.is_done:
-            return []
+            return
         del self._rows[job]
         texts = [first, *self._siblings.pop(first, ())]
         if not is_cancelled:
             for generation in texts[1:]:
                 generation.sequence = self._engine.fork(job.sequence)
                 self._start(generation)
-        news = []
         for generation in texts:
-            pieces = generation.finish("cancelled") if is_cancelled else generation.accept(rows)
-            if generation.finish_reason is not None:
-                self.end(generation)
-            else:
+            steps = iter([generation.finish("cancelled")]) if is_cancelled else generation.accept(rows)
+            for pieces in steps:
+                if generation.finish_reason is not None:
+                    self.end(generation)
+                for piece in pieces:
+                    yield generation, piece
+            if generation in self.jobs:
+                generation.guess()
                 generation.prepare()
-                self.jobs[generation].want(generation.n_rows)
-            news += [(generation, piece) for piece in pieces]
-        return news
+                self.jobs[generation].want(generation.n_rows, generation.guesses)
 
     def end(self, generation: Generation) -> None:
         """Takes a text out, with its pages; one that is not over is cancelled."""
@@ -537,11 +589,21 @@ class _Call:
 
 @dataclass
 class _Part:
-    """A job's share of a call of the model: its next n tokens, of which the last n_rows leave logits."""
+    """A job's share of a call of the model: its next n tokens, of which the last n_rows leave logits, and
+    guesses after them, which all do."""
 
     job: Job
     n: int
     n_rows: int
+    guesses: SequenceOf[int] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n + len(self.guesses)
+
+    @property
+    def n_logits(self) -> int:
+        return self.n_rows + len(self.guesses)
 
 
 class Engine:
@@ -563,7 +625,7 @@ class Engine:
         assert chunk <= cache.ahead
         self.model, self.cache, self._context = model, cache, context
         self._most, self._pace, self._threads = chunk, Pace(chunk, call_s), threads
-        self.is_closed = False
+        self.costs, self.is_closed = Costs(), False
         self._max_rows = max(1, MAX_LOGITS_BYTES // (4 * vocab_size))
         self._calls: list[_Call] = []
         self._arrived = threading.Event()  # somebody joined _calls
@@ -739,16 +801,17 @@ class Engine:
         self._last_end = time.perf_counter()
         self._last_s = self._last_end - started
         n_texts = sum(part.job.is_text for part in parts)
-        self._pace.learn(n_texts, sum(part.n for part in parts) - n_texts, self._last_s)
-        ends = np.cumsum([part.n_rows for part in parts])
-        of_parts = [
-            (part.job, logits[end - part.n_rows : end]) for part, end in zip(parts, ends, strict=True)
-        ]
+        if not any(part.guesses for part in parts):
+            self._pace.learn(n_texts, sum(part.n for part in parts) - n_texts, self._last_s)
+        if n_texts == len(parts):
+            self.costs.learn(n_texts, sum(part.n_tokens for part in parts), self._last_s)
+        ends = np.cumsum([part.n_logits for part in parts])
+        of_parts = [(part, logits[end - part.n_logits : end]) for part, end in zip(parts, ends, strict=True)]
         for part in parts:
-            self.cache.commit(part.job.sequence, part.n)
-        self._grant(of_parts)
-        for job, rows in of_parts:  # last: its thread may see this before it is woken, and go on
-            job.advance(rows)
+            self.cache.commit(part.job.sequence, part.n, len(part.guesses))
+        self._grant([(part.job, rows) for part, rows in of_parts if not part.guesses])
+        for part, rows in of_parts:  # last: its thread may see this before it is woken, and go on
+            part.job.advance(rows)
         for call in list(self._calls):
             if call.is_done:
                 call.wake.set()
@@ -764,7 +827,7 @@ class Engine:
             if job.sequence.n_pending == 0 and len(rows) and not isinstance(rows, Candidates):
                 try:
                     wishes += job.wishes(rows[-1])
-                except Exception:  # the text's own, which its thread meets again
+                except (Error, MemoryError):  # the text's own, which its thread meets again
                     log.debug("a choice is left to its thread", exc_info=True)
         grant(wishes, self._threads)
 
@@ -816,6 +879,7 @@ class Engine:
                 job.error = ArgumentError("a session is for one thread at a time; fork it for another")
                 continue
             seen.add(sequence)
+            self.cache.settle(sequence)
             if len(sequence.tokens) > self._context:
                 n = len(sequence.tokens)
                 job.error = ContextError(f"the session's {n} tokens are past the context of {self._context}")
@@ -824,7 +888,7 @@ class Engine:
                 self.cache.drop(sequence)
             try:
                 self.cache.adopt(sequence, job.next_row)
-                self.cache.reserve(sequence)
+                self.cache.reserve(sequence, len(job.guesses))
             except MemoryLimitError as error:
                 full.add(call)
                 if not self._will_have_room(job, call):
@@ -866,20 +930,35 @@ class Engine:
                 n_tokens -= n
                 n_long -= n if is_long else 0
                 n_rows -= parts[-1].n_rows
+        if all(part.job.is_text for part in parts):  # beside prompts a token costs what a prompt's does
+            self._add_guesses(parts, self._most - sum(part.n for part in parts), n_rows)
         return parts
+
+    def _add_guesses(self, parts: list[_Part], n_tokens: int, n_rows: int) -> None:
+        """As many as there is room for, of texts whose tokens are all in the call."""
+        if all(part.job.n_candidates is not None for part in parts):
+            n_rows = min(n_rows, MOST_CHOSEN - sum(part.n_rows for part in parts))
+        for part in parts:
+            sequence = part.job.sequence
+            if part.job.guesses and part.n == sequence.n_pending:
+                room = PAGE * min(map(len, sequence.tables)) - sequence.n_cached - part.n
+                n = max(0, min(room, n_tokens, n_rows))
+                part.guesses = part.job.guesses[:n]
+                n_tokens -= n
+                n_rows -= n
 
     def _n_candidates(self, parts: list[_Part]) -> int:
         """How many of each row's logits are enough for all, where the device finds them by itself; else 0."""
-        wanted = [part.job.n_candidates for part in parts if part.n_rows]
+        wanted = [part.job.n_candidates for part in parts if part.n_logits]
         n = max((n or 0 for n in wanted), default=0)
-        rows = sum(part.n_rows for part in parts)
+        rows = sum(part.n_logits for part in parts)
         return n if None not in wanted and n <= self.model.most_candidates and rows <= MOST_CHOSEN else 0
 
     def _forward(self, parts: list[_Part], should_stop: Callable[[], bool] | None) -> Logits:
         """The logits of the wanted tokens, in the order of `parts`: float32 [rows, vocab_size], or those that
         are enough."""
         sequences = [part.job.sequence for part in parts]
-        n = np.array([part.n for part in parts])
+        n = np.array([part.n_tokens for part in parts])
         starts = np.cumsum(n) - n
         tokens = np.empty(n.sum(), dtype=np.int32)
         positions = np.empty_like(tokens)
@@ -887,12 +966,12 @@ class Engine:
         tables = np.zeros((len(parts), len(self.cache.windows), n_pages), dtype=np.int32)
         rows: list[int] = []
         for i, (part, s) in enumerate(zip(parts, sequences, strict=True)):
-            here = slice(starts[i], starts[i] + part.n)
-            tokens[here] = s.tokens[s.n_cached : s.n_cached + part.n]
-            positions[here] = np.arange(s.n_cached, s.n_cached + part.n)
+            here = slice(starts[i], starts[i] + part.n_tokens)
+            tokens[here] = [*s.tokens[s.n_cached : s.n_cached + part.n], *part.guesses]
+            positions[here] = np.arange(s.n_cached, s.n_cached + part.n_tokens)
             for k, table in enumerate(s.tables):
                 tables[i, k, : len(table)] = table
-            rows.extend(range(here.stop - part.n_rows, here.stop))
+            rows.extend(range(here.stop - part.n_logits, here.stop))
         np.maximum(tables, 0, out=tables)  # what is GONE is not read, but must be a page
         given = (tokens, positions, np.repeat(np.arange(len(parts), dtype=np.int32), n), tables)
         options: dict[str, Any] = {
@@ -914,8 +993,8 @@ class Engine:
         """
         masks: list[Mask | None] = []
         for part in parts:
-            end = part.job.sequence.n_cached + part.n
-            for position in range(end - part.n_rows, end):
+            end = part.job.sequence.n_cached + part.n_tokens
+            for position in range(end - part.n_logits, end):
                 try:
                     masks.append(part.job.mask(position))
                 except Exception as error:  # the text's own, which its thread raises

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from hashlib import blake2b
@@ -99,6 +100,8 @@ class Sequence:
         self.tokens = list(tokens)
         self.n_cached = 0
         self.n_adopted = 0  # tokens that somebody else had computed
+        self.n_ahead = 0  # guesses that the last call computed after them, which count for nothing
+        self.n_right = 0  # how many of those its owner has made tokens of since, which `settle` then counts
         self.is_closed = False
         self.order = next(cache._orders)  # age: the lower, the older
         self.runner = runner  # the thread whose call closes it, or None: somebody does when it suits them
@@ -155,6 +158,13 @@ def _books(method: Method) -> Method:
         return result
 
     return cast(Method, marked)
+
+
+def _extend(sequence: Sequence, pages: list[int], counts: list[int]) -> None:
+    """Adds so many of the pages to each table."""
+    for table, n in zip(sequence.tables, counts, strict=True):
+        table += pages[:n]
+        del pages[:n]
 
 
 class KVCache:
@@ -240,21 +250,16 @@ class KVCache:
                 self._put(sequence, table, i, page)
 
     @_books
-    def reserve(self, sequence: Sequence) -> None:
+    def reserve(self, sequence: Sequence, n_guesses: int = 0) -> None:
         """Gives `sequence` the pages for all its tokens, or as many as its windows let it hold at a time; all
         or none. Where too few are left, younger sequences lose theirs, the youngest first. Raises
-        MemoryLimitError, with the numbers, when that is not enough.
+        MemoryLimitError, with the numbers, when that is not enough. n_guesses: tokens that may follow, whose
+        pages it gets as far as nobody has to give them.
         """
         self._trim(sequence)
-        missing = []
-        for table, window in zip(sequence.tables, self.windows, strict=True):
-            seen = first_seen(sequence.n_cached, window)
-            n_held = pages_held(len(sequence.tokens) - seen * PAGE, window, self.ahead)
-            missing.append(seen + n_held - len(table))
+        missing = self._missing(sequence, len(sequence.tokens))
         n = sum(missing)
-        if n == 0:
-            return
-        while True:
+        while n:
             try:
                 pages = self._take(n)
                 break
@@ -265,15 +270,41 @@ class KVCache:
                 if not younger or n > self.max_pages - len(kept):
                     raise
                 youngest = max(younger, key=lambda s: s.order)
-                youngest.n_cached = 0
+                youngest.n_cached = youngest.n_ahead = 0
                 self._release(youngest.tables)
-        for table, n in zip(sequence.tables, missing, strict=True):
-            table += pages[:n]
-            del pages[:n]
+        if n:
+            _extend(sequence, pages, missing)
+        more = self._missing(sequence, len(sequence.tokens) + n_guesses)
+        if n_guesses and any(more):
+            with suppress(MemoryLimitError):  # the call takes fewer guesses
+                _extend(sequence, self._take(sum(more)), more)
+
+    def _missing(self, sequence: Sequence, n_tokens: int) -> list[int]:
+        """How many pages each table lacks for so many tokens."""
+        missing = []
+        for table, window in zip(sequence.tables, self.windows, strict=True):
+            seen = first_seen(sequence.n_cached, window)
+            n_held = pages_held(n_tokens - seen * PAGE, window, self.ahead)
+            missing.append(max(0, seen + n_held - len(table)))
+        return missing
 
     @_books
-    def commit(self, sequence: Sequence, n_tokens: int) -> None:
-        """The call that computed the next `n_tokens` tokens succeeded. Full pages can be shared now."""
+    def commit(self, sequence: Sequence, n_tokens: int, n_guesses: int = 0) -> None:
+        """The call that computed the next `n_tokens` tokens succeeded. Full pages can be shared now.
+        n_guesses: what it computed after them, and is not known to be right."""
+        self._commit(sequence, n_tokens)
+        sequence.n_ahead, sequence.n_right = n_guesses, 0
+
+    @_books
+    def settle(self, sequence: Sequence) -> None:
+        """Counts the guesses that were right as computed, and forgets the others: their slots are written
+        again before anybody reads them, and no page with one of them was ever shared."""
+        n = min(sequence.n_ahead, sequence.n_right)
+        sequence.n_ahead = sequence.n_right = 0
+        if n:
+            self._commit(sequence, n)
+
+    def _commit(self, sequence: Sequence, n_tokens: int) -> None:
         first = sequence.n_cached // PAGE
         sequence.n_cached += n_tokens
         self._share(sequence, first)
@@ -298,6 +329,8 @@ class KVCache:
         """A second sequence with the same tokens: it shares the full pages and gets a copy of the last,
         partial ones. Raises MemoryLimitError when there are no pages for the copies.
         """
+        self.settle(sequence)
+        self.is_torn = True  # `settle` is done, this is not
         child = self.sequence(sequence.tokens, sequence.runner, sequence.applied)
         child._keys = list(sequence._keys)
         n_full, n_rest = divmod(sequence.n_cached, PAGE)
@@ -347,7 +380,7 @@ class KVCache:
     @_books
     def drop(self, sequence: Sequence) -> None:
         """Takes the pages away. The tokens stay; they have to be computed again to go on."""
-        sequence.n_cached = 0
+        sequence.n_cached = sequence.n_ahead = 0
         self._release(sequence.tables)
 
     def collect(self) -> None:
@@ -374,7 +407,7 @@ class KVCache:
         for ref, tables in list(self._tables_of.items()):
             sequence = ref()
             if sequence is not None:
-                sequence.n_cached = 0
+                sequence.n_cached = sequence.n_ahead = 0
             for table in tables:
                 table.clear()
         for book in (self._n_owners, self._page_of, self._key_of, self._unused):

@@ -42,11 +42,14 @@ class Snapshot:
 def snapshot(cache: KVCache, sequence: Sequence) -> Snapshot | None:
     """A copy of what a sequence holds now; None where some of its tokens are not computed."""
     with cache.lock:  # pages change hands under it only
+        cache.settle(sequence)
         if sequence.n_pending:
             return None
-        pages = [cache.pool.read_page(page) for page in sequence.pages]
-        tables = [[int(page != GONE) for page in table] for table in sequence.tables]
-        return Snapshot(list(sequence.tokens), tables, pages, cache.pool.page_bytes)
+        n = -(-len(sequence.tokens) // PAGE)  # a page more may be there for guesses
+        tables = [table[:n] for table in sequence.tables]
+        pages = [cache.pool.read_page(page) for table in tables for page in table if page != GONE]
+        present = [[int(page != GONE) for page in table] for table in tables]
+        return Snapshot(list(sequence.tokens), present, pages, cache.pool.page_bytes)
 
 
 def save(

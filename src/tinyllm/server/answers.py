@@ -33,6 +33,8 @@ def several(made: Sequence[tuple[Answer, Sequence[Completion]]]) -> dict[str, An
             "cached_tokens": sum(c.timings.cached_tokens for c in firsts),
             "generated_tokens": sum(t.generated_tokens for t in every),
             "generate_s": max(t.generate_s for t in every),
+            "drafted_tokens": sum(t.drafted_tokens for t in every),
+            "accepted_tokens": sum(t.accepted_tokens for t in every),
         },
     }
     if made[0][0].ask.replay:

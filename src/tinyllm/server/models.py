@@ -64,27 +64,37 @@ class Served:
 
 
 def held_bytes(llm: LLM | None) -> int:
-    """Weights and the pages of the cache that exist."""
+    """Weights and the pages of the cache that exist, its draft's too."""
     if llm is None:
         return 0
     pages = llm.cache_pages
-    return llm.model.weight_bytes + llm.adapter_bytes + pages.allocated * pages.page_bytes
+    own = llm.model.weight_bytes + llm.adapter_bytes + pages.allocated * pages.page_bytes
+    return own + held_bytes(llm.draft)
 
 
 class Loader:
-    """Loads models for `Models`. templates: {path: Jinja source} in place of the models' own; settings: the
-    arguments of `tinyllm.load`."""
+    """Loads models for `Models`. templates: {path: Jinja source} in place of the models' own; drafts: {path:
+    its draft's}; settings: the arguments of `tinyllm.load`."""
 
-    def __init__(self, templates: Mapping[str, str] | None = None, **settings: Any) -> None:
-        self._templates, self._settings = templates or {}, settings
+    def __init__(
+        self,
+        templates: Mapping[str, str] | None = None,
+        drafts: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._templates, self._drafts, self._settings = templates or {}, drafts or {}, settings
 
     def __call__(self, path: str, **more: Any) -> LLM:
-        return tinyllm.load(self._read(path), **self._settings, **more)
+        draft = self._drafts.get(path)
+        return tinyllm.load(self._read(path), draft=draft, **self._settings, **more)
 
     def needed(self, path: str) -> int:
         """Bytes that it takes at least; reads its headers."""
         names = ("context", "cache_type", "weights")
-        return needed_bytes(read_model(path), **{k: v for k, v in self._settings.items() if k in names})
+        needed = needed_bytes(read_model(path), **{k: v for k, v in self._settings.items() if k in names})
+        if (draft := self._drafts.get(path)) is not None:
+            needed += needed_bytes(read_model(draft), cache_type=self._settings.get("cache_type", "f16"))
+        return needed
 
     def _read(self, path: str) -> ModelFiles:
         files = read_model(path)
@@ -219,7 +229,8 @@ class Models:
         llm = self._load(served.path, **more)
         pages = llm.cache_pages
         first_step = min(STEP_BYTES, pages.most * pages.page_bytes)
-        served.reserved = max(served.reserved, llm.model.weight_bytes + first_step)
+        drafts = llm.draft.model.weight_bytes if llm.draft is not None else 0
+        served.reserved = max(served.reserved, llm.model.weight_bytes + first_step + drafts)
         llm.name = served.name  # what messages call it: no path goes to a client
         served.llm, served.last_used = llm, time.monotonic()
         log.info("loaded %s in %.1f s", served.name, llm.load_s)

@@ -306,6 +306,8 @@ def _timings(made: Completion) -> dict[str, Any]:
         found[f"{name}_n"], found[f"{name}_ms"] = n, 1000 * seconds
         found[f"{name}_per_token_ms"] = 1000 * seconds / n if n else 0.0
         found[f"{name}_per_second"] = n / seconds if seconds else 0.0
+    if t.drafted_tokens:
+        found["draft_n"], found["draft_n_accepted"] = t.drafted_tokens, t.accepted_tokens
     return found
 
 
