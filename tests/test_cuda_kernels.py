@@ -442,7 +442,7 @@ def test_greedy_text_of_a_trained_model(host: Host, data_dir: Path) -> None:
 def test_guesses_change_no_bit(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several rows of a text in a call, of which the device finds the candidates, those of a form's too."""
     monkeypatch.setattr(Guessing, "_fitting", lambda self, grade, most: most)
-    monkeypatch.setattr(Guessing, "_is_overdrawn", lambda self, plain_s: False)
+    monkeypatch.setattr(Guessing, "_left_s", lambda self, plain_s: 1.0)
     monkeypatch.setattr(Costs, "most", lambda self: 1000)
     with load("stories") as llm:  # type: ignore[arg-type]
         assert llm.model.most_candidates > 40

@@ -43,7 +43,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def be_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guessing, "_fitting", lambda self, grade, most: most)
-    monkeypatch.setattr(Guessing, "_is_overdrawn", lambda self, plain_s: False)
+    monkeypatch.setattr(Guessing, "_left_s", lambda self, plain_s: 1.0)
     monkeypatch.setattr(Costs, "most", lambda self: 1000)
 
 
@@ -688,7 +688,7 @@ import hashlib, json, sys
 import tinyllm
 from tinyllm.engine.speculation import Costs, Guessing
 Guessing._fitting = lambda self, grade, most: most
-Guessing._is_overdrawn = lambda self, plain_s: False
+Guessing._left_s = lambda self, plain_s: 1.0
 Costs.most = lambda self: 1000
 llm = tinyllm.load("stories", threads=2)
 noisy = lambda tokens, n: [tokens[max(0, len(tokens) - 20 + i)] for i in range(min(n, 20))]

@@ -128,7 +128,7 @@ class Guessing:
         self._guess_s = 0.0
         most = min(room, MOST, self._costs.most() - self._costs.n_texts)
         plain_s = self._costs.seconds(1) or 0.0
-        if self._guesser is None or most <= 0 or self._is_overdrawn(plain_s):
+        if self._guesser is None or most <= 0 or self._left_s(plain_s) < 0:
             return []
         if self._record.guess_s > DEAR * plain_s:
             most = min(most, max((self._fitting(grade, most) for grade in self._grades()), default=most))
@@ -189,7 +189,7 @@ class Guessing:
         others = max(0, costs.n_texts - 1)
         base = others + 1
         plain_s = costs.seconds(base)
-        if plain_s is None or self._is_overdrawn(plain_s):
+        if plain_s is None or (left_s := self._left_s(plain_s)) < 0:
             return 0
         best, best_rate = 0, GAIN * (others + 1) / plain_s
         made = chance = 1.0
@@ -197,20 +197,21 @@ class Guessing:
             chance *= share
             made += chance
             call_s = costs.seconds(base + n) or plain_s
-            if others and call_s > STRETCH * plain_s:
+            took_s = call_s + n * self._record.guess_s
+            if took_s - plain_s > left_s or (others and call_s > STRETCH * plain_s):
                 break
-            rate = (others + made) / (call_s + n * self._record.guess_s)
+            rate = (others + made) / took_s
             if rate > best_rate:
                 best, best_rate = n, rate
         if best == 0 and self._may_explore(plain_s, base):
             return 1
         return best
 
-    def _is_overdrawn(self, plain_s: float) -> bool:
-        """Whether guesses have cost all that they may: a share of the text's time, and a call at its start,
-        where guesses for the texts before were worth their time."""
+    def _left_s(self, plain_s: float) -> float:
+        """What guesses may still cost: a share of the text's time, and a call at its start where guesses for
+        the texts before were worth their time."""
         allowance_s = LOSS * self.spent_s + (0.0 if self._record.is_in_debt(plain_s) else plain_s)
-        return self.spent_s - self.plain_s > allowance_s
+        return allowance_s + self.plain_s - self.spent_s
 
     def _may_explore(self, plain_s: float, base: int) -> bool:
         """Whether a guess that is not expected to pay may find out whether it does after all."""
