@@ -72,7 +72,7 @@ WHAT = {
     "mxfp4": "4-bit floats (0, 0.5, 1, 1.5, 2, 3, 4, 6, of either sign) and a power of two as their scale",
     "q3_k": "3-bit integers; each 16 have a 6-bit scale, the block a float16 one",
     "q2_k": "2-bit integers; each 16 have a 4-bit scale and minimum, the block a float16 scale of each",
-    "nvfp4": "the same 4-bit floats; each 16 have an 8-bit float as their scale",
+    "nvfp4": "4-bit floats as mxfp4's; each 16 have an 8-bit float as their scale",
     "iq3_s": "places in a code book of 512 fours, signs; each 32 have a 4-bit scale, the block a float16 one",
     "iq3_xxs": "places in one of 256, 7 of 8 signs; each 32 have a 4-bit scale, the block a float16 one",
     "iq2_s": "places in one of 1024 eights, signs; each 16 have a 4-bit scale, the block a float16 one",
@@ -159,6 +159,7 @@ def page(found: dict[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").format(
         formats=format_table(),
         quality=quality_table(rows),
+        unmeasured=unmeasured(rows),
         n_tokens=f"{n_tokens:,}",
         text=found["text"],
         machine=f"{decode['cpu_info']}, {decode['isa']}, {decode['n_threads']} threads",
@@ -195,6 +196,12 @@ def format_table() -> str:
         rows,
         ("format", "a block holds"),
     )
+
+
+def unmeasured(rows: Sequence[dict[str, Any]]) -> str:
+    """The mixes that came after the measurement, in a sentence."""
+    left = [f"`{type}`" for type in MIXES if type not in {"f32", "f16", *(row["weights"] for row in rows)}]
+    return f"\nNot yet measured: {', '.join(left)}.\n" if left else ""
 
 
 def quality_table(rows: Sequence[dict[str, Any]]) -> str:
