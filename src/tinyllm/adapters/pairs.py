@@ -68,8 +68,10 @@ class Pair:
         """What it adds to the matrix's rows [first, last): float32, summed in float64. Not for a bias."""
         a, b = self.a.f32(), self.b.f32()[:, : self.rank]
         if self.name == "embedding":
-            return (self.scale * (a[first:last].astype(np.float64) @ b.T.astype(np.float64))).astype("f4")
-        return (self.scale * (b[first:last].astype(np.float64) @ a.astype(np.float64))).astype("f4")
+            product = a[first:last].astype(np.float64) @ b.T.astype(np.float64)
+        else:
+            product = b[first:last].astype(np.float64) @ a.astype(np.float64)
+        return np.asarray(self.scale * product, np.float32)
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Adapter:
         for pair in self.pairs:
             facts = (pair.name, pair.layer, pair.scale, pair.has_bias, pair.a.format, pair.a.values.shape)
             hashed.update(repr((*facts, pair.b.format, pair.b.values.shape)).encode())
-            hashed.update(pair.a.bytes())
-            hashed.update(pair.b.bytes())
+            hashed.update(pair.a.bytes().tobytes())
+            hashed.update(pair.b.bytes().tobytes())
         return hashed.digest()
 
     @property

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class Adapters:
 
 
 def _items(choice: object) -> list[tuple[str, float]]:
-    items = list(choice) if isinstance(choice, (list, tuple)) else [None]
+    items: list[Any] = list(choice) if isinstance(choice, (list, tuple)) else [None]
     for item in items:
         if not isinstance(item, (list, tuple)) or len(item) != 2:
             raise TypeError(
