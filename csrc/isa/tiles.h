@@ -17,8 +17,15 @@ typedef struct t_shapes {
 #ifdef TINYLLM_AMX
 // Registers are named by literals. GCC 12's own _tile_loadconfig says that it reads 8 bytes of the 64, so that the rest is
 // never stored; and its _tile_loadd does not say that it reads memory at all.
-#define T_BEGIN(shapes)      __asm__ volatile("ldtilecfg %0" ::"m"(*(shapes)))
-#define T_END()              __asm__ volatile("tilerelease" ::)
+// What others in this thread have set stays: ggml, for one, sets its shapes once a thread.
+#define T_BEGIN(before, shapes) __asm__ volatile("sttilecfg %0\n\tldtilecfg %1" : "=m"(*(before)) : "m"(*(shapes)))
+#define T_END(before)                                                                                                  \
+    do {                                                                                                               \
+        if ((before)->palette)                                                                                         \
+            __asm__ volatile("ldtilecfg %0" ::"m"(*(before)));                                                         \
+        else                                                                                                           \
+            __asm__ volatile("tilerelease" ::);                                                                        \
+    } while (0)
 #define T_LOAD(t, p, stride) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"(p), "r"((size_t)(stride)) : "memory")
 #define T_ZERO(t)            __asm__ volatile("tilezero %%tmm" #t::)
 #define T_STORE(p, stride, t)                                                                                          \
@@ -62,7 +69,14 @@ static _Thread_local struct {
     uint8_t bytes[8][16][64];
 } t_unit;
 
-static inline void t_begin(const t_shapes *shapes) { t_unit.shapes = *shapes; }
+static inline void t_begin(t_shapes *before, const t_shapes *shapes) {
+    *before = t_unit.shapes;
+    t_unit.shapes = *shapes;
+}
+static inline void t_end(const t_shapes *before) {
+    memset(&t_unit, 0, sizeof t_unit);
+    t_unit.shapes = *before;
+}
 static inline void t_zero(int t) { memset(t_unit.bytes[t], 0, sizeof t_unit.bytes[t]); }
 static inline void t_load(int t, const void *p, size_t stride) {
     t_zero(t);
@@ -84,12 +98,12 @@ static inline void t_dot(int sum, int a, int b) {
         memcpy(t_unit.bytes[sum][i], s, sizeof s);
     }
 }
-#define T_ZERO(t)             t_zero(t)
-#define T_BEGIN(shapes)       t_begin(shapes)
-#define T_END()               memset(&t_unit, 0, sizeof t_unit)
-#define T_LOAD(t, p, stride)  t_load(t, p, (size_t)(stride))
-#define T_STORE(p, stride, t) t_store(p, (size_t)(stride), t)
-#define T_DOT(sum, a, b)      t_dot(sum, a, b)
+#define T_ZERO(t)               t_zero(t)
+#define T_BEGIN(before, shapes) t_begin(before, shapes)
+#define T_END(before)           t_end(before)
+#define T_LOAD(t, p, stride)    t_load(t, p, (size_t)(stride))
+#define T_STORE(p, stride, t)   t_store(p, (size_t)(stride), t)
+#define T_DOT(sum, a, b)        t_dot(sum, a, b)
 
 // Integers, below 2^22, to floats; of the high part of a split number times 128.
 static inline vf t_sums(const int32_t *p) { V_OP(vf, (float)p[i]); }

@@ -84,7 +84,11 @@ static void check_product(const tl_format *f, const shape *s) {
     tl_product product = {.w = &w, .in = &in, .out = expected, .stride = stride, .add = s->add};
     plain->matmul[f - tl_formats](&product, s->first, s->last, s->from, s->to);
     product.out = out;
+    const t_shapes others = {
+        .palette = 1, .row_bytes = {16, 64}, .rows = {3, 5}}; // set in this thread by somebody else
+    t_unit.shapes = others;
     tiles.matmul[f - tl_formats](&product, s->first, s->last, s->from, s->to);
+    CHECK(!memcmp(&t_unit.shapes, &others, sizeof others), "%s: the shapes that were set before are lost", f->name);
     for (size_t i = 0; i < n_out; i++)
         CHECK(!memcmp(&out[i], &expected[i], 4),
               "%s: %d x %d, panels %d..%d, tokens %d..%d of %d: row %zu, token %zu is %.9g, not %.9g", f->name, s->rows,
