@@ -235,7 +235,7 @@ def test_results_name_the_device(look: Look, stub_library: Path) -> None:
     for row in json.loads(run(*bench, "json").stdout):
         assert (row["device"], row["gpu_info"], row["backends"]) == ("cuda:0", "Stub 0", "CUDA")
         assert row["read_gb_s"] == 4321
-    assert "cuda:0 Stub 0, tinyllm" in run(*bench, "md").stdout
+    assert "cuda:0 Stub 0, f16 cache, tinyllm" in run(*bench, "md").stdout
     for row in json.loads(run(*bench, "json", "--device", "cpu", "--buffer", "1").stdout):
         assert (row["device"], row["gpu_info"], row["backends"]) == ("cpu", "", "CPU")
 
