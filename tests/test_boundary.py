@@ -316,7 +316,7 @@ def test_the_table_of_additions_names_files_that_exist() -> None:
     table = text[text.index("## To add a") : text.index("## Rules of the house")]
     named = {
         name.replace("\\", "")
-        for name in re.findall(r"[\w\\/]+\.(?:py|c|h|inc|cpp|cuh|cu|pyi|toml|md|sh|json)\b", table)
+        for name in re.findall(r"[\w\\/]+(?:\.fr)?\.(?:py|c|h|inc|cpp|cuh|cu|pyi|toml|md|sh|json)\b", table)
     }
     there = [
         str(path)

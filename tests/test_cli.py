@@ -540,7 +540,9 @@ LLAMA_CLI = """-m stories -p Once -s 7 -n -1 --n-predict 9 --temperature 1.5 -c 
     --no-mmap -ctk q8_0 -ctv q8_0 -no-cnv --color --no-warmup -st --jinja"""
 
 
-def test_the_options_of_llama_cpp_and_ollama(cli: Cli, tmp_path: Path) -> None:
+def test_the_options_of_llama_cpp_and_ollama(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What means the same gives the same; what means nothing is named."""
     theirs = LLAMA_CLI.split()
     ours = "stories Once --seed 7 -n 9 --temp 1.5 -c 300 --device cpu --typical 0.9 --presence-penalty 0.5 "
@@ -567,7 +569,8 @@ def test_the_options_of_llama_cpp_and_ollama(cli: Cli, tmp_path: Path) -> None:
     replayed = tmp_path / "out.json"
     replayed.write_text(a.out)
     assert cli("--replay", replayed).out == "same: all 9 tokens\n", "with a token that is forbidden"
-    assert "no such file" in cli("-hf", "org/repo:Q4_0", "-p", "x").err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "hf:org/repo:Q4_0: HF_HUB_OFFLINE is set" in cli("-hf", "org/repo:Q4_0", "-p", "x").err
 
 
 def test_a_value_is_no_option(cli: Cli) -> None:

@@ -268,7 +268,7 @@ BROKEN: dict[str, tuple[File, str]] = {
     "partial block": (with_tensor(T("x", (33, 32), 8)), "Q8_0 blocks hold 32"),
     "partial super-block": (with_tensor(T("x", (128, 2), 14)), "Q6_K blocks hold 256"),
     "type unknown": (with_tensor(T("x", type=99)), "number 99, which is unknown"),
-    "type unsupported": (with_tensor(T("x", (256,), 16)), "IQ2_XXS"),
+    "type unsupported": (with_tensor(T("x", (256,), 15)), "Q8_K"),
     "unaligned": (with_tensor(T("x", offset=4)), "no multiple of the alignment"),
     "overlap": (with_tensor(T("x", offset=0)), "overlap"),
     "offset past the end": (with_tensor(T("x", offset=1 << 40)), "is it a truncated download"),

@@ -205,8 +205,8 @@ def test_a_gguf_that_is_not_run_is_listed(cli: Cli, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(path, "mamba")
     writer.add_uint32("mamba.block_count", 3)
     writer.add_tensor("a.weight", np.zeros((2, 256), np.float32))
-    blocks = np.zeros((2, 66), np.uint8)
-    writer.add_tensor("b.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS)
+    blocks = np.zeros((2, 292), np.uint8)
+    writer.add_tensor("b.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_K)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -214,13 +214,13 @@ def test_a_gguf_that_is_not_run_is_listed(cli: Cli, tmp_path: Path) -> None:
     result = cli(path)
     assert result.code == 0
     assert re.search(r"mamba\.block_count +3", result.out)
-    assert re.search(r"\| b\.weight \| 2 x 256 \| IQ2_XXS \| +132 B \|", result.out)
+    assert re.search(r"\| b\.weight \| 2 x 256 \| Q8_K \| +584 B \|", result.out)
     assert "warning: tinyllm does not run this: " in result.out
     value = json.loads(cli(path, "--json").out)
-    assert "IQ2_XXS" in value["unsupported"]
+    assert "Q8_K" in value["unsupported"]
     raw = bytearray(path.read_bytes())
     at = raw.index(b"b.weight") + 8 + 4 + 16
-    assert raw[at] == gguf.GGMLQuantizationType.IQ2_XXS
+    assert raw[at] == gguf.GGMLQuantizationType.Q8_K
     raw[at] = 99
     path.write_bytes(raw)
     tensor = json.loads(cli(path, "--raw", "--json").out)["tensors"][1]

@@ -284,10 +284,10 @@ def _wanted(name: str, shape: tuple[int, ...], mix: Mix, facts: Facts, has_outpu
         if mix.output != "q6_k" and shape[-1] % GGUF_FORMATS[IDS[mix.base]].block:
             return "q8_0"
         return "q8_0" if mix.base in ("q8_0", "mxfp4") else mix.output
-    if name == "token_embd.weight":
-        return mix.embedding or mix.base
     if mix.base == "mxfp4" and len(shape) == 2 and facts.n_experts:
         return "q8_0"
+    if name == "token_embd.weight":
+        return mix.embedding or mix.base
     return _in_layer(name, mix, facts) or mix.base
 
 
