@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from helpers_interrupts import handlers_exception_may_be_lost, raise_amid
 from helpers_models import golden_spec, random_ids, random_weights, write_hf_directory
+from helpers_serve import write_chat_model
 
 import tinyllm
 from tinyllm import backends, errors
@@ -411,10 +412,9 @@ def write_small(path: Path) -> None:
 
 NO_IMPORTS = """
 import sys, tinyllm
-from tinyllm.chat.templates import ChatTemplate
-llm = tinyllm.load("stories", threads=2)
+llm = tinyllm.load(sys.argv[1], threads=2)
 known = set(sys.modules)
-llm.chat([{"role": "user", "content": "x"}], chat_template="{{ messages[0].content }}", max_tokens=2)
+llm.chat([{"role": "user", "content": "x"}], max_tokens=2)
 with llm.session() as session:
     session.append("Tom")
     session.generate(max_tokens=2)
@@ -422,7 +422,10 @@ assert not set(sys.modules) - known, set(sys.modules) - known
 """
 
 
-def test_calls_import_nothing() -> None:
+def test_calls_import_nothing(tmp_path: Path) -> None:
     """A process that is forked while another thread imports a module waits for ever for that module."""
-    done = subprocess.run([sys.executable, "-c", NO_IMPORTS], capture_output=True, text=True, check=False)
+    model = str(write_chat_model(tmp_path / "chat.gguf"))
+    done = subprocess.run(
+        [sys.executable, "-c", NO_IMPORTS, model], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

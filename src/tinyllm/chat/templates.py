@@ -76,6 +76,7 @@ class ChatTemplate:
         self.tool_source = tool_source
         self.variables = dict(variables or {})
         self._compiled: dict[str, tuple[Sandbox, Any]] = {}
+        _sandbox()  # imported while a model is loaded, not by a call, amid which the process may fork
         self._forms: dict[str, Forms] = {}
 
     def render(
