@@ -220,6 +220,20 @@ def debian(suite: str, work: Path, architecture: str = "amd64") -> tuple[str, ..
 # ---- the built part
 
 
+# zig has words of its own for processors, and 512-bit vectors off where they are not named.
+TRANSLATED = """#!/bin/sh
+for option do
+    shift
+    case $option in
+        -march=armv8-a) option=-mcpu=generic ;;
+        -march=armv8.2-a+dotprod) option=-mcpu=generic+v8_2a+dotprod ;;
+        -mavx512f) set -- "$@" -mevex512 ;;
+    esac
+    set -- "$@" "$option"
+done
+"""
+
+
 def compilers(platform: Platform, work: Path) -> Path:
     """A folder with cc, c++, ar and ranlib for a platform."""
     folder = work / platform.tag / "bin"
@@ -231,7 +245,7 @@ def compilers(platform: Platform, work: Path) -> Path:
         ("ranlib", "ranlib"),
     ):
         script = folder / name
-        script.write_text(f'#!/bin/sh\nexec {sys.executable} -m ziglang {command} "$@"\n')
+        script.write_text(f'{TRANSLATED}exec {sys.executable} -m ziglang {command} "$@"\n')
         script.chmod(0o755)
     return folder
 
@@ -243,6 +257,7 @@ def core(platform: Platform, bin: Path, work: Path) -> Path:
     options = {f"CMAKE_{key}": str(bin / name) for key, name in tools.items()} | {
         "CMAKE_SYSTEM_NAME": platform.system,
         "CMAKE_SYSTEM_PROCESSOR": platform.processor,
+        "CMAKE_INSTALL_NAME_TOOL": "true",  # macOS's: CMake wants one, a static library does not
         "CMAKE_OSX_SYSROOT": "",
         "CMAKE_OSX_DEPLOYMENT_TARGET": "",
         "TINYLLM_C_TESTS": "ON",  # the way to the core without the module; no test is built

@@ -19,7 +19,7 @@ BESIDE = (
     *("formats/formats.h", "formats/formats.inc", "formats/formats_small.inc", "formats/panel.h"),
     *("formats/pack.c", "formats/pack_small.c", "kernels/rows.inc", "kernels/kv.inc", "kernels/sums.inc"),
     *("formats/formats_schemes.inc", "formats/pack_schemes.c"),
-    *("isa/isa.h", "isa/select.c", "isa/target.inc", "isa/avx512.h", "isa/avx512vnni.c"),
+    *("isa/isa.h", "isa/select.c", "isa/target.inc", "isa/avx512.h", "isa/avx512vnni.c", "isa/cpuid.h"),
     *("cpu/cpu.h", "cpu/run.c", "cpu/load.c", "cpu/products.c", "cpu/rows.c", "cpu/attend.c"),
     "cpu/experts.c",
 )

@@ -1,7 +1,7 @@
 // isa/avx2.c: AVX2 with FMA and F16C (Haswell and later, Zen).
 
 #include "isa/avx2.h"
-#include <cpuid.h>
+#include "isa/cpuid.h"
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
@@ -9,10 +9,6 @@
 #define V_AHEAD    0                       // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        avx2
 
-static int has_it(void) {
-    unsigned a, b, c, d; // Clang before 16 does not know F16C by name
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
-           (c & bit_F16C);
-}
+static int has_it(void) { return x86_has((x86_features){X86_AVX2}); }
 
 #include "isa/target.inc"

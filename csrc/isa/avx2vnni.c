@@ -1,7 +1,7 @@
 // isa/avx2vnni.c: AVX2 with AVX-VNNI (Alder Lake and later, Zen 5).
 #define TINYLLM_AVX_VNNI
 #include "isa/avx2.h"
-#include <cpuid.h>
+#include "isa/cpuid.h"
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
@@ -10,10 +10,6 @@
 #define ISA        avx2vnni
 #define LIKE       avx2
 
-static int has_it(void) {
-    unsigned a, b, c, d; // AVX-VNNI, which Clang before 16 does not know by name; whatever has it has F16C
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
-           (a & bit_AVXVNNI);
-}
+static int has_it(void) { return x86_has((x86_features){X86_AVX2, X86_AVX_VNNI}); }
 
 #include "isa/target.inc"

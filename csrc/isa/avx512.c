@@ -1,5 +1,6 @@
 // isa/avx512.c: AVX-512 F, BW, DQ, VL without VNNI (Skylake-X).
 #include "isa/avx512.h"
+#include "isa/cpuid.h"
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(6, 2) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
@@ -7,9 +8,6 @@
 #define V_AHEAD    8192                            // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        avx512
 
-static int has_it(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
+static int has_it(void) { return x86_has((x86_features){X86_AVX512}); }
 
 #include "isa/target.inc"

@@ -1,6 +1,7 @@
 // isa/avx512vnni.c: AVX-512 with VNNI (Ice Lake, Zen 4 and later).
 #define TINYLLM_VNNI
 #include "isa/avx512.h"
+#include "isa/cpuid.h"
 
 #define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(6, 2) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
@@ -9,10 +10,6 @@
 #define ISA        avx512vnni
 #define LIKE       avx512
 
-static int has_it(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
-}
+static int has_it(void) { return x86_has((x86_features){X86_AVX512, X86_AVX512_VNNI}); }
 
 #include "isa/target.inc"
