@@ -321,19 +321,28 @@ def test_a_signal_while_weights_are_packed(tmp_path: Path) -> None:
 
     def load(files: modelfiles.ModelFiles) -> None:
         tinyllm.load(files, threads=1, weights="q4_k_m").close()
-        for _ in range(6000):  # where all was packed before the signal came
+        for _ in range(300):  # where all was packed before the signal came
             time.sleep(0.01)
+
+    def is_raised(files: modelfiles.ModelFiles) -> bool:
+        try:
+            load(files)
+        except KeyboardInterrupt:
+            return True
+        return False  # what is raised within a finalizer, Python can only report
 
     path = write_hf_directory(tmp_path / "model", BIG, random_weights(BIG, 6))
     tinyllm.load("stories", threads=2).close()
     before = held()
     for n in range(5):
-        timer = threading.Timer(0.004 * n, lambda: os.kill(os.getpid(), signal.SIGINT))
-        files = dataclasses.replace(modelfiles.open_model(path), read_tokenizer=timer.start)
-        with pytest.raises(KeyboardInterrupt):
-            load(files)
-        timer.join()
-        assert held() == before
+        raised = []
+        while len(raised) < 3 and not any(raised):
+            timer = threading.Timer(0.004 * n, lambda: os.kill(os.getpid(), signal.SIGINT))
+            files = dataclasses.replace(modelfiles.open_model(path), read_tokenizer=timer.start)
+            raised.append(is_raised(files))
+            timer.join()
+            assert held() == before
+        assert any(raised)
 
 
 def test_a_fork_while_weights_are_packed(tmp_path: Path) -> None:
