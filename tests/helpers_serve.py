@@ -60,6 +60,7 @@ class Says:
 
     def __init__(self, context: int = 2048) -> None:
         self.text: str | None = None
+        self.pause_s = 0.0  # before each token, for tests that do something meanwhile
         self.loaded: list[tinyllm.LLM] = []
         self._context = context
 
@@ -90,6 +91,7 @@ class Says:
         starts: list[int] = []
 
         def steer(logits: Any, tokens: Sequence[int]) -> None:
+            time.sleep(self.pause_s)
             starts.append(len(tokens))
             token = ids[min(len(tokens) - starts[0], len(ids) - 1)]
             kept = max(float(logits[token]), 0.0)

@@ -166,7 +166,7 @@ STORY = "Once there was a dog, and it ran to the red ball. " * 20
 
 
 def test_a_question_is_answered_while_one_looks(at: Browser, says: Says) -> None:
-    says.text = STORY
+    says.text, says.pause_s = STORY, 0.01
     at.js("window.seen = new Set(); new MutationObserver(() => window.seen.add("
           "document.querySelector('.assistant .body')?.textContent.length))"
           ".observe(document.getElementById('talk'), {subtree: true, childList: true})")  # fmt: skip
@@ -175,6 +175,7 @@ def test_a_question_is_answered_while_one_looks(at: Browser, says: Says) -> None
     done(at)
     assert at.one(".bubble").text == "Tell me of a dog."
     (answer,) = answers(at)
+    says.pause_s = 0.0
     assert len(answer) > 40
     assert len(at.js("return [...window.seen]")) > 4, "it comes in pieces"
     stats = at.one(".stats").text
@@ -244,7 +245,7 @@ def test_reasoning_is_folded_away(at: Browser, says: Says) -> None:
 
 
 def test_escape_stops_and_it_can_be_written_again(at: Browser, running: Running, says: Says) -> None:
-    says.text = STORY * 10
+    says.text, says.pause_s = STORY * 10, 0.02
     say(at, "Tell me a long story.")
     at.until(lambda: answers(at) and len(answers(at)[0]) > 30)
     assert at.one("#send").get_attribute("aria-label") == "Stop"
@@ -253,7 +254,7 @@ def test_escape_stops_and_it_can_be_written_again(at: Browser, running: Running,
     running.wait_until_idle()
     assert len(answers(at)[0]) < len(says.text)
     assert at.one(".stats").text.endswith("stopped")
-    says.text = "A cat."
+    says.text, says.pause_s = "A cat.", 0.0
     at.click(".assistant .tool[aria-label='Write it again']")
     at.until(lambda: answers(at) == ["A cat."])
     done(at)
