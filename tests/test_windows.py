@@ -72,7 +72,7 @@ def test_freeing_changes_no_bit(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_long_text_holds_what_its_windows_need(path: Path) -> None:
     """In a pool that may have no more pages than the plan says."""
-    with tinyllm.load(path, device="cpu", threads=1) as llm:
+    with tinyllm.load(path, device="cpu", threads=1, speculate=None) as llm:
         groups = llm.model.cache_groups
         most = cache_pages(llm.config)
         whole = CONTEXT // PAGE
