@@ -215,32 +215,16 @@ void tl_pack_bf16(uint8_t *panel, const uint8_t *const rows[16]) { tl_pack_f16(p
 void tl_unpack_bf16(float *out, const uint8_t *panel, int row) { *out = tl_bf16_to_f32(half_at(panel + 2 * row)); }
 
 // ---- the table -----------------------------------------------------------------------------------------------------
-const tl_format tl_formats[TL_N_FORMATS + 1] = {
-#define X(format, id_, block_, block_bytes_, panel_bytes_, is_float_, ...)                                             \
-    {.id = id_,                                                                                                        \
-     .name = #format,                                                                                                  \
-     .block = block_,                                                                                                  \
-     .block_bytes = block_bytes_,                                                                                      \
-     .panel_bytes = panel_bytes_,                                                                                      \
-     .is_float = is_float_,                                                                                            \
-     .pack = tl_pack_##format,                                                                                         \
-     .unpack = tl_unpack_##format,                                                                                     \
-     .quantize = tl_quantize_##format,                                                                                 \
-     __VA_ARGS__},
-    TL_GGUF_FORMATS(X)
+#define ROW(format, id_, block_, block_bytes_, panel_bytes_, is_float_)                                                \
+    .id = id_, .name = #format, .block = block_, .block_bytes = block_bytes_, .panel_bytes = panel_bytes_,             \
+    .is_float = is_float_, .pack = tl_pack_##format, .unpack = tl_unpack_##format
+#define X(format, id, block, block_bytes, panel_bytes, is_float, ...)                                                  \
+    {ROW(format, id, block, block_bytes, panel_bytes, is_float), .quantize = tl_quantize_##format, __VA_ARGS__},
+#define Y(...) {ROW(__VA_ARGS__)},
+const tl_format tl_formats[TL_N_FORMATS + 1] = {TL_GGUF_FORMATS(X) TL_SCHEME_FORMATS(Y)};
+#undef ROW
 #undef X
-#define X(format, id_, block_, block_bytes_, panel_bytes_, is_float_)                                                  \
-    {.id = id_,                                                                                                        \
-     .name = #format,                                                                                                  \
-     .block = block_,                                                                                                  \
-     .block_bytes = block_bytes_,                                                                                      \
-     .panel_bytes = panel_bytes_,                                                                                      \
-     .is_float = is_float_,                                                                                            \
-     .pack = tl_pack_##format,                                                                                         \
-     .unpack = tl_unpack_##format},
-        TL_SCHEME_FORMATS(X)
-#undef X
-};
+#undef Y
 
 const tl_format *tl_format_of(int id) {
     for (const tl_format *f = tl_formats; f->name; f++)
