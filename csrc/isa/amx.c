@@ -5,9 +5,9 @@
 #define TINYLLM_VNNI
 #define TINYLLM_AMX
 #include "isa/avx512.h"
+#include "isa/cpuid.h"
 #include "isa/isa.h"
 #include "isa/tiles.h"
-#include <cpuid.h>
 #include <errno.h>
 #include <pthread.h>
 #ifdef __linux__
@@ -15,8 +15,7 @@
 #include <unistd.h>
 #endif
 
-#define V_UNROLL _Pragma("GCC unroll 16")
-#define T_FEW    tl_kernels_avx512vnni
+#define T_FEW tl_kernels_avx512vnni
 extern tl_kernels tl_kernels_avx512vnni;
 
 #include "isa/tiles.inc"
@@ -29,11 +28,9 @@ const char *tl_amx_refused; // why a machine that has the unit does not use it, 
 #define XTILEDATA           18
 
 static void ask_kernel(void) {
-    unsigned a, b, c, d, low, high;
-    const unsigned wanted = 1u << 24 | 1u << 25; // AMX-TILE, AMX-INT8
-    if (!T_FEW.usable() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & wanted) != wanted) return;
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low >> 17 & 3) != 3) {
+    static const x86_features unit = {X86_AMX}, unit_saved = {X86_AMX, .saved = 3u << 17};
+    if (!T_FEW.usable() || !tl_x86_has(&unit)) return;
+    if (!tl_x86_has(&unit_saved)) {
         tl_amx_refused = "amx: the kernel does not keep its registers";
         return;
     }

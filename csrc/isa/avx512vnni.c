@@ -3,13 +3,12 @@
 #include "isa/avx512.h"
 #include "isa/cpuid.h"
 
-#define V_UNROLL   _Pragma("GCC unroll 16")
 #define V_TILES(X) X(6, 2) X(4, 1) X(2, 1) X(1, 1) // (tokens, panels at once), widest first
 #define V_SUMS     16                              // vectors of sums that registers hold beside the weights
 #define V_AHEAD    8192                            // bytes ahead that a few tokens' weights are asked for, 0: never
 #define ISA        avx512vnni
 #define LIKE       avx512
 
-static int has_it(void) { return x86_has((x86_features){X86_AVX512, X86_AVX512_VNNI}); }
+X86_HAS_IT(X86_AVX512, X86_AVX512_VNNI)
 
 #include "isa/target.inc"

@@ -3,11 +3,9 @@
 #ifndef TINYLLM_CPUID_H
 #define TINYLLM_CPUID_H
 
-#include <cpuid.h>
-
-// Features by the bit of CPUID that says them: leaf 1's ecx, leaf 7's ebx and ecx, leaf 7.1's eax.
+// Features by the bit of CPUID that says them: leaf 1's ecx, leaf 7's ebx, ecx and edx, leaf 7.1's eax.
 typedef struct x86_features {
-    unsigned leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf71_eax, saved; // saved: bits of XCR0, the registers that are kept
+    unsigned leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf71_eax, saved; // saved: bits of XCR0, the registers kept
 } x86_features;
 
 #define X86_AVX2                                                                                                       \
@@ -17,16 +15,16 @@ typedef struct x86_features {
     .leaf7_ebx = 1u << 5 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, .saved = 0xe6 // F, DQ, BW, VL
 #define X86_AVX512_VNNI .leaf7_ecx = 1u << 11
 #define X86_AVX_VNNI    .leaf71_eax = 1u << 4
+#define X86_AMX         .leaf1_ecx = 1u << 27, .leaf7_edx = 1u << 24 | 1u << 25 // TILE, INT8
 
-static inline int x86_has(x86_features wanted) {
-    unsigned a, b, c, d, low, high;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & wanted.leaf1_ecx) != wanted.leaf1_ecx) return 0;
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0)); // there, as leaf 1 said OSXSAVE, bit 27
-    if ((low & wanted.saved) != wanted.saved) return 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    if ((b & wanted.leaf7_ebx) != wanted.leaf7_ebx || (c & wanted.leaf7_ecx) != wanted.leaf7_ecx) return 0;
-    if (!wanted.leaf71_eax) return 1;
-    return a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & wanted.leaf71_eax) == wanted.leaf71_eax;
-}
+// In a file of its own, without any instruction set's flags: compilers use what a file's flags allow, and this is asked
+// where nobody knows yet what the machine has. For the same reason by its address: copying it may take vectors.
+int tl_x86_has(const x86_features *wanted);
+
+#define X86_HAS_IT(...)                                                                                                \
+    static int has_it(void) {                                                                                          \
+        static const x86_features wanted = {__VA_ARGS__};                                                              \
+        return tl_x86_has(&wanted);                                                                                    \
+    }
 
 #endif

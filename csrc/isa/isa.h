@@ -36,6 +36,13 @@ static inline uint8_t *tl_panel(const tl_matrix *w, int panel, size_t *side) {
     return (uint8_t *)w->data + (size_t)lead * n_blocks * bytes + (size_t)(panel - lead) * bytes;
 }
 
+// Before a loop over registers. Compilers that optimize nothing, as for tests under sanitizers, would warn that they do not.
+#if !defined V_UNROLL && defined __NO_INLINE__
+#define V_UNROLL
+#elif !defined V_UNROLL
+#define V_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // For bytes that will soon be read: fetches them into L2.
 static inline __attribute__((always_inline)) void ask(const uint8_t *p, size_t n_bytes) {
     for (size_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
