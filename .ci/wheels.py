@@ -29,6 +29,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -220,13 +221,14 @@ def debian(suite: str, work: Path, architecture: str = "amd64") -> tuple[str, ..
 # ---- the built part
 
 
-# zig has words of its own for processors, and 512-bit vectors off where they are not named.
+# zig has words of its own for processors, and 512-bit vectors off where they are not named. For macOS it has
+# no generic 64-bit ARM (arm_neon.h then asks for the features of an M1), and the M1 is Apple's first.
 TRANSLATED = """#!/bin/sh
 for option do
     shift
     case $option in
-        -march=armv8-a) option=-mcpu=generic ;;
-        -march=armv8.2-a+dotprod) option=-mcpu=generic+v8_2a+dotprod ;;
+        -march=armv8-a) option=-mcpu={armv8} ;;
+        -march=armv8.2-a+dotprod) option=-mcpu={dotprod} ;;
         -mavx512f) set -- "$@" -mevex512 ;;
     esac
     set -- "$@" "$option"
@@ -238,6 +240,11 @@ def compilers(platform: Platform, work: Path) -> Path:
     """A folder with cc, c++, ar and ranlib for a platform."""
     folder = work / platform.tag / "bin"
     folder.mkdir(parents=True, exist_ok=True)
+    is_apple = platform.system == "Darwin"
+    translated = TRANSLATED.format(
+        armv8="apple_m1" if is_apple else "generic",
+        dotprod="apple_m1" if is_apple else "generic+v8_2a+dotprod",
+    )
     for name, command in (
         ("cc", f"cc -target {platform.target}"),
         ("c++", f"c++ -target {platform.target}"),
@@ -245,7 +252,7 @@ def compilers(platform: Platform, work: Path) -> Path:
         ("ranlib", "ranlib"),
     ):
         script = folder / name
-        script.write_text(f'{TRANSLATED}exec {sys.executable} -m ziglang {command} "$@"\n')
+        script.write_text(f'{translated}exec {sys.executable} -m ziglang {command} "$@"\n')
         script.chmod(0o755)
     return folder
 
@@ -288,6 +295,8 @@ def module(platform: Platform, version: str, include: Path, bin: Path, library: 
     flags += [f"-I{folder}" for folder in (ROOT / "csrc", pybind11.get_include(), include)]
     flags += ["-undefined", "dynamic_lookup"] if platform.system == "Darwin" else ["-Wl,--gc-sections", "-s"]
     run(bin / "c++", *flags, "-o", out, ROOT / "csrc" / "bindings.cpp", library)
+    if platform.tag.startswith("musllinux"):  # musl takes any name for itself; auditwheel, only Alpine's
+        run("patchelf", "--replace-needed", "libc.so", f"libc.musl-{platform.processor}.so.1", out)
     return out
 
 
@@ -367,7 +376,9 @@ def python_aarch64(work: Path) -> tuple[list[str | Path], dict[str, str]]:
     apt, home = debian("bookworm", work, "arm64"), work / "apt" / "bookworm-arm64"
     root = home / "root"
     if not root.is_dir():
-        run(*apt, "install", "--download-only", "--yes", "--no-install-recommends", "python3.11")
+        run(
+            *apt, "install", "--download-only", "--yes", "--no-install-recommends", "python3.11", "libstdc++6"
+        )
         for package in (home / "cache" / "archives").glob("*.deb"):
             run("dpkg", "-x", package, root)
     return ["qemu-aarch64", "-L", root, root / "usr" / "bin" / "python3.11"], {
@@ -453,13 +464,17 @@ def build(
         except CannotError as error:
             failed.append(f"{platform.tag}: {error}")
             continue
-        for version, folder in include.items():
-            try:
-                built = module(platform, version, folder, bin, library, release)
-                wheel = assemble(python, built, version, platform, out)
-                _say(wheel, check(wheel, platform, work))
-            except CannotError as error:
-                failed.append(f"{platform.tag} for Python {version}: {error}")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            built = [
+                (version, pool.submit(module, platform, version, folder, bin, library, release))
+                for version, folder in include.items()
+            ]
+            for version, one in built:
+                try:
+                    wheel = assemble(python, one.result(), version, platform, out)
+                    _say(wheel, check(wheel, platform, work))
+                except CannotError as error:
+                    failed.append(f"{platform.tag} for Python {version}: {error}")
 
 
 def _say(path: Path, what: str) -> None:

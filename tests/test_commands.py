@@ -80,6 +80,12 @@ def test_a_subcommand_calls_itself_by_the_name_it_was_called_by() -> None:
     assert python("-m", "tinyllm", "--version").startswith("tinyllm 0.")
 
 
+def test_every_option_of_run_stands_in_a_group_that_says_what_it_is_about() -> None:
+    listed = python("-m", "tinyllm", "run", "--help").partition("\noptions:\n")[2].partition("\n\n")[0]
+    assert listed.split()[:2] == ["-h,", "--help"]
+    assert len(listed.splitlines()) == 1, listed
+
+
 LOADED = "import sys; {}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
 
 
@@ -103,6 +109,15 @@ def test_a_run_loads_what_it_uses() -> None:
     loaded = set(python("-c", LOADED.format(run)).splitlines()[-1].split())
     assert {"numpy", "tinyllm"} <= loaded
     assert not {"rich", "jinja2", "tokenizers", "safetensors", "cffi", "huggingface_hub", "asyncio"} & loaded
+
+
+def test_a_run_loads_no_part_of_ours_that_it_does_not_use() -> None:
+    """The first word comes a fifth sooner for it: no adapters, tools, forms, nor schemes of directories."""
+    unused = ("adapters", "chat.tools", "constraints", "files.schemes", "cli.interactive", "server")
+    run = "from tinyllm.cli.run import main; main(['stories', 'Once', '-n', '1', '--temp', '0'])"
+    shown = python("-c", f"import sys; {run}; print(*sorted(sys.modules))").splitlines()[-1].split()
+    assert "tinyllm.llm" in shown
+    assert not {f"tinyllm.{name}" for name in unused} & set(shown)
 
 
 def test_hints_name_packages_of_the_index() -> None:

@@ -324,10 +324,16 @@ def test_a_conversation_goes_on_after_a_prompt(terminal: Open, chat_file: Path) 
     run = terminal("stories", "-p", "Hello", "-cnv", "--chat-template", chat_file, "-n", "3", "--verbose")
     run.expect("a chat")
     run.expect("loaded in")
-    run.expect("3 tokens, ")
-    run.expect("> ")
-    run.send("/undo\r")
-    run.expect("took back 'Hello' and its answer")
+    said = run.expect("> ")
+    assert "generated      3 tokens in" in said
+    assert said.count("3 tokens") == 2, "in the figures, and in why it ended"
+    assert re.search(r"context \d+ of 512", said)
+    run.send("Again\r")
+    assert "loaded in" not in run.expect("generated"), "it was loaded once"
+    for message in ("Again", "Hello"):
+        run.expect("> ")
+        run.send("/undo\r")
+        run.expect(f"took back '{message}' and its answer")
     run.expect("> ")
     run.send("\x04")
     run.rest()
@@ -436,7 +442,9 @@ def test_a_full_context_is_said_with_numbers_and_forgets_nothing(
 ) -> None:
     talk = Chat(llm, endless, None, chat_template=TEMPLATE)
     _, err = converse(llm, talk, ["Hello", "One more thing", "n"], monkeypatch, capsys)
-    assert "the context is full: 200 of 200 tokens" in err, "the answer ran into it"
+    assert "tok/s; the context is full: 200 of 200 tokens" in err, (
+        "the answer ran into it, which is said once"
+    )
     assert "tokens do not fit into the context of 200" in err, "the next question did not fit"
     assert "begin with a larger context: -c N" in err
     assert "context=" not in err
@@ -527,7 +535,8 @@ def test_settings_have_the_names_of_options(
     lines = """/set temperature 0.5|/set parameter top_k 3|/set num_predict 9|/set repeat-penalty 1.5
         /set stop END|/set min_p -|/set logit_bias 5-inf|/set verbose|/set nowordwrap|/set temperature hot
         /set system Be brief.
-        /set nonsense 1|/set num_ctx 99|/set|/set top_p 7|/show|/?|/set max-tokens -1|/set logit-bias -"""
+        /set nonsense 1|/set temprature 1|/set help -|/set num_ctx 99|/set ctx-size 9|/set
+        /set top_p 7|/show|/?|/set max-tokens -1|/set logit-bias -"""
     type_lines([line.strip() for line in lines.replace("\n", "|").split("|")], monkeypatch)
     assert interact(llm, talk, view) == 0
     err = capsys.readouterr().err
@@ -536,8 +545,11 @@ def test_settings_have_the_names_of_options(
     assert (p.max_tokens, p.logit_bias) == (None, {})
     assert (view.figures, view.wraps, talk._system) == (True, False, "Be brief.")
     for words in (
-        "invalid float value: 'hot'",
-        "there is no option --nonsense",
+        "temperature: invalid float value: 'hot'",
+        "there is no setting nonsense",
+        "there is no setting temprature; temperature is one",
+        "there is no setting help",
+        "ctx_size cannot change while a model is loaded",
         "context cannot change while a model is loaded",
         "top_p is 7",
         "min_p: the default again",

@@ -31,19 +31,7 @@ from tinyllm.backends import CacheType
 from tinyllm.chat.prompts import Prompts
 from tinyllm.chat.reasoning import Plain, Splitter, hidden, opening_ids, splitter, visible_ids
 from tinyllm.chat.templates import ChatTemplate, require
-from tinyllm.chat.tools import (
-    AnswerSplitter,
-    Calling,
-    ToolCall,
-    arranged,
-    as_tools,
-    calling_of,
-    count_calls,
-    format_of,
-)
-from tinyllm.chat.tools.schema import Tool
 from tinyllm.config import POOLINGS, EmbeddingDefaults, GenerationDefaults, Pooling
-from tinyllm.constraints import Form, Grammar, Vocabulary, form_of, form_of_calls
 from tinyllm.engine import reranking, saved
 from tinyllm.engine.adapters import AdapterChoice, Adapters
 from tinyllm.engine.breakers import breaker_ids
@@ -84,6 +72,11 @@ if sys.version_info >= (3, 11):
     from typing import Unpack
 elif TYPE_CHECKING:
     from typing_extensions import Unpack
+
+if TYPE_CHECKING:  # imported where they are used: most calls ask for no tools and no form
+    from tinyllm.chat.tools import AnswerSplitter, Calling
+    from tinyllm.chat.tools.schema import Tool
+    from tinyllm.constraints import Form, Grammar, Vocabulary
 
 MAX_GRAMMARS = 64  # that are kept, compiled
 
@@ -601,8 +594,10 @@ class LLM(Habits):
     ) -> tuple[Prompts, SequenceOf[Mapping[str, Any]], SequenceOf[Mapping[str, Any]] | None]:
         """What a template gets: messages and tools in the form that it shows."""
         prompts = self._prompts_of(chat_template)
-        told: SequenceOf[Mapping[str, Any]] | None = as_tools(tools or ()) or None
+        told: SequenceOf[Mapping[str, Any]] | None = _described(tools) or None
         if told or any(map(_is_to_be_completed, _calls_in(messages))):
+            from tinyllm.chat.tools import arranged, format_of
+
             assert self.tokenizer is not None
             template = prompts.template
             source = template.tool_source if told and template.tool_source else template.source
@@ -621,7 +616,7 @@ class LLM(Habits):
         special_in_messages: bool,
     ) -> tuple[list[int], Calling | None]:
         """The prompt of a conversation, and how calls of tools are read from its answer."""
-        described = as_tools(tools or ())
+        described = _described(tools)
         ids = self.chat_ids(
             messages,
             tools=described,
@@ -642,6 +637,8 @@ class LLM(Habits):
         """What the answer may call; messages and template are those of a prompt that could be made."""
         if not tools and choice in ("auto", "none"):
             return None
+        from tinyllm.chat.tools import calling_of, count_calls
+
         template, tokenizer = self._prompts_of(chat_template).template, self.tokenizer
         assert tokenizer is not None
         return calling_of(
@@ -1264,8 +1261,12 @@ class LLM(Habits):
     ) -> tuple[Form, Grammar] | None:
         """The form that is asked for and its grammar, which is kept for the next call."""
         asked = {name: getattr(params, name) for name in ("json_schema", "regex", "choices", "grammar")}
-        form = form_of(**asked)
         lark = calling.grammar if calling is not None else None
+        if lark is None and all(value is None for value in asked.values()):
+            return None
+        from tinyllm.constraints import Grammar, Vocabulary, form_of, form_of_calls
+
+        form = form_of(**asked)
         if lark is not None:
             if form is not None:
                 raise ConstraintError(
@@ -1592,6 +1593,15 @@ def _is_prompt(prompt: Prompt | SequenceOf[Prompt]) -> TypeGuard[Prompt]:
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer)))
 
 
+def _described(tools: SequenceOf[Tool] | None) -> list[dict[str, Any]]:
+    """As OpenAI's dicts."""
+    if not tools:
+        return []
+    from tinyllm.chat.tools import as_tools
+
+    return as_tools(tools)
+
+
 def _calls_in(messages: SequenceOf[Mapping[str, Any]]) -> Iterator[Any]:
     for message in messages if isinstance(messages, SequenceOf) else ():
         if isinstance(message, Mapping):
@@ -1600,6 +1610,8 @@ def _calls_in(messages: SequenceOf[Mapping[str, Any]]) -> Iterator[Any]:
 
 def _is_to_be_completed(call: object) -> bool:
     """Whether no template knows such a call of a conversation: a completion's own, or one without an id."""
+    from tinyllm.chat.tools import ToolCall
+
     return isinstance(call, ToolCall) or (isinstance(call, Mapping) and not call.get("id"))
 
 

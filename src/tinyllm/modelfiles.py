@@ -44,7 +44,6 @@ from tinyllm.files.gguf import read_gguf
 from tinyllm.files.heads import HeadTensors, heads_of_directory, heads_of_gguf, is_qwen3_reranker
 from tinyllm.files.names import Weights, map_tensors
 from tinyllm.files.safetensors import read_safetensors
-from tinyllm.files.schemes import find_scheme, join
 from tinyllm.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 
 BUNDLED = {"stories": Path(__file__).parent / "data" / "stories.gguf"}
@@ -160,6 +159,8 @@ def _read_gguf(path: Path) -> ModelFiles:
 
 
 def _read_directory(path: Path) -> ModelFiles:
+    from tinyllm.files.schemes import find_scheme, join  # which no GGUF needs
+
     folder = path if path.is_dir() else path.parent
     json = read_json(folder / "config.json")
     scheme = find_scheme(json, folder)

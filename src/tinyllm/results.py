@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tinyllm.chat.tools import ToolCall
 from tinyllm.engine.engine import FinishReason, Generation, Piece
 from tinyllm.engine.loop import Inbox
 from tinyllm.errors import ConstraintError
 
 if TYPE_CHECKING:
+    from tinyllm.chat.tools import ToolCall
     from tinyllm.constraints import Form
 
 

@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 import tinyllm._core as _core
-from tinyllm.adapters import Pair
 from tinyllm.backends import cuda
 from tinyllm.config import ModelConfig
 from tinyllm.errors import (
@@ -34,6 +33,9 @@ from tinyllm.errors import (
 )
 from tinyllm.files import F32 as F32_ID
 from tinyllm.files import FORMATS, OWN_FORMATS, FileReader, TensorInfo, read_rows, show
+
+if TYPE_CHECKING:  # read where one is loaded
+    from tinyllm.adapters import Pair
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]

@@ -145,15 +145,16 @@ def finish(llm: LLM, completion: Completion) -> str:
     return "ended by the model"
 
 
-def print_figures(llm: LLM, completion: Completion) -> None:
+def print_figures(llm: LLM, completion: Completion, *, loading: bool = True) -> None:
     """What a text took: loading, prompt, answer."""
     t = completion.timings
-    where = f"cpu, {llm.model.threads} threads" if llm.device == "cpu" else llm.device
-    note(
-        f"{Path(llm.name).name}: loaded in {seconds(llm.load_s)}, {size(llm.model.weight_bytes)} of weights, "
-        f"context {llm.context}, {where}; "
-        f"peak memory {size(peak_memory_bytes())}"
-    )
+    if loading:
+        where = f"cpu, {llm.model.threads} threads" if llm.device == "cpu" else llm.device
+        note(
+            f"{Path(llm.name).name}: loaded in {seconds(llm.load_s)}, {size(llm.model.weight_bytes)} of "
+            f"weights, context {llm.context}, {where}; "
+            f"peak memory {size(peak_memory_bytes())}"
+        )
     prompt_rate, token_rate = rate(t.prompt_tokens, t.prompt_s), rate(t.generated_tokens, t.generate_s)
     prompt, generated = counted(t.prompt_tokens, "token", 5), counted(t.generated_tokens, "token", 5)
     note(f"prompt     {prompt} in {seconds(t.prompt_s):>7}  {prompt_rate:8.1f} tok/s")

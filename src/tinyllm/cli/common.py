@@ -209,8 +209,9 @@ def add_model_argument(
 def add_model_options(
     parser: argparse.ArgumentParser,
     context: str = "room for N tokens of prompt and answer (default: the model's own)",
-) -> None:
-    """The options that `load_model` reads. context: what --context means to the command."""
+) -> argparse._ArgumentGroup:
+    """The options that `load_model` reads, and the group they stand in. context: what --context means to the
+    command."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-c",
@@ -240,11 +241,12 @@ def add_model_options(
         metavar="F",
         help="quantize a float model while loading, to q8_0, q4_k_m...: smaller, faster, less exact",
     )
+    return group
 
 
-def add_lora_option(parser: argparse.ArgumentParser) -> None:
+def add_lora_option(group: argparse._ArgumentGroup) -> None:
     """The option --lora that `load_model` reads."""
-    parser.add_argument(
+    group.add_argument(
         "--lora",
         action="append",
         type=path_and_scale,
@@ -481,19 +483,25 @@ def setting(name: str, value: str) -> dict[str, Any]:
     takes it back. Raises UsageError."""
     name = name.lstrip("-").replace("-", "_")
     name = _OLLAMA.get(name, name)
-    if name in _FIXED:
+    option = f"--{name.replace('_', '-')}"
+    ours = peers.SAME.get(option, option)
+    if ours[2:].replace("-", "_") in _FIXED:
         raise UsageError(f"{name} cannot change while a model is loaded: leave, and give it when you begin")
     parser = Parser("/set", "", "", "")
     add_sampling_options(parser)
-    option = f"--{name.replace('_', '-')}"
-    action = parser.action_of(peers.SAME.get(option, option))
+    action = parser.action_of(ours)
     given = {}
-    if value != "-":
-        given = sampling_fields(parser.parse_intermixed_args([f"{option}={value}"]))
-    elif action is None:
-        raise UsageError(f"there is no option {option}{peers.hint(option, parser.options)}")
-    if given or action is None:
+    try:
+        if value != "-" and option != "--help":
+            given = sampling_fields(parser.parse_intermixed_args([f"{option}={value}"]))
+    except UsageError as error:
+        if not str(error).startswith("there is no option"):
+            raise UsageError(re.sub("^argument [^:]*", name, str(error))) from None
+    if given:
         return given
+    if action is None or option == "--help":
+        known = [known for known in parser.options if known != "--help"]
+        raise UsageError(f"there is no setting {name}{peers.hint(option, known).replace('--', '')}")
     return {action.dest: {} if action.dest == "logit_bias" else None}
 
 

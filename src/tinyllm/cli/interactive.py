@@ -112,6 +112,7 @@ class _Conversation:
     def __init__(self, llm: LLM, talk: Talk, view: View) -> None:
         self._llm, self._talk, self._view = llm, talk, view
         self._read: list[str] = []  # files that go before the next line
+        self._told = False  # whether figures said how the model was loaded
         self._commands: dict[str, tuple[Callable[[str], str | None], str, str]] = {
             "regen": (self._regenerate, "", "answer once more in place of the last answer"),
             "undo": (lambda text: talk.undo(), "", "take back the last turn"),
@@ -164,6 +165,10 @@ class _Conversation:
         try:
             try:
                 stream = start()
+            except KeyboardInterrupt:
+                put(flush=True)
+                note("stopped by Ctrl-C before the answer began")
+                return
             except ContextError as error:
                 note(in_options(str(error)))
                 if not self._makes_room("answer then"):
@@ -182,12 +187,17 @@ class _Conversation:
         self._talk.keep(completion)
         t = completion.timings
         used = len(completion.prompt_tokens) + len(completion.tokens)
+        room = f"context {used} of {self._llm.context}"
         if self._view.figures:
-            print_figures(self._llm, completion)
-        note(
-            f"{counted(t.generated_tokens, 'token')}, {rate(t.generated_tokens, t.generate_s):.1f} tok/s; "
-            f"context {used} of {self._llm.context}; {finish(self._llm, completion)}"
-        )
+            print_figures(self._llm, completion, loading=not self._told)
+            self._told = True
+            note(room)
+        else:
+            speed = f"{rate(t.generated_tokens, t.generate_s):.1f} tok/s"
+            ended = finish(self._llm, completion)
+            is_said = room.removeprefix("context ") in ended
+            told = [f"{counted(t.generated_tokens, 'token')}, {speed}", *([] if is_said else [room]), ended]
+            note("; ".join(told))
         self._go_on(self._llm.context - used)
 
     def _go_on(self, left: int) -> None:

@@ -178,8 +178,7 @@ def _parser() -> Parser:
     )
 
     add_sampling_options(parser)
-    add_model_options(parser)
-    add_lora_option(parser)
+    add_lora_option(add_model_options(parser))
     add_speculation_options(parser)
 
     output = parser.add_argument_group("output")

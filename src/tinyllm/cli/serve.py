@@ -64,10 +64,10 @@ def _run(argv: list[str]) -> int:
         from tinyllm.server.models import Loader, Models
         from tinyllm.server.turns import Turns
     except ModuleNotFoundError as error:
-        from tinyllm.errors import install_text
+        from tinyllm.errors import UnsupportedError, install_text
 
         package = str(error.name).partition(".")[0]
-        raise UsageError(f"the server needs {package}: {install_text('serve')}") from None
+        raise UnsupportedError(f"the server needs {package}: {install_text('serve')}") from None
 
     loopback = is_loopback(args.host)
     if not (loopback or key or args.no_auth):

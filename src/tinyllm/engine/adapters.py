@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from tinyllm import backends
-from tinyllm.adapters import read_adapter
 from tinyllm.engine.kvcache import NOTHING, Applied
 from tinyllm.errors import ArgumentError, MemoryLimitError, size_text
 from tinyllm.files import show, show_some
@@ -60,6 +59,8 @@ class Adapters:
             raise ArgumentError(f"{show(name)} is no name for an adapter: printable characters, no colon")
         if name in self._loaded:
             raise ArgumentError(f"there is an adapter {show(name)} already: remove it first")
+        from tinyllm.adapters import read_adapter
+
         read = read_adapter(path, self._model.config)
         n_bytes, free = 4 * read.n_numbers, self._model.free_memory()
         if n_bytes > free:

@@ -17,15 +17,12 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tinyllm.chat.reasoning import Kind, Part, Plain, Splitter
-from tinyllm.chat.tools.answers import AnswerSplitter
-from tinyllm.chat.tools.calls import Part as CallPart
-from tinyllm.chat.tools.shapes import ToolCall
 from tinyllm.engine.choosing import Mask, Wish, choose, grant, only, taken
 from tinyllm.engine.kvcache import NOTHING, PAGE, Applied, KVCache, Sequence
 from tinyllm.engine.pace import SHORT, Pace
@@ -39,6 +36,11 @@ from tinyllm.errors import (
     MemoryLimitError,
     ModelClosedError,
 )
+
+if TYPE_CHECKING:  # only who offers tools needs them
+    from tinyllm.chat.tools.answers import AnswerSplitter
+    from tinyllm.chat.tools.calls import Part as CallPart
+    from tinyllm.chat.tools.shapes import ToolCall
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -431,7 +433,7 @@ class Generation:
         for part in parts:
             if self.stops.found is not None:
                 break
-            if isinstance(part, CallPart):
+            if not isinstance(part, tuple):
                 pieces += self._keep_call(part)
                 continue
             kind, text = part

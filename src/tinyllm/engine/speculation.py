@@ -14,7 +14,6 @@ import time
 from collections import deque
 from copy import copy
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Protocol
 
 from tinyllm.errors import ArgumentError, Error, number_text
@@ -55,7 +54,8 @@ class Costs:
         recent = self._recent.setdefault(n_tokens, deque(maxlen=KEPT))
         recent.append(seconds)
         known = dict(self._known)
-        known[n_tokens] = median(recent)
+        ordered = sorted(recent)
+        known[n_tokens] = (ordered[len(ordered) // 2] + ordered[~(len(ordered) // 2)]) / 2  # the median
         self._known = sorted(known.items())
 
     def seconds(self, n: int) -> float | None:
