@@ -203,7 +203,7 @@ struct Model {
     std::vector<py::array_t<double>> observed;
 
     Model(const py::dict &c, uintptr_t backend) { // backend: the address of its tl_backend, 0: the CPU's
-        Floats factors;
+        Floats factors, xielu;
         Ints windows, ropes, places;
         tl_config config{};
         auto integer = [&](const char *name) { return c[name].cast<int>(); };
@@ -233,6 +233,8 @@ struct Model {
         config.norm_place = static_cast<tl_norm_place>(integer("norm_place"));
         config.activation = static_cast<tl_activation>(integer("activation"));
         config.qk_norm = static_cast<tl_qk_norm>(integer("qk_norm"));
+        config.qk_norm_late = integer("qk_norm_late");
+        config.qkv_limit = number("qkv_limit");
         config.parallel = integer("parallel");
         config.bidirectional = integer("bidirectional");
         config.attention_cap = number("attention_cap");
@@ -251,6 +253,12 @@ struct Model {
             factors = c["rope_factors"].cast<Floats>();
             if (factors.size() != config.rope_dim / 2) raise_argument("rope_factors must have rope_dim / 2 numbers");
             config.rope_factors = factors.data();
+        }
+        if (!c["xielu"].is_none()) {
+            xielu = c["xielu"].cast<Floats>();
+            if (xielu.size() != static_cast<py::ssize_t>(config.n_layers) * TL_XIELU_NUMBERS)
+                raise_argument("xielu must have " + std::to_string(TL_XIELU_NUMBERS) + " numbers a layer");
+            config.xielu = xielu.data();
         }
         tl_model *model = nullptr;
         tl_message message;

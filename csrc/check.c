@@ -8,10 +8,11 @@ static tl_status check_variations(const tl_config *c, tl_message *message) {
     const struct {
         const char *name;
         int value, most;
-    } kinds[] = {{"norm_kind", (int)c->norm_kind, TL_LAYER_NORM},
+    } kinds[] = {{"norm_kind", (int)c->norm_kind, TL_PLAIN_LAYER_NORM},
                  {"norm_place", (int)c->norm_place, TL_NORM_BOTH},
-                 {"activation", (int)c->activation, TL_CLAMPED_SWIGLU},
+                 {"activation", (int)c->activation, TL_XIELU},
                  {"qk_norm", (int)c->qk_norm, TL_QK_ALL},
+                 {"qk_norm_late", c->qk_norm_late, 1},
                  {"parallel", c->parallel, 1},
                  {"bidirectional", c->bidirectional, 1}};
     for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++)
@@ -19,11 +20,11 @@ static tl_status check_variations(const tl_config *c, tl_message *message) {
             return tl_fail(message, TL_ARGUMENT, "%s is %d, not in 0..%d", kinds[i].name, kinds[i].value,
                            kinds[i].most);
     const double numbers[] = {c->attention_cap, c->logit_cap,        c->embedding_scale, c->residual_scale,
-                              c->logit_scale,   c->local_rope_theta, c->query_growth};
+                              c->logit_scale,   c->local_rope_theta, c->query_growth,    c->qkv_limit};
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
         if (!(numbers[i] >= 0) || !isfinite(numbers[i]))
             return tl_fail(message, TL_ARGUMENT,
-                           "a cap, a scale, query_growth or local_rope_theta is not a number from 0 up: %g",
+                           "a cap, a scale, qkv_limit, query_growth or local_rope_theta is not a number from 0 up: %g",
                            numbers[i]);
     if (c->query_growth > 0 && c->query_span < 1)
         return tl_fail(message, TL_ARGUMENT, "query_span is %d, not 1 or more", c->query_span);
@@ -38,6 +39,18 @@ static tl_status check_variations(const tl_config *c, tl_message *message) {
         if (c->places && (c->places[l] < 0 || c->places[l] >= c->n_layers * c->page_layers))
             return tl_fail(message, TL_ARGUMENT, "the place of layer %d in the cache is %d", l, c->places[l]);
     }
+    if (c->qk_norm_late && c->norm_kind != TL_RMS_NORM)
+        return tl_fail(message, TL_UNSUPPORTED, "norms of queries and keys after RoPE are RMSNorms");
+    if (c->norm_kind == TL_PLAIN_LAYER_NORM &&
+        (c->qk_norm != TL_QK_NONE || c->norm_place != TL_NORM_BEFORE || c->parallel))
+        return tl_fail(message, TL_UNSUPPORTED, "norms without weights stand before attention and feed-forward alone");
+    if (c->activation == TL_XIELU && !c->xielu)
+        return tl_fail(message, TL_ARGUMENT, "xIELU needs its numbers, %d a layer", TL_XIELU_NUMBERS);
+    for (int i = 0; c->activation == TL_XIELU && i < c->n_layers * TL_XIELU_NUMBERS; i++)
+        if (!isfinite(c->xielu[i]) || (i % TL_XIELU_NUMBERS == 3 && c->xielu[i] > 0))
+            return tl_fail(message, TL_ARGUMENT, "number %d of xIELU in layer %d is %g", i % TL_XIELU_NUMBERS,
+                           i / TL_XIELU_NUMBERS, (double)c->xielu[i]);
+    if (c->n_experts && c->activation >= TL_RELU_SQUARED) return tl_fail(message, TL_UNSUPPORTED, "experts have gates");
     if (c->n_experts &&
         (c->parallel || c->norm_place != TL_NORM_BEFORE || (c->residual_scale != 0 && c->residual_scale != 1)))
         return tl_fail(message, TL_UNSUPPORTED, "experts go with norms before, one after the other and unscaled");

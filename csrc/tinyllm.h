@@ -115,18 +115,21 @@ typedef struct tl_matrix {
     double *seen;   // [k + 1] sums of squares of the rows it met, by column, and their number; or NULL: nobody asked
 } tl_matrix;
 
-typedef enum tl_norm_kind { TL_RMS_NORM, TL_LAYER_NORM } tl_norm_kind; // LayerNorm (arXiv 1607.06450) without a bias
+// LayerNorm is arXiv 1607.06450; the plain one has no weights.
+typedef enum tl_norm_kind { TL_RMS_NORM, TL_LAYER_NORM, TL_PLAIN_LAYER_NORM } tl_norm_kind;
 
 typedef struct tl_norm {
     float *weight; // [numbers of a row] in the backend's memory; NULL: the row stays as it is
+    float *bias;   // [numbers of a row], added; or NULL
     float eps;
     tl_norm_kind kind;
 } tl_norm;
 
 // ---- the model -----------------------------------------------------------------------------------------------------
 // What families vary. The first of each, 0, is Llama's.
-// Of the gate; GELU in its tanh form (arXiv 1606.08415); gpt-oss's SwiGLU (kernels/rows.inc).
-typedef enum tl_activation { TL_SILU, TL_GELU, TL_CLAMPED_SWIGLU } tl_activation;
+// Of the gate; GELU in its tanh form (arXiv 1606.08415); gpt-oss's SwiGLU (kernels/rows.inc). From TL_RELU_SQUARED on there is
+// no gate: hidden = activation(up), of xIELU (arXiv 2411.13010) with a layer's numbers.
+typedef enum tl_activation { TL_SILU, TL_GELU, TL_CLAMPED_SWIGLU, TL_RELU_SQUARED, TL_XIELU } tl_activation;
 typedef enum tl_norm_place { TL_NORM_BEFORE, TL_NORM_AFTER, TL_NORM_BOTH } tl_norm_place; // of attention and of FFN
 typedef enum tl_qk_norm {                                                                 // RMSNorm or LayerNorm of
     TL_QK_NONE,                                                                           // queries and keys:
@@ -135,6 +138,9 @@ typedef enum tl_qk_norm {                                                       
     TL_QK_ALL,   // all heads as one row, weights [heads * head_dim]
 } tl_qk_norm;
 typedef enum tl_rope { TL_ROPE, TL_ROPE_LOCAL, TL_ROPE_NONE } tl_rope; // of a layer: usual, with local_rope_theta, none
+
+// alpha of what is above 0, alpha of what is below, beta, epsilon, as the formula has them.
+#define TL_XIELU_NUMBERS 4
 
 typedef struct tl_config {
     int n_layers, dim, n_heads, n_kv_heads, head_dim, ff_dim, vocab_size;
@@ -151,8 +157,10 @@ typedef struct tl_config {
     tl_norm_place norm_place;
     tl_activation activation;
     tl_qk_norm qk_norm;
+    int qk_norm_late;        // RMSNorm of queries and keys comes after RoPE, not before
     int parallel;            // attention and FFN read the same x, both results are added to it
     int bidirectional;       // tokens attend to those behind them, too, as far as windows reach: all of a call's
+    float qkv_limit;         // q, k and v are kept within [-qkv_limit, qkv_limit]; 0: as they are
     float attention_cap;     // scores become cap * tanh(score / cap); 0: as they are
     float logit_cap;         // logits likewise, after logit_scale
     float embedding_scale;   // of embedded tokens; 0 counts as 1, as in the next two
@@ -164,6 +172,7 @@ typedef struct tl_config {
     const int32_t *windows; // [n_layers] positions a token attends to, itself among them; 0: all. Or NULL. Copied.
                             // Of a bidirectional model: on either side
     const int32_t *ropes;   // [n_layers] tl_rope, or NULL; copied
+    const float *xielu;     // [n_layers, TL_XIELU_NUMBERS] of TL_XIELU; copied
     int page_layers;        // whose keys and values share a page of the cache; 0: all n_layers
     const int32_t *places;  // [n_layers] table of the layer * page_layers + its place in a page; or NULL: l. Copied
     int n_experts;          // of every layer's feed-forward, each of ff_dim; 0: it is one dense block
@@ -182,10 +191,11 @@ typedef struct tl_layer {
     int table, place;                           // its pages: which of a sequence's tables, and where in a page
     tl_norm attention_norm, ffn_norm;           // of x, before; weight NULL where there is none
     tl_norm attention_post_norm, ffn_post_norm; // of what is added to x; likewise
-    tl_norm q_norm, k_norm;                     // before RoPE; likewise
-    float *sinks;                               // [n_heads] a score more in each head's softmax, with no value; or NULL
+    tl_norm q_norm, k_norm;                     // before RoPE, or after it; likewise
+    float xielu[TL_XIELU_NUMBERS];
+    float *sinks;                   // [n_heads] a score more in each head's softmax, with no value; or NULL
     tl_matrix wq, wk, wv, wo;       // [heads * head_dim, dim] x3 (kv_heads for k, v), [dim, heads * head_dim]
-    tl_matrix w_gate, w_up, w_down; // [ff_dim, dim] x2, [dim, ff_dim]
+    tl_matrix w_gate, w_up, w_down; // [ff_dim, dim] x2, [dim, ff_dim]; w_gate's data NULL where there is no gate
     tl_matrix router;               // [n_experts, dim]
     tl_expert *experts;             // [n_experts] instead of w_gate, w_up and w_down; NULL: there are none
 } tl_layer;
@@ -215,7 +225,7 @@ tl_status tl_config_check(const tl_config *config, tl_message *message);
 tl_status tl_model_create(tl_model **model, const tl_config *config, const tl_backend *backend, tl_message *message);
 // Packs one tensor. `name` is embedding, output, output_norm or, for a layer, attention_norm, wq, wk, wv, wo,
 // ffn_norm, w_gate, w_up, w_down; where the configuration asks for it attention_post_norm, ffn_post_norm, q_norm, k_norm;
-// sinks; or a bias: bq, bk, bv, bo, b_gate, b_up, b_down. Where layers have experts: router, b_router, and expert i's
+// sinks; or a bias: bq, bk, bv, bo, b_gate, b_up, b_down, attention_norm_bias, ffn_norm_bias, output_norm_bias. Where layers have experts: router, b_router, and expert i's
 // w_gate.i, w_up.i, w_down.i and biases. Vectors (norms, biases, sinks) are read as floats. `format` is what to keep
 // matrices in: the source's own, or one to quantize a float source to.
 tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl_source *source,
@@ -393,7 +403,7 @@ struct tl_backend {
     void (*attend)(tl_run *run, int layer); // attended = attention(q, pages): window, cap, sinks
     // x += residual_scale * norm(in @ w.T); in Llama there is no such norm.
     void (*linear_add)(tl_run *run, const float *in, const tl_matrix *w, const tl_norm *norm);
-    void (*norm_glu)(tl_run *run, int layer); // hidden = activation(gate) * up of norm(x)
+    void (*norm_glu)(tl_run *run, int layer); // hidden = activation(gate) * up, or activation(up), of norm(x)
     void (*moe)(tl_run *run, int layer); // x += weight * expert's output, in ascending expert index; NULL: no experts
     // Logits of the chosen rows: norm(x) @ w.T, then logit_scale and logit_cap.
     void (*norm_linear)(tl_run *run, const tl_norm *norm, const tl_matrix *w);

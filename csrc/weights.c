@@ -8,7 +8,8 @@
 
 enum { HIDDEN = 1, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY, EXPERTS, Q_NORM, K_NORM, N_HEADS };
 enum { MATRIX, BIAS, VECTOR };
-enum { OPTIONAL, ALWAYS, NORM_BEFORE, NORM_AFTER, QK_NORM, DENSE, MIXTURE }; // when a weight is required
+// When a weight is required.
+enum { OPTIONAL, ALWAYS, NORM_BEFORE, NORM_AFTER, QK_NORM, DENSE, GATED, MIXTURE };
 
 typedef struct slot {
     const char *name; // an expert's ends with '.', and its number follows
@@ -36,7 +37,7 @@ static const slot slots[] = {
     {"wv", MATRIX, IN_LAYER(wv), KV_HEADS, HIDDEN},
     {"wo", MATRIX, IN_LAYER(wo), HIDDEN, HEADS},
     {"ffn_norm", VECTOR, NORM_OF(ffn_norm, NORM_BEFORE), HIDDEN, 0},
-    {"w_gate", MATRIX, IN_DENSE(w_gate), FEED_FORWARD, HIDDEN},
+    {"w_gate", MATRIX, 1, GATED, offsetof(tl_layer, w_gate), FEED_FORWARD, HIDDEN},
     {"w_up", MATRIX, IN_DENSE(w_up), FEED_FORWARD, HIDDEN},
     {"w_down", MATRIX, IN_DENSE(w_down), HIDDEN, FEED_FORWARD},
     {"attention_post_norm", VECTOR, NORM_OF(attention_post_norm, NORM_AFTER), HIDDEN, 0},
@@ -51,6 +52,9 @@ static const slot slots[] = {
     {"b_gate", BIAS, BIAS_OF(w_gate), FEED_FORWARD, 0},
     {"b_up", BIAS, BIAS_OF(w_up), FEED_FORWARD, 0},
     {"b_down", BIAS, BIAS_OF(w_down), HIDDEN, 0},
+    {"attention_norm_bias", VECTOR, BIAS_OF(attention_norm), HIDDEN, 0},
+    {"ffn_norm_bias", VECTOR, BIAS_OF(ffn_norm), HIDDEN, 0},
+    {"output_norm_bias", VECTOR, 0, OPTIONAL, offsetof(tl_model, output_norm.bias), HIDDEN, 0},
     {"router", MATRIX, 1, MIXTURE, offsetof(tl_layer, router), EXPERTS, HIDDEN},
     {"b_router", BIAS, BIAS_OF(router), EXPERTS, 0},
     {"w_gate.", MATRIX, OF_EACH(w_gate), FEED_FORWARD, HIDDEN},
@@ -83,6 +87,7 @@ static int is_required(const tl_config *c, const slot *s) {
     case NORM_AFTER: return c->norm_place != TL_NORM_BEFORE;
     case QK_NORM: return c->qk_norm != TL_QK_NONE;
     case DENSE: return !c->n_experts;
+    case GATED: return !c->n_experts && c->activation < TL_RELU_SQUARED;
     case MIXTURE: return c->n_experts > 0;
     default: return s->required;
     }
@@ -119,6 +124,27 @@ static void create_layer(tl_layer *layer, const tl_config *c, int l) {
         norms[i]->eps = c->norm_eps;
         norms[i]->kind = c->norm_kind;
     }
+    for (int i = 0; c->activation == TL_XIELU && i < TL_XIELU_NUMBERS; i++)
+        layer->xielu[i] = c->xielu[l * TL_XIELU_NUMBERS + i];
+}
+
+// Norms without weights are norms whose weights are 1.
+static tl_status fill_plain_norms(tl_model *model, tl_message *message) {
+    const tl_config *c = &model->config;
+    float *ones = tl_alloc((size_t)c->dim * sizeof(float));
+    tl_status status = ones ? TL_OK : tl_fail(message, TL_MEMORY, "no memory for a norm");
+    for (int i = 0; ones && i < c->dim; i++) ones[i] = 1;
+    const tl_source source = {.format = tl_format_of(0), .fd = -1, .memory = (const uint8_t *)ones};
+    for (int l = 0; l <= c->n_layers; l++) { // the last: what stands before the output
+        tl_norm *norms[] = {l < c->n_layers ? &model->layers[l].attention_norm : &model->output_norm,
+                            l < c->n_layers ? &model->layers[l].ffn_norm : NULL};
+        for (int i = 0; i < 2 && norms[i] && status == TL_OK; i++) {
+            status = model->backend->upload_floats(&norms[i]->weight, &source, c->dim, message);
+            norms[i]->kind = TL_LAYER_NORM;
+        }
+    }
+    tl_free(ones);
+    return status;
 }
 
 // The slot of a name such as wq or w_gate.17, and where that weight is.
@@ -147,6 +173,7 @@ tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_back
     *c = *config;
     c->rope_factors = NULL; // they go into the frequencies, these into the layers
     c->windows = c->ropes = c->places = NULL;
+    c->xielu = NULL;
     if (!c->page_layers) c->page_layers = c->n_layers;
     float *scales[] = {&c->embedding_scale, &c->residual_scale, &c->logit_scale};
     for (int i = 0; i < 3; i++) *scales[i] = *scales[i] == 0 ? 1 : *scales[i];
@@ -163,13 +190,17 @@ tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_back
         tl_model_free(model);
         return tl_fail(message, TL_MEMORY, "no memory for %d layers", config->n_layers);
     }
-    model->output_norm = (tl_norm){NULL, config->norm_eps, config->norm_kind};
+    model->output_norm = (tl_norm){.eps = config->norm_eps, .kind = config->norm_kind};
     for (int l = 0; l < config->n_layers; l++) {
         const int place = config->places ? config->places[l] : l, table = place / c->page_layers;
         create_layer(&model->layers[l], config, l);
         model->layers[l].table = table;
         model->layers[l].place = place % c->page_layers;
         if (table >= model->n_tables) model->n_tables = table + 1;
+    }
+    if (c->norm_kind == TL_PLAIN_LAYER_NORM && (status = fill_plain_norms(model, message)) != TL_OK) {
+        tl_model_free(model);
+        return status;
     }
     *out = model;
     return TL_OK;

@@ -56,7 +56,7 @@ static int targets_of(const tl_model *model, int product, const tl_matrix *to[MO
     switch ((product - OF_LAYERS) % LAYER_PRODUCTS) {
     case OF_QKV: to[0] = &w.wq, to[1] = &w.wk, to[2] = &w.wv; return 3;
     case OF_ATTENDED: to[0] = &w.wo; return 1;
-    case OF_GATE_AND_UP: to[0] = &w.w_gate, to[1] = &w.w_up; return 2;
+    case OF_GATE_AND_UP: to[0] = &w.w_up, to[1] = &w.w_gate; return w.w_gate.data ? 2 : 1;
     case OF_DOWN: to[0] = &w.w_down; return 1;
     default: to[0] = &w.router; return 1;
     }
@@ -249,13 +249,16 @@ static void adapted_norm_glu(tl_run *run, int layer) {
     cuda_run *r = run_of(run);
     const tl_layer *w = &run->model->layers[layer];
     const int *n = in_block(r, 4 * N_TOKENS);
-    float *up = r->adapted->up;
-    product_arguments a = product_into(STORE, 2);
-    a.w[0] = matrix_of(&w->w_gate, run->hidden);
-    a.w[1] = matrix_of(&w->w_up, up);
+    const bool has_gate = w->w_gate.data != NULL;
+    float *up = has_gate ? r->adapted->up : run->hidden;
+    product_arguments a = product_into(STORE, has_gate ? 2 : 1);
+    a.w[0] = matrix_of(&w->w_up, up);
+    if (has_gate) a.w[1] = matrix_of(&w->w_gate, run->hidden);
     products(r, a, run->x, NULL, &w->ffn_norm, w->w_up.k, r->shape.n, n, 0);
-    add_layer_pairs(r, layer, OF_GATE_AND_UP, run->x, &w->ffn_norm, w->w_up.k, run->hidden, up, NULL, 1);
-    const finish_arguments gate = {run->hidden, up, gating_of(run->model->config), 1, 0, w->w_up.rows, 0, n};
+    add_layer_pairs(r, layer, OF_GATE_AND_UP, run->x, &w->ffn_norm, w->w_up.k, up, run->hidden, NULL, 1);
+    const tl_config &c = run->model->config;
+    const finish_arguments gate = {
+        run->hidden, has_gate ? up : NULL, gating_of(c), unit_of(c, *w), 1, 0, w->w_up.rows, 0, n};
     launch(r, finish, {r->shape.n, 1, 1}, BLOCK_THREADS, 0, true, gate);
 }
 
@@ -280,7 +283,7 @@ static void adapted_norm_linear(tl_run *run, const tl_norm *norm, const tl_matri
         products(r, a, run->x, rows, norm, w->k, n, count, first);
         float *const out[MOST_TARGETS] = {r->logits};
         add_pairs(r, OF_OUTPUT, run->x, rows, norm, w->k, n, count, first, out, 1);
-        const finish_arguments end = {r->logits, NULL, {}, c.logit_scale, c.logit_cap, w->rows, first, count};
+        const finish_arguments end = {r->logits, NULL, {}, {}, c.logit_scale, c.logit_cap, w->rows, first, count};
         if (c.logit_scale != 1 || c.logit_cap > 0) launch(r, finish, {n, 1, 1}, BLOCK_THREADS, 0, true, end);
         if (b->n_candidates)
             candidates(r, n);

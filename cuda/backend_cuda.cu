@@ -11,7 +11,9 @@
 #define MANY_FROM 33 // tokens from which on larger tiles pay
 
 static cuda_run *run_of(tl_run *run) { return (cuda_run *)run; }
-static row_norm norm_of(const tl_norm *norm) { return {norm->weight, norm->eps, norm->kind == TL_LAYER_NORM}; }
+static row_norm norm_of(const tl_norm *norm) {
+    return {norm->weight, norm->bias, norm->eps, norm->kind == TL_LAYER_NORM};
+}
 
 // A layer's i-th of [experts, EXPERT_MATRICES].
 static const tl_matrix *expert_matrix(const tl_layer &layer, int i) {
@@ -173,7 +175,12 @@ static gating gating_of(const tl_config &c) {
     static const gating activations[] = {{-1, 0, INFINITY, 0},                           // SiLU
                                          {-1.5957691216057308f, 0.044715f, INFINITY, 0}, // GELU, -2 sqrt(2 / pi)
                                          {-1.702f, 0, 7, 1}};                            // gpt-oss's
-    return activations[c.activation];
+    return activations[c.activation < TL_RELU_SQUARED ? c.activation : TL_SILU];         // without a gate nobody asks
+}
+
+// A layer's unit without a gate, if it has one.
+static ungated unit_of(const tl_config &c, const tl_layer &w) {
+    return {c.activation >= TL_RELU_SQUARED, c.activation == TL_XIELU, w.xielu[0], w.xielu[1], w.xielu[2], w.xielu[3]};
 }
 
 // hidden = activation(gate) * up, of rows of x. experts: w is the first of theirs.
@@ -201,6 +208,13 @@ static void glu(cuda_run *r, const tl_matrix *gate, const tl_matrix *up, const e
 static void norm_glu(tl_run *run, int layer) {
     cuda_run *r = run_of(run);
     const tl_layer *w = &run->model->layers[layer];
+    if (!w->w_gate.data) {
+        product_arguments a = product_into(STORE, 1);
+        a.unit = unit_of(run->model->config, *w);
+        a.w[0] = matrix_of(&w->w_up, run->hidden);
+        products(r, a, run->x, NULL, &w->ffn_norm, w->w_up.k, r->shape.n, in_block(r, 4 * N_TOKENS), 0);
+        return;
+    }
     glu(r, &w->w_gate, &w->w_up, NULL, NULL, &w->ffn_norm, r->shape.n, in_block(r, 4 * N_TOKENS));
 }
 
@@ -283,7 +297,8 @@ static void norm_linear(tl_run *run, const tl_norm *norm, const tl_matrix *w) {
 
 // Weights of the config's kind of norm for a layer's queries or keys, n_heads of them.
 static head_norm head_norm_of(const tl_config &c, const tl_norm &norm, int n_heads) {
-    return {norm_of(&norm), c.qk_norm == TL_QK_HEAD ? 0 : c.head_dim, c.qk_norm == TL_QK_ALL ? n_heads : 1};
+    return {norm_of(&norm), c.qk_norm == TL_QK_HEAD ? 0 : c.head_dim, c.qk_norm == TL_QK_ALL ? n_heads : 1,
+            c.qk_norm_late != 0, c.qkv_limit};
 }
 
 static void attention(tl_run *run, int layer) {

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import reference
 from helpers_formats import dequantize as dequantize_kind
 from helpers_formats import kind_of, set_d, size
-from helpers_models import norm_mean
+from helpers_models import is_norm, norm_mean
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -153,6 +153,13 @@ _NAMES = {
     "mlp.experts.gate_proj": "ffn_gate_exps",
     "mlp.experts.up_proj": "ffn_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
+    "shared_mlp.output_linear": "ffn_down",
+    "self_attn.query_layernorm": "attn_q_norm",
+    "self_attn.key_layernorm": "attn_k_norm",
+    "attention_layernorm": "attn_norm",
+    "feedforward_layernorm": "ffn_norm",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
     "block_sparse_moe.gate": "ffn_gate_inp",
     "block_sparse_moe.experts.w1": "ffn_gate_exps",
     "block_sparse_moe.experts.w2": "ffn_down_exps",
@@ -174,6 +181,9 @@ class Architecture(NamedTuple):
     ffn_norm: str = "ffn_norm"
 
 
+WITH_WINDOWS = (
+    "phi3", "gemma2", "gemma3_text", "cohere2", "olmo3", "gpt_oss", "exaone4", "granite_swa",
+)  # fmt: skip
 # By Hugging Face's model_type. Command R's rows are pair by pair in both kinds of file.
 ARCHITECTURES = {
     "llama": Architecture("llama", True),
@@ -194,6 +204,20 @@ ARCHITECTURES = {
     "gemma3_text": Architecture("gemma3", norms_after=True),
     "cohere": Architecture("command-r"),
     "cohere2": Architecture("cohere2"),
+    "granitemoehybrid": Architecture("granite", True),
+    "granite_swa": Architecture("granite-swa", True),
+    "minicpm": Architecture("minicpm", True),
+    "nanbeige": Architecture("nanbeige", True),
+    "iquestcoder": Architecture("llama", True),
+    "arcee": Architecture("arcee", True),
+    "olmo": Architecture("olmo", True),
+    "seed_oss": Architecture("seed_oss", ffn_norm="post_attention_norm"),
+    "ernie4_5": Architecture("ernie4_5"),
+    "exaone4": Architecture("exaone4", norms_after=True),
+    "glm4": Architecture("glm4"),
+    "hunyuan_v1_dense": Architecture("hunyuan-dense"),
+    "apertus": Architecture("apertus"),
+    "jais2": Architecture("jais2"),
 }
 
 
@@ -212,6 +236,9 @@ def gguf_name(name: str, architecture: Architecture = ARCHITECTURES["llama"]) ->
 
 def expert_parts(name: str, w: F32) -> dict[str, F32]:
     """gpt-oss's stacks of experts as a matrix [rows, k] or a bias an expert; other weights as they are."""
+    if name.endswith("shared_mlp.input_linear.weight"):
+        mlp = name.replace("shared_mlp.input_linear", "mlp.{}_proj")
+        return {mlp.format(part): rows for part, rows in zip(("gate", "up"), np.split(w, 2), strict=True)}
     match = re.fullmatch(r"(.*\.experts\.)(gate_up|down)_proj(_bias)?", name)
     if not match:
         return {name: w}
@@ -267,9 +294,13 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Mapping[str, Any] | Non
 
 def _write_rope(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     settings = reference.rope_settings(config)
-    rope_dim = int(reference.head_dim(config) * config.get("partial_rotary_factor", 1.0))
+    usual = 0.5 if config["model_type"] == "glm4" else 1.0
+    rope_dim = int(reference.head_dim(config) * config.get("partial_rotary_factor", usual))
     writer.add_rope_dimension_count(rope_dim)
-    writer.add_rope_freq_base(settings["rope_theta"])
+    theta = settings["rope_theta"]
+    if config["model_type"] == "hunyuan_v1_dense" and settings.get("alpha"):
+        theta *= settings["alpha"] ** (rope_dim / (rope_dim - 2))
+    writer.add_rope_freq_base(theta)
     kind = settings["rope_type"]
     if kind == "longrope":
         original = config["original_max_position_embeddings"]
@@ -310,15 +341,30 @@ def _write_rope(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 def _write_family(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     """The keys that only some families have."""
     kind, window = config["model_type"], config.get("sliding_window")
-    if "layer_norm_eps" in config:
-        writer.add_layer_norm_eps(config["layer_norm_eps"])
+    if "layer_norm_eps" in config or kind == "olmo":
+        writer.add_layer_norm_eps(config.get("layer_norm_eps", 1e-5))
     else:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if window and kind in ("phi3", "gemma2", "gemma3_text", "cohere2", "olmo3", "gpt_oss"):
+    if window and kind in WITH_WINDOWS:
         writer.add_sliding_window(window)
-    if kind == "olmo3":
-        writer.add_sliding_window_pattern([t == "sliding_attention" for t in config["layer_types"]])
-    if kind == "granite":
+    if window and kind in ("olmo3", "exaone4", "granite_swa"):
+        usual = ["sliding_attention" if i % 4 else "full" for i in range(config["num_hidden_layers"])]
+        types = config.get("layer_types") or usual
+        writer.add_sliding_window_pattern([t == "sliding_attention" for t in types])
+    if kind == "granite_swa" and config.get("layer_rope_theta"):
+        writer.add_array("granite-swa.attention.rope_pattern", [bool(x) for x in config["layer_rope_theta"]])
+    if kind == "granitemoehybrid":
+        writer.add_rope_scaling_finetuned(config["position_embedding_type"] == "rope")
+    if kind == "nanbeige":
+        writer.add_uint32("nanbeige.num_loops", config["num_loops"])
+        writer.add_bool("nanbeige.skip_loop_final_norm", config["skip_loop_final_norm"])
+    if kind == "olmo" and config.get("clip_qkv"):
+        writer.add_clamp_kqv(config["clip_qkv"])
+    if kind == "minicpm":
+        writer.add_embedding_scale(float(config["scale_emb"]))
+        writer.add_residual_scale(config["scale_depth"] / config["num_hidden_layers"] ** 0.5)
+        writer.add_logit_scale(config["hidden_size"] / config["dim_model_base"])
+    if kind in ("granite", "granitemoehybrid", "granite_swa"):
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_attention_scale(config["attention_multiplier"])
@@ -359,7 +405,7 @@ def write_gguf(
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_feed_forward_length(config.get("shared_intermediate_size") or config["intermediate_size"])
     n_heads = int(config["num_attention_heads"])
     n_kv_heads = int(config.get("num_key_value_heads") or n_heads)
     writer.add_head_count(n_heads)
@@ -367,7 +413,7 @@ def write_gguf(
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if "num_experts_per_tok" in config:
+    if config.get("num_experts_per_tok"):
         writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
     if "moe_intermediate_size" in config or config["model_type"] == "gpt_oss":
@@ -387,6 +433,11 @@ def write_gguf(
     stacks: dict[str, list[Array]] = {}  # a tensor's parts: one, or one an expert
     stored_as: dict[str, str] = {}
     weights = {part: w for name, whole in weights.items() for part, w in expert_parts(name, whole).items()}
+    for key in ("alpha_p", "alpha_n", "beta", "eps"):
+        column = [float(w.ravel()[0]) for name, w in weights.items() if name.endswith(f".act_fn.{key}")]
+        if column:
+            writer.add_array(f"{architecture.name}.xielu.{key}", column)
+    weights = {name: w for name, w in weights.items() if ".act_fn." not in name}
     for i, (name, w) in enumerate(weights.items()):
         order: npt.NDArray[np.intp] | None = None
         if architecture.interleaved and ".q_proj." in name:
@@ -395,8 +446,8 @@ def write_gguf(
             order = interleaved_rows(len(w), n_kv_heads)
         rows = w if order is None else w[order]
         to = gguf_name(name, architecture)
-        if w.ndim == 1 or name.endswith("norm.weight") or to.endswith("ffn_gate_inp.weight"):
-            plus = np.float32(1.0 - norm_mean(config)) if name.endswith("norm.weight") else np.float32(0)
+        if w.ndim == 1 or is_norm(name) or to.endswith("ffn_gate_inp.weight"):
+            plus = np.float32(1.0 - norm_mean(config)) if is_norm(name) else np.float32(0)
             if "_exps." in to:
                 stacks.setdefault(to, []).append(rows)
             else:

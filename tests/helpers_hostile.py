@@ -239,8 +239,14 @@ def miniature(config: dict[str, Any]) -> dict[str, Any]:
     small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 6}
     small |= {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
     small |= {"sliding_window_pattern": 2}
-    small = {key: n for key, n in small.items() if key in config or key == "num_key_value_heads"}
-    lists = {key: config[key][:2] for key in ("layer_types", "no_rope_layers") if key in config}
+    experts = ("num_local_experts", "num_experts_per_tok")  # 0 where a family may have none
+    small = {
+        key: n
+        for key, n in small.items()
+        if key == "num_key_value_heads" or (config.get(key) if key in experts else key in config)
+    }
+    per_layer = ("layer_types", "no_rope_layers", "layer_rope_theta")
+    lists = {key: config[key][:2] for key in per_layer if config.get(key)}
     rope = {
         key: settings | {of: [1.0, 1.5, 2.0] for of in ("long_factor", "short_factor") if of in settings}
         for key in ("rope_scaling", "rope_parameters")

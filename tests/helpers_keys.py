@@ -31,6 +31,9 @@ NO_ROPE = dict.fromkeys(
 NO_LIST = {"layer_types": ABSENT}
 WINDOWS = {"sliding_window": 50, "use_sliding_window": True, "max_window_layers": 1}
 
+# Families of which transformers has no class: its word on their keys is not to be had.
+NOT_IN_TRANSFORMERS = ("minicpm", "nanbeige")
+
 # Models that stand for a family, by a golden model's name, each with what is changed of it.
 BASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "llama": [("llama31", {}), ("llama2", {}), ("yarn", {})],
@@ -59,6 +62,22 @@ BASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "gemma3_text": [("gemma3", {}), ("gemma3", {"sliding_window_pattern": ABSENT})],
     "cohere": [("cohere", {}), ("cohere_plus", {})],
     "cohere2": [("cohere2", {}), ("cohere2", {"sliding_window_pattern": ABSENT})],
+    "granitemoehybrid": [("granite4", {})],
+    "granite_swa": [("granite_swa_rope", {}), ("granite_swa", {})],
+    "hyperclovax": [("hyperclovax", {})],
+    "seed_oss": [("seed_oss", {})],
+    "ernie4_5": [("ernie4_5", {})],
+    "helium": [("helium", {})],
+    "cwm": [("cwm", {})],
+    "exaone4": [("exaone4", {}), ("exaone4", {**NO_LIST, "sliding_window_pattern": 2})],
+    "glm4": [("glm4", {})],
+    "hunyuan_v1_dense": [("hunyuan", {})],
+    "iquestcoder": [("iquestcoder", {})],
+    "arcee": [("arcee", {})],
+    "apertus": [("apertus", {})],
+    "jais2": [("jais2", {})],
+    "olmo": [("olmo", {})],
+    "vaultgemma": [("vaultgemma", {})],
 }
 
 
@@ -203,6 +222,38 @@ VALUES: dict[str, Any] = {
     "attn_implementation": ["eager"],
     "_attn_implementation": ["eager"],
     "unsloth_version": ["2025.1"],
+    "top_p": [0.5],
+    "typical_p": [0.5],
+    "residual_dropout": [0.5],
+    "attention_out_bias": [True, False],
+    "use_bias": [True, False],
+    "clip_qkv": [2.0, None],
+    "use_post_norm": [True, False],
+    "layer_rope_theta": lambda c: [
+        None,
+        [0] * c["num_hidden_layers"],
+        [54321.0] * c["num_hidden_layers"],
+        [54321.0, 12345.0] * c["num_hidden_layers"],
+    ],
+    "shared_intermediate_size": [48],
+    "layers_block_type": lambda c: [["mamba"] * c["num_hidden_layers"], None],
+    "num_loops": [1, 2],
+    "skip_loop_final_norm": [True, False],
+    "scale_emb": [3.0],
+    "scale_depth": [0.7],
+    "dim_model_base": [32],
+    "attention_head_dim": [8],
+    "use_cla": [True, False],
+    "use_rotary_pos_emb": [True, False],
+    "norm_type": ["rms", "layer"],
+    "add_classification_head": [True, False],
+    "qk_norm": [True, False],
+    "post_norm": [True, False],
+    "normalization_function": ["rmsnorm", "layernorm"],
+    "init_method": ["mup"],
+    "dense_list": [[1, 0]],
+    "pool_type": ["last"],
+    "loop_loss_weights": [[0.5, 0.5]],
 }
 FLAGS = (
     "is_causal", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ class Spec(NamedTuple):
     config: dict[str, Any]  # Hugging Face's config.json
     context: int | None = None  # to load it with, where that matters
     in_gguf: bool = True  # whether llama.cpp's files can say all of it
+    # The config of what transformers computes the same with, where it has no class of the model's own
+    as_transformers: dict[str, Any] | None = None
 
 
 def golden_specs(file: str = "specs") -> list[Spec]:
@@ -51,6 +54,39 @@ def _uniform(seed: int, stream: int, n: int) -> npt.NDArray[np.float64]:
     return numbers
 
 
+# The norms of x in a layer, in the order of their shapes below, which is that of their random numbers.
+LAYER_NORMS: dict[str, tuple[str, ...]] = {
+    "llama": ("input_layernorm", "post_attention_layernorm"),
+    "cohere": ("input_layernorm",),
+    "cohere2": ("input_layernorm",),
+    "gemma2": (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "vaultgemma": ("input_layernorm", "pre_feedforward_layernorm"),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "glm4": (
+        "input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm",
+    ),
+    "hyperclovax": ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
+    "apertus": ("attention_layernorm", "feedforward_layernorm"),
+    "olmo": (),
+}  # fmt: skip
+LAYER_NORMS |= {
+    "gemma3_text": LAYER_NORMS["gemma2"],
+    "olmo3": LAYER_NORMS["olmo2"],
+    "exaone4": LAYER_NORMS["olmo2"],
+}
+FIRST_NORMS = ("input_layernorm", "attention_layernorm")
+UNGATED = ("arcee", "apertus", "jais2")
+# The layers' norms, whatever a family calls them.
+_NORM = re.compile(r".*(norm\d?|layernorm)\.weight")
+
+
+def is_norm(name: str) -> bool:
+    return _NORM.fullmatch(name) is not None
+
+
 def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model under Hugging Face's name."""
     kind = config["model_type"]
@@ -61,6 +97,10 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     q_dim, kv_dim = n_heads * head_dim, n_kv_heads * head_dim
     bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
     qkv_bias = bias or kind == "qwen2"
+    bias = config.get("attention_out_bias", bias) if kind != "glm4" else False
+    if config.get("use_bias"):
+        qkv_bias = bias = mlp_bias = True
+    norms = LAYER_NORMS.get(kind, LAYER_NORMS["llama"])
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, dim)}
 
     def linear(name: str, n_out: int, n_in: int, bias: bool) -> None:
@@ -68,10 +108,15 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         if bias:
             shapes[name + ".bias"] = (n_out,)
 
+    def add_norms(at: str, names: Iterable[str]) -> None:
+        for name in names:
+            shapes[f"{at}{name}.weight"] = (dim,)
+            if kind == "jais2":
+                shapes[f"{at}{name}.bias"] = (dim,)
+
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
-        if kind not in ("olmo2", "olmo3"):
-            shapes[at + "input_layernorm.weight"] = (dim,)
+        add_norms(at, [name for name in norms if name in FIRST_NORMS])
         if kind == "phi3":
             linear(at + "self_attn.qkv_proj", q_dim + 2 * kv_dim, dim, False)
         else:
@@ -80,19 +125,26 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             linear(at + "self_attn.v_proj", kv_dim, dim, qkv_bias)
         for of, n in (("q", n_heads), ("k", n_kv_heads)):
             norm = f"{at}self_attn.{of}_norm.weight"
-            if kind in ("qwen3", "qwen3_moe", "gemma3_text"):
+            if kind == "hunyuan_v1_dense":
+                shapes[f"{at}self_attn.{'query' if of == 'q' else 'key'}_layernorm.weight"] = (head_dim,)
+            elif kind in ("qwen3", "qwen3_moe", "gemma3_text", "exaone4", "apertus"):
                 shapes[norm] = (head_dim,)
             elif kind in ("olmo2", "olmo3"):
                 shapes[norm] = (n * head_dim,)
             elif config.get("use_qk_norm"):
                 shapes[norm] = (n, head_dim)
         linear(at + "self_attn.o_proj", dim, q_dim, bias)
-        if kind not in ("cohere", "cohere2"):
-            shapes[at + "post_attention_layernorm.weight"] = (dim,)
-        if kind in ("gemma2", "gemma3_text"):
-            shapes[at + "pre_feedforward_layernorm.weight"] = (dim,)
-        if kind in ("gemma2", "gemma3_text", "olmo2", "olmo3"):
-            shapes[at + "post_feedforward_layernorm.weight"] = (dim,)
+        add_norms(at, [name for name in norms if name not in FIRST_NORMS])
+        if kind == "granite_swa":
+            shapes[at + "self_attn.sinks"] = (n_heads,)
+        if kind == "apertus":
+            for part in ("alpha_p", "alpha_n", "beta", "eps"):
+                shapes[f"{at}mlp.act_fn.{part}"] = () if part in ("beta", "eps") else (1,)
+        if kind == "granitemoehybrid":
+            shared = config["shared_intermediate_size"]
+            linear(at + "shared_mlp.input_linear", 2 * shared, dim, False)
+            linear(at + "shared_mlp.output_linear", dim, shared, False)
+            continue
         if kind == "gpt_oss":  # what transformers keeps in memory; files hold the experts as MXFP4
             n_experts = config["num_local_experts"]
             shapes[at + "self_attn.sinks"] = (n_heads,)
@@ -108,13 +160,17 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             linear(at + names.router, n_experts, dim, False)
         for i in range(n_experts):
             block = at + names.block.format(i)
-            if kind == "phi3":
+            if kind in ("phi3", "glm4"):
                 linear(block + "gate_up_proj", 2 * ff, dim, False)
             else:
-                linear(block + names.gate, ff, dim, mlp_bias)
+                if kind not in UNGATED:
+                    linear(block + names.gate, ff, dim, mlp_bias)
                 linear(block + names.up, ff, dim, mlp_bias)
             linear(block + names.down, dim, ff, mlp_bias)
-    shapes["model.norm.weight"] = (dim,)
+    if kind != "olmo":
+        shapes["model.norm.weight"] = (dim,)
+    if kind == "jais2":
+        shapes["model.norm.bias"] = (dim,)
     if not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocab, dim)
     return shapes
@@ -122,7 +178,7 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def norm_mean(config: Mapping[str, Any]) -> float:
     """Of a norm's weights as safetensors hold them: Gemma's are what is added to 1."""
-    return 0.0 if config["model_type"].startswith("gemma") else 1.0
+    return 0.0 if "gemma" in config["model_type"] else 1.0
 
 
 ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight", "mlp.router.weight")
@@ -135,8 +191,11 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
     weights: dict[str, F32] = {}
     for stream, (name, shape) in enumerate(weight_shapes(config).items()):
         u = _uniform(seed, stream, math.prod(shape)).reshape(shape)
-        if name.endswith("norm.weight"):
+        if is_norm(name):
             value = norm_mean(config) + 0.5 * u
+        elif ".act_fn." in name:  # xIELU's: of eps something that shows
+            usual = {"alpha_p": 0.5, "alpha_n": -0.4, "beta": 0.5, "eps": -0.3}
+            value = usual[name.rsplit(".", 1)[1]] + 0.2 * u
         elif name.endswith(("bias", "sinks")):
             value = 0.8 * u
         elif "experts." in name and len(shape) == 3:  # transposed; gates so large that they reach the clamp

@@ -368,7 +368,9 @@ def test_longrope_of_gguf() -> None:
 
 
 ROPE_REFUSED: list[tuple[dict[str, Any], type[Error], str]] = [
-    ({"rope_type": "dynamic", "factor": 2.0}, UnsupportedError, "'dynamic' is not .* length of the text"),
+    ({"rope_type": "dynamic"}, FormatError, "factor is missing"),
+    ({"rope_type": "dynamic", "factor": 0.5}, FormatError, "ntk_factor is 0.5"),
+    ({"rope_type": "ntk", "factor": 2.0}, UnsupportedError, "'ntk' is not supported; supported: default"),
     ({"rope_type": "longrope", "short_factor": []}, FormatError, "short_factor must be a list of 8"),
     ({"rope_type": "mystery"}, UnsupportedError, "'mystery' is not supported"),
     ({"rope_type": 7}, UnsupportedError, "'7' is not supported"),

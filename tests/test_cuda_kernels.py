@@ -285,6 +285,15 @@ def test_factors_beside_matrices(spec: str, device: str, host: Host, tmp_path: P
         ("cohere2", 66),
         ("qwen3_moe_not_renormalized", 20),
         ("gpt_oss", 66),
+        ("seed_oss_biases", 20),
+        ("exaone4", 66),
+        ("glm4", 20),
+        ("granite_swa", 66),
+        ("hunyuan", 40),
+        ("arcee", 20),
+        ("apertus", 20),
+        ("jais2", 20),
+        ("olmo_clip", 20),
     ],
 )
 def test_equals_transformers(name: str, n: int, host: Host, tmp_path: Path) -> None:
@@ -518,6 +527,9 @@ SUBJECTS: dict[str, tuple[Any, ...]] = {
     "gpt_oss": ("MXFP4", "f16", (4, 2, 16), family("gpt_oss", num_hidden_layers=1)),
     "gemma2": ("Q4_0", "f16", (4, 2, 16), family("gemma2", num_hidden_layers=2)),
     "varied": ("F32", "f16", (4, 2, 16), VARIED, load_varied),
+    "hunyuan": ("Q8_0", "f16", (4, 2, 16), family("hunyuan", num_hidden_layers=1)),
+    "apertus": ("Q4_0", "f16", (4, 2, 16), family("apertus", num_hidden_layers=1)),
+    "jais2": ("Q4_0", "q8_0", (2, 1, 32), family("jais2", num_hidden_layers=1)),
 }
 
 

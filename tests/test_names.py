@@ -414,8 +414,9 @@ def test_fused_tensors_of_any_family(spec: Spec, format: str, tmp_path: Path) ->
 
     fused = rewritten(path, change)
     n_layers = spec.config["num_hidden_layers"]
-    has_bias = spec.config["model_type"] == "qwen2" or spec.config.get("attention_bias", False)
-    n_stacks = 0 if "num_experts_per_tok" not in spec.config else 1 + (spec.name == "gpt_oss")
+    biased = spec.config.get("attention_bias") or spec.config.get("use_bias") or False
+    has_bias = spec.config["model_type"] == "qwen2" or biased
+    n_stacks = 1 + (spec.name == "gpt_oss") if spec.config.get("num_experts_per_tok") else 0
     assert list(n_fused.values()) == [n_layers, n_layers * has_bias, n_layers * n_stacks]
     ids = random_ids(spec.config, spec.seed, 40)
     with tinyllm.load(path, device="cpu") as a, tinyllm.load(fused, device="cpu") as b:

@@ -39,7 +39,11 @@ from tinyllm.quantization.imatrix import Imatrix, read_imatrix, write_imatrix
 
 MASTER = Path(__file__).resolve().parents[1] / "benchmarks" / "stories-f16.gguf"
 # What no GGUF file can say, of the golden models.
-UNSAID = {"ministral": "windows", "qwen2_window": "windows", "qwen3_moe_not_renormalized": "norm_topk_prob"}
+UNSAID = {
+    "ministral": "windows", "qwen2_window": "windows", "qwen3_moe_not_renormalized": "norm_topk_prob",
+    "helium": "architecture", "cwm": "architecture", "vaultgemma": "architecture",
+    "hyperclovax": "architecture", "dynamic_short": "ntk_factor", "dynamic_long": "ntk_factor",
+}  # fmt: skip
 GOLDEN = golden_specs() + golden_specs("families")
 SPECS = [spec for spec in GOLDEN if spec.name not in UNSAID]
 

@@ -298,23 +298,26 @@ static void gate_row(void *data, int row, int thread) {
     tl_cpu_run *r = data;
     const tl_config *c = &r->base.model->config;
     const size_t at = (size_t)row * (size_t)c->ff_dim;
-    tl_isa()->glu[c->activation](r->base.hidden + at, r->up + at, c->ff_dim);
+    const float *xielu = r->base.model->layers[r->layer].xielu; // of a unit without a gate
+    tl_isa()->glu[c->activation](r->base.hidden + at, c->activation < TL_RELU_SQUARED ? r->up + at : xielu, c->ff_dim);
 }
 
-// hidden = activation(hidden) * up
+// hidden = activation(hidden) * up, or activation(hidden), of the layer that attention was of
 static void gate(tl_cpu_run *r, int n) { tl_parallel(n < TL_FEW_TOKENS ? 1 : r->base.batch->threads, n, gate_row, r); }
 
 static void norm_glu(tl_run *run, int layer) {
     tl_cpu_run *r = (tl_cpu_run *)run;
     const tl_layer *w = &run->model->layers[layer];
     const size_t stride = (size_t)w->w_up.rows;
-    tl_product products[] = {{.w = &w->w_gate, .out = run->hidden, .stride = stride},
-                             {.w = &w->w_up, .out = r->up, .stride = stride}};
-    tl_cpu_products(r, run->x, NULL, run->batch->n, &w->ffn_norm, products, 2);
+    const int gated = w->w_gate.data != NULL;
+    float *to = gated ? r->up : run->hidden;
+    tl_product products[] = {{.w = &w->w_up, .out = to, .stride = stride},
+                             {.w = &w->w_gate, .out = run->hidden, .stride = stride}};
+    tl_cpu_products(r, run->x, NULL, run->batch->n, &w->ffn_norm, products, 1 + gated);
     add_pairs(r, &(rows){.x = r->in.x,
                          .n = run->batch->n,
-                         .targets = {{&w->w_gate, run->hidden, stride}, {&w->w_up, r->up, stride}},
-                         .n_targets = 2,
+                         .targets = {{&w->w_up, to, stride}, {&w->w_gate, run->hidden, stride}},
+                         .n_targets = 1 + gated,
                          .scale = 1});
     gate(r, run->batch->n);
 }

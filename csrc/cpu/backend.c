@@ -40,8 +40,8 @@ static void cpu_norm_glu(tl_run *run, int layer) {
     const tl_layer *w = &run->model->layers[layer];
     const size_t stride = (size_t)w->w_up.rows;
     tl_product up = {.w = &w->w_up, .out = r->up, .stride = stride};
-    tl_product gate = {
-        .w = &w->w_gate, .out = run->hidden, .stride = stride, .up = &up, .activation = run->model->config.activation};
+    tl_product gate = {.w = &w->w_gate, .out = run->hidden, .stride = stride, .up = &up, .xielu = w->xielu};
+    gate.activation = run->model->config.activation;
     tl_cpu_products(r, run->x, NULL, run->batch->n, &w->ffn_norm, &gate, 1);
 }
 

@@ -37,11 +37,12 @@ static void prepare_row(void *data, int t, int thread) {
 
 void tl_cpu_multiply(const tl_product *p, int first, int last, int from, int to) {
     tl_isa()->matmul[p->w->format - tl_formats](p, first, last, from, to);
-    if (!p->up) return;
-    tl_isa()->matmul[p->up->w->format - tl_formats](p->up, first, last, from, to);
+    if (!p->up && !p->xielu) return;
+    if (p->up) tl_isa()->matmul[p->up->w->format - tl_formats](p->up, first, last, from, to);
     const int row = first * TL_ROWS, n = tl_min(last * TL_ROWS, p->w->rows) - row;
     for (size_t t = (size_t)from; t < (size_t)to; t++)
-        tl_isa()->glu[p->activation](p->out + t * p->stride + row, p->up->out + t * p->stride + row, n);
+        tl_isa()->glu[p->activation](p->out + t * p->stride + row, p->up ? p->up->out + t * p->stride + row : p->xielu,
+                                     n);
 }
 
 int tl_cpu_block(const tl_matrix *w, int share) {
@@ -90,6 +91,12 @@ void tl_cpu_observe(const tl_matrix *w, const float *x, int n) {
 void tl_cpu_products(tl_cpu_run *r, const float *x, const int32_t *rows, int n, const tl_norm *norm,
                      tl_product *products, int n_products) {
     const int threads = r->base.batch->threads;
+    tl_product ungated = products[0];
+    if (!ungated.w->data) { // a unit without a gate: up goes where the gate would
+        ungated.w = products[0].up->w;
+        ungated.up = NULL;
+        products = &ungated;
+    }
     if (norm && !norm->weight) norm = NULL;
     job j = {.run = r, .x = x, .rows = rows, .norm = norm, .n_tokens = n, .products = products};
     r->in.x = norm ? r->normed : x;

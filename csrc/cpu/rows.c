@@ -6,6 +6,7 @@
 
 void tl_cpu_norm(const tl_norm *norm, float *out, const float *x, int n) {
     (norm->kind == TL_LAYER_NORM ? tl_isa()->layernorm : tl_isa()->rmsnorm)(out, x, norm->weight, norm->eps, n);
+    for (int i = 0; norm->bias && i < n; i++) out[i] += norm->bias[i];
 }
 
 static int threads_for(const tl_cpu_run *r, int n) { return n < TL_FEW_TOKENS ? 1 : r->base.batch->threads; }
@@ -19,6 +20,11 @@ static void norm_heads(const tl_config *c, const tl_norm *norm, float *x, int n_
         if (c->qk_norm == TL_QK_HEADS) part.weight += i;
         tl_cpu_norm(&part, x + i, x + i, width);
     }
+}
+
+// Within [-limit, limit], a NaN as it is.
+static void clamp(float *x, float limit, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
 }
 
 static float query_scale(const tl_config *c, int position) {
@@ -37,13 +43,26 @@ static void rotate_and_store(void *data, int t, int thread) {
     const size_t at = ((size_t)(layer->rope == TL_ROPE_LOCAL ? b->n : 0) + (size_t)t) * (size_t)half;
     float *q = r->base.q + (size_t)t * r->q_width, *k = r->k + (size_t)t * r->kv_width,
           *v = r->v + (size_t)t * r->kv_width;
-    norm_heads(c, &layer->q_norm, q, c->n_heads);
-    norm_heads(c, &layer->k_norm, k, c->n_kv_heads);
-    tl_isa()->rope(q, r->cos + at, r->sin + at, c->n_heads, c->head_dim, rope_dim, query_scale(c, b->positions[t]));
+    const float scale = query_scale(c, b->positions[t]);
+    if (c->qkv_limit > 0) {
+        clamp(q, c->qkv_limit, r->q_width);
+        clamp(k, c->qkv_limit, r->kv_width);
+        clamp(v, c->qkv_limit, r->kv_width);
+    }
+    if (!c->qk_norm_late) {
+        norm_heads(c, &layer->q_norm, q, c->n_heads);
+        norm_heads(c, &layer->k_norm, k, c->n_kv_heads);
+    }
+    tl_isa()->rope(q, r->cos + at, r->sin + at, c->n_heads, c->head_dim, rope_dim, c->qk_norm_late ? 1 : scale);
+    if (c->qk_norm_late) {
+        norm_heads(c, &layer->q_norm, q, c->n_heads);
+        tl_isa()->rope(q, NULL, NULL, c->n_heads, c->head_dim, 0, scale); // which scales alone
+    }
     if (cache->type == 8)
         tl_isa()->quantize(r->in.q + (size_t)t * r->q_width, r->in.groups + (size_t)t * (r->q_width / TL_Q), q,
                            (int)r->q_width);
     tl_isa()->rope(k, r->cos + at, r->sin + at, c->n_kv_heads, c->head_dim, rope_dim, 1);
+    if (c->qk_norm_late) norm_heads(c, &layer->k_norm, k, c->n_kv_heads);
     const int32_t *pages = tl_cpu_pages(r, t);
     for (int h = 0; h < c->n_kv_heads; h++) {
         uint8_t *keys = tl_cache_head(cache, pages[b->positions[t] / TL_PAGE], layer->place, h);

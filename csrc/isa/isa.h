@@ -57,6 +57,7 @@ typedef struct tl_product {
     int add;
     struct tl_product *up; // NULL, or the product that out goes with: out = activation(out) * up's, once both are there
     tl_activation activation;
+    const float *xielu; // without `up`: out = activation(out), xIELU by these numbers; NULL: out as it is
 } tl_product;
 
 // Queries that share a kv head and a sequence, against one segment of at most 256 positions. Column c sees
@@ -90,7 +91,8 @@ typedef struct tl_kernels {
     void (*merge)(float *out, float *max, float *sum, const float *part, float part_max, float part_sum, int n);
     void (*rmsnorm)(float *out, const float *x, const float *weight, float eps, int n);
     void (*quantize)(int8_t *q, tl_q_group *groups, const float *x, int n); // n a multiple of 32
-    void (*glu[3])(float *gate, const float *up, int n); // by tl_activation: gate = activation(gate) * up
+    // By tl_activation: gate = activation(gate) * up; of those without a gate up = activation(up), xIELU's numbers beside it.
+    void (*glu[5])(float *gate, const float *up, int n);
     // Rotates n_heads heads in place (half-split pairs), then multiplies by scale.
     void (*rope)(float *x, const float *cos, const float *sin, int n_heads, int head_dim, int rope_dim, float scale);
     // One token's key and value of one head into slot `slot` of a page.

@@ -56,6 +56,7 @@ DEVICE float warp_largest(float x) {
 
 struct row_norm {
     const float *weight; // [k], or NULL: the row stays as it is
+    const float *bias;   // [k], added; or NULL
     float eps;
     bool centred; // LayerNorm, arXiv 1607.06450; else RMSNorm, arXiv 1910.07467, which is that with a mean of 0
 };
@@ -80,6 +81,12 @@ DEVICE float mean_of(const row_norm &norm, const float *sums, int k) {
 }
 DEVICE float scale_of(const row_norm &norm, const float *sums, int k) {
     return norm_scale(sum_warps(sums + BLOCK_WARPS) / (float)k, norm.eps);
+}
+
+// Number i of a row, whose mean and scale are known.
+DEVICE float normed(const row_norm &norm, float x, float mean, float scale, int i) {
+    const float y = (x - mean) * scale * norm.weight[i];
+    return norm.bias ? y + norm.bias[i] : y;
 }
 
 // Into sums, of n rows of k: what their means and scales are made of. Ends with a barrier.
@@ -142,7 +149,7 @@ DEVICE void prepare_tokens(const activation_source &s, const activations &to, in
         const float scale = norm ? scale_of(s.norm, sums + t * NORM_SUMS, s.k) : 1.0f;
         for (int i = thread_id(); i < k_padded; i += BLOCK_THREADS) {
             float value = i < s.k ? x[i] : 0.0f;
-            if (norm && i < s.k) value = (value - mean) * scale * s.norm.weight[i];
+            if (norm && i < s.k) value = normed(s.norm, value, mean, scale, i);
             if (s.floats && i < x_padded) to.x[(size_t)t * to.x_stride + i] = value;
             if (s.quantized) quantize_group(to, t, i / 32, value);
         }
@@ -194,7 +201,7 @@ KERNEL(BLOCK_THREADS, 1) add_normed(const add_arguments a) {
     sum_rows(a.norm, sums, 1, a.k, [&](int) { return add; });
     const float mean = mean_of(a.norm, sums, a.k), scale = scale_of(a.norm, sums, a.k);
     for (int i = thread_id(); i < a.k; i += BLOCK_THREADS)
-        x[i] = fmaf(a.scale, (add[i] - mean) * scale * a.norm.weight[i], x[i]);
+        x[i] = fmaf(a.scale, normed(a.norm, add[i], mean, scale, i), x[i]);
 }
 
 #endif

@@ -31,11 +31,13 @@ BOTH page_kind page_kind_of(int type, int head_dim) {
     return type == 8 ? PLAIN_Q8_0 : type == 0 ? PLAIN_F32 : head_dim % 16 ? PLAIN_F16 : F16_FRAGMENTS;
 }
 
-// How heads are normed before RoPE.
+// How heads are normed before RoPE, or after it.
 struct head_norm {
     row_norm norm;     // of the first head
     int weight_stride; // from a head's weights to the next one's
     int n_together;    // heads that are one row: 1 or all
+    bool late;         // after RoPE
+    float limit;       // numbers are kept within it first; 0: as they are
 };
 
 // Queries of one sequence and kv head: columns [first, first + n) of (tokens, from `token` on) x (heads of the group).
@@ -73,41 +75,52 @@ BOTH size_t partial_size(int v_stride) { return (size_t)TOKENS * ((size_t)v_stri
 
 // ---- norm, RoPE, and into the pages -------------------------------------------------------------------------------------
 
+// A number within the limit, a NaN as it is.
+DEVICE float limited(float x, float limit) { return limit == 0 ? x : x > limit ? limit : x < -limit ? -limit : x; }
+
 // A head's numbers as the products left them, with what its norm makes of them.
 struct head_numbers {
     const float *x, *weight;
-    float mean, scale;
+    float mean, scale, limit;
+    bool late;
 };
 DEVICE float number_of(const head_numbers &h, int d) {
-    return h.weight ? (h.x[d] - h.mean) * h.scale * h.weight[d] : h.x[d];
+    const float x = limited(h.x[d], h.limit);
+    return h.weight && !h.late ? (x - h.mean) * h.scale * h.weight[d] : x;
 }
 
 // A warp finds a head's, row being all of the token's heads. Sums: a lane's in order, then a fixed tree.
 DEVICE head_numbers head_of(const float *row, int head, int head_dim, const head_norm &how) {
     const row_norm &norm = how.norm;
-    head_numbers h = {row + (size_t)head * head_dim, NULL, 0, 1};
+    head_numbers h = {row + (size_t)head * head_dim, NULL, 0, 1, how.limit, how.late};
     if (!norm.weight) return h;
     const float *x = how.n_together == 1 ? h.x : row;
     const int n = how.n_together * head_dim;
     if (norm.centred) {
         float sum = 0;
-        for (int i = lane_id(); i < n; i += 32) sum += x[i];
+        for (int i = lane_id(); i < n; i += 32) sum += limited(x[i], h.limit);
         h.mean = warp_sum(sum) / (float)n;
     }
     float squares = 0;
-    for (int i = lane_id(); i < n; i += 32) squares = fmaf(x[i] - h.mean, x[i] - h.mean, squares);
+    for (int i = lane_id(); i < n; i += 32) {
+        const float centred = limited(x[i], h.limit) - h.mean;
+        squares = fmaf(centred, centred, squares);
+    }
     h.scale = norm_scale(warp_sum(squares) / (float)n, norm.eps);
     h.weight = norm.weight + (size_t)head * how.weight_stride;
     return h;
 }
 
-// Dimension d of a head, rotated: pairs (d, d + rope_dim / 2), arXiv 2104.09864.
+// Dimension d of a head, rotated: pairs (d, d + rope_dim / 2), arXiv 2104.09864. A late RMSNorm's scale is that of the
+// head as it was: a rotation does not change its length.
 DEVICE float rotated(const head_numbers &h, const float *cos, const float *sin, int d, int rope_dim) {
     const int half = rope_dim / 2;
-    const float x = number_of(h, d);
-    if (d >= rope_dim) return x;
-    if (d < half) return fmaf(x, cos[d], -(number_of(h, d + half) * sin[d]));
-    return fmaf(x, cos[d - half], number_of(h, d - half) * sin[d - half]);
+    float x = number_of(h, d);
+    if (d < half)
+        x = fmaf(x, cos[d], -(number_of(h, d + half) * sin[d]));
+    else if (d < rope_dim)
+        x = fmaf(x, cos[d - half], number_of(h, d - half) * sin[d - half]);
+    return h.late && h.weight ? x * h.scale * h.weight[d] : x;
 }
 
 // Byte of element (row r, k) of a 16 x 16 f16 A fragment.
@@ -132,10 +145,12 @@ DEVICE void store_head(const attend_arguments &a, int token, int kv_head, bool v
     uint8_t *head = (uint8_t *)(uintptr_t)a.pages[(size_t)a.sequences[token] * a.page_stride + position / PAGE_TOKENS];
     head += a.head_at + (size_t)kv_head * (a.k_bytes + a.v_bytes) + (value ? a.k_bytes : 0);
     const float *row = (value ? a.v : a.k) + (size_t)token * a.n_kv_heads * a.head_dim;
-    const head_numbers x = head_of(row, kv_head, a.head_dim, value ? head_norm{} : a.k_norm);
+    head_norm none = {};
+    none.limit = a.k_norm.limit;
+    const head_numbers x = head_of(row, kv_head, a.head_dim, value ? none : a.k_norm);
     const float *cos = a.cos + (size_t)token * half, *sin = a.sin + (size_t)token * half;
     for (int d = lane_id(); d < a.head_dim; d += 32) {
-        const float number = value ? x.x[d] : rotated(x, cos, sin, d, a.rope_dim);
+        const float number = value ? number_of(x, d) : rotated(x, cos, sin, d, a.rope_dim);
         if (a.kind != PLAIN_Q8_0) {
             store_number(a.kind, head, (value ? a.v_bytes : a.k_bytes) / 4, slot, d, value ? a.v_stride : a.head_dim,
                          value, number);

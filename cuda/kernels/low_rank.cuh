@@ -92,14 +92,15 @@ KERNEL(BLOCK_THREADS, 1) low_rank_out(const low_rank_arguments a) {
 
 struct finish_arguments {
     float *out;      // [most, k]
-    const float *up; // NULL: scale and cap
+    const float *up; // NULL: scale and cap, or a unit without a gate
     gating activation;
+    ungated unit; // where it is one, of out alone
     float scale, cap;
     int k, first;
     const int *n;
 };
 
-// out = gated(out, up), or scale * out, capped. block_x: the row.
+// out = gated(out, up), a unit without a gate, or scale * out, capped. block_x: the row.
 KERNEL(BLOCK_THREADS, 1) finish(const finish_arguments a) {
     wait_for_previous();
     let_next_start();
@@ -107,7 +108,9 @@ KERNEL(BLOCK_THREADS, 1) finish(const finish_arguments a) {
     const size_t row = (size_t)block_x() * a.k;
     for (int i = thread_id(); i < a.k; i += BLOCK_THREADS) {
         const float x = a.out[row + i];
-        if (a.up)
+        if (a.unit.is)
+            a.out[row + i] = ungated_of(a.unit, x);
+        else if (a.up)
             a.out[row + i] = gated(a.activation, x, a.up[row + i]);
         else
             a.out[row + i] = a.cap > 0 ? soft_cap(a.scale * x, a.cap) : a.scale * x;

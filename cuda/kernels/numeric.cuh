@@ -31,6 +31,29 @@ DEVICE float gated(const gating &a, float gate, float up) {
     return g / (1.0f + exponential(a.slope * fmaf(a.cubic * g * g, g, g))) * (u + a.shift);
 }
 
+// e^x - 1 for x <= 0, as exact near 0 as elsewhere.
+DEVICE float exponential_minus_1(float x) {
+    if (x > -0.35f) { // Taylor
+        float sum = 1.0f / 5040;
+        const float factors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f};
+        for (int i = 0; i < 5; i++) sum = fmaf(sum, x, factors[i]);
+        return fmaf(sum * x, x, x);
+    }
+    return exponential(x) - 1.0f;
+}
+
+// A unit without a gate: ReLU squared (arXiv 2109.08668), or where there are numbers, xIELU (arXiv 2411.13010).
+struct ungated {
+    bool is, has_numbers;
+    float above, below, beta, epsilon;
+};
+DEVICE float ungated_of(const ungated &a, float x) {
+    if (!a.has_numbers) return x < 0 ? 0.0f : x * x; // a NaN stays one
+    if (x > 0) return fmaf(x * x, a.above, x * a.beta);
+    const float least = x > a.epsilon ? a.epsilon : x;
+    return fmaf(exponential_minus_1(least) - x, a.below, x * a.beta);
+}
+
 // cap tanh(x / cap), tanh y = 1 - 2 / (e^2y + 1). What is infinite becomes NaN (x - x), for a cap would hide it.
 DEVICE float soft_cap(float x, float cap) {
     return (1.0f - 2.0f / (exponential(x * (2.0f / cap)) + 1.0f)) * cap + (x - x);

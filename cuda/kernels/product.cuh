@@ -40,6 +40,7 @@ struct product_arguments {
     int n_matrices, n_units, epilogue; // units: tiles of all matrices; GLU: tiles of either
     float scale, cap;                  // STORE's cap: 0 is none
     gating activation;
+    ungated unit; // of STORE: what is stored is the unit of the sum
     activation_source source;
     activations in; // in global memory, where `prepared`
     bool prepared;
@@ -68,7 +69,9 @@ DEVICE expert_weights weights_of(const product_arguments &a, int m) {
 
 // A sum on its way out. gate: what GLU's first matrix (part 0) leaves for its second.
 DEVICE void put_sum(const product_arguments &a, float *out, float sum, int part, float &gate) {
-    if (a.epilogue == STORE)
+    if (a.epilogue == STORE && a.unit.is)
+        *out = ungated_of(a.unit, sum);
+    else if (a.epilogue == STORE)
         *out = a.cap > 0 ? soft_cap(a.scale * sum, a.cap) : a.scale * sum;
     else if (a.epilogue == ADD)
         *out = fmaf(a.scale, sum, *out);

@@ -512,25 +512,68 @@ static void check_glu(tl_activation activation) {
         }
 }
 
+// A unit without a gate: ReLU squared, exactly; or xIELU in double. Beside the roundings of its sums there is that of
+// e^x - 1, a few units of its own last place.
+static void check_ungated(tl_activation activation) {
+    static const float numbers[][TL_XIELU_NUMBERS] = {{0.8f, 0.8f, 0.5f, -1e-6f}, {0.3f, 1.7f, -0.2f, -0.5f}};
+    for (int i = 0; i < COUNT(lengths); i++)
+        for (int round = 0; round < 6; round++) {
+            const int n = lengths[i];
+            const float *a = numbers[round % 2];
+            float *x = random_floats((size_t)n, round < 2 ? 1e-3f : round < 4 ? 4 : 200), *expected = NULL;
+            for (int c = 0; c < n_kernels; c++) {
+                float *out = copy_of(x, (size_t)n * sizeof(float));
+                kernels[c]->glu[activation](out, a, n);
+                if (c > 0) {
+                    CHECK(first_difference(out, expected, (size_t)n * sizeof(float)) < 0, "unit %d %s: n = %d",
+                          (int)activation, kernels[c]->name, n);
+                    free(out);
+                    continue;
+                }
+                expected = out;
+                for (int j = 0; j < n; j++) {
+                    if (activation == TL_RELU_SQUARED) {
+                        CHECK(out[j] == (x[j] > 0 ? x[j] * x[j] : 0), "relu squared of %g is %.9g", (double)x[j],
+                              (double)out[j]);
+                        continue;
+                    }
+                    const double y = (double)x[j], linear = (double)a[2] * y, least = fmin(y, (double)a[3]);
+                    const double curved = expm1(least) - y, alpha = (double)a[1];
+                    const double exact = y > 0 ? (double)a[0] * y * y + linear : alpha * curved + linear;
+                    const double sizes = y > 0 ? (double)a[0] * y * y + fabs(linear)
+                                               : fabs(alpha) * (fabs(expm1(least)) + fabs(y)) + fabs(linear);
+                    const double clamped = fabs(alpha) * exp(-87); // exp stops before that
+                    CHECK(fabs((double)out[j] - exact) <= (EXP_ERROR + gamma_of(4)) * sizes + clamped + TINY,
+                          "xielu scalar: %g gives %.9g, not %.9g", y, (double)out[j], exact);
+                }
+            }
+            free(expected);
+            free(x);
+        }
+}
+
 // NaN comes through what clamps its numbers, at every place of a row; so does what is infinite through a cap, and squares that
 // overflow through a norm.
 static void check_bad_rows(void) {
     enum { N = 40 };
     for (int c = 0; c < n_kernels; c++)
         for (int at = 0; at < N; at++)
-            for (int what = 0; what < 11; what++) { // three gated units with a bad gate, with a bad up; caps; norms
+            for (int what = 0; what < 13;
+                 what++) { // three gated units with a bad gate, with a bad up; caps; norms; others
                 float *gate = random_floats(N, 5), *up = random_floats(N, 5);
                 static const float capped[] = {NAN, INFINITY, -INFINITY};
-                (what < 3 ? up : gate)[at] = what < 6 ? NAN : what < 9 ? capped[what - 6] : 1e20f;
+                (what < 3 ? up : gate)[at] = what < 6 || what > 10 ? NAN : what < 9 ? capped[what - 6] : 1e20f;
                 if (what < 6)
                     kernels[c]->glu[what % 3](gate, up, N);
+                else if (what > 10)
+                    kernels[c]->glu[what == 11 ? TL_RELU_SQUARED : TL_XIELU](gate, up, N);
                 else if (what < 9)
                     kernels[c]->soft_cap(gate, 30, N);
                 else
                     (what < 10 ? kernels[c]->rmsnorm : kernels[c]->layernorm)(gate, gate, up, 1e-5f, N);
                 for (int i = 0; i < N; i++)
-                    CHECK(isnan(gate[i]) == (i == at || what >= 9), "%s: what is bad at %d of %d gives %g at %d",
-                          kernels[c]->name, at, what, (double)gate[i], i);
+                    CHECK(isnan(gate[i]) == (i == at || what == 9 || what == 10),
+                          "%s: what is bad at %d of %d gives %g at %d", kernels[c]->name, at, what, (double)gate[i], i);
                 free(gate);
                 free(up);
             }
@@ -1078,6 +1121,8 @@ int main(void) {
     check_glu(TL_SILU);
     check_glu(TL_GELU);
     check_glu(TL_CLAMPED_SWIGLU);
+    check_ungated(TL_RELU_SQUARED);
+    check_ungated(TL_XIELU);
     check_soft_cap();
     check_bad_rows();
     check_rope();

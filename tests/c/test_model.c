@@ -24,6 +24,8 @@ typedef struct shape {
 
 static const int32_t windows[] = {70, 0, 300}, ropes[] = {TL_ROPE_LOCAL, TL_ROPE, TL_ROPE_NONE}; // of three layers
 
+static const float xielu[] = {0.7f, 0.4f, 0.5f, -1e-6f, 1.2f, 0.1f, 0.4f, -0.3f};
+
 static const shape shapes[] = {
     {"float, odd sizes, partial rotation",
      {.n_layers = 3, .dim = 50, .n_heads = 4, .n_kv_heads = 2, .head_dim = 12, .ff_dim = 43, .rope_dim = 6},
@@ -90,6 +92,50 @@ static const shape shapes[] = {
      0,
      0,
      0},
+    {"no gate: xIELU; norms of queries and keys after RoPE, kept within a limit",
+     {.n_layers = 2,
+      .dim = 64,
+      .n_heads = 4,
+      .n_kv_heads = 2,
+      .head_dim = 24,
+      .ff_dim = 83,
+      .rope_dim = 16,
+      .activation = TL_XIELU,
+      .qk_norm = TL_QK_HEAD,
+      .qk_norm_late = 1,
+      .qkv_limit = 1.5f,
+      .xielu = xielu},
+     {8, 8, 8, 2, 1, 2, 8, 8, 0},
+     0,
+     0,
+     0},
+    {"no gate: ReLU squared; LayerNorm with a bias",
+     {.n_layers = 2,
+      .dim = 48,
+      .n_heads = 4,
+      .n_kv_heads = 4,
+      .head_dim = 12,
+      .ff_dim = 83,
+      .rope_dim = 12,
+      .norm_kind = TL_LAYER_NORM,
+      .activation = TL_RELU_SQUARED},
+     {0, 1, 0, 1, 30, 0, 1, 30, 0},
+     1,
+     0,
+     0},
+    {"LayerNorm without weights",
+     {.n_layers = 2,
+      .dim = 50,
+      .n_heads = 4,
+      .n_kv_heads = 2,
+      .head_dim = 12,
+      .ff_dim = 83,
+      .rope_dim = 12,
+      .norm_kind = TL_PLAIN_LAYER_NORM},
+     {0, 1, 0, 1, 30, 0, 1, 30, 0},
+     0,
+     1,
+     0},
     {"experts, mixed",
      {.n_layers = 2,
       .dim = 64,
@@ -148,6 +194,7 @@ static tl_model *make_model(const shape *s) {
     for (int layer = 0; layer < c.n_layers; layer++) {
         for (int i = 2, k; i < 9; i++) {
             const int rows = size_of_matrix(&c, i, &k), n_experts = i < 6 ? 0 : c.n_experts;
+            if (i == 6 && c.activation >= TL_RELU_SQUARED) continue;
             if (!n_experts) upload(model, names[i], layer, s->formats[i], rows, k, 3 / sqrtf((float)k), 0);
             if (!n_experts && s->bias) upload(model, biases[i - 2], layer, 0, rows, 1, 0.5f, 0);
             for (int e = 0; e < n_experts; e++) {
@@ -160,9 +207,13 @@ static tl_model *make_model(const shape *s) {
         }
         if (c.n_experts) upload(model, "router", layer, 0, c.n_experts, c.dim, 3 / sqrtf((float)c.dim), 0);
         if (c.n_experts && s->bias) upload(model, "b_router", layer, 0, c.n_experts, 1, 0.5f, 0);
-        if (c.norm_place != TL_NORM_AFTER) {
+        if (c.norm_place != TL_NORM_AFTER && c.norm_kind != TL_PLAIN_LAYER_NORM) {
             upload(model, "attention_norm", layer, 0, c.dim, 1, 0.5f, 1);
             upload(model, "ffn_norm", layer, 1, c.dim, 1, 0.5f, 1);
+        }
+        if (c.norm_kind == TL_LAYER_NORM && s->bias) {
+            upload(model, "attention_norm_bias", layer, 0, c.dim, 1, 0.5f, 0);
+            upload(model, "ffn_norm_bias", layer, 0, c.dim, 1, 0.5f, 0);
         }
         if (c.norm_place != TL_NORM_BEFORE) {
             upload(model, "attention_post_norm", layer, 0, c.dim, 1, 0.5f, 1);
@@ -182,7 +233,8 @@ static tl_model *make_model(const shape *s) {
         tl_model_tie(model);
     else
         upload(model, "output", -1, s->formats[1], rows, k, 3 / sqrtf((float)k), 0);
-    upload(model, "output_norm", -1, 30, c.dim, 1, 0.5f, 1);
+    if (c.norm_kind != TL_PLAIN_LAYER_NORM) upload(model, "output_norm", -1, 30, c.dim, 1, 0.5f, 1);
+    if (c.norm_kind == TL_LAYER_NORM && s->bias) upload(model, "output_norm_bias", -1, 0, c.dim, 1, 0.5f, 0);
     CHECK(tl_model_check(model, &message) == TL_OK, "%s", message.text);
     return model;
 }
@@ -586,11 +638,17 @@ static void check_refused_configs(const tl_config *good) {
     BAD_CONFIG(rope_scale = NAN);
     BAD_CONFIG(attention_scale = INFINITY);
     BAD_CONFIG(rope_factors = bad_factors);
+    const float bad_xielu[] = {1, 1, 1, 0.5f};
     const int32_t bad_places[] = {0, 1 << 24, 1};
     const int32_t bad_windows[] = {0, -1, 0}, bad_ropes[] = {TL_ROPE, 3, TL_ROPE}, unknown[] = {TL_ROPE_LOCAL, 0, 0};
-    BAD_CONFIG(norm_kind = 2);
+    BAD_CONFIG(norm_kind = 3);
+    BAD_CONFIG(qk_norm_late = 2);
+    BAD_CONFIG(qkv_limit = -1);
+    BAD_CONFIG(qkv_limit = NAN);
+    BAD_CONFIG(xielu = (c.activation = TL_XIELU, bad_xielu));
+    BAD_CONFIG(xielu = (c.activation = TL_XIELU, NULL));
     BAD_CONFIG(norm_place = 3);
-    BAD_CONFIG(activation = 3);
+    BAD_CONFIG(activation = 5);
     BAD_CONFIG(qk_norm = 4);
     BAD_CONFIG(parallel = 2);
     BAD_CONFIG(bidirectional = -1);

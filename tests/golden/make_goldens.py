@@ -36,7 +36,8 @@ def make(specs: str, file: str, dtype: Any) -> None:
         if names and spec.name not in names:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            path = golden_model(spec, Path(folder))
+            spoken = spec._replace(config=spec.as_transformers) if spec.as_transformers else spec
+            path = golden_model(spoken, Path(folder))
             model = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=torch.float64,

@@ -309,9 +309,9 @@ def page_bytes(config: ModelConfig, cache_type: CacheType) -> int:
 
 # The core's numbers for the words of a config (tinyllm.h).
 _WORDS: dict[str, tuple[str | None, ...]] = {
-    "norm_kind": ("rms", "layer"),
+    "norm_kind": ("rms", "layer", "plain"),
     "norm_place": ("before", "after", "both"),
-    "activation": ("silu", "gelu", "clamped_swiglu"),
+    "activation": ("silu", "gelu", "clamped_swiglu", "relu_squared", "xielu"),
     "qk_norm": (None, "head", "heads", "all"),
 }
 _ROPES = ("usual", "local", "none")
@@ -324,6 +324,7 @@ def _core_config(config: ModelConfig) -> dict[str, Any]:
         values["rope_factors"] = np.asarray(config.rope_factors, np.float32)
     for name, words in _WORDS.items():
         values[name] = words.index(values[name])
+    values["xielu"] = np.asarray(config.xielu_numbers, np.float32) if config.xielu else None
     values["query_span"] = config.original_context or 0
     values["local_rope_theta"] = config.local_rope_theta or 0.0
     values["windows"] = np.asarray(config.windows or (0,) * config.n_layers, np.int32)
@@ -523,7 +524,7 @@ class Uploads:
     def _values(self, w: Weight) -> F32 | None:
         """The numbers of a vector that the core does not read by itself."""
         by_us = w.plus != 0 or (w.info.row_stride != 1 and len(w.info.shape) == 1)
-        if not by_us and w.name != "output_norm":
+        if not by_us and w.name not in ("output_norm", "output_norm_bias"):
             return None
         values = w.info.read_f32().ravel()
         if w.plus:
@@ -531,6 +532,8 @@ class Uploads:
                 values = values + np.float32(w.plus)
         if w.name == "output_norm":
             self._model._output_norm = values
+        if w.name == "output_norm_bias":
+            self._model._output_norm_bias = values
         return values if w.row_order is None else values[w.row_order]
 
 
@@ -555,6 +558,7 @@ class Model:
         self.device = self._device.name
         self.threads = default_threads() if threads is None else integer("threads", threads, 1, MAX_THREADS)
         self._output_norm = np.ones(config.dim, np.float32)
+        self._output_norm_bias = np.zeros(config.dim, np.float32)
         self._core = _core.Model(_core_config(config), self._device.table)
 
     @property
@@ -768,10 +772,10 @@ class Model:
         """
         with np.errstate(invalid="ignore"):
             y = x.astype(np.float64)
-            if self.config.norm_kind == "layer":
+            if self.config.norm_kind != "rms":
                 y -= y.mean(axis=1, keepdims=True)
             y /= np.sqrt((y * y).mean(axis=1, keepdims=True) + self.config.norm_eps)
-            return y * self._output_norm
+            return y * self._output_norm + self._output_norm_bias
 
     def close(self) -> None:
         """Frees the weights, once no call uses them any more."""

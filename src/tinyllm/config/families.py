@@ -34,19 +34,28 @@ class Family:
         default_factory=dict
     )  # keys of GGUF metadata of its own, defaults
     window_period: int = 0  # where there is a window: every so-many-th layer attends to everything; 0: none
+    full_first: bool = False  # config.json's: of each such period the first layer does, not the last
     windows_without_rope: bool = False  # its windowed layers are those without RoPE, where nothing lists them
     local_rope: bool = False  # windowed layers have a RoPE of their own, without scaling
-    rope_in_windows: bool = False  # only windowed layers have RoPE
+    # Only windowed layers have RoPE; "hybrid": but where the file states no window, all layers have
+    rope_in_windows: bool | Literal["hybrid"] = False
     no_rope_interval: int = 0  # every so-many-th layer has no RoPE; 0: all have
     rope_switch: bool = False  # GGUF's rope.scaling.finetuned says whether there is RoPE at all
     scaled_embedding: bool = False  # embeddings are multiplied by the root of their width
     divides_logits: bool = False  # by GGUF's logit_scale, which others multiply by
     optional_qk_norm: Literal["heads"] | None = None  # some of its models have q/k norms of this kind
     norms_minus_one: bool = False  # safetensors hold the norms' weights minus 1
-    fused: bool = False  # q, k and v are one matrix, gate and up another
+    # Matrices that are one in its files: "qkv", and gate and up
+    fused: Mapping[Source, tuple[Literal["qkv", "gate_up"], ...]] = field(default_factory=dict)
     qkv_bias: bool = False  # biases of q, k and v alone, whatever attention_bias says
+    # Keys of config.json that say whether q, k and v, o, and gate, up and down have biases; "": none have
+    bias_keys: tuple[str, str, str] = ("attention_bias", "attention_bias", "mlp_bias")
+    norm_eps: float | None = None  # of its norms, where config.json does not say
+    multiplies_logits: bool = False  # by config.json's logits_scaling, which others divide by
+    alpha_theta: bool = False  # RoPE called dynamic has a fixed alpha, which stretches theta once and for all
     experts_in: tuple[Source, ...] = ()  # files whose models are mixtures of experts (GGUF: may be)
-    renamed: Mapping[Source, Mapping[str, str]] = field(default_factory=dict)  # parts of tensors' names
+    # Parts of tensors' names; with @ and a weight's name: of that weight's alone
+    renamed: Mapping[Source, Mapping[str, str]] = field(default_factory=dict)
     stacked: bool = False  # safetensors hold a layer's experts on top of each other, gate and up row by row
     growing_queries: bool = False  # its scaling of RoPE may scale queries by position (llama_4_scaling_beta)
     yarn_truncate: bool = True  # whether YaRN's first and last pair are rounded, where GGUF does not say
@@ -78,6 +87,19 @@ _QWEN_JSON = {
     "sliding_window": 4096,
 }  # fmt: skip
 _QWEN_WINDOWS = {"max_window_layers": 28, "layer_types": None}
+_GRANITE_JSON = {
+    **_BIASES, "max_position_embeddings": 2048, "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+}  # fmt: skip
+_GRANITE_GGUF = {
+    "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "attention.scale": 0.0,
+}  # fmt: skip
+# Of Granite 4's Mamba layers and experts, which a model without them does not have.
+MAMBA_KEYS = (
+    "num_experts_per_tok",
+    "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand",
+    "mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias", "time_step_limit",
+)  # fmt: skip
 _OLMO = {"norm_place": "after", "qk_norm": "all"}
 _OLMO_JSON = {**_BIAS, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 _NORMALIZED = {"norm_topk_prob": (True,)}
@@ -176,7 +198,7 @@ FAMILIES: dict[str, Family] = {
         },
         json_ignored={"full_attn_mod": (1,), "interpolate_factor": (1,)},
         rope_kinds=("default", "longrope"),
-        fused=True,
+        fused={"gguf": ("qkv", "gate_up"), "hf": ("qkv", "gate_up")},
     ),
     "smollm3": Family(
         "SmolLM3",
@@ -192,15 +214,210 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(
         "Granite 3",
         _LLAMA_LIKE,
-        {
-            **_BIASES, "max_position_embeddings": 2048, "embedding_multiplier": 1.0,
-            "attention_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
-        },
-        gguf_defaults={
-            "embedding_scale": 1.0, "residual_scale": 1.0, "logit_scale": 1.0, "attention.scale": 0.0,
-        },
+        _GRANITE_JSON,
+        gguf_defaults=_GRANITE_GGUF,
         rope_switch=True,
         divides_logits=True,
+    ),
+    "granitemoehybrid": Family(
+        "Granite 4 dense (350m, 1b, 3b)",
+        _LLAMA_LIKE,
+        {
+            **{k: v for k, v in _GRANITE_JSON.items() if k != "mlp_bias"}, "shared_intermediate_size": 1024,
+            "num_local_experts": 8, "layer_types": None, "position_embedding_type": None,
+        },
+        {"normalization_function": ("rmsnorm",)},
+        gguf_defaults=_GRANITE_GGUF,
+        rope_switch=True,
+        divides_logits=True,
+        fused={"hf": ("gate_up",)},
+        renamed={
+            "hf": {
+                "mlp.gate_up_proj": "shared_mlp.input_linear", "mlp.down_proj": "shared_mlp.output_linear",
+            },
+        },
+    ),
+    "granite_swa": Family(
+        "Granite with windows and sinks",
+        _LLAMA_LIKE,
+        {
+            **_GRANITE_JSON, "max_position_embeddings": 8192, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True, "sliding_window": 128, "layer_types": None, "layer_rope_theta": None,
+        },
+        gguf_defaults={**_GRANITE_GGUF, "attention.rope_pattern": None},
+        features={"sinks": True},
+        window_period=4,
+        full_first=True,
+        divides_logits=True,
+    ),
+    "hyperclovax": Family(
+        "HyperCLOVA X SEED Think",
+        json_defaults={
+            **_GRANITE_JSON, "attention_multiplier": None, "use_post_norm": True,
+        },
+        multiplies_logits=True,
+        renamed={
+            "hf": {
+                "post_attention_layernorm@attention_post_norm": "post_norm1",
+                "pre_feedforward_layernorm": "post_attention_layernorm",
+                "post_feedforward_layernorm": "post_norm2",
+            },
+        },
+    ),
+    "minicpm": Family(
+        "MiniCPM 1, 2 and 4",
+        _LLAMA_LIKE,
+        {
+            **_BIAS, "max_position_embeddings": 2048, "scale_emb": 1.0, "scale_depth": 1.0,
+            "dim_model_base": 1,
+        },
+        gguf_defaults={
+            "embedding_scale": None, "residual_scale": None, "logit_scale": None,
+            "rope.scaling.original_context_length": None,
+        },
+        rope_kinds=("default", "longrope"),
+        divides_logits=True,
+    ),
+    "seed_oss": Family(
+        "Seed-OSS",
+        json_defaults={
+            "attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "head_dim": 128,
+            "num_key_value_heads": 8, "max_position_embeddings": 524288,
+        },
+        bias_keys=("attention_bias", "attention_out_bias", "mlp_bias"),
+        renamed={"gguf": {"ffn_norm": "post_attention_norm"}},
+    ),
+    "ernie4_5": Family(
+        "ERNIE 4.5 dense",
+        ("gguf", "hf"),
+        {
+            "use_bias": False, "max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128,
+            "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        },
+        bias_keys=("use_bias", "use_bias", "use_bias"),
+    ),
+    "helium": Family(
+        "Helium",
+        ("hf",),
+        {
+            "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 4096,
+            "num_key_value_heads": 20, "head_dim": 128, "rms_norm_eps": 1e-8, "rope_theta": 100000.0,
+        },
+        bias_keys=("attention_bias", "", "mlp_bias"),
+    ),
+    "cwm": Family(
+        "CWM",
+        json_defaults={
+            "mlp_bias": False, "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 128,
+            "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": 8192, "layer_types": None,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 1000000.0, "factor": 16.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            },
+        },
+        window_period=4,
+        full_first=True,
+    ),
+    "exaone4": Family(
+        "EXAONE 4",
+        json_defaults={
+            "max_position_embeddings": 2048, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+            "sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None,
+        },
+        features={"norm_place": "after", "qk_norm": "head"},
+        window_period=4,
+        rope_in_windows="hybrid",
+    ),
+    "glm4": Family(
+        "GLM-4 0414, GLM-Z1",
+        ("gguf", "hf"),
+        {
+            "attention_bias": True, "max_position_embeddings": 131072, "num_key_value_heads": 2,
+            "head_dim": 128, "rms_norm_eps": 1.5625e-7, "partial_rotary_factor": 0.5,
+        },
+        features={"norm_place": "both"},
+        bias_keys=("attention_bias", "", ""),
+        fused={"gguf": ("gate_up",), "hf": ("gate_up",)},
+        renamed={
+            "hf": {
+                "post_attention_layernorm": "post_self_attn_layernorm",
+                "pre_feedforward_layernorm": "post_attention_layernorm",
+                "post_feedforward_layernorm": "post_mlp_layernorm",
+            },
+        },
+    ),
+    "hunyuan_v1_dense": Family(
+        "Hunyuan dense (0.5B to 7B)",
+        json_defaults={**_BIAS, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        json_ignored={
+            "use_qk_norm": (True,), "mlp_bias": (False,), "use_cla": (False,), "use_rotary_pos_emb": (True,),
+            "norm_type": ("rms",), "num_experts": (1,), "add_classification_head": (False,),
+        },
+        json_twice={"attention_head_dim": "head_dim"},
+        features={"qk_norm": "head", "qk_norm_late": True},
+        alpha_theta=True,
+        renamed={
+            "hf": {
+                "self_attn.q_norm": "self_attn.query_layernorm",
+                "self_attn.k_norm": "self_attn.key_layernorm",
+            },
+        },
+    ),
+    "iquestcoder": Family(
+        "IQuest-Coder",
+        _LLAMA_LIKE,
+        {
+            **_BIASES, "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "arcee": Family(
+        "AFM 4.5B (Arcee)",
+        _LLAMA_LIKE,
+        {**_BIASES, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        features={"activation": "relu_squared"},
+    ),
+    "apertus": Family(
+        "Apertus",
+        json_defaults={
+            **_BIAS, "max_position_embeddings": 65536, "rms_norm_eps": 1e-5, "rope_theta": 12000000.0,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 12000000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            },
+        },
+        json_ignored={"mlp_bias": (False,), "post_norm": (False,), "qk_norm": (True,)},
+        features={"activation": "xielu", "qk_norm": "head"},
+        gguf_defaults={
+            "xielu.alpha_p": None, "xielu.alpha_n": None, "xielu.beta": None, "xielu.eps": None,
+        },
+        renamed={
+            "hf": {
+                "input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm",
+            },
+        },
+    ),
+    "jais2": Family(
+        "Jais 2",
+        json_defaults={
+            "attention_bias": True, "mlp_bias": True, "max_position_embeddings": 8192, "layer_norm_eps": 1e-5,
+        },
+        features={"activation": "relu_squared", "norm_kind": "layer", "norm_bias": True},
+    ),
+    "nanbeige": Family(
+        "Nanbeige 4 without loops",
+        _LLAMA_LIKE,
+        {**_BIASES, "max_position_embeddings": 2048, "num_loops": 1},
+        json_ignored={"skip_loop_final_norm": (False, True)},
+        gguf_defaults={"num_loops": 1, "skip_loop_final_norm": False, "attention.head_dim": None},
+    ),
+    "olmo": Family(
+        "OLMo 1",
+        _LLAMA_LIKE,
+        {**_BIAS, "max_position_embeddings": 2048, "clip_qkv": None},
+        features={"norm_kind": "plain"},
+        norm_eps=1e-5,
+        gguf_defaults={"attention.clamp_kqv": 0.0},
     ),
     "olmo2": Family(
         "OLMo 2",
@@ -240,6 +457,16 @@ FAMILIES: dict[str, Family] = {
         window_period=2,
         scaled_embedding=True,
         norms_minus_one=True,
+    ),
+    "vaultgemma": Family(
+        "VaultGemma",
+        json_defaults={**_GEMMA2_JSON, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        json_ignored={"hidden_act": _TANH},
+        features=_GEMMA,
+        window_period=2,
+        scaled_embedding=True,
+        norms_minus_one=True,
+        renamed={"hf": {"post_attention_layernorm": "pre_feedforward_layernorm"}},
     ),
     "gemma3_text": Family(
         "Gemma 3, EmbeddingGemma",
@@ -291,11 +518,18 @@ _GGUF_NAMES = {
     "gemma3": "gemma3_text",
     "command-r": "cohere",
     "mistral3": "ministral3",
+    "granite-swa": "granite_swa",
+    "hunyuan-dense": "hunyuan_v1_dense",
 }
 # Likewise of those whose tokens attend to both sides.
 _GGUF_BIDIRECTIONAL = {"gemma-embedding": "gemma3_text", "llama-embed": "llama"}
 # Model types that GGUF files do not know by a name of their own.
-_WRITTEN_AS = {"mistral": "llama", "ministral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
+_WRITTEN_AS = {
+    "mistral": "llama", "ministral": "llama", "mixtral": "llama", "olmo3": "olmo2",
+    "iquestcoder": "llama", "granitemoehybrid": "granite",
+}  # fmt: skip
+# Model types that no GGUF file is of.
+_NOT_IN_GGUF = ("helium", "cwm", "vaultgemma", "hyperclovax")
 SUPPORTED = tuple(dict.fromkeys((*FAMILIES, *_GGUF_NAMES, *_GGUF_BIDIRECTIONAL)))
 
 # What says nothing about logits in any family's config.json, by the reason why.
@@ -308,7 +542,8 @@ _JSON_HARMLESS: dict[str, tuple[str, ...]] = {
     "numbers stay as the file's tensors hold them": ("torch_dtype", "dtype"),
     "matters to training alone": (
         "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop",
-        "router_aux_loss_coef", "router_jitter_noise",
+        "router_aux_loss_coef", "router_jitter_noise", "residual_dropout", "mup_denominator",
+        "loop_loss_weights", "init_method",
     ),
     "how it is computed, not what": (
         "use_cache", "pretraining_tp", "chunk_size_feed_forward", "attn_implementation", "torchscript",
@@ -318,11 +553,14 @@ _JSON_HARMLESS: dict[str, tuple[str, ...]] = {
     "what a call returns beside logits": (
         "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
     ),
-    "for models that classify": ("problem_type", "id2label", "label2id", "finetuning_task"),
+    "for models that classify": (
+        "problem_type", "id2label", "label2id", "finetuning_task", "class_num", "pool_type", "dense_list",
+    ),
     "for other programs or tasks": ("task_specific_params", "transformers.js_config"),
     "ids of tokens: the tokenizer's and the sampling's": (
         "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
-        "decoder_start_token_id",
+        "decoder_start_token_id", "eod_token_id", "pad_id", "org_vocab_size", "mask_init_id", "im_start_id",
+        "im_end_id", "im_newline_id", "text_start_id", "text_end_id",
     ),
     "a limit of the training's texts; max_position_embeddings is the model's": (
         "model_max_length", "max_sequence_length",
@@ -358,6 +596,11 @@ def family(architecture: Any, source: Source) -> Family:
     return FAMILIES[name]
 
 
+def has_gguf(model_type: str) -> bool:
+    """Whether llama.cpp has a name for models of this model_type, and so files of them."""
+    return model_type not in _NOT_IN_GGUF
+
+
 def gguf_architecture(model_type: str, bidirectional: bool = False) -> str:
     """The general.architecture under which GGUF files hold models of this model_type."""
     names = {kind: name for name, kind in _GGUF_NAMES.items()} | _WRITTEN_AS
@@ -379,23 +622,27 @@ def hf_architecture(architecture: str, n_experts: int) -> str:
     return _GGUF_NAMES.get(architecture, architecture)
 
 
-def layer_windows(n_layers: int, window: int, period: int | list[bool]) -> tuple[int, ...]:
+def layer_windows(
+    n_layers: int, window: int, period: int | list[bool], full_first: bool = False
+) -> tuple[int, ...]:
     """Windows by layer; () where there are none. With a period every period-th layer has none (period 1: none
-    has one; 0: all have), or by a list of whether a layer has one."""
+    has one; 0: all have; full_first: from the first on), or by a list of whether a layer has one."""
     if isinstance(period, int):
         if not 0 <= period <= 1024:
             raise FormatError(f"a sliding window pattern of {period} is absurd")
-        period = [not period or (layer + 1) % period != 0 for layer in range(n_layers)]
+        period = [not period or (layer + (not full_first)) % period != 0 for layer in range(n_layers)]
     windows = tuple(window if windowed else 0 for windowed in period)
     return windows if any(windows) else ()
 
 
-def layer_ropes(row: Family, windows: tuple[int, ...], n_layers: int, local_theta: float) -> dict[str, Any]:
-    """The fields `ropes` and `local_rope_theta`."""
+def layer_ropes(
+    row: Family, windows: tuple[int, ...], n_layers: int, local_theta: float, has_window: bool
+) -> dict[str, Any]:
+    """The fields `ropes` and `local_rope_theta`; has_window: the file states one, whatever layers have it."""
     if row.local_rope and windows:
         ropes = ["local" if window else "usual" for window in windows]
         return {"ropes": tuple(ropes), "local_rope_theta": local_theta}
-    if row.rope_in_windows:
+    if row.rope_in_windows and (has_window or row.rope_in_windows != "hybrid"):
         return {"ropes": tuple("usual" if window else "none" for window in windows or (0,) * n_layers)}
     return {}
 

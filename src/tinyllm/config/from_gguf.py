@@ -64,6 +64,7 @@ GGUF_OWN = {
     "logit_scale": "logit_scale",
     "local_rope_theta": "rope.freq_base_swa",
     "query_growth": "attention.temperature_scale",
+    "qkv_limit": "attention.clamp_kqv",
 }
 
 GGUF_EXPERTS = {
@@ -74,7 +75,10 @@ GGUF_EXPERTS = {
 
 _LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"  # transformers' mscale_all_dim, beside a mscale of 1
 
-_GGUF_EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
+_LAYER_EPS = "attention.layer_norm_epsilon"
+_GGUF_EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": _LAYER_EPS, "plain": _LAYER_EPS}
+_XIELU = ("xielu.alpha_p", "xielu.alpha_n", "xielu.beta", "xielu.eps")
+_ROPE_PATTERN = "attention.rope_pattern"
 
 
 class Tensor(Protocol):
@@ -119,6 +123,8 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
     if longrope or (tensors and fields.get("rope.scaling.type") == "longrope"):
         long_factors = multiplied(factors, "rope_factors_long.weight", tensors, rope_dim)
         factors = multiplied(factors, "rope_factors_short.weight", tensors, rope_dim)
+        if original_context is None and "rope.scaling.original_context_length" in row.gguf_defaults:
+            original_context = context  # as a MiniCPM's
         if original_context is None:
             raise FormatError(f"{prefix}rope.scaling.original_context_length is missing")
     bidirectional = not fields.flag("attention.causal", not is_bidirectional(architecture))
@@ -163,18 +169,29 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
         residual_scale=own("residual_scale", 1.0) or 1.0,
         logit_scale=1 / logit_scale if row.divides_logits else logit_scale,
         query_growth=own("query_growth", 0.0),
+        qkv_limit=own("qkv_limit", 0.0),
+        xielu=_gguf_xielu(fields, n_layers) if row.features.get("activation") == "xielu" else (),
         bidirectional=bidirectional,
         windows=windows,
         long_rope_factors=long_factors,
         **_gguf_feed_forward(fields, row),
         **{
-            **layer_ropes(row, windows, n_layers, local_theta),
+            **layer_ropes(
+                row, windows, n_layers, local_theta, fields.whole("attention.sliding_window", 0) > 0
+            ),
             **_no_ropes(fields, row, n_layers),
             **row.features,
         },
     )
     if row.optional_qk_norm and "blk.0.attn_q_norm.weight" in tensors:
         config = replace(config, qk_norm=row.optional_qk_norm)
+    if "num_loops" in row.gguf_defaults:
+        fields.get("skip_loop_final_norm")  # between loops
+        if fields.whole("num_loops") != 1 or fields.whole("attention.head_dim", head_dim) != head_dim:
+            raise UnsupportedError(
+                f"{prefix}num_loops {fields.whole('num_loops')} is not supported, only 1: its layers would "
+                "be gone through again"
+            )
     fields.refuse_unknown(GGUF_HARMLESS)
     return config
 
@@ -198,6 +215,14 @@ def config_to_gguf(config: ModelConfig, architecture: str) -> dict[str, Any]:
         keys["attention.sliding_window"] = 2 * (window - 1) if config.bidirectional else window
     if config.bidirectional:
         keys["attention.causal"] = False
+    if config.xielu:
+        columns = zip(*config.xielu, strict=True)
+        keys |= {key: np.array(column, np.float32) for key, column in zip(_XIELU, columns, strict=True)}
+    if row.rope_switch:
+        keys[_FINETUNED] = "usual" in (config.ropes or ("usual",))
+    if _ROPE_PATTERN in row.gguf_defaults:
+        keys["attention.sliding_window_pattern"] = np.array(config.windows) > 0
+        keys[_ROPE_PATTERN] = np.array(config.ropes or ("usual",) * config.n_layers) != "none"
     return {
         **{key: value for key, value in keys.items() if value is not None},
         "attention.value_length": config.head_dim,
@@ -207,12 +232,31 @@ def config_to_gguf(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 def _no_ropes(fields: Fields, row: Family, n_layers: int) -> dict[str, Any]:
+    pattern = fields.get(_ROPE_PATTERN) if _ROPE_PATTERN in row.gguf_defaults else None
+    if pattern is not None:
+        if not isinstance(pattern, np.ndarray) or pattern.shape != (n_layers,):
+            raise FormatError(f"{fields.prefix}{_ROPE_PATTERN} is no list of {n_layers}")
+        return (
+            {} if pattern.all() else {"ropes": tuple("usual" if rotated else "none" for rotated in pattern)}
+        )
     if row.rope_switch and not fields.flag(_FINETUNED, True):
         return {"ropes": ("none",) * n_layers}
     if not row.no_rope_interval:
         return {}
     skipped = [(layer + 1) % row.no_rope_interval == 0 for layer in range(n_layers)]
     return {"ropes": tuple("none" if none else "usual" for none in skipped)}
+
+
+def _gguf_xielu(fields: Fields, n_layers: int) -> tuple[tuple[float, float, float, float], ...]:
+    columns = []
+    for key in _XIELU:
+        values = fields.get(key)
+        if values is None:
+            fields.wrong(key, None, "")
+        if not isinstance(values, np.ndarray) or values.shape != (n_layers,) or values.dtype.kind != "f":
+            raise FormatError(f"{fields.prefix}{key} must be {n_layers} numbers, not {brief(values)}")
+        columns.append(values.tolist())
+    return tuple((a, b, c, d) for a, b, c, d in zip(*columns, strict=True))
 
 
 def _gguf_scale(architecture: str, n_layers: int, dim: int, n_heads: int, head_dim: int) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 from tinyllm.config.families import (
     JSON_HARMLESS,
+    MAMBA_KEYS,
     OUTER_HARMLESS,
     Family,
     family,
@@ -89,10 +90,13 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
         return key in row.json_defaults and fields.flag(key, False)
 
     rope = json_rope(fields, config, row, head_dim, context)
-    ropes = _json_no_ropes(fields, n_layers) if row.no_rope_interval else ()
+    ropes = _json_ropes(fields, row, n_layers)
+    has_window = "sliding_window" in row.json_defaults and _window_size(fields, row) > 0
     windows = _json_windows(fields, row, n_layers, ropes) if "sliding_window" in row.json_defaults else ()
+    _check_layer_kinds(fields, row, n_layers)
+    _check_loops(fields, row)
     bidirectional = not fields.flag("is_causal", True) or own_flag("use_bidirectional_attention")
-    attention_bias = own_flag("attention_bias")
+    attention_bias, output_bias, ffn_bias = map(own_flag, row.bias_keys)
     divisor = max(own("query_pre_attn_scalar", head_dim), 0.0)
     logits_scaling = own("logits_scaling", 1.0)
     if not (divisor > 0 and logits_scaling > 0):
@@ -106,9 +110,8 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=fields.whole("vocab_size"),
         context=context,
-        norm_eps=fields.number(
-            "layer_norm_eps" if "layer_norm_eps" in row.json_defaults else "rms_norm_eps", 1e-6
-        ),
+        norm_eps=row.norm_eps
+        or fields.number("layer_norm_eps" if "layer_norm_eps" in row.json_defaults else "rms_norm_eps", 1e-6),
         rope_theta=rope.theta,
         rope_dim=rope.dim,
         rope_factors=rope.factors,
@@ -117,24 +120,32 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
         tied=fields.flag("tie_word_embeddings", False),
         original_context=rope.original_context,
         attention_bias=row.qkv_bias or attention_bias,
-        output_bias=attention_bias,
-        ffn_bias=own_flag("mlp_bias"),
+        output_bias=output_bias,
+        ffn_bias=ffn_bias,
+        qkv_limit=own("clip_qkv", 0.0),
         attention_cap=own("attn_logit_softcapping", 0.0),
         logit_cap=own("final_logit_softcapping", 0.0),
-        embedding_scale=math.sqrt(dim) if row.scaled_embedding else own("embedding_multiplier", 1.0),
-        residual_scale=own("residual_multiplier", 1.0),
-        logit_scale=own("logit_scale", 1.0) / logits_scaling,
+        embedding_scale=math.sqrt(dim)
+        if row.scaled_embedding
+        else own("embedding_multiplier", 1.0) * own("scale_emb", 1.0),
+        residual_scale=own("residual_multiplier", 1.0) * _residual_scale(fields, row, n_layers),
+        logit_scale=own("logit_scale", 1.0)
+        * (logits_scaling if row.multiplies_logits else 1 / logits_scaling)
+        * (own("dim_model_base", dim) / dim),
         query_growth=rope.query_growth,
         bidirectional=bidirectional,
         windows=windows,
         long_rope_factors=rope.long_factors,
+        ntk_factor=rope.ntk_factor,
         **_json_feed_forward(fields, row),
-        **{**layer_ropes(row, windows, n_layers, rope.local_theta), **row.features},
+        **{**layer_ropes(row, windows, n_layers, rope.local_theta, has_window), **row.features},
     )
     if ropes:
         result = replace(result, ropes=ropes)
     if row.optional_qk_norm and own_flag("use_qk_norm"):
         result = replace(result, qk_norm=row.optional_qk_norm)
+    if own_flag("use_post_norm"):
+        result = replace(result, norm_place="both")
     _warn_of_ignored(fields, row)
     fields.refuse_unknown((*JSON_HARMLESS, *LEGACY_KEYS))
     return result
@@ -158,7 +169,8 @@ def _check_activation(fields: Fields, row: Family) -> None:
     """Raises UnsupportedError for an activation other than the family's. "gelu" is what Gemma's first files
     call the tanh form."""
     name = "hidden_activation" if "hidden_activation" in row.json_defaults else "hidden_act"
-    allowed: tuple[str, ...] = ("silu", "swish")
+    ungated = {"relu_squared": ("relu2",), "xielu": ("xielu",)}
+    allowed: tuple[str, ...] = ungated.get(row.features.get("activation", ""), ("silu", "swish"))
     if row.features.get("activation") == "gelu":
         allowed = ("gelu_pytorch_tanh",) if name == "hidden_activation" else ("gelu_pytorch_tanh", "gelu")
     activation = fields.get(name) or allowed[0]
@@ -169,7 +181,12 @@ def _check_activation(fields: Fields, row: Family) -> None:
 def _json_feed_forward(fields: Fields, row: Family) -> dict[str, Any]:
     """The width of the feed-forward or of an expert's, and the fields of a mixture of experts."""
     own = row.json_defaults
-    ff_dim = fields.whole("moe_intermediate_size" if "moe_intermediate_size" in own else "intermediate_size")
+    names = ("moe_intermediate_size", "shared_intermediate_size", "intermediate_size")
+    ff_dim = fields.whole(next(name for name in names if name in own or name == names[-1]))
+    if "shared_intermediate_size" in own:
+        fields.get("intermediate_size")  # the width of an expert
+        if fields.whole("num_local_experts"):
+            raise UnsupportedError("experts beside a shared one (num_local_experts) are not supported")
     if "hf" not in row.experts_in:
         return {"ff_dim": ff_dim}
     if "decoder_sparse_step" in own and (
@@ -240,11 +257,65 @@ def _windows(
         return ()
     if row.windows_without_rope:
         return layer_windows(n_layers, size, [rope == "none" for rope in ropes])
+    if not size:
+        return ()
     pattern = fields.whole("_sliding_window_pattern", row.window_period)
-    windows = layer_windows(n_layers, size, fields.whole("sliding_window_pattern", pattern))
+    pattern = fields.whole("sliding_window_pattern", pattern)
+    windows = layer_windows(n_layers, size, pattern, row.full_first)
     first = fields.whole("max_window_layers", 0)
     windows = tuple(0 if layer < first else window for layer, window in enumerate(windows))
     return windows if any(windows) else ()
+
+
+def _check_loops(fields: Fields, row: Family) -> None:
+    if "num_loops" in row.json_defaults and fields.whole("num_loops") != 1:
+        raise UnsupportedError(
+            f"num_loops {fields.whole('num_loops')} is not supported, only 1: its layers would be gone "
+            "through again"
+        )
+
+
+def _residual_scale(fields: Fields, row: Family, n_layers: int) -> float:
+    """MiniCPM's, which goes with the root of the depth."""
+    if "scale_depth" not in row.json_defaults:
+        return 1.0
+    return fields.number("scale_depth") / math.sqrt(n_layers)
+
+
+def _check_layer_kinds(fields: Fields, row: Family, n_layers: int) -> None:
+    """Of a family that mixes attention with other layers: they must be attention, all of them."""
+    if "shared_intermediate_size" not in row.json_defaults:
+        return
+    listed, other = fields.get("layer_types"), fields.get("layers_block_type")
+    agree("layer_types, also called layers_block_type,", listed, other)
+    kinds = listed if listed is not None else other
+    known = isinstance(kinds, list) and len(kinds) == n_layers
+    if not known or any(kind not in ("attention", "full_attention") for kind in kinds or ()):
+        raise UnsupportedError(
+            f"layer_types {brief(kinds)} is not supported, only attention in each of {n_layers} layers: "
+            "Mamba layers are not"
+        )
+    for key in MAMBA_KEYS:
+        fields.get(key)
+
+
+def _json_ropes(fields: Fields, row: Family, n_layers: int) -> tuple[Any, ...]:
+    """Which layers have RoPE, where a list or a switch says so; (): all, or the windows decide."""
+    if row.no_rope_interval:
+        return _json_no_ropes(fields, n_layers)
+    if "position_embedding_type" in row.json_defaults:
+        kind = fields.get("position_embedding_type")
+        if kind not in (None, "rope", "nope"):
+            raise UnsupportedError(
+                f"position_embedding_type {brief(kind)} is not supported, only rope and nope"
+            )
+        return () if kind == "rope" else ("none",) * n_layers
+    thetas = fields.get("layer_rope_theta") if "layer_rope_theta" in row.json_defaults else None
+    if thetas is None:
+        return ()
+    if not isinstance(thetas, list) or len(thetas) != n_layers:
+        raise FormatError(f"layer_rope_theta {brief(thetas)} is no list of {n_layers} numbers")
+    return () if all(thetas) else tuple("usual" if theta else "none" for theta in thetas)
 
 
 def _json_no_ropes(fields: Fields, n_layers: int) -> tuple[Any, ...]:

@@ -33,11 +33,13 @@ class Rope:
     local_theta: float = 10000.0
     long_factors: tuple[float, ...] | None = None
     query_growth: float = 0.0
+    ntk_factor: float = 0.0
 
 
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
@@ -55,7 +57,7 @@ def json_rope(fields: Fields, config: Mapping[str, Any], row: Family, head_dim: 
     said, local = _rope_by_kind(fields, config, row) if row.rope_by_kind else _rope(fields, config, row)
     table = Fields(said)
     default = fields.number("rope_theta", 10000.0)
-    theta = table.number("rope_theta", default)
+    theta = _theta_of_layers(fields, row, table.number("rope_theta", default))
     _agree_on_theta(config, table, theta, fields.table["model_type"])
     kind, older = table.get("rope_type"), table.get("type")
     if row.rope_kinds and (older in ("su", "yarn") or kind in ("su", "yarn")):
@@ -64,16 +66,16 @@ def json_rope(fields: Fields, config: Mapping[str, Any], row: Family, head_dim: 
         agree("rope_type", kind, older)
         kind = kind or older or "default"
     if not isinstance(kind, str) or kind not in (row.rope_kinds or _ROPE_KEYS):
-        why = " (its frequencies change with the length of the text)" if kind == "dynamic" else ""
         raise UnsupportedError(
-            f"RoPE type {brief(kind)} is not supported{why}; supported: "
-            + ", ".join(row.rope_kinds or _ROPE_KEYS)
+            f"RoPE type {brief(kind)} is not supported; supported: " + ", ".join(row.rope_kinds or _ROPE_KEYS)
         )
     partial = table.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
     if partial != 1 and "partial_rotary_factor" not in row.json_defaults:
         raise UnsupportedError("partial_rotary_factor is not supported for this architecture")
     rope_dim = int(head_dim * partial) if 0 < partial <= 1 else 0
     growth = table.number("llama_4_scaling_beta", 0.0) if row.growing_queries else 0.0
+    if row.alpha_theta and kind == "dynamic" and table.get("alpha"):
+        theta, kind = as_theta(theta * _alpha(table, rope_dim)), "default"
     table.refuse_unknown((*_ROPE_KEYS[kind], "finetuned", "max_position_embeddings"))
     local_theta = theta if local is None else local
     rope = Rope(theta, bounded("rope_dim", rope_dim), local_theta=local_theta, query_growth=growth)
@@ -82,6 +84,11 @@ def json_rope(fields: Fields, config: Mapping[str, Any], row: Family, head_dim: 
         original = fields.whole("original_max_position_embeddings")
     if kind == "default":
         return rope
+    if kind == "dynamic":
+        check_scaling(table.number("factor"))
+        if rope_dim < 4:
+            raise UnsupportedError(f"a dynamic RoPE of {rope_dim} dimensions is not supported")
+        return replace(rope, ntk_factor=table.number("factor"), original_context=context)
     if kind == "linear":
         return replace(rope, factors=linear(table.number("factor"), rope_dim))
     if kind == "longrope":
@@ -101,6 +108,33 @@ def json_rope(fields: Fields, config: Mapping[str, Any], row: Family, head_dim: 
     return replace(
         rope, factors=factors, scale=table.number("attention_factor", scale), original_context=original
     )
+
+
+def _alpha(table: Fields, rope_dim: int) -> float:
+    """What Hunyuan's fixed alpha multiplies theta by. Keys of other scalings beside it mean nothing."""
+    for key in _ROPE_KEYS["yarn"]:
+        table.get(key)
+    if not 1e-3 <= table.number("alpha") <= 1e6 or rope_dim < 4:
+        raise FormatError(f"RoPE's alpha {table.number('alpha'):g} for {rope_dim} dimensions")
+    return float(table.number("alpha") ** (rope_dim / (rope_dim - 2)))
+
+
+def as_theta(theta: float) -> float:
+    """As a GGUF file would hold it, so that both kinds of file mean the same bits."""
+    return float(np.float32(theta))
+
+
+def _theta_of_layers(fields: Fields, row: Family, theta: float) -> float:
+    """The one theta of Granite's layer_rope_theta, whose zeros are layers without RoPE."""
+    listed = fields.get("layer_rope_theta") if "layer_rope_theta" in row.json_defaults else None
+    thetas = {value for value in listed if value} if isinstance(listed, list) else set()
+    if not thetas:
+        return theta
+    if len(thetas) > 1 or type(one := thetas.pop()) not in (int, float):
+        raise UnsupportedError(
+            f"layer_rope_theta {brief(listed)} is not supported, only one number and zeros"
+        )
+    return float(one)
 
 
 def _rope(fields: Fields, config: Mapping[str, Any], row: Family) -> tuple[dict[str, Any], None]:

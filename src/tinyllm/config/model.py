@@ -41,6 +41,8 @@ RANGES = {
     "attention_cap": (_LEAST, 1e6),
     "logit_cap": (_LEAST, 1e6),
     "query_growth": (_LEAST, 1e6),
+    "qkv_limit": (_LEAST, 1e6),
+    "ntk_factor": (1.0, 1e6),
     "embedding_scale": (1e-9, 1e6),
     "residual_scale": (1e-9, 1e6),
     "logit_scale": (1e-9, 1e6),
@@ -90,11 +92,17 @@ class ModelConfig:
     output_bias: bool | None = None  # likewise o
     ffn_bias: bool | None = None  # likewise gate, up and down
     # Beyond Llama. The defaults are Llama's.
-    norm_kind: Literal["rms", "layer"] = "rms"
+    norm_kind: Literal["rms", "layer", "plain"] = "rms"  # plain: LayerNorm without weights
+    norm_bias: bool = False  # of those of x
     norm_place: Literal["before", "after", "both"] = "before"  # of attention and of the feed-forward part
-    activation: Literal["silu", "gelu", "clamped_swiglu"] = "silu"  # of the gate; GELU in its tanh form
+    # Of the gate; GELU in its tanh form. relu_squared and xielu: of up, there is no gate
+    activation: Literal["silu", "gelu", "clamped_swiglu", "relu_squared", "xielu"] = "silu"
+    # By layer xIELU's parameters as files hold them: alpha_p, alpha_n, beta, eps; (): the tensors say
+    xielu: tuple[tuple[float, float, float, float], ...] = ()
     # Queries and keys normed before RoPE: head by head, with the same or with its own weights, or as a whole
     qk_norm: Literal["head", "heads", "all"] | None = None
+    qk_norm_late: bool = False  # after RoPE instead
+    qkv_limit: float = 0.0  # q, k and v are kept within it; 0: they are not
     parallel: bool = False  # attention and feed-forward read the same x
     bidirectional: bool = False  # tokens attend to those behind them, too: a text is computed in one call
     attention_cap: float = 0.0  # scores become cap * tanh(score / cap); 0: none
@@ -110,6 +118,8 @@ class ModelConfig:
     ropes: tuple[Literal["usual", "local", "none"], ...] = ()  # by layer; (): all usual
     local_rope_theta: float | None = None  # of "local" layers, which have neither factors nor rope_scale
     long_rope_factors: tuple[float, ...] | None = None  # in place of rope_factors past original_context
+    # Past original_context theta is stretched with the context by this factor (dynamic NTK); 0: it is not
+    ntk_factor: float = 0.0
     n_experts: int = 0  # of every layer's feed-forward, each of ff_dim; 0: it is one dense block
     n_experts_used: int = 0  # by a token: those its router scores highest
     norm_topk_prob: bool = True  # their weights, a softmax over all scores, are divided by their sum
@@ -129,6 +139,11 @@ class ModelConfig:
             value = getattr(self, name)
             if value != getattr(ModelConfig, name, least) and not least <= value <= most:  # or NaN
                 raise FormatError(f"{name} is {value!r}; it must be from {least:.3g} to {most:g}")
+        if self.xielu and (
+            len(self.xielu) != self.n_layers
+            or not all(a[3] <= 0 and max(map(abs, a)) < 1e3 for a in self.xielu)  # or NaN
+        ):
+            raise FormatError(f"xIELU's parameters are out of range: {brief(self.xielu)}")
         if self.query_growth and not self.original_context:
             raise FormatError("queries scaled by position need the original context of their RoPE scaling")
         for name, per_layer in (("windows", self.windows), ("ropes", self.ropes)):
@@ -163,10 +178,23 @@ class ModelConfig:
             )
 
     @property
+    def xielu_numbers(self) -> tuple[tuple[float, float, float, float], ...]:
+        """By layer what the formula has (arXiv 2411.13010): alpha above 0, alpha below, beta, epsilon."""
+        return tuple(
+            (float(np.logaddexp(0.0, alpha_p)), beta + float(np.logaddexp(0.0, alpha_n)), beta, epsilon)
+            for alpha_p, alpha_n, beta, epsilon in self.xielu
+        )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate."""
+        return self.activation not in ("relu_squared", "xielu")
+
+    @property
     def default_context(self) -> int:
         """The context to use where none is asked for: what the model was trained for, or the original one
         where a longer one has other RoPE factors."""
-        return (self.long_rope_factors and self.original_context) or self.context
+        return ((self.long_rope_factors or self.ntk_factor) and self.original_context) or self.context
 
     @property
     def covered_context(self) -> int:
@@ -181,7 +209,14 @@ class ModelConfig:
 
     def with_context(self, context: int) -> ModelConfig:
         """The same model for sequences of at most `context` tokens, which choose between short and long RoPE
-        factors."""
+        factors, or stretch a dynamic RoPE's theta: once, for all of the context, so that a text's numbers do
+        not change while it grows."""
+        if self.ntk_factor and self.original_context and context > self.original_context:
+            # Of theta times longer^(d / (d - 2)), pair i turns longer^(2i / (d - 2)) times as slowly
+            longer = self.ntk_factor * context / self.original_context - (self.ntk_factor - 1)
+            slower = longer ** (np.arange(0, self.rope_dim, 2) / (self.rope_dim - 2))
+            divisors = tuple(float(divisor) for divisor in slower.astype(np.float32))
+            return replace(self, context=context, rope_factors=divisors)
         long = self.long_rope_factors and context > (self.original_context or self.context)
         factors = self.long_rope_factors if long else self.rope_factors
         return replace(self, context=context, rope_factors=factors)

@@ -53,7 +53,8 @@ class Name:
         of a few bytes can ask for millions."""
         name = self.gguf if source == "gguf" else self.hf
         for old, new in family(config.architecture, source).renamed.get(source, {}).items():
-            name = name.replace(old, new)
+            part, _, canonical = old.partition("@")
+            name = name.replace(part, new) if canonical in ("", self.canonical) else name
         for layer in range(config.n_layers) if self.per_layer else (None,):
             if not self.per_expert:
                 yield name.format(layer), iter([(self.canonical, layer)])
@@ -121,6 +122,10 @@ def _dense(c: ModelConfig) -> bool:
     return not c.n_experts
 
 
+def _gated(c: ModelConfig) -> bool:
+    return not c.n_experts and c.gated
+
+
 def _sparse(c: ModelConfig) -> bool:
     return c.n_experts > 0
 
@@ -178,6 +183,11 @@ def _norm(
     return Name(canonical, f"blk.{{}}.{gguf}.weight", f"model.layers.{{}}.{hf}.weight", _vector, present)
 
 
+def _norm_bias(canonical: str, gguf: str, hf: str) -> Name:
+    gguf, hf = f"blk.{{}}.{gguf}.bias", f"model.layers.{{}}.{hf}.bias"
+    return Name(f"{canonical}_bias", gguf, hf, _vector, lambda c: c.norm_bias)
+
+
 def _qk_norm(
     of: str, shape: Callable[[ModelConfig], tuple[int, ...]], rotated: Callable[[ModelConfig], int]
 ) -> Name:
@@ -194,9 +204,16 @@ def _qk_norm(
 # A canonical name has several rows where its file's name depends on the family; one of them is present.
 TABLE: tuple[Name, ...] = (
     Name("embedding", "token_embd.weight", "model.embed_tokens.weight", _vocabulary),
-    Name("output_norm", "output_norm.weight", "model.norm.weight", _vector),
+    Name("output_norm", "output_norm.weight", "model.norm.weight", _vector, lambda c: c.norm_kind != "plain"),
+    Name("output_norm_bias", "output_norm.bias", "model.norm.bias", _vector, lambda c: c.norm_bias),
     Name("output", "output.weight", "lm_head.weight", _vocabulary, lambda c: not c.tied),
-    _norm("attention_norm", "attn_norm", "input_layernorm", lambda c: c.norm_place != "after"),
+    _norm(
+        "attention_norm",
+        "attn_norm",
+        "input_layernorm",
+        lambda c: c.norm_place != "after" and c.norm_kind != "plain",
+    ),
+    _norm_bias("attention_norm", "attn_norm", "input_layernorm"),
     *_linear("q", "attn_q", "self_attn.q_proj", _q_dim, _dim, _attention_bias, lambda c: c.n_heads),
     *_linear("k", "attn_k", "self_attn.k_proj", _kv_dim, _dim, _attention_bias, lambda c: c.n_kv_heads),
     *_linear("v", "attn_v", "self_attn.v_proj", _kv_dim, _dim, _attention_bias),
@@ -220,11 +237,12 @@ TABLE: tuple[Name, ...] = (
         "ffn_norm",
         "ffn_norm",
         "post_attention_layernorm",
-        lambda c: c.norm_place == "before" and not c.parallel,
+        lambda c: c.norm_place == "before" and not c.parallel and c.norm_kind != "plain",
     ),
+    _norm_bias("ffn_norm", "ffn_norm", "post_attention_layernorm"),
     _norm("ffn_norm", "ffn_norm", "pre_feedforward_layernorm", lambda c: c.norm_place == "both"),
     _norm("ffn_norm", "attn_norm", "input_layernorm", lambda c: c.parallel),  # both halves read the same
-    *_linear("_gate", "ffn_gate", "mlp.gate_proj", _ff_dim, _dim, _ffn_bias, present=_dense),
+    *_linear("_gate", "ffn_gate", "mlp.gate_proj", _ff_dim, _dim, _ffn_bias, present=_gated),
     *_linear("_up", "ffn_up", "mlp.up_proj", _ff_dim, _dim, _ffn_bias, present=_dense),
     *_linear("_down", "ffn_down", "mlp.down_proj", _dim, _ff_dim, _ffn_bias, present=_dense),
     Name("router", "blk.{}.ffn_gate_inp.weight", "model.layers.{}.mlp.gate.weight", _router, _sparse),
@@ -249,16 +267,30 @@ _FUSED_ANYWHERE: tuple[tuple[str, _Parts], ...] = (
     ("attn_qkv", _QKV),
     ("ffn_gate_up_exps", (("ffn_gate_exps", _ff_dim), ("ffn_up_exps", _ff_dim))),
 )
-_FUSED: dict[Source, tuple[tuple[str, _Parts], ...]] = {
-    "gguf": (("attn_qkv", _QKV), ("ffn_up", (("ffn_gate", _ff_dim), ("ffn_up", _ff_dim)))),
-    "hf": (
-        (
+_FUSED: dict[Source, dict[str, tuple[str, _Parts]]] = {
+    "gguf": {
+        "qkv": ("attn_qkv", _QKV),
+        "gate_up": ("ffn_up", (("ffn_gate", _ff_dim), ("ffn_up", _ff_dim))),
+    },
+    "hf": {
+        "qkv": (
             "self_attn.qkv_proj",
             (("self_attn.q_proj", _q_dim), ("self_attn.k_proj", _kv_dim), ("self_attn.v_proj", _kv_dim)),
         ),
-        ("mlp.gate_up_proj", (("mlp.gate_proj", _ff_dim), ("mlp.up_proj", _ff_dim))),
-    ),
+        "gate_up": ("mlp.gate_up_proj", (("mlp.gate_proj", _ff_dim), ("mlp.up_proj", _ff_dim))),
+    },
 }
+
+
+def _fused_of(config: ModelConfig, source: Source) -> list[tuple[str, _Parts]]:
+    """What a family's files hold as one, under its names."""
+    row = family(config.architecture, source)
+    renamed = row.renamed.get(source, {})
+    return [
+        (renamed.get(name, name), parts)
+        for name, parts in (_FUSED[source][kind] for kind in row.fused.get(source, ()))
+    ]
+
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # Hugging Face's
 # What stands before a language model's names: none where the model was saved without its head, several inside
@@ -342,6 +374,8 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
     tensors, fused = _split_fused(tensors, config, source)
     if row_of_family.stacked and source == "hf":
         tensors = _split_stacks(tensors, config)
+    if config.activation == "xielu" and source == "hf":
+        config, tensors = _own_xielu(tensors, config)
     found: dict[Key, TensorInfo] = {}
     problems: list[str] = []
     expected: set[str] = set()
@@ -421,6 +455,24 @@ def _own_head(
     return config, {_EMBEDDING: head, **{name: info for name, info in tensors.items() if name != _HEAD}}
 
 
+def _own_xielu(
+    tensors: dict[str, TensorInfo], config: ModelConfig
+) -> tuple[ModelConfig, dict[str, TensorInfo]]:
+    """The numbers of xIELU, which a directory holds as tensors of one number a layer, in the config."""
+    rest, numbers = dict(tensors), []
+    for layer in range(config.n_layers):
+        found = []
+        for part in ("alpha_p", "alpha_n", "beta", "eps"):
+            name = f"model.layers.{layer}.mlp.act_fn.{part}"
+            info = rest.pop(name, None)
+            if info is None or math.prod(info.shape) != 1 or info.format not in (F32, F16, BF16):
+                what = "is missing" if info is None else f"has shape {info.shape}"
+                raise FormatError(f"{name} {what}, expected one number")
+            found.append(float(info.read_f32().ravel()[0]))
+        numbers.append((found[0], found[1], found[2], found[3]))
+    return replace(config, xielu=tuple(numbers)), rest
+
+
 def _with_factors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """GGUF files with NVFP4 have a factor beside a matrix, NAME.scale, or one a matrix of a stack; and what
     its inputs were divided by when it was calibrated, NAME.input_scale, which nothing here needs."""
@@ -454,7 +506,7 @@ def _split_fused(
     """Fused tensors as their parts: rows of the file one after another, of a stack in each matrix, under the
     parts' names; and which were fused. One of another height stays whole, and so does not fit the table."""
     found, names = dict(tensors), {}
-    tables = _FUSED[source] if family(config.architecture, source).fused else ()
+    tables = _fused_of(config, source)
     for table, kind in itertools.product(
         {**dict(tables), **dict(_FUSED_ANYWHERE if source == "gguf" else ())}.items(), ("weight", "bias")
     ):
@@ -488,17 +540,15 @@ def _split_fused(
 def fused_in_gguf(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
     """The tensors of a GGUF file that always hold several matrices of the table, and those of which they
     do."""
-    if not family(config.architecture, "gguf").fused:
-        return
     for layer in range(config.n_layers):
-        for fused, parts in _FUSED["gguf"]:
+        for fused, parts in _fused_of(config, "gguf"):
             yield f"blk.{layer}.{fused}.weight", [f"blk.{layer}.{part}.weight" for part, _ in parts]
 
 
 def fused_tensors(config: ModelConfig, source: Source) -> dict[str, list[tuple[str, int]]]:
     """Tensors that may hold several matrices of the table on top of each other: the parts' names, and their
     rows (in each matrix of a stack)."""
-    tables = _FUSED[source] if family(config.architecture, source).fused else ()
+    tables = _fused_of(config, source)
     both = dict(_FUSED_ANYWHERE if source == "gguf" else ()) | dict(tables)
     prefixes = (f"blk.{i}." if source == "gguf" else f"model.layers.{i}." for i in range(config.n_layers))
     return {

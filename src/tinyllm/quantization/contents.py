@@ -25,7 +25,7 @@ from tinyllm.config import (
     embedding_to_gguf,
     generation_to_gguf,
 )
-from tinyllm.config.families import family, gguf_architecture
+from tinyllm.config.families import family, gguf_architecture, has_gguf
 from tinyllm.errors import FormatError, UnsupportedError, located
 from tinyllm.files import F32, TensorInfo, find_model, read_json, read_rows
 from tinyllm.files.gguf import read_gguf
@@ -102,6 +102,11 @@ def _of_directory(path: Path) -> Contents:
     files = read_model(path)
     folder = path if path.is_dir() else path.parent
     config = files.config
+    if not has_gguf(config.architecture):
+        raise UnsupportedError(
+            f"{folder}: a GGUF file cannot say this model's architecture: llama.cpp has none for "
+            f"{config.architecture}; load the directory, with weights= to quantize it"
+        )
     architecture = gguf_architecture(config.architecture, config.bidirectional)
     rope, vectors = _rope(read_json(folder / "config.json"), config)
     heads, behind = _heads(files, architecture)
