@@ -144,6 +144,7 @@ bool on_main_thread() {
 
 struct Cache {
     std::shared_ptr<tl_cache> p;
+    std::shared_ptr<tl_states> states; // beside the pages, or null
 
     tl_cache *get() const {
         if (!p) raise("ModelClosedError", "the cache is closed");
@@ -153,6 +154,18 @@ struct Cache {
         Call call;
         std::shared_ptr<tl_cache> keep = (get(), p);
         tl_message message{"the device failed while pages were written"}; // backends have no words for that
+        tl_status status;
+        {
+            Released released(call);
+            status = f(keep.get(), arguments..., &message);
+        }
+        if (status != TL_OK) raise(status, message);
+    }
+    template <class F, class... A> void run_states(F f, A... arguments) {
+        if (get(); !states) raise_argument("this model keeps no states");
+        Call call;
+        std::shared_ptr<tl_states> keep = states;
+        tl_message message{"the device failed while states were written"};
         tl_status status;
         {
             Released released(call);
@@ -204,7 +217,7 @@ struct Model {
 
     Model(const py::dict &c, uintptr_t backend) { // backend: the address of its tl_backend, 0: the CPU's
         Floats factors, xielu;
-        Ints windows, ropes, places;
+        Ints windows, ropes, places, mixers;
         tl_config config{};
         auto integer = [&](const char *name) { return c[name].cast<int>(); };
         auto number = [&](const char *name) { return c[name].cast<float>(); };
@@ -249,6 +262,10 @@ struct Model {
         config.ropes = per_layer("ropes", ropes);
         config.page_layers = integer("page_layers");
         config.places = per_layer("places", places);
+        config.mixers = per_layer("mixers", mixers);
+        config.gated_attention = integer("gated_attention");
+        config.delta = {integer("delta_k_heads"), integer("delta_v_heads"), integer("delta_k_dim"),
+                        integer("delta_v_dim"),   integer("delta_kernel"),  integer("delta_tiled")};
         if (!c["rope_factors"].is_none()) {
             factors = c["rope_factors"].cast<Floats>();
             if (factors.size() != config.rope_dim / 2) raise_argument("rope_factors must have rope_dim / 2 numbers");
@@ -282,10 +299,12 @@ struct Model {
     py::object forward(Cache &cache, const py::object &tokens, const py::object &x, const Ints &positions,
                        const Ints &sequences, const Ints &page_tables, const Ints &rows, int first_layer,
                        int last_layer, bool logits, int n_candidates, const std::optional<Bits> &allowed,
-                       const std::optional<Uses> &adapters, int threads, const py::object &should_stop) {
+                       const std::optional<Uses> &adapters, const std::optional<Ints> &states_in,
+                       const std::optional<Ints> &saves, int threads, const py::object &should_stop) {
         Call call;
         std::shared_ptr<tl_model> model = (get(), p);
         std::shared_ptr<tl_cache> pages = (cache.get(), cache.p);
+        std::shared_ptr<tl_states> states = cache.states;
         const tl_config &config = model->config;
         tl_batch batch{};
         Ints token_array;
@@ -348,6 +367,17 @@ struct Model {
             batch.uses = uses.data();
             batch.use_ends = use_ends.data();
         }
+        static_assert(sizeof(tl_save) == 2 * sizeof(int32_t));
+        batch.states = states.get();
+        if (states_in) {
+            if (states_in->size() != batch.n_sequences) raise_argument("states_in must be a slot for each sequence");
+            batch.states_in = states_in->data();
+        }
+        if (saves) {
+            if (saves->ndim() != 2 || saves->shape(1) != 2) raise_argument("saves must be [n, 2]: tokens and slots");
+            batch.n_saves = static_cast<int>(saves->shape(0));
+            batch.saves = reinterpret_cast<const tl_save *>(saves->data());
+        }
         Watch watch{should_stop, on_main_thread()};
         batch.stop = Watch::ask;
         batch.stop_data = &watch;
@@ -396,12 +426,18 @@ struct Model {
         return seen;
     }
 
-    Cache cache(int type, int max_pages) {
+    Cache cache(int type, int max_pages, int max_slots) {
         tl_cache *cache = nullptr;
+        tl_states *states = nullptr;
         tl_message message;
         tl_status status = tl_cache_create(&cache, get(), type, max_pages, &message);
         if (status != TL_OK) raise(status, message);
-        return Cache{std::shared_ptr<tl_cache>(cache, tl_cache_free)};
+        Cache made{std::shared_ptr<tl_cache>(cache, tl_cache_free), nullptr};
+        if (!max_slots) return made;
+        status = tl_states_create(&states, get(), max_slots, &message);
+        if (status != TL_OK) raise(status, message);
+        made.states = std::shared_ptr<tl_states>(states, tl_states_free);
+        return made;
     }
 };
 
@@ -837,10 +873,31 @@ PYBIND11_MODULE(_core, m) {
                 c.run(tl_cache_write_page, page, static_cast<const void *>(bytes.data()));
             },
             py::arg("page"), py::arg("bytes"))
+        .def(
+            "grow_slots", [](Cache &c, int n) { c.run_states(tl_states_grow, n); }, py::arg("n_slots"))
+        .def(
+            "read_slot",
+            [](Cache &c, int slot) {
+                py::array_t<uint8_t> bytes(static_cast<py::ssize_t>(c.states ? c.states->slot_bytes : 0));
+                c.run_states(tl_states_read, slot, static_cast<void *>(bytes.mutable_data()));
+                return bytes;
+            },
+            py::arg("slot"))
+        .def(
+            "write_slot",
+            [](Cache &c, int slot, const Bytes &bytes) {
+                if (c.states && static_cast<size_t>(bytes.size()) != c.states->slot_bytes)
+                    raise_argument("a slot has " + std::to_string(c.states->slot_bytes) + " bytes");
+                c.run_states(tl_states_write, slot, static_cast<const void *>(bytes.data()));
+            },
+            py::arg("slot"), py::arg("bytes"))
+        .def_property_readonly("n_slots", [](Cache &c) { return c.states ? c.states->n_slots : 0; })
+        .def_property_readonly("max_slots", [](Cache &c) { return c.states ? c.states->max_slots : 0; })
+        .def_property_readonly("slot_bytes", [](Cache &c) { return c.states ? c.states->slot_bytes : 0; })
         .def_property_readonly("n_pages", [](Cache &c) { return c.get()->n_pages; })
         .def_property_readonly("max_pages", [](Cache &c) { return c.get()->max_pages; })
         .def_property_readonly("page_bytes", [](Cache &c) { return c.get()->page_bytes; })
-        .def("close", [](Cache &c) { c.p.reset(); });
+        .def("close", [](Cache &c) { c.p.reset(), c.states.reset(); });
 
     py::class_<Model>(m, "Model")
         .def(py::init<const py::dict &, uintptr_t>(), py::arg("config"), py::arg("backend"))
@@ -849,7 +906,7 @@ PYBIND11_MODULE(_core, m) {
         .def("forward", &Model::forward, py::arg("cache"), py::arg("tokens"), py::arg("x"), py::arg("positions"),
              py::arg("sequences"), py::arg("page_tables"), py::arg("rows"), py::arg("first_layer"),
              py::arg("last_layer"), py::arg("logits"), py::arg("n_candidates"), py::arg("allowed"), py::arg("adapters"),
-             py::arg("threads"), py::arg("should_stop"))
+             py::arg("states_in"), py::arg("saves"), py::arg("threads"), py::arg("should_stop"))
         .def(
             "adapter", [](const Model &model, int room) { return Adapter((model.get(), model.p), room); },
             py::arg("room"))
@@ -857,7 +914,7 @@ PYBIND11_MODULE(_core, m) {
                                [](const Model &model) { return model.get()->backend->most_candidates; })
         .def("unpack", &Model::unpack, py::arg("name"), py::arg("layer"))
         .def("observe", &Model::observe, py::arg("name"), py::arg("layer"))
-        .def("cache", &Model::cache, py::arg("type"), py::arg("max_pages"))
+        .def("cache", &Model::cache, py::arg("type"), py::arg("max_pages"), py::arg("max_slots"))
         .def_property_readonly("weight_bytes", [](Model &model) { return model.get()->weight_bytes; })
         .def_property_readonly("token_bytes", [](Model &model) { return tl_model_token_bytes(model.get()); })
         .def("close", [](Model &model) { model.p.reset(); });

@@ -14,6 +14,7 @@ static tl_status check_variations(const tl_config *c, tl_message *message) {
                  {"qk_norm", (int)c->qk_norm, TL_QK_ALL},
                  {"qk_norm_late", c->qk_norm_late, 1},
                  {"parallel", c->parallel, 1},
+                 {"gated_attention", c->gated_attention, 1},
                  {"bidirectional", c->bidirectional, 1}};
     for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++)
         if (kinds[i].value < 0 || kinds[i].value > kinds[i].most)
@@ -30,6 +31,22 @@ static tl_status check_variations(const tl_config *c, tl_message *message) {
         return tl_fail(message, TL_ARGUMENT, "query_span is %d, not 1 or more", c->query_span);
     if (c->page_layers < 0 || c->page_layers > c->n_layers || (c->places && !c->page_layers))
         return tl_fail(message, TL_ARGUMENT, "%d layers of %d share a page", c->page_layers, c->n_layers);
+    const tl_delta_sizes *d = &c->delta;
+    for (int l = 0; c->mixers && l < c->n_layers; l++) {
+        if (c->mixers[l] < 0 || c->mixers[l] > TL_DELTA)
+            return tl_fail(message, TL_ARGUMENT, "the mixer of layer %d is %d, not one there is", l, c->mixers[l]);
+        if (c->mixers[l] == TL_DELTA && (c->parallel || c->bidirectional || c->norm_place == TL_NORM_AFTER))
+            return tl_fail(message, TL_UNSUPPORTED, "Gated DeltaNet goes forward, behind a norm, before the rest");
+        if (c->mixers[l] == TL_DELTA &&
+            (d->k_heads < 1 || d->v_heads < 1 || d->v_heads > 1 << 10 || d->v_heads % d->k_heads || d->k_dim < 16 ||
+             d->v_dim < 16 || d->k_dim > 256 || d->v_dim > 256 || d->k_dim % 16 || d->v_dim % 16 || d->kernel < 2 ||
+             d->kernel > 8))
+            return tl_fail(
+                message, TL_UNSUPPORTED,
+                "%d heads of %d share %d of %d numbers behind a convolution of %d tokens: they must come out "
+                "even, be multiples of 16 up to 256, and 2 to 8",
+                d->v_heads, d->v_dim, d->k_heads, d->k_dim, d->kernel);
+    }
     for (int l = 0; l < c->n_layers; l++) {
         if (c->windows && c->windows[l] < 0)
             return tl_fail(message, TL_ARGUMENT, "the window of layer %d is %d", l, c->windows[l]);
@@ -128,6 +145,8 @@ static tl_status check_token(const tl_model *model, const tl_cache *cache, const
 static tl_status check_uses(const tl_model *model, const tl_batch *b, tl_message *message) {
     if (!model->backend->adapted)
         return tl_fail(message, TL_UNSUPPORTED, "adapters do not run on %s", model->backend->name);
+    if (model->n_states || model->config.gated_attention)
+        return tl_fail(message, TL_UNSUPPORTED, "adapters do not run on models with Gated DeltaNet");
     for (int s = 0, end = 0; s < b->n_sequences; end = b->use_ends[s++]) {
         if (b->use_ends[s] < end)
             return tl_fail(message, TL_ARGUMENT, "the adapters of sequence %d end at %d, before %d", s, b->use_ends[s],
@@ -146,6 +165,8 @@ tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_
         return tl_fail(message, TL_ARGUMENT, "not all weights are known to be there: check the model first");
     if (c->n_experts && !model->backend->moe)
         return tl_fail(message, TL_UNSUPPORTED, "mixtures of experts do not run on %s", model->backend->name);
+    if ((model->n_states || c->gated_attention) && !model->backend->delta_net)
+        return tl_fail(message, TL_UNSUPPORTED, "Gated DeltaNet (Qwen 3.5) does not run on %s", model->backend->name);
     if (cache->n_layers != c->page_layers || cache->n_kv_heads != c->n_kv_heads || cache->head_dim != c->head_dim)
         return tl_fail(message, TL_ARGUMENT, "the cache was made for a model of another shape");
     if (b->n < 0 || b->n_sequences < 0 || b->max_pages < 0 || b->n_rows < 0)
@@ -171,6 +192,10 @@ tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_
             return tl_fail(message, TL_ARGUMENT, "row %d is %d, not one of the %d tokens", i, b->rows[i], b->n);
     for (int t = 0; t < b->n; t++) {
         tl_status status = check_token(model, cache, b, t, message);
+        if (status != TL_OK) return status;
+    }
+    if (model->n_states && b->first_layer < b->last_layer) {
+        tl_status status = tl_states_check(model, b, message);
         if (status != TL_OK) return status;
     }
     return b->use_ends ? check_uses(model, b, message) : TL_OK;

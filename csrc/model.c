@@ -4,9 +4,8 @@
 
 static tl_status forward(tl_model *model, tl_cache *cache, const tl_batch *batch, tl_message *message) {
     const tl_backend *be = batch->use_ends ? model->backend->adapted : model->backend;
+    tl_status status = be->begin(&model->scratch, model, cache, batch, message);
     tl_run *run = model->scratch;
-    tl_status status = be->begin(&run, model, cache, batch, message);
-    model->scratch = run;
     if (status == TL_REPLAYED) return be->end(run, message);
     if (status != TL_OK) return status;
 
@@ -14,8 +13,8 @@ static tl_status forward(tl_model *model, tl_cache *cache, const tl_batch *batch
     for (int l = batch->first_layer; l < batch->last_layer; l++) {
         if (batch->stop && batch->stop(batch->stop_data)) return tl_fail(message, TL_CANCELLED, "cancelled");
         const tl_layer *layer = &model->layers[l];
-        be->qkv(run, l);
-        be->attend(run, l);
+        if (layer->mixer == TL_DELTA) be->delta_net(run, l);
+        if (layer->mixer == TL_ATTENTION) be->qkv(run, l), be->attend(run, l);
         if (model->config.parallel) be->norm_glu(run, l); // of the x that attention read
         be->linear_add(run, run->attended, &layer->wo, &layer->attention_post_norm);
         if (layer->experts) {

@@ -142,6 +142,18 @@ typedef enum tl_rope { TL_ROPE, TL_ROPE_LOCAL, TL_ROPE_NONE } tl_rope; // of a l
 // alpha of what is above 0, alpha of what is below, beta, epsilon, as the formula has them.
 #define TL_XIELU_NUMBERS 4
 
+// What mixes a layer's positions, and the sizes of the second kind.
+typedef enum tl_mixer { TL_ATTENTION, TL_DELTA } tl_mixer;
+typedef struct tl_delta_sizes {
+    int k_heads, v_heads; // v_heads a multiple of k_heads, which they share
+    int k_dim, v_dim;     // of a head, multiples of 16
+    int kernel;           // tokens that the convolution sees
+    int tiled;            // v head h has k head h % k_heads, as GGUF files have it; 0: h / (v_heads / k_heads)
+} tl_delta_sizes;
+static inline int tl_delta_channels(const tl_delta_sizes *d) {
+    return 2 * d->k_heads * d->k_dim + d->v_heads * d->v_dim;
+}
+
 typedef struct tl_config {
     int n_layers, dim, n_heads, n_kv_heads, head_dim, ff_dim, vocab_size;
     int context; // positions the cache and RoPE may reach
@@ -178,7 +190,20 @@ typedef struct tl_config {
     int n_experts;          // of every layer's feed-forward, each of ff_dim; 0: it is one dense block
     int n_experts_used;     // by a token: those its router scores highest
     int norm_topk_prob;     // their weights, a softmax over all scores, are divided by their sum
+    int gated_attention;    // what attention gives is multiplied by the sigmoid of a product of its own
+    const int32_t *mixers;  // [n_layers] tl_mixer, or NULL: attention. Copied
+    tl_delta_sizes delta;   // of TL_DELTA layers
 } tl_config;
+
+// Gated DeltaNet (arXiv 2412.06464) in one layer; its output matrix is the layer's wo, [dim, v_heads * v_dim].
+typedef struct tl_delta {
+    tl_matrix w_qkv;    // [channels, dim]: q and k of k_heads, v of v_heads (tl_delta_channels)
+    tl_matrix w_z;      // [v_heads * v_dim, dim] of the output's gate
+    tl_matrix w_a, w_b; // [v_heads, dim] of the decay, of beta
+    float *conv;        // [channels, kernel] the last is the token's own
+    float *dt_bias, *a; // [v_heads] decay = exp(a * softplus(in @ w_a.T + dt_bias)), a < 0
+    tl_norm norm;       // [v_dim] of a head's output
+} tl_delta;
 
 // One block of feed-forward: [ff_dim, dim] x2, [dim, ff_dim].
 typedef struct tl_expert {
@@ -186,6 +211,8 @@ typedef struct tl_expert {
 } tl_expert;
 
 typedef struct tl_layer {
+    tl_mixer mixer;
+    int state;  // the place of its state in a slot (tl_states); -1: it has none
     int window; // as in the configuration
     tl_rope rope;
     int table, place;                           // its pages: which of a sequence's tables, and where in a page
@@ -196,6 +223,8 @@ typedef struct tl_layer {
     float *sinks;                   // [n_heads] a score more in each head's softmax, with no value; or NULL
     tl_matrix wq, wk, wv, wo;       // [heads * head_dim, dim] x3 (kv_heads for k, v), [dim, heads * head_dim]
     tl_matrix w_gate, w_up, w_down; // [ff_dim, dim] x2, [dim, ff_dim]; w_gate's data NULL where there is no gate
+    tl_matrix w_attention_gate;     // [heads * head_dim, dim], or absent
+    tl_delta delta;                 // of TL_DELTA layers, instead of wq, wk and wv
     tl_matrix router;               // [n_experts, dim]
     tl_expert *experts;             // [n_experts] instead of w_gate, w_up and w_down; NULL: there are none
 } tl_layer;
@@ -215,6 +244,7 @@ struct tl_model {
     tl_norm output_norm;
     tl_layer *layers;    // [n_layers]
     int n_tables;        // of pages that a sequence has
+    int n_states;        // layers that keep a state
     size_t weight_bytes; // packed bytes uploaded
     tl_run *scratch;     // the backend's, reused from call to call
     int is_complete;     // no weight is missing: tl_model_check said so
@@ -224,8 +254,10 @@ tl_status tl_config_check(const tl_config *config, tl_message *message);
 // Makes a model with no weights. Checks the configuration (check.c).
 tl_status tl_model_create(tl_model **model, const tl_config *config, const tl_backend *backend, tl_message *message);
 // Packs one tensor. `name` is embedding, output, output_norm or, for a layer, attention_norm, wq, wk, wv, wo,
-// ffn_norm, w_gate, w_up, w_down; where the configuration asks for it attention_post_norm, ffn_post_norm, q_norm, k_norm;
-// sinks; or a bias: bq, bk, bv, bo, b_gate, b_up, b_down, attention_norm_bias, ffn_norm_bias, output_norm_bias. Where layers have experts: router, b_router, and expert i's
+// ffn_norm, w_gate, w_up, w_down; where the configuration asks for it attention_post_norm, ffn_post_norm, q_norm, k_norm,
+// w_attention_gate; of TL_DELTA layers w_qkv, w_z, w_a, w_b, conv, dt_bias, a, delta_norm and wo; sinks; or a bias: bq, bk,
+// bv, bo, b_gate, b_up, b_down, attention_norm_bias, ffn_norm_bias, output_norm_bias. Where layers have experts: router,
+// b_router, and expert i's
 // w_gate.i, w_up.i, w_down.i and biases. Vectors (norms, biases, sinks) are read as floats. `format` is what to keep
 // matrices in: the source's own, or one to quantize a float source to.
 tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl_source *source,
@@ -324,6 +356,31 @@ tl_status tl_cache_write_page(tl_cache *cache, int page, const void *from, tl_me
 uint8_t *tl_cache_head(const tl_cache *cache, int page, int place, int kv_head);
 void tl_cache_free(tl_cache *cache);
 
+// ---- states --------------------------------------------------------------------------------------------------------
+// What a sequence keeps of layers whose state has a fixed size, whatever its length: slots, each of all such layers at
+// one position. A slot is written by one call and does not change after it, so that sequences share it as they do full
+// pages; who owns one is Python's (engine/states.py). The numbers are float32, each layer's
+// [kernel - 1][channels] the last inputs of its convolution, then [v_heads][v_dim / 16][k_dim][16] the state.
+typedef struct tl_states {
+    const tl_backend *backend;
+    size_t layer_floats, slot_bytes;
+    int n_layers, max_slots, n_slots; // n_slots: allocated so far
+    void **slots;
+} tl_states;
+tl_status tl_states_create(tl_states **states, const tl_model *model, int max_slots, tl_message *message);
+// At least n_slots exist from now on, n_slots <= max_slots.
+tl_status tl_states_grow(tl_states *states, int n_slots, tl_message *message);
+// The slot_bytes of a slot, out to the caller's memory and back.
+tl_status tl_states_read(const tl_states *states, int slot, void *out, tl_message *message);
+tl_status tl_states_write(tl_states *states, int slot, const void *from, tl_message *message);
+float *tl_states_at(const tl_states *states, int slot, int place); // what the layer at `place` keeps there
+void tl_states_free(tl_states *states);
+
+// After a call's token the state of its sequence goes into a slot.
+typedef struct tl_save {
+    int32_t token, slot;
+} tl_save;
+
 // ---- the one entry
 // ----------------------------------------------------------------------------------------------------- n
 // tokens, each with its position and its sequence. A sequence's tokens stand together, in order, without
@@ -365,12 +422,20 @@ typedef struct tl_batch {
     const int32_t *use_ends;  // [n_sequences] a sequence's adapters are those of uses before its end and from the end
                               // before it on, added one after another; NULL: none has any
     const tl_use *uses;
+    // Where layers keep a state: [n_sequences] the slot of what is before a sequence's first token here (any number where
+    // that is at position 0), and which states are kept, ascending by token, into slots that nobody reads from here.
+    const tl_states *states;
+    const int32_t *states_in;
+    int n_saves;
+    const tl_save *saves; // [n_saves]
     int threads;
     int (*stop)(void *); // asked before each layer; non-zero cancels; or NULL
     void *stop_data;
 } tl_batch;
 
 tl_status tl_batch_check(const tl_model *model, const tl_cache *cache, const tl_batch *batch, tl_message *message);
+// The same of its states alone (states.c).
+tl_status tl_states_check(const tl_model *model, const tl_batch *batch, tl_message *message);
 // Calls on one model queue. Checks the batch, then runs it.
 tl_status tl_forward(tl_model *model, tl_cache *cache, const tl_batch *batch, tl_message *message);
 
@@ -413,6 +478,8 @@ struct tl_backend {
         *adapted; // the same operations for a batch with adapters, whose pairs they add; NULL: none has them
     tl_status (*upload_pair)(tl_pair *pair, const tl_source *a, const tl_source *b,
                              tl_message *message); // of `adapted`
+    // attended = the gated delta rule on norm(x), its state moved on; NULL: no such layers
+    void (*delta_net)(tl_run *run, int layer);
 };
 
 extern const tl_backend tl_backend_cpu;
@@ -421,7 +488,8 @@ extern const tl_backend tl_backend_cpu;
 static inline int tl_seam_abi(void) {
     const size_t sizes[] = {sizeof(tl_backend), sizeof(tl_run),    sizeof(tl_model),  sizeof(tl_layer),
                             sizeof(tl_config),  sizeof(tl_cache),  sizeof(tl_matrix), sizeof(tl_source),
-                            sizeof(tl_batch),   sizeof(tl_format), sizeof(tl_pair),   sizeof(tl_adapter)};
+                            sizeof(tl_batch),   sizeof(tl_format), sizeof(tl_pair),   sizeof(tl_adapter),
+                            sizeof(tl_states),  sizeof(tl_save)};
     unsigned abi = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) abi = abi * 31 + (unsigned)sizes[i];
     return (int)(abi & 0x7fffffff);

@@ -6,10 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { HIDDEN = 1, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY, EXPERTS, Q_NORM, K_NORM, N_HEADS };
+enum { HIDDEN = 1, HEADS, KV_HEADS, FEED_FORWARD, VOCABULARY, EXPERTS, Q_NORM, K_NORM, N_HEADS, MIXED };
+enum { CHANNELS = MIXED + 1, TAPS, V_HEADS, V_WIDTH, V_DIM }; // of Gated DeltaNet
 enum { MATRIX, BIAS, VECTOR };
 // When a weight is required.
-enum { OPTIONAL, ALWAYS, NORM_BEFORE, NORM_AFTER, QK_NORM, DENSE, GATED, MIXTURE };
+enum { OPTIONAL, ALWAYS, NORM_BEFORE, NORM_AFTER, QK_NORM, DENSE, UNIT_GATE, MIXTURE, ATTENTION, GATED, DELTA };
 
 typedef struct slot {
     const char *name; // an expert's ends with '.', and its number follows
@@ -18,26 +19,36 @@ typedef struct slot {
     int rows, k;   // which of the configuration's sizes
 } slot;
 
-#define EACH                 2
-#define IN_MODEL(field)      0, ALWAYS, offsetof(tl_model, field)
-#define IN_LAYER(field)      1, ALWAYS, offsetof(tl_layer, field)
-#define IN_DENSE(field)      1, DENSE, offsetof(tl_layer, field)
-#define BIAS_OF(field)       1, OPTIONAL, offsetof(tl_layer, field.bias)
-#define NORM_OF(field, when) 1, when, offsetof(tl_layer, field.weight)
-#define OF_EACH(field)       EACH, MIXTURE, offsetof(tl_expert, field)
-#define BIAS_EACH(field)     EACH, OPTIONAL, offsetof(tl_expert, field.bias)
+#define EACH                   2
+#define IN_MODEL(field)        0, ALWAYS, offsetof(tl_model, field)
+#define IN_LAYER(field)        1, ALWAYS, offsetof(tl_layer, field)
+#define IN_MIXER(field, mixer) 1, mixer, offsetof(tl_layer, field)
+#define IN_DENSE(field)        1, DENSE, offsetof(tl_layer, field)
+#define BIAS_OF(field)         1, OPTIONAL, offsetof(tl_layer, field.bias)
+#define NORM_OF(field, when)   1, when, offsetof(tl_layer, field.weight)
+#define OF_EACH(field)         EACH, MIXTURE, offsetof(tl_expert, field)
+#define BIAS_EACH(field)       EACH, OPTIONAL, offsetof(tl_expert, field.bias)
 
 static const slot slots[] = {
     {"embedding", MATRIX, IN_MODEL(embedding), VOCABULARY, HIDDEN},
     {"output", MATRIX, IN_MODEL(output), VOCABULARY, HIDDEN},
     {"output_norm", VECTOR, IN_MODEL(output_norm.weight), HIDDEN, 0},
     {"attention_norm", VECTOR, NORM_OF(attention_norm, NORM_BEFORE), HIDDEN, 0},
-    {"wq", MATRIX, IN_LAYER(wq), HEADS, HIDDEN},
-    {"wk", MATRIX, IN_LAYER(wk), KV_HEADS, HIDDEN},
-    {"wv", MATRIX, IN_LAYER(wv), KV_HEADS, HIDDEN},
-    {"wo", MATRIX, IN_LAYER(wo), HIDDEN, HEADS},
+    {"wq", MATRIX, IN_MIXER(wq, ATTENTION), HEADS, HIDDEN},
+    {"wk", MATRIX, IN_MIXER(wk, ATTENTION), KV_HEADS, HIDDEN},
+    {"wv", MATRIX, IN_MIXER(wv, ATTENTION), KV_HEADS, HIDDEN},
+    {"wo", MATRIX, IN_LAYER(wo), HIDDEN, MIXED},
+    {"w_attention_gate", MATRIX, IN_MIXER(w_attention_gate, GATED), HEADS, HIDDEN},
+    {"w_qkv", MATRIX, IN_MIXER(delta.w_qkv, DELTA), CHANNELS, HIDDEN},
+    {"w_z", MATRIX, IN_MIXER(delta.w_z, DELTA), V_WIDTH, HIDDEN},
+    {"w_a", MATRIX, IN_MIXER(delta.w_a, DELTA), V_HEADS, HIDDEN},
+    {"w_b", MATRIX, IN_MIXER(delta.w_b, DELTA), V_HEADS, HIDDEN},
+    {"conv", VECTOR, IN_MIXER(delta.conv, DELTA), TAPS, 0},
+    {"dt_bias", VECTOR, IN_MIXER(delta.dt_bias, DELTA), V_HEADS, 0},
+    {"a", VECTOR, IN_MIXER(delta.a, DELTA), V_HEADS, 0},
+    {"delta_norm", VECTOR, IN_MIXER(delta.norm.weight, DELTA), V_DIM, 0},
     {"ffn_norm", VECTOR, NORM_OF(ffn_norm, NORM_BEFORE), HIDDEN, 0},
-    {"w_gate", MATRIX, 1, GATED, offsetof(tl_layer, w_gate), FEED_FORWARD, HIDDEN},
+    {"w_gate", MATRIX, 1, UNIT_GATE, offsetof(tl_layer, w_gate), FEED_FORWARD, HIDDEN},
     {"w_up", MATRIX, IN_DENSE(w_up), FEED_FORWARD, HIDDEN},
     {"w_down", MATRIX, IN_DENSE(w_down), HIDDEN, FEED_FORWARD},
     {"attention_post_norm", VECTOR, NORM_OF(attention_post_norm, NORM_AFTER), HIDDEN, 0},
@@ -66,7 +77,9 @@ static const slot slots[] = {
 };
 #define N_SLOTS (sizeof slots / sizeof slots[0])
 
-static int size_of(const tl_config *c, int which) {
+static int size_of(const tl_model *model, int which, int layer) {
+    const tl_config *c = &model->config;
+    const tl_delta_sizes *d = &c->delta;
     switch (which) {
     case HIDDEN: return c->dim;
     case HEADS: return c->n_heads * c->head_dim;
@@ -77,18 +90,29 @@ static int size_of(const tl_config *c, int which) {
     case K_NORM: return c->qk_norm == TL_QK_HEAD ? c->head_dim : c->n_kv_heads * c->head_dim;
     case N_HEADS: return c->n_heads;
     case EXPERTS: return c->n_experts;
+    case MIXED: return model->layers[layer].mixer == TL_DELTA ? d->v_heads * d->v_dim : c->n_heads * c->head_dim;
+    case CHANNELS: return tl_delta_channels(d);
+    case TAPS: return tl_delta_channels(d) * d->kernel;
+    case V_HEADS: return d->v_heads;
+    case V_WIDTH: return d->v_heads * d->v_dim;
+    case V_DIM: return d->v_dim;
     default: return 1;
     }
 }
 
-static int is_required(const tl_config *c, const slot *s) {
+static int is_required(const tl_model *model, const slot *s, int layer) {
+    const tl_config *c = &model->config;
+    const int is_delta = s->in_layer && model->layers[layer].mixer == TL_DELTA;
     switch (s->required) {
     case NORM_BEFORE: return c->norm_place != TL_NORM_AFTER;
     case NORM_AFTER: return c->norm_place != TL_NORM_BEFORE;
-    case QK_NORM: return c->qk_norm != TL_QK_NONE;
+    case QK_NORM: return c->qk_norm != TL_QK_NONE && !is_delta;
     case DENSE: return !c->n_experts;
-    case GATED: return !c->n_experts && c->activation < TL_RELU_SQUARED;
+    case UNIT_GATE: return !c->n_experts && c->activation < TL_RELU_SQUARED;
     case MIXTURE: return c->n_experts > 0;
+    case ATTENTION: return !is_delta;
+    case GATED: return c->gated_attention && !is_delta;
+    case DELTA: return is_delta;
     default: return s->required;
     }
 }
@@ -116,9 +140,10 @@ static double *frequencies(double theta, int rope_dim, const float *factors) {
 static void create_layer(tl_layer *layer, const tl_config *c, int l) {
     layer->window = c->windows ? c->windows[l] : 0;
     layer->rope = c->ropes ? (tl_rope)c->ropes[l] : TL_ROPE;
-    tl_norm *norms[] = {&layer->attention_norm, &layer->attention_post_norm,
-                        &layer->ffn_norm,       &layer->ffn_post_norm,
-                        &layer->q_norm,         &layer->k_norm};
+    layer->mixer = c->mixers ? (tl_mixer)c->mixers[l] : TL_ATTENTION;
+    tl_norm *norms[] = {
+        &layer->attention_norm, &layer->attention_post_norm, &layer->ffn_norm, &layer->ffn_post_norm, &layer->q_norm,
+        &layer->k_norm,         &layer->delta.norm};
     // One by one: GCC 12 loses eps where a chain of struct assignments sets it.
     for (size_t i = 0; i < sizeof norms / sizeof norms[0]; i++) {
         norms[i]->eps = c->norm_eps;
@@ -172,7 +197,7 @@ tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_back
     tl_config *c = &model->config;
     *c = *config;
     c->rope_factors = NULL; // they go into the frequencies, these into the layers
-    c->windows = c->ropes = c->places = NULL;
+    c->windows = c->ropes = c->places = c->mixers = NULL;
     c->xielu = NULL;
     if (!c->page_layers) c->page_layers = c->n_layers;
     float *scales[] = {&c->embedding_scale, &c->residual_scale, &c->logit_scale};
@@ -194,6 +219,7 @@ tl_status tl_model_create(tl_model **out, const tl_config *config, const tl_back
     for (int l = 0; l < config->n_layers; l++) {
         const int place = config->places ? config->places[l] : l, table = place / c->page_layers;
         create_layer(&model->layers[l], config, l);
+        model->layers[l].state = model->layers[l].mixer == TL_DELTA ? model->n_states++ : -1;
         model->layers[l].table = table;
         model->layers[l].place = place % c->page_layers;
         if (table >= model->n_tables) model->n_tables = table + 1;
@@ -211,7 +237,7 @@ tl_status tl_model_upload(tl_model *model, const char *name, int layer, const tl
     void *at;
     const slot *s = find_slot(model, name, layer, &at);
     if (!s) return tl_fail(message, TL_ARGUMENT, "there is no weight \"%s\" in layer %d", name, layer);
-    int rows = size_of(&model->config, s->rows), k = size_of(&model->config, s->k);
+    int rows = size_of(model, s->rows, layer), k = size_of(model, s->k, layer);
     if (source->scales && (source->format->id != 39 || source->row_order))
         return tl_fail(message, TL_ARGUMENT, "%s: scales apart go with MXFP4 in the file's order alone", name);
     if (source->row_order && source->n_row_order != rows)
@@ -261,8 +287,8 @@ void tl_model_tie(tl_model *model) {
 
 tl_status tl_model_check(tl_model *model, tl_message *message) {
     for (const slot *s = slots; s < slots + N_SLOTS; s++)
-        for (int l = 0; is_required(&model->config, s) && l < n_layers_with(model, s); l++)
-            for (int i = 0; i < n_in_layer(model, s); i++) {
+        for (int l = 0; l < n_layers_with(model, s); l++)
+            for (int i = 0; is_required(model, s, l) && i < n_in_layer(model, s); i++) {
                 void *at = slot_at(model, s, l, i);
                 int there = s->kind == MATRIX ? ((tl_matrix *)at)->data != NULL : *(float **)at != NULL;
                 if (!there && s->in_layer == EACH)
@@ -300,7 +326,7 @@ size_t tl_model_token_bytes(const tl_model *model) {
         for (int l = 0; s->in_layer == EACH && l < model->config.n_layers; l++)
             for (int i = 0; i < model->config.n_experts; i++) {
                 void *at = slot_at(model, s, l, i);
-                size_t bias_bytes = (size_t)size_of(&model->config, s->rows) * sizeof(float);
+                size_t bias_bytes = (size_t)size_of(model, s->rows, l) * sizeof(float);
                 of_experts += s->kind == MATRIX ? ((tl_matrix *)at)->n_bytes : *(float **)at ? bias_bytes : 0;
             }
     size_t used = of_experts ? of_experts / (size_t)model->config.n_experts * (size_t)model->config.n_experts_used : 0;

@@ -21,7 +21,7 @@ BESIDE = (
     *("formats/formats_schemes.inc", "formats/pack_schemes.c"),
     *("isa/isa.h", "isa/select.c", "isa/target.inc", "isa/avx512.h", "isa/avx512vnni.c", "isa/cpuid.h"),
     *("cpu/cpu.h", "cpu/run.c", "cpu/load.c", "cpu/products.c", "cpu/rows.c", "cpu/attend.c"),
-    "cpu/experts.c",
+    *("cpu/experts.c", "cpu/delta.c", "kernels/delta.inc", "states.c"),
 )
 SUFFIXES = (".c", ".cpp", ".h", ".inc", ".cu", ".cuh")
 

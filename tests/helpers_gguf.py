@@ -19,6 +19,7 @@ import numpy.typing as npt
 import reference
 from helpers_formats import dequantize as dequantize_kind
 from helpers_formats import kind_of, set_d, size
+from helpers_linear import linear_in_gguf, sizes
 from helpers_models import is_norm, norm_mean
 
 Array = npt.NDArray[Any]
@@ -194,6 +195,7 @@ ARCHITECTURES = {
     "qwen3": Architecture("qwen3"),
     "qwen3_moe": Architecture("qwen3moe"),
     "gpt_oss": Architecture("gpt-oss", ffn_norm="post_attention_norm"),
+    "qwen3_5_text": Architecture("qwen35", ffn_norm="post_attention_norm"),
     "phi3": Architecture("phi3"),
     "smollm3": Architecture("smollm3", True),
     "granite": Architecture("granite", True),
@@ -295,7 +297,8 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Mapping[str, Any] | Non
 def _write_rope(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     settings = reference.rope_settings(config)
     usual = 0.5 if config["model_type"] == "glm4" else 1.0
-    rope_dim = int(reference.head_dim(config) * config.get("partial_rotary_factor", usual))
+    partial = settings.get("partial_rotary_factor", config.get("partial_rotary_factor", usual))
+    rope_dim = int(reference.head_dim(config) * partial)
     writer.add_rope_dimension_count(rope_dim)
     theta = settings["rope_theta"]
     if config["model_type"] == "hunyuan_v1_dense" and settings.get("alpha"):
@@ -369,6 +372,15 @@ def _write_family(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
+    if kind == "qwen3_5_text":
+        k_heads, v_heads, k_dim, v_dim, kernel = sizes(config)
+        writer.add_ssm_conv_kernel(kernel)
+        writer.add_ssm_state_size(k_dim)
+        writer.add_ssm_group_count(k_heads)
+        writer.add_ssm_time_step_rank(v_heads)
+        writer.add_ssm_inner_size(v_heads * v_dim)
+        writer.add_full_attention_interval(config["full_attention_interval"])
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
     if "logit_scale" in config:
         writer.add_logit_scale(config["logit_scale"])
     if config.get("attn_logit_softcapping"):
@@ -445,7 +457,14 @@ def write_gguf(
         elif architecture.interleaved and ".k_proj." in name:
             order = interleaved_rows(len(w), n_kv_heads)
         rows = w if order is None else w[order]
-        to = gguf_name(name, architecture)
+        if ".linear_attn." in name:
+            to, rows = linear_in_gguf(config, name, w)
+        else:
+            to = gguf_name(name, architecture)
+        if name.endswith(("conv1d.weight", "linear_attn.norm.weight")):
+            writer.add_tensor(to, rows)
+            held[name] = w
+            continue
         if w.ndim == 1 or is_norm(name) or to.endswith("ffn_gate_inp.weight"):
             plus = np.float32(1.0 - norm_mean(config)) if is_norm(name) else np.float32(0)
             if "_exps." in to:

@@ -247,6 +247,9 @@ def miniature(config: dict[str, Any]) -> dict[str, Any]:
     }
     per_layer = ("layer_types", "no_rope_layers", "layer_rope_theta")
     lists = {key: config[key][:2] for key in per_layer if config.get(key)}
+    if "linear_attention" in lists.get("layer_types", ()):
+        lists["layer_types"] = ["linear_attention", "full_attention"]  # one of each
+        small["full_attention_interval"] = 2
     rope = {
         key: settings | {of: [1.0, 1.5, 2.0] for of in ("long_factor", "short_factor") if of in settings}
         for key in ("rope_scaling", "rope_parameters")

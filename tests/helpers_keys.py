@@ -44,6 +44,7 @@ BASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "qwen2": [("qwen2_window", {}), ("qwen2", {})],
     "qwen3": [("qwen3", {}), ("qwen3", WINDOWS)],
     "qwen3_moe": [("qwen3_moe", {}), ("qwen3_moe", WINDOWS)],
+    "qwen3_5_text": [("qwen3_5", {})],
     "gpt_oss": [("gpt_oss", {}), ("gpt_oss", NO_LIST)],
     "phi3": [("phi3", {}), ("phi3_long", {})],
     "smollm3": [

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from helpers_linear import is_linear, linear_shapes
 from reference import ffn_names
 
 Array = npt.NDArray[Any]
@@ -117,17 +118,23 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         add_norms(at, [name for name in norms if name in FIRST_NORMS])
+        if is_linear(config, layer):
+            shapes |= linear_shapes(config, at)
+            add_norms(at, [name for name in norms if name not in FIRST_NORMS])
+            for part, rows, k in (("gate", ff, dim), ("up", ff, dim), ("down", dim, ff)):
+                linear(f"{at}mlp.{part}_proj", rows, k, False)
+            continue
         if kind == "phi3":
             linear(at + "self_attn.qkv_proj", q_dim + 2 * kv_dim, dim, False)
-        else:
-            linear(at + "self_attn.q_proj", q_dim, dim, qkv_bias)
+        else:  # Qwen 3.5 has a gate beside each head's queries
+            linear(at + "self_attn.q_proj", q_dim * (1 + (kind == "qwen3_5_text")), dim, qkv_bias)
             linear(at + "self_attn.k_proj", kv_dim, dim, qkv_bias)
             linear(at + "self_attn.v_proj", kv_dim, dim, qkv_bias)
         for of, n in (("q", n_heads), ("k", n_kv_heads)):
             norm = f"{at}self_attn.{of}_norm.weight"
             if kind == "hunyuan_v1_dense":
                 shapes[f"{at}self_attn.{'query' if of == 'q' else 'key'}_layernorm.weight"] = (head_dim,)
-            elif kind in ("qwen3", "qwen3_moe", "gemma3_text", "exaone4", "apertus"):
+            elif kind in ("qwen3", "qwen3_moe", "gemma3_text", "exaone4", "apertus", "qwen3_5_text"):
                 shapes[norm] = (head_dim,)
             elif kind in ("olmo2", "olmo3"):
                 shapes[norm] = (n * head_dim,)
@@ -178,7 +185,7 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def norm_mean(config: Mapping[str, Any]) -> float:
     """Of a norm's weights as safetensors hold them: Gemma's are what is added to 1."""
-    return 0.0 if "gemma" in config["model_type"] else 1.0
+    return 0.0 if "gemma" in config["model_type"] or config["model_type"].startswith("qwen3_5") else 1.0
 
 
 ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight", "mlp.router.weight")
@@ -192,10 +199,12 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
     for stream, (name, shape) in enumerate(weight_shapes(config).items()):
         u = _uniform(seed, stream, math.prod(shape)).reshape(shape)
         if is_norm(name):
-            value = norm_mean(config) + 0.5 * u
+            value = (1.0 if "linear_attn" in name else norm_mean(config)) + 0.5 * u
         elif ".act_fn." in name:  # xIELU's: of eps something that shows
             usual = {"alpha_p": 0.5, "alpha_n": -0.4, "beta": 0.5, "eps": -0.3}
             value = usual[name.rsplit(".", 1)[1]] + 0.2 * u
+        elif name.endswith("A_log"):  # what is remembered for about 1 to 50 tokens
+            value = 2.0 * u - 2.0
         elif name.endswith(("bias", "sinks")):
             value = 0.8 * u
         elif "experts." in name and len(shape) == 3:  # transposed; gates so large that they reach the clamp
@@ -205,7 +214,9 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, F32]:
         else:
             gain = (
                 1.5
-                if any(part in name for part in ("q_proj", "k_proj", "qkv_proj", "lm_head", "embed"))
+                if any(
+                    part in name for part in ("q_proj", "k_proj", "qkv_proj", "lm_head", "embed", "conv1d")
+                )
                 else 1.0
             )
             value = u * math.sqrt(3.0) * gain / math.sqrt(shape[-1])

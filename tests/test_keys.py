@@ -106,7 +106,7 @@ def test_every_key_of_every_family(kind: str, warnings: pytest.LogCaptureFixture
 
 def arithmetic(config: Any) -> dict[str, Any]:
     """A config without what says nothing of logits: lengths of texts where nothing is counted from them, a
-    window that none of the texts fills, a base that no layer has, and the name."""
+    window that none of the texts fills, a base that no layer has, layers that guess, and the name."""
     found = dict(vars(config))
     found["windows"] = [w if w < N_TOKENS else 0 for w in config.windows or [0] * config.n_layers]
     if not config.query_growth and config.long_rope_factors is None:
@@ -115,7 +115,7 @@ def arithmetic(config: Any) -> dict[str, Any]:
         del found["rope_theta"], found["rope_factors"], found["rope_scale"]
     if (config.original_context or config.context) >= N_TOKENS:  # up to which a dynamic RoPE is a usual one
         del found["ntk_factor"]
-    del found["context"], found["architecture"]
+    del found["context"], found["architecture"], found["guessing_layers"]
     return found
 
 

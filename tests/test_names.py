@@ -413,7 +413,7 @@ def test_fused_tensors_of_any_family(spec: Spec, format: str, tmp_path: Path) ->
                 n_fused["gate_up_exps"] += fuse(tensors, f"{at}ffn_gate_up_exps.{kind}", experts, 1)
 
     fused = rewritten(path, change)
-    n_layers = spec.config["num_hidden_layers"]
+    n_layers = spec.config["num_hidden_layers"] - spec.config.get("layer_types", []).count("linear_attention")
     biased = spec.config.get("attention_bias") or spec.config.get("use_bias") or False
     has_bias = spec.config["model_type"] == "qwen2" or biased
     n_stacks = 1 + (spec.name == "gpt_oss") if spec.config.get("num_experts_per_tok") else 0

@@ -43,6 +43,7 @@ UNSAID = {
     "ministral": "windows", "qwen2_window": "windows", "qwen3_moe_not_renormalized": "norm_topk_prob",
     "helium": "architecture", "cwm": "architecture", "vaultgemma": "architecture",
     "hyperclovax": "architecture", "dynamic_short": "ntk_factor", "dynamic_long": "ntk_factor",
+    "qwen3_5": "linear attention", "qwen3_5_even": "linear attention",
 }  # fmt: skip
 GOLDEN = golden_specs() + golden_specs("families")
 SPECS = [spec for spec in GOLDEN if spec.name not in UNSAID]

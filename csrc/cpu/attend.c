@@ -139,6 +139,9 @@ static void attend_finish(void *data, int t, int thread) {
         if (sinks) merge(r, result, none, sinks[h], 1);
         for (int d = 0; d < c->head_dim; d++) out[d] = result[d] / result[r->v_stride + 1] + 0.0f;
     }
+    const size_t row = (size_t)t * r->q_width;
+    if (r->base.model->layers[r->layer].w_attention_gate.data)
+        tl_isa()->sigmoid_mul(r->base.attended + row, r->gate + row, (int)r->q_width);
 }
 
 void tl_cpu_attend(tl_run *run, int layer) {

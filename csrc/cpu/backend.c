@@ -22,8 +22,9 @@ static void cpu_qkv(tl_run *run, int layer) {
     const tl_layer *w = &run->model->layers[layer];
     tl_product products[] = {{.w = &w->wq, .out = run->q, .stride = r->q_width},
                              {.w = &w->wk, .out = r->k, .stride = r->kv_width},
-                             {.w = &w->wv, .out = r->v, .stride = r->kv_width}};
-    tl_cpu_products(r, run->x, NULL, run->batch->n, &w->attention_norm, products, 3);
+                             {.w = &w->wv, .out = r->v, .stride = r->kv_width},
+                             {.w = &w->w_attention_gate, .out = r->gate, .stride = r->q_width}};
+    tl_cpu_products(r, run->x, NULL, run->batch->n, &w->attention_norm, products, w->w_attention_gate.data ? 4 : 3);
     tl_cpu_rotate_and_store(r, layer);
 }
 
@@ -73,4 +74,5 @@ const tl_backend tl_backend_cpu = {
     .end = tl_cpu_end,
     .release = tl_cpu_release,
     .adapted = &tl_cpu_adapted,
+    .delta_net = tl_cpu_delta_net,
 };

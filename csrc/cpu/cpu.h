@@ -8,7 +8,7 @@
 
 #define TL_UNITS_THREAD 8 // units of work a thread at least, so that the last ones to finish are short
 #define TL_FEW_TOKENS   4 // fewer rows than this are not worth waking threads for
-#define TL_MAX_PRODUCTS 3 // that share their activations
+#define TL_MAX_PRODUCTS 4 // that share their activations
 
 // Queries that share a sequence and a kv head: columns [first, first + n) of (tokens, from `token` on) x (heads of the group).
 typedef struct tl_tile {
@@ -37,6 +37,9 @@ typedef struct tl_cpu_run {
     float *normed;            // [n, dim]
     float *up;                // [n, ff_dim], or [rows, ff_dim] where there are experts
     tl_routing routing;       // where there are experts
+    float *gate;              // [n, heads * head_dim] of attention's output, where it has one
+    float *mixed, *convolved; // [n, channels] where there are layers of Gated DeltaNet (delta.c)
+    float *gates;             // [n, 2, v_heads] of those: decay, beta
     float *visits;            // [rows, dim] what experts read, then what they give
     tl_activations in;        // what the products read
     tl_tile *tiles;           // [n_tiles], the same for every kv head
@@ -88,6 +91,8 @@ void tl_cpu_add_visits(tl_cpu_run *run); // x += what the experts gave
 void tl_cpu_multiply(const tl_product *p, int first, int last, int from, int to);
 // Panels a unit takes: as many as stay in L2, at most `share`, whole groups, at least one.
 int tl_cpu_block(const tl_matrix *w, int share);
+// delta.c
+void tl_cpu_delta_net(tl_run *run, int layer);
 // adapters.c
 extern const tl_backend tl_cpu_adapted;
 // attend.c

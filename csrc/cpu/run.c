@@ -9,7 +9,11 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     const tl_batch *b = r->base.batch;
     const size_t n = (size_t)b->n, width = r->q_width, kv = r->kv_width, dim = (size_t)c->dim, ff = (size_t)c->ff_dim;
     const size_t experts = (size_t)c->n_experts, visits = n * (size_t)c->n_experts_used;
-    const size_t widest = dim > width ? dim : width, rows = experts ? visits : n; // of the feed-forward
+    const tl_delta_sizes *d = &c->delta;
+    const size_t channels = r->base.model->n_states ? (size_t)tl_delta_channels(d) : 0;
+    const size_t v_width = r->base.model->n_states ? (size_t)d->v_heads * (size_t)d->v_dim : 0;
+    const size_t mixed = width > v_width ? width : v_width; // what leaves attention, or what stands for it
+    const size_t widest = dim > mixed ? dim : mixed, rows = experts ? visits : n; // of the feed-forward
     const size_t n_in = n * widest, n_ff = rows * (ff > dim ? ff : dim), n_q = n_in > n_ff ? n_in : n_ff;
     size_t used = 0;
 #define PLACE(field, type, count)                                                                                      \
@@ -17,12 +21,16 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     used += ((size_t)(count) * sizeof(type) + 63) / 64 * 64
     PLACE(base.x, float, n *dim);
     PLACE(base.q, float, n *width);
-    PLACE(base.attended, float, n *width);
+    PLACE(base.attended, float, n *mixed);
     PLACE(base.hidden, float, rows *ff);
     PLACE(up, float, rows *ff);
     PLACE(k, float, n *kv);
     PLACE(v, float, n *kv);
     PLACE(normed, float, n *dim);
+    PLACE(gate, float, c->gated_attention ? n * width : 0);
+    PLACE(mixed, float, n *channels);
+    PLACE(convolved, float, n *channels);
+    PLACE(gates, float, channels ? n * 2 * (size_t)d->v_heads : 0);
     const size_t n_angles = n * (size_t)c->rope_dim / 2 * (r->base.model->local_rope_frequencies ? 2 : 1);
     PLACE(cos, float, n_angles);
     PLACE(sin, float, n_angles);
@@ -30,7 +38,7 @@ static size_t place_buffers(tl_cpu_run *r, char *base) {
     PLACE(in.groups, tl_q_group, n_q / TL_Q);
     r->in.tiles = NULL;
     if (tl_isa()->arrange) {
-        const size_t most_k = width > dim ? (width > ff ? width : ff) : dim > ff ? dim : ff;
+        const size_t most_k = widest > ff ? widest : ff;
         PLACE(in.tiles, int8_t, n_q + 48 * most_k); // TL_TILES_BYTES of whatever rows and k
         PLACE(in.scales, float, (n_q + 16 * most_k) / TL_Q * 4);
     }

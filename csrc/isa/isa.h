@@ -80,6 +80,16 @@ typedef struct tl_segment {
     float max[TL_COLUMNS], sum[TL_COLUMNS];
 } tl_segment;
 
+// Tokens of a sequence, a head, and 16 columns of its state (kernels/delta.inc).
+typedef struct tl_delta_rule {
+    float *state;              // [k_dim][16]
+    const float *q, *k, *v;    // of the first token, the others' each `stride` numbers further
+    float *out;                // [16]; likewise
+    const float *decay, *beta; // likewise, gate_stride
+    size_t stride, gate_stride;
+    int n, k_dim;
+} tl_delta_rule;
+
 typedef struct tl_kernels {
     const char *name;
     int (*usable)(void);
@@ -108,6 +118,12 @@ typedef struct tl_kernels {
     // A row of floats to a file's blocks, as tl_format.quantize; and n numbers of a format of floats to floats.
     void (*to_blocks[TL_N_FORMATS])(uint8_t *blocks, const float *x, size_t k, const float *importance);
     void (*to_floats)(float *out, const uint8_t *in, size_t n, int index);
+    // Gated DeltaNet (kernels/delta.inc): its convolution of 16 channels, past [kernel - 1][16], and its rule; x *= the
+    // sigmoid of gate.
+    void (*conv)(float *out, const float *in, size_t stride, const float *past, const float *weights, int kernel,
+                 int n);
+    void (*delta_rule)(const tl_delta_rule *r);
+    void (*sigmoid_mul)(float *x, const float *gate, int n);
     void (*arrange)(const tl_activations *in, int row); // or NULL: a row of q and groups into tiles and scales
 } tl_kernels;
 

@@ -42,7 +42,7 @@ from tinyllm.engine.guessers import Called, Draft, Lookup, Propose, Translation,
 from tinyllm.engine.heads import Heads
 from tinyllm.engine.kvcache import NOTHING, Applied, KVCache, Sequence, root_key
 from tinyllm.engine.loop import Inbox, Loop
-from tinyllm.engine.needs import cache_pages, call_tokens
+from tinyllm.engine.needs import MOST_SLOTS, cache_pages, call_tokens
 from tinyllm.engine.sampling import (
     Sampler,
     SamplingOptions,
@@ -52,6 +52,7 @@ from tinyllm.engine.sampling import (
     takes_sampling,
 )
 from tinyllm.engine.speculation import Guesser, Guessing, Record
+from tinyllm.engine.states import Slots
 from tinyllm.errors import (
     ArgumentError,
     ConstraintError,
@@ -135,10 +136,12 @@ class LLM(Habits):
         formats: Mapping[str, int] | None = None,
         cache_type: CacheType = "f16",
         max_pages: int | None = None,
+        max_slots: int = MOST_SLOTS,
         free_memory: Callable[[], int] | None = None,
         load_s: float = 0.0,
     ) -> None:
-        """max_pages: how far the cache may grow; None: one full context. free_memory: asked before it does,
+        """max_pages: how far the cache may grow; None: one full context. max_slots: likewise of states, where
+        the model keeps any. free_memory: asked before it does,
         for bytes; None: what the device has."""
         config = model.config
         self.model, self.tokenizer, self.chat_template, self.config = model, tokenizer, chat_template, config
@@ -158,14 +161,21 @@ class LLM(Habits):
         self._breakers: tuple[SequenceOf[str], list[list[int]]] = ((), [])  # the last strings, and their ids
         n_pages = cache_pages(config)
         max_pages = max_pages or n_pages
+        pool = model.cache(cache_type, max_pages, max_slots)
+        free_memory = free_memory or model.free_memory
+        slots = None
+        if pool.slot_bytes:
+            most_unused = max(4, n_pages * pool.page_bytes // pool.slot_bytes)
+            slots = Slots(pool, max_slots, max_unused=most_unused, free_bytes=free_memory)
         self._cache = KVCache(
-            model.cache(cache_type, max_pages),
+            pool,
             max_pages,
             root_key(repr(config), cache_type),
             windows=[group.window for group in model.cache_groups],
             ahead=CHUNK,
             max_unused=n_pages,
-            free_bytes=free_memory or model.free_memory,
+            free_bytes=free_memory,
+            slots=slots,
         )
         call_s = math.inf if model.device == "cpu" else CALL_S  # the CPU stops between layers
         self._engine = Engine(

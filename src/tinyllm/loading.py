@@ -19,7 +19,7 @@ from tinyllm import backends
 from tinyllm.backends import PAGE, CacheType
 from tinyllm.config import ModelConfig
 from tinyllm.engine.heads import read_heads
-from tinyllm.engine.needs import cache_pages, call_bytes, call_tokens
+from tinyllm.engine.needs import LEAST_SLOTS, cache_pages, call_bytes, call_tokens, slot_bytes
 from tinyllm.errors import (
     ArgumentError,
     Error,
@@ -37,6 +37,7 @@ from tinyllm.modelfiles import ModelFiles, open_model
 MEMORY_SHARE = 0.8  # of the free memory, that weights and context are fitted into
 USEFUL_CONTEXT = 4096  # that a GPU must have room for, to be chosen where no context is asked for
 MAX_PAGES = 1 << 24  # of a pool, the core's limit
+MAX_SLOTS = 4096  # of states
 MAX_CONTEXT = 1 << 28  # that a config may have
 
 log = logging.getLogger(__name__)
@@ -116,9 +117,9 @@ def load(
     try:
         formats = kept_formats(files.weights, weights, name)
         weight_bytes = _weight_bytes(files, formats)
-        device = _device_for(device, formats, name)
+        device = _device_for(device, files.config, formats, name)
         chosen = backends.choose_device(device, _needed(files.config, weight_bytes, context, cache_type))
-        context, max_pages = _fit_memory(
+        context, max_pages, max_slots = _fit_memory(
             files.config, cache_type, weight_bytes, context, name, chosen, free()
         )
         model = backends.Model(files.config.with_context(context), device=chosen.name, threads=threads)
@@ -166,6 +167,7 @@ def load(
             formats=_numbers_in(files.weights, formats),
             cache_type=cache_type,
             max_pages=max_pages,
+            max_slots=max_slots,
             free_memory=free,
             load_s=time.perf_counter() - started,
         )
@@ -179,13 +181,18 @@ def load(
         raise
 
 
-def _device_for(device: str, formats: Mapping[tuple[str, int | None], int], name: str) -> str:
+def _device_for(
+    device: str, config: ModelConfig, formats: Mapping[tuple[str, int | None], int], name: str
+) -> str:
     """ "cpu" where a GPU may be chosen, but lacks the kernels; the reason is logged. Raises UnsupportedError
     where one is asked for."""
     lacking = sorted({FORMATS[format].name for format in formats.values() if format in OWN_FORMATS})
-    if not lacking or device == "cpu":
+    if device == "cpu" or not (lacking or config.mixers):
         return device
-    reason = f"{name} has weights in {', '.join(lacking)}, which only the CPU multiplies so far"
+    if config.mixers:
+        reason = f"{name} has layers of Gated DeltaNet, which only the CPU computes so far"
+    else:
+        reason = f"{name} has weights in {', '.join(lacking)}, which only the CPU multiplies so far"
     if device != "auto":
         raise UnsupportedError(f"device {device!r} asked for, but {reason}; use device='cpu'")
     log.info("device cpu: %s", reason)
@@ -270,12 +277,12 @@ def _numbers_in(weights: Weights, formats: Mapping[tuple[str, int | None], int])
 
 
 def cache_bytes(config: ModelConfig, cache_type: CacheType, context: int) -> int:
-    """Bytes of KV cache that a text of `context` tokens takes at most. Raises ArgumentError past what a model
-    may have."""
+    """Bytes of KV cache, and of states beside it, that a text of `context` tokens takes at most. Raises
+    ArgumentError past what a model may have."""
     if context > MAX_CONTEXT:
         raise ArgumentError(f"context is {context}, the most is {MAX_CONTEXT}")
     config = config.with_context(context)
-    return cache_pages(config) * backends.page_bytes(config, cache_type)
+    return cache_pages(config) * backends.page_bytes(config, cache_type) + LEAST_SLOTS * slot_bytes(config)
 
 
 def fitting_context(config: ModelConfig, cache_type: CacheType, n_bytes: int) -> int:
@@ -292,9 +299,9 @@ def _fit_memory(
     name: str,
     device: backends.Device = backends.CPU,
     free: int | None = None,
-) -> tuple[int, int]:
-    """(context, most pages of the cache) for the `free` bytes of a device, None for all that it has, or
-    MemoryLimitError."""
+) -> tuple[int, int, int]:
+    """(context, most pages of the cache, most slots of states) for the `free` bytes of a device, None for all
+    that it has, or MemoryLimitError."""
     free = device.free_memory() if free is None else free
     memory = f"the memory of {device.name} ({device.title})" if device.title else "memory"
     usual = config.default_context
@@ -314,5 +321,9 @@ def _fit_memory(
         if context < usual:
             log.warning("context %d instead of %d: more does not fit into %s", context, usual, memory)
     config = config.with_context(context)
-    most = budget // backends.page_bytes(config, cache_type)
-    return context, min(max(cache_pages(config), most), MAX_PAGES)
+    max_slots, a_slot = LEAST_SLOTS, slot_bytes(config)
+    if a_slot:  # of what is left beside a whole text a quarter
+        left = max(0, budget - cache_bytes(config, cache_type, context))
+        max_slots = min(MAX_SLOTS, LEAST_SLOTS + left // 4 // a_slot)
+    most = (budget - max_slots * a_slot) // backends.page_bytes(config, cache_type)
+    return context, min(max(cache_pages(config), most), MAX_PAGES), max_slots

@@ -15,7 +15,7 @@ from tinyllm.adapters.gguf import read_gguf_adapter
 from tinyllm.adapters.pairs import Adapter, Numbers, Pair
 from tinyllm.adapters.peft import read_peft
 from tinyllm.config import ModelConfig
-from tinyllm.errors import FormatError, NotFoundError
+from tinyllm.errors import FormatError, NotFoundError, UnsupportedError
 from tinyllm.files import FileReader, user_path
 
 __all__ = ["Adapter", "Numbers", "Pair", "read_adapter"]
@@ -29,6 +29,8 @@ def read_adapter(path: str | os.PathLike[str], config: ModelConfig) -> Adapter:
     for what is not done here, which it names).
     """
     where = user_path(path)
+    if config.mixers:
+        raise UnsupportedError(f"{where}: adapters do not run on models with Gated DeltaNet (Qwen 3.5) yet")
     if os.path.isdir(where):
         return read_peft(where, config)
     if where.name in ("adapter_model.safetensors", "adapter_config.json") and os.path.exists(where):

@@ -283,6 +283,8 @@ def cache_groups(config: ModelConfig) -> list[CacheGroup]:
     """
     layers_of: dict[int, list[int]] = {}
     for layer, window in enumerate(config.windows or (0,) * config.n_layers):
+        if config.mixer(layer) != "attention":  # what it keeps does not grow: states, no pages
+            continue
         layers_of.setdefault(window if window < config.context else 0, []).append(layer)
     size = min(map(len, layers_of.values()))
     return [
@@ -315,6 +317,8 @@ _WORDS: dict[str, tuple[str | None, ...]] = {
     "qk_norm": (None, "head", "heads", "all"),
 }
 _ROPES = ("usual", "local", "none")
+_MIXERS = ("attention", "delta")
+_NO_DELTA = dict.fromkeys(("k_heads", "v_heads", "k_dim", "v_dim", "kernel", "tiled"), 0)
 
 
 def _core_config(config: ModelConfig) -> dict[str, Any]:
@@ -330,6 +334,9 @@ def _core_config(config: ModelConfig) -> dict[str, Any]:
     values["windows"] = np.asarray(config.windows or (0,) * config.n_layers, np.int32)
     ropes = config.ropes or ("usual",) * config.n_layers
     values["ropes"] = np.asarray([_ROPES.index(rope) for rope in ropes], np.int32)
+    mixers = [_MIXERS.index(config.mixer(layer)) for layer in range(config.n_layers)]
+    values["mixers"] = np.asarray(mixers, np.int32)
+    values |= {f"delta_{name}": int(n) for name, n in (values["delta"] or _NO_DELTA).items()}
     groups = cache_groups(config)
     values["page_layers"] = len(groups[0].layers)
     values["places"] = np.zeros(config.n_layers, np.int32)
@@ -367,12 +374,16 @@ class Candidates:
 
 
 class PagePool:
-    """The memory of a KV cache: pages of 64 tokens, growing up to max_pages. engine/kvcache.py owns it."""
+    """The memory of a KV cache: pages of 64 tokens, growing up to max_pages, and of what layers keep at one
+    size slots of slot_bytes (0: there are no such layers), up to max_slots. engine/kvcache.py owns it.
+    """
 
     def __init__(self, core: _core.Cache) -> None:
         self._core = core
         self.page_bytes: int = core.page_bytes
         self.max_pages: int = core.max_pages
+        self.slot_bytes: int = core.slot_bytes
+        self.max_slots: int = core.max_slots
 
     @property
     def n_pages(self) -> int:
@@ -400,12 +411,69 @@ class PagePool:
         """Writes what `read_page` gave. Raises ArgumentError for another number of bytes."""
         self._core.write_page(self._checked("page", page), np.ascontiguousarray(content, np.uint8))
 
+    @property
+    def n_slots(self) -> int:
+        """Slots that exist so far."""
+        return self._core.n_slots
+
+    def grow_slots(self, n_slots: int) -> None:
+        """At least n_slots exist from now on. Raises MemoryLimitError, ArgumentError past max_slots."""
+        self._core.grow_slots(integer("n_slots", n_slots, 0, self.max_slots))
+
+    def read_slot(self, slot: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a slot, [slot_bytes]; the same device and build read them again."""
+        return self._core.read_slot(integer("slot", slot, 0, self.n_slots - 1, "a slot that exists"))
+
+    def write_slot(self, slot: int, content: npt.NDArray[np.uint8]) -> None:
+        """Writes what `read_slot` gave. Raises ArgumentError for another number of bytes."""
+        slot = integer("slot", slot, 0, self.n_slots - 1, "a slot that exists")
+        self._core.write_slot(slot, np.ascontiguousarray(content, np.uint8))
+
     def _checked(self, name: str, page: int) -> int:
         return integer(name, page, 0, self.n_pages - 1, "a page that exists")
 
     def close(self) -> None:
         """Frees the pages, once no call uses them any more."""
         self._core.close()
+
+
+# Of a call: the slot of what is before each sequence's first token here, int [n_sequences] (any number where
+# that is at position 0), and after which of the call's tokens the state goes into which slot, int [n, 2],
+# ascending by token. A slot is not read and written in one call.
+States = tuple[npt.ArrayLike, npt.ArrayLike]
+
+
+class StatePairs:
+    """The states of texts that are computed from their beginning on and never go back: two slots each,
+    written in turn, and taken from the pool as texts begin. Nothing where the model keeps no states."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._slots: dict[int, list[int]] = {}
+        self._unused: list[list[int]] = []
+
+    def next(self, texts: Sequence[int], lengths: Sequence[int]) -> States | None:
+        """Of a call that computes so many tokens of each of these texts, in this order. Raises
+        MemoryLimitError, ArgumentError past the pool's slots."""
+        if not self._pool.slot_bytes:
+            return None
+        for i in texts:
+            if i not in self._slots:
+                self._slots[i] = self._unused.pop() if self._unused else self._more()
+        read, ends = [self._slots[i][0] for i in texts], np.cumsum(lengths) - 1
+        for i in texts:
+            self._slots[i].reverse()
+        return read, [(int(end), self._slots[i][0]) for i, end in zip(texts, ends, strict=True)]
+
+    def end(self, text: int) -> None:
+        """Its slots are another's from now on."""
+        if text in self._slots:
+            self._unused.append(self._slots.pop(text))
+
+    def _more(self) -> list[int]:
+        n = self._pool.n_slots
+        self._pool.grow_slots(n + 2)
+        return [n, n + 1]
 
 
 class Adapter:
@@ -623,13 +691,19 @@ class Model:
             )
         return self._core.observe(*_weight(name, layer))
 
-    def cache(self, type: CacheType = "f16", max_pages: int | None = None) -> PagePool:
-        """A page pool for this model; max_pages None: all pages of one sequence of the whole context."""
+    def cache(self, type: CacheType = "f16", max_pages: int | None = None, max_slots: int = 2) -> PagePool:
+        """A page pool for this model; max_pages None: all pages of one sequence of the whole context.
+        max_slots: of states, where it keeps any."""
         if type not in CACHE_TYPES:
             raise ArgumentError(f"cache type is {type!r}; it is one of {', '.join(CACHE_TYPES)}")
         context_pages = -(-self.config.context // PAGE) * len(self.cache_groups)
         pages = context_pages if max_pages is None else integer("max_pages", max_pages, 1, MOST_INT)
-        return PagePool(self._core.cache(CACHE_TYPES[type], pages))
+        slots = integer("max_slots", max_slots, 1, MOST_INT) if self.config.state_floats else 0
+        return PagePool(self._core.cache(CACHE_TYPES[type], pages, slots))
+
+    def state_pairs(self, cache: PagePool) -> StatePairs:
+        """What names the states of texts that are computed from their beginning on: `states=` of calls."""
+        return StatePairs(cache)
 
     def forward(
         self,
@@ -642,6 +716,7 @@ class Model:
         layers: tuple[int, int] | None = None,
         logits: bool | None = None,
         adapters: Sequence[Uses] | None = None,
+        states: States | None = None,
         cache: PagePool,
         should_stop: Callable[[], bool] | None = None,
     ) -> F32:
@@ -652,9 +727,9 @@ class Model:
         len(cache_groups), max_pages], page ids of `cache`, or [n_sequences, max_pages] where there is one
         group; what is wholly behind a group's window is not read, but must be a page. layers: (first, last),
         default all. adapters: of each sequence those that are applied to its rows, [] for none; None: to no
-        row of the call. should_stop: asked before each layer (at most every 20 ms), True cancels; what it
-        does to the arrays of the call reaches the next one, which takes copies. Returns float32 logits
-        [len(rows),
+        row of the call. states: of a model that keeps some (`cache.slot_bytes`). should_stop: asked before
+        each layer (at most every 20 ms), True cancels; what it does to the arrays of the call reaches the
+        next one, which takes copies. Returns float32 logits [len(rows),
         vocab_size] of the tokens that `rows` lists (None: all), or, where the last layer is not the model's
         last or `logits` is False, activations [n, dim]: the numbers as they are computed, NaN and infinity
         where the weights make them so. Raises ArgumentError for what does not fit, and where `check` has not
@@ -662,7 +737,7 @@ class Model:
         """
         found: F32 = self._forward(
             tokens_or_x, positions, sequences, page_tables, rows, layers, logits, 0, cache, should_stop,
-            adapters=adapters,
+            adapters=adapters, states=states,
         )  # fmt: skip
         return found
 
@@ -677,6 +752,7 @@ class Model:
         n: int,
         allowed: npt.NDArray[np.uint32] | None = None,
         adapters: Sequence[Uses] | None = None,
+        states: States | None = None,
         cache: PagePool,
         should_stop: Callable[[], bool] | None = None,
     ) -> Candidates:
@@ -702,6 +778,7 @@ class Model:
             should_stop,
             allowed,
             adapters,
+            states,
         )
         return Candidates(*found)
 
@@ -724,6 +801,7 @@ class Model:
         should_stop: Callable[[], bool] | None,
         allowed: npt.NDArray[np.uint32] | None = None,
         adapters: Sequence[Uses] | None = None,
+        states: States | None = None,
     ) -> Any:
         if not isinstance(cache, PagePool):
             raise TypeError(f"cache must be what `Model.cache` returns, not {type(cache).__name__}")
@@ -761,6 +839,8 @@ class Model:
             n_candidates,
             allowed,
             None if adapters is None else [[(one._core, scale) for one, scale in uses] for uses in adapters],
+            None if states is None else integers("states", states[0], 1),
+            None if states is None else integers("states", np.reshape(states[1], (-1, 2))),
             self.threads,
             should_stop,
         )

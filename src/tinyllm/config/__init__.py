@@ -26,7 +26,7 @@ from tinyllm.config.generation import (
     generation_from_json,
     generation_to_gguf,
 )
-from tinyllm.config.model import ModelConfig
+from tinyllm.config.model import DeltaSizes, ModelConfig
 
 __all__ = [
     "ADVISED_COUNTS",
@@ -35,6 +35,7 @@ __all__ = [
     "POOLINGS",
     "QWEN3_RERANKER",
     "Activation",
+    "DeltaSizes",
     "EmbeddingDefaults",
     "GenerationDefaults",
     "ModelConfig",

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tinyllm.errors import FormatError, UnsupportedError
 
 Source = Literal["gguf", "hf"]
+Mixer = Literal["attention", "delta"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Family:
     # Keys that its class does not read, and the values that say what is computed anyway; others are warned of
     json_ignored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     json_twice: Mapping[str, str] = field(default_factory=dict)  # likewise: what another key says as well
+    rope_sections: bool = False  # its RoPE may be cut for pictures (mrope), which text does not see
     rope_by_kind: bool = False  # its class has the RoPE of windowed layers apart, in rope_parameters too
     rope_kinds: tuple[str, ...] = ()  # scalings of RoPE that its class takes; (): all
     features: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig that no file states
@@ -59,6 +61,7 @@ class Family:
     stacked: bool = False  # safetensors hold a layer's experts on top of each other, gate and up row by row
     growing_queries: bool = False  # its scaling of RoPE may scale queries by position (llama_4_scaling_beta)
     yarn_truncate: bool = True  # whether YaRN's first and last pair are rounded, where GGUF does not say
+    guessing: bool = False  # its files may hold layers behind the last that guess further tokens
     text_of: str | None = None  # the model type of the text_config inside a model that also reads images
 
 
@@ -163,6 +166,30 @@ FAMILIES: dict[str, Family] = {
         },
         features={"qk_norm": "head"},
         experts_in=("gguf", "hf"),
+    ),
+    "qwen3_5": Family("Qwen 3.5 and 3.6, dense (text)", text_of="qwen3_5_text"),
+    "qwen3_5_text": Family(
+        "Qwen 3.5 and 3.6, dense",
+        json_defaults={
+            **_BIAS, "max_position_embeddings": 32768, "num_key_value_heads": 4, "head_dim": 256,
+            "partial_rotary_factor": 0.25, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+            "layer_types": None, "full_attention_interval": 4, "mtp_num_hidden_layers": 0,
+        },
+        json_ignored={
+            "attn_output_gate": (True,), "mamba_ssm_dtype": ("float32",), "mlp_only_layers": ([],),
+            "mtp_use_dedicated_embeddings": (False,),
+        },
+        rope_sections=True,
+        features={"qk_norm": "head", "gated_attention": True},
+        gguf_defaults={
+            "ssm.conv_kernel": None, "ssm.state_size": None, "ssm.group_count": None,
+            "ssm.time_step_rank": None, "ssm.inner_size": None, "full_attention_interval": 4,
+            "attention.recurrent_layers": None, "nextn_predict_layers": 0, "rope.dimension_sections": None,
+        },
+        norms_minus_one=True,
+        renamed={"gguf": {"ffn_norm": "post_attention_norm"}},
+        guessing=True,
     ),
     "gpt_oss": Family(
         "gpt-oss 20b and 120b",
@@ -515,6 +542,7 @@ FAMILIES: dict[str, Family] = {
 _GGUF_NAMES = {
     "qwen3moe": "qwen3_moe",
     "gpt-oss": "gpt_oss",
+    "qwen35": "qwen3_5_text",
     "gemma3": "gemma3_text",
     "command-r": "cohere",
     "mistral3": "ministral3",
@@ -579,7 +607,7 @@ OUTER_HARMLESS: dict[str, str] = dict.fromkeys(
         "text_config", "vision_config", "image_token_index", "image_token_id", "boi_token_index",
         "boi_token_id", "eoi_token_index", "eoi_token_id", "mm_tokens_per_image", "projector_hidden_act",
         "vision_feature_layer", "vision_feature_select_strategy", "multimodal_projector_bias",
-        "spatial_merge_size",
+        "spatial_merge_size", "video_token_id", "vision_start_token_id", "vision_end_token_id",
     ),
     "about images",
 )  # fmt: skip
@@ -633,6 +661,15 @@ def layer_windows(
         period = [not period or (layer + (not full_first)) % period != 0 for layer in range(n_layers)]
     windows = tuple(window if windowed else 0 for windowed in period)
     return windows if any(windows) else ()
+
+
+def layer_mixers(n_layers: int, period: int | list[bool]) -> tuple[Mixer, ...]:
+    """Mixers by layer, where every period-th is attention, or by a list of whether a layer is linear."""
+    if isinstance(period, int):
+        if not 1 <= period <= 1024:
+            raise FormatError(f"full attention every {period} layers is absurd")
+        period = [(layer + 1) % period != 0 for layer in range(n_layers)]
+    return tuple("delta" if linear else "attention" for linear in period)
 
 
 def layer_ropes(

@@ -18,11 +18,12 @@ from tinyllm.config.families import (
     family,
     head_dim_of,
     is_bidirectional,
+    layer_mixers,
     layer_ropes,
     layer_windows,
 )
 from tinyllm.config.fields import Fields, brief
-from tinyllm.config.model import ModelConfig, bounded
+from tinyllm.config.model import DeltaSizes, ModelConfig, bounded
 from tinyllm.config.rope import as_float32, linear, yarn, yarn_scale
 from tinyllm.errors import FormatError, UnsupportedError
 
@@ -105,6 +106,8 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
     fields = Fields({**{prefix + k: v for k, v in row.gguf_defaults.items()}, **metadata}, prefix)
     dim = bounded("dim", fields.whole(GGUF_KEYS["dim"]))
     n_layers = bounded("n_layers", fields.whole(GGUF_KEYS["n_layers"]))
+    guessing_layers = fields.whole("nextn_predict_layers", 0) if row.guessing else 0
+    n_layers = bounded("n_layers", n_layers - max(guessing_layers, 0))
     n_heads = bounded("n_heads", fields.whole(GGUF_KEYS["n_heads"]))
     context = bounded("context", fields.whole(GGUF_KEYS["context"]))
     head_dim = bounded("head_dim", fields.whole(GGUF_KEYS["head_dim"], head_dim_of(dim, n_heads)))
@@ -183,6 +186,8 @@ def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
             **row.features,
         },
     )
+    if "ssm.state_size" in row.gguf_defaults:
+        config = replace(config, **_gguf_linear(fields, n_layers), guessing_layers=guessing_layers)
     if row.optional_qk_norm and "blk.0.attn_q_norm.weight" in tensors:
         config = replace(config, qk_norm=row.optional_qk_norm)
     if "num_loops" in row.gguf_defaults:
@@ -229,6 +234,24 @@ def config_to_gguf(config: ModelConfig, architecture: str) -> dict[str, Any]:
         _GGUF_EPS[config.norm_kind]: config.norm_eps,
         "vocab_size": config.vocab_size,
     }
+
+
+def _gguf_linear(fields: Fields, n_layers: int) -> dict[str, Any]:
+    """Which layers are Gated DeltaNet, and its sizes, under the names of a state space model."""
+    fields.get("rope.dimension_sections")  # cut for pictures; the positions of text are all alike
+    listed, period = fields.get("attention.recurrent_layers"), fields.whole("full_attention_interval")
+    if isinstance(listed, np.ndarray) and listed.size >= n_layers:
+        mixers = layer_mixers(n_layers, [bool(linear) for linear in listed[:n_layers]])
+    else:
+        mixers = layer_mixers(n_layers, period)
+    if "delta" not in mixers:
+        return {"mixers": mixers}
+    inner, v_heads = fields.whole("ssm.inner_size"), fields.whole("ssm.time_step_rank")
+    if v_heads < 1 or inner % v_heads:
+        raise FormatError(f"ssm.inner_size {inner} is no multiple of ssm.time_step_rank {v_heads}")
+    k_heads, k_dim = fields.whole("ssm.group_count"), fields.whole("ssm.state_size")
+    delta = DeltaSizes(k_heads, v_heads, k_dim, inner // v_heads, fields.whole("ssm.conv_kernel"), tiled=True)
+    return {"mixers": mixers, "delta": delta}
 
 
 def _no_ropes(fields: Fields, row: Family, n_layers: int) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from tinyllm.config.families import (
     Family,
     family,
     head_dim_of,
+    layer_mixers,
     layer_ropes,
     layer_windows,
 )
 from tinyllm.config.fields import Fields, agree, brief, ignored
 from tinyllm.config.generation import LEGACY_KEYS
 from tinyllm.config.json_rope import json_rope
-from tinyllm.config.model import ModelConfig, bounded
+from tinyllm.config.model import DeltaSizes, ModelConfig, bounded
 from tinyllm.errors import FormatError, UnsupportedError
 
 
@@ -142,6 +143,8 @@ def _language_model(config: Mapping[str, Any]) -> ModelConfig:
     )
     if ropes:
         result = replace(result, ropes=ropes)
+    if "linear_num_value_heads" in row.json_defaults:
+        result = replace(result, **_json_linear(fields, n_layers))
     if row.optional_qk_norm and own_flag("use_qk_norm"):
         result = replace(result, qk_norm=row.optional_qk_norm)
     if own_flag("use_post_norm"):
@@ -316,6 +319,31 @@ def _json_ropes(fields: Fields, row: Family, n_layers: int) -> tuple[Any, ...]:
     if not isinstance(thetas, list) or len(thetas) != n_layers:
         raise FormatError(f"layer_rope_theta {brief(thetas)} is no list of {n_layers} numbers")
     return () if all(thetas) else tuple("usual" if theta else "none" for theta in thetas)
+
+
+def _json_linear(fields: Fields, n_layers: int) -> dict[str, Any]:
+    """Which layers are Gated DeltaNet, its sizes, and how many layers guess further tokens."""
+    types, period = fields.get("layer_types"), fields.whole("full_attention_interval")
+    kinds = ("full_attention", "linear_attention")
+    if types is not None and (
+        not isinstance(types, list) or len(types) != n_layers or any(kind not in kinds for kind in types)
+    ):
+        raise UnsupportedError(f"layer_types {brief(types)} is not supported, only a list of {kinds}")
+    mixers = layer_mixers(n_layers, period if types is None else [kind == kinds[1] for kind in types])
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    k_heads, v_heads, k_dim, v_dim, kernel = (fields.whole(f"linear_{name}") for name in names)
+    try:
+        sizes = DeltaSizes(k_heads, v_heads, k_dim, v_dim, kernel)
+    except (FormatError, UnsupportedError) as error:
+        raise type(error)(f"{', '.join(f'linear_{name}' for name in names)}: {error}") from None
+    for key, only in (("attention_bias", False), ("is_causal", True)):
+        if fields.flag(key, only) != only:
+            raise UnsupportedError(f"{key} {not only} is not supported beside linear attention")
+    return {
+        "mixers": mixers,
+        "delta": sizes if "delta" in mixers else None,
+        "guessing_layers": fields.whole("mtp_num_hidden_layers", 0),
+    }
 
 
 def _json_no_ropes(fields: Fields, n_layers: int) -> tuple[Any, ...]:

@@ -76,7 +76,8 @@ def json_rope(fields: Fields, config: Mapping[str, Any], row: Family, head_dim: 
     growth = table.number("llama_4_scaling_beta", 0.0) if row.growing_queries else 0.0
     if row.alpha_theta and kind == "dynamic" and table.get("alpha"):
         theta, kind = as_theta(theta * _alpha(table, rope_dim)), "default"
-    table.refuse_unknown((*_ROPE_KEYS[kind], "finetuned", "max_position_embeddings"))
+    sections = ("mrope_section", "mrope_interleaved") if row.rope_sections else ()
+    table.refuse_unknown((*_ROPE_KEYS[kind], *sections, "finetuned", "max_position_embeddings"))
     local_theta = theta if local is None else local
     rope = Rope(theta, bounded("rope_dim", rope_dim), local_theta=local_theta, query_growth=growth)
     original = table.whole("original_max_position_embeddings", context)

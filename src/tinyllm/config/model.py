@@ -12,8 +12,9 @@ from typing import Literal
 
 import numpy as np
 
+from tinyllm.config.families import Mixer
 from tinyllm.config.fields import brief
-from tinyllm.errors import FormatError
+from tinyllm.errors import FormatError, UnsupportedError
 
 # Far above any real model, far below what would overflow or exhaust anything. {field: (least, most)}
 BOUNDS = {
@@ -60,6 +61,50 @@ def bounded(name: str, value: int) -> int:
     if type(value) is not int or not least <= value <= most:
         raise FormatError(f"{name} is {value!r}; a model has {least} to {most}")
     return value
+
+
+@dataclass(frozen=True)
+class DeltaSizes:
+    """The sizes of layers of Gated DeltaNet (arXiv 2412.06464): k_heads of k_dim numbers for queries and for
+    keys, v_heads of v_dim for values, behind a convolution of `kernel` tokens. tiled: v head h goes with k
+    head h % k_heads, as GGUF files have it; else with h // (v_heads / k_heads). Raises FormatError for sizes
+    that no model can have."""
+
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    kernel: int
+    tiled: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.k_heads, self.v_heads, self.k_dim, self.v_dim, self.kernel)
+        if not all(type(n) is int and 1 <= n <= 1 << 14 for n in sizes):
+            raise FormatError(f"linear attention of {brief(sizes)}: no sizes that a model can have")
+        if self.v_heads % self.k_heads:
+            raise FormatError(f"{self.v_heads} value heads cannot share {self.k_heads} key heads evenly")
+        if self.k_dim % 16 or self.v_dim % 16 or max(self.k_dim, self.v_dim) > 256:
+            raise UnsupportedError(
+                f"linear attention with heads of {self.k_dim} and {self.v_dim} is not supported, only "
+                "multiples of 16 up to 256"
+            )
+        if not 2 <= self.kernel <= 8:
+            raise UnsupportedError(f"a convolution of {self.kernel} tokens is not supported, only 2 to 8")
+
+    @property
+    def v_width(self) -> int:
+        """Numbers of a token's values."""
+        return self.v_heads * self.v_dim
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a token's queries, keys and values, which the convolution goes over."""
+        return 2 * self.k_heads * self.k_dim + self.v_width
+
+    @property
+    def state_floats(self) -> int:
+        """Numbers that a layer keeps of a sequence."""
+        return (self.kernel - 1) * self.channels + self.v_width * self.k_dim
 
 
 @dataclass(frozen=True)
@@ -125,6 +170,10 @@ class ModelConfig:
     norm_topk_prob: bool = True  # their weights, a softmax over all scores, are divided by their sum
     expert_bias: bool = False  # the router and the experts have biases
     sinks: bool = False  # a score more in each head's softmax, with no value
+    gated_attention: bool = False  # what attention gives is multiplied by the sigmoid of a product of its own
+    mixers: tuple[Mixer, ...] = ()  # by layer, what mixes positions; (): all attention
+    delta: DeltaSizes | None = None  # of "delta" layers
+    guessing_layers: int = 0  # that the file has behind the last, to guess further tokens: not read
 
     def __post_init__(self) -> None:
         for name in BOUNDS:
@@ -146,9 +195,14 @@ class ModelConfig:
             raise FormatError(f"xIELU's parameters are out of range: {brief(self.xielu)}")
         if self.query_growth and not self.original_context:
             raise FormatError("queries scaled by position need the original context of their RoPE scaling")
-        for name, per_layer in (("windows", self.windows), ("ropes", self.ropes)):
+        layers = (("windows", self.windows), ("ropes", self.ropes), ("mixers", self.mixers))
+        for name, per_layer in layers:
             if per_layer and len(per_layer) != self.n_layers:
                 raise FormatError(f"{name} are {len(per_layer)} for {self.n_layers} layers")
+        if self.mixers and "attention" not in self.mixers:
+            raise UnsupportedError("a model without a layer of full attention is not supported")
+        if ("delta" in self.mixers) != (self.delta is not None):
+            raise FormatError("the layers and sizes of linear attention do not fit together")
         if not all(0 <= window <= BOUNDS["context"][1] for window in self.windows):
             raise FormatError(f"an attention window is out of range: {brief(self.windows)}")
         for factors in (self.rope_factors, self.long_rope_factors):
@@ -176,6 +230,15 @@ class ModelConfig:
                 f"{self.n_layers} layers of {self.n_experts} experts are {self.n_layers * self.n_experts}; a "
                 f"model has up to {MAX_EXPERTS_IN_ALL} in all"
             )
+
+    def mixer(self, layer: int) -> Mixer:
+        """What mixes the positions of a layer."""
+        return self.mixers[layer] if self.mixers else "attention"
+
+    @property
+    def state_floats(self) -> int:
+        """Float32 numbers that a sequence keeps beside its pages, whatever its length."""
+        return self.mixers.count("delta") * self.delta.state_floats if self.delta else 0
 
     @property
     def xielu_numbers(self) -> tuple[tuple[float, float, float, float], ...]:

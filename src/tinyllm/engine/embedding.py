@@ -122,14 +122,16 @@ def vectors(
     n_pages = max((sum(pages_of[i] for i, *_ in call.parts) for call in calls), default=0)
     if n_pages == 0:
         return
-    pool = model.cache(cache_type, n_pages)
+    most_texts = max(len(call.parts) for call in calls) + 1  # that are begun and not over at a time
+    pool = model.cache(cache_type, n_pages, 2 * most_texts)
     try:
-        n_bytes, free = n_pages * pool.page_bytes, model.free_memory()
+        n_bytes, free = n_pages * pool.page_bytes + 2 * most_texts * pool.slot_bytes, model.free_memory()
         if n_bytes > free:
             raise MemoryLimitError(
                 f"a call for these texts needs {size_text(n_bytes)} of KV cache, {size_text(free)} are free"
             )
         pool.grow(n_pages)
+        states = backends.StatePairs(pool)
         unused, held, pooled = list(range(n_pages)), dict[int, list[int]](), dict[int, _Pooled]()
         done = 0
         for call in calls:
@@ -146,6 +148,7 @@ def vectors(
                 tables,
                 logits=False,
                 adapters=[uses] * len(call.parts) if uses else None,
+                states=states.next([i for i, *_ in call.parts], [end - at for _, at, end in call.parts]),
                 cache=pool,
                 should_stop=should_stop,
             )
@@ -159,6 +162,7 @@ def vectors(
                     if stop == lengths[i]:
                         complete.append(pooled.pop(i).vector(pooling))
                         unused += held.pop(i)
+                        states.end(i)
             done += call.n_tokens
             yield done, np.array(complete).reshape(len(complete), model.config.dim)
     finally:

@@ -28,6 +28,7 @@ from tinyllm.engine.kvcache import NOTHING, PAGE, Applied, KVCache, Sequence
 from tinyllm.engine.pace import SHORT, Pace
 from tinyllm.engine.sampling import Candidates, Logits, Sampled, Sampler, StopStrings
 from tinyllm.engine.speculation import Costs, Guessing
+from tinyllm.engine.states import moves
 from tinyllm.errors import (
     ArgumentError,
     CancelledError,
@@ -71,6 +72,7 @@ class Model(Protocol):
         *,
         rows: I32 | None = None,
         adapters: Any = None,
+        states: Any = None,
         cache: Any,
         should_stop: Callable[[], bool] | None = None,
     ) -> F32: ...
@@ -89,6 +91,7 @@ class Model(Protocol):
         n: int,
         allowed: Mask | None = None,
         adapters: Any = None,
+        states: Any = None,
         cache: Any,
         should_stop: Callable[[], bool] | None = None,
     ) -> Candidates: ...
@@ -981,6 +984,11 @@ class Engine:
             "cache": self.cache.pool,
             "should_stop": should_stop,
         }
+        if self.cache.slots is not None:
+            for part, s in zip(parts, sequences, strict=True):
+                self.cache.plan(s, part.n, len(part.guesses))
+            kept, first = [s.kept for s in sequences], [s.n_cached for s in sequences]
+            options["states"] = moves(kept, starts.tolist(), first)
         if any(s.applied.uses for s in sequences):
             options["adapters"] = [s.applied.uses for s in sequences]
         if n_candidates := self._n_candidates(parts):

@@ -3,7 +3,8 @@
 The numbers themselves lie in the core's pool of pages (64 tokens each); this file only hands page ids out.
 A page that is full never changes again, so sequences share it; the last, partial page of a sequence belongs
 to it alone. Layers that look back equally far share their pages, and a sequence has a table of pages for each
-such group of layers: what lies wholly behind a group's window is given back. Imports only `errors`. Read
+such group of layers: what lies wholly behind a group's window is given back. What layers keep at one size
+lies in slots beside the pages (states.py), one sequence's at `n_cached`. Imports `states` and `errors`. Read
 next: engine.py, which runs the sequences.
 """
 
@@ -23,6 +24,7 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from tinyllm.engine.states import BORDER, NONE, Kept, Slots
 from tinyllm.errors import MemoryLimitError
 
 PAGE = 64  # tokens of a page, TL_PAGE of the core
@@ -110,7 +112,9 @@ class Sequence:
         self._keys: list[bytes] = []
         # A destructor in Python would swallow an interrupt and lose the pages; append of a deque is one step.
         self._ref = weakref.ref(self, cache._closed.append)
+        self.kept = Kept()
         cache._tables_of[self._ref] = self.tables
+        cache._kept_of[self._ref] = self.kept
 
     @property
     def n_pending(self) -> int:
@@ -185,10 +189,11 @@ class KVCache:
         ahead: int = 512,
         max_unused: int | None = None,
         free_bytes: Callable[[], int] | None = None,
+        slots: Slots | None = None,
     ) -> None:
         """windows: of each of a sequence's tables; 0: its layers look at everything. ahead: the most tokens
         of a sequence that one call computes. `free_bytes` says how much memory is left, and is asked before
-        the pool grows.
+        the pool grows. slots: of the model's states; None: it keeps none.
         """
         self.lock = threading.RLock()  # a signal handler may run in the thread that holds it
         self.is_torn = False  # an interrupt may have come while owners were written down
@@ -204,7 +209,9 @@ class KVCache:
         self._unused: OrderedDict[int, None] = OrderedDict()  # in the table, without an owner
         # Of all sequences that live or are not collected
         self._tables_of: dict[weakref.ref[Sequence], list[list[int]]] = {}
+        self._kept_of: dict[weakref.ref[Sequence], Kept] = {}
         self._closed: deque[weakref.ref[Sequence]] = deque()
+        self.slots = slots
 
     def sequence(
         self, tokens: Iterable[int] = (), runner: int | None = None, applied: Applied = NOTHING
@@ -236,12 +243,18 @@ class KVCache:
                 break
             known_from = [n if is_known else i + 1 for n, is_known in zip(known_from, known, strict=True)]
             seen_from = [first_seen((i + 1) * PAGE, window) for window in self.windows]
-            if all(n <= seen for n, seen in zip(known_from, seen_from, strict=True)):
+            if all(n <= seen for n, seen in zip(known_from, seen_from, strict=True)) and (
+                self.slots is None or self.slots.find(sequence.key(i)) != NONE
+            ):
                 end = i + 1
         if end == first:
             return
         sequence.n_cached = end * PAGE
         sequence.n_adopted += (end - first) * PAGE
+        if self.slots is not None:
+            slot = self.slots.find(sequence.key(end - 1))
+            self.slots.own(slot)
+            self._go_on_from(sequence, slot)
         self._trim(sequence)
         for table, window in enumerate(self.windows):
             seen = first_seen(sequence.n_cached, window)
@@ -259,9 +272,11 @@ class KVCache:
         self._trim(sequence)
         missing = self._missing(sequence, len(sequence.tokens))
         n = sum(missing)
-        while n:
+        while n or self.slots is not None:
             try:
-                pages = self._take(n)
+                if self.slots is not None and sequence.kept.spare == NONE:
+                    sequence.kept.spare = self._take_slot(self.slots)
+                pages = self._take(n) if n else []
                 break
             except MemoryLimitError:
                 holders = self.holders()
@@ -269,15 +284,23 @@ class KVCache:
                 kept = {page for s in holders if s.order <= sequence.order for page in s.pages}
                 if not younger or n > self.max_pages - len(kept):
                     raise
-                youngest = max(younger, key=lambda s: s.order)
-                youngest.n_cached = youngest.n_ahead = 0
-                self._release(youngest.tables)
+                self._empty(max(younger, key=lambda s: s.order))
         if n:
             _extend(sequence, pages, missing)
         more = self._missing(sequence, len(sequence.tokens) + n_guesses)
         if n_guesses and any(more):
             with suppress(MemoryLimitError):  # the call takes fewer guesses
                 _extend(sequence, self._take(sum(more)), more)
+
+    def _take_slot(self, slots: Slots) -> int:
+        """A slot, if need be one of those after guesses, which are only computed again without them."""
+        if (slot := slots.take_if_any()) == NONE:
+            for kept in list(self._kept_of.values()):
+                ahead, kept.ahead = kept.ahead, []
+                for _, one in ahead:
+                    slots.disown(one)
+            slot = slots.take()
+        return slot
 
     def _missing(self, sequence: Sequence, n_tokens: int) -> list[int]:
         """How many pages each table lacks for so many tokens."""
@@ -292,15 +315,75 @@ class KVCache:
     def commit(self, sequence: Sequence, n_tokens: int, n_guesses: int = 0) -> None:
         """The call that computed the next `n_tokens` tokens succeeded. Full pages can be shared now.
         n_guesses: what it computed after them, and is not known to be right."""
+        saves, sequence.kept.saves = sequence.kept.saves, []
+        end = sequence.n_cached + n_tokens
+        for tokens, slot in saves:
+            if tokens < end:
+                self._keep_border(sequence, tokens, slot)
+                assert self.slots is not None
+                self.slots.disown(slot)
+            elif tokens == end:
+                self._go_on_from(sequence, slot)
+            else:
+                sequence.kept.ahead.append((tokens, slot))
         self._commit(sequence, n_tokens)
         sequence.n_ahead, sequence.n_right = n_guesses, 0
 
     @_books
+    def plan(self, sequence: Sequence, n_tokens: int, n_guesses: int) -> None:
+        """Says which states the next call keeps, that computes so many tokens and guesses: that after the
+        last token, for which `reserve` has taken a slot; as far as there is room those after every guess, and
+        those at borders of pages, for others that begin with the same tokens."""
+        if self.slots is None:
+            return
+        kept, end = sequence.kept, sequence.n_cached + n_tokens
+        for _, slot in kept.saves:  # of a call that failed
+            if kept.spare == NONE:
+                kept.spare = slot
+            else:
+                self.slots.disown(slot)
+        kept.saves, kept.spare = [(end, kept.spare)], NONE
+        wanted = [*range(end + 1, end + n_guesses + 1)]
+        last = (end - 1) // PAGE * PAGE
+        wanted += [
+            n for n in range(PAGE, end, PAGE) if n > sequence.n_cached and (n % BORDER == 0 or n == last)
+        ]
+        for tokens in wanted:
+            if (slot := self.slots.take_if_any()) != NONE:
+                kept.saves.append((tokens, slot))
+
+    def _go_on_from(self, sequence: Sequence, slot: int) -> None:
+        """A slot that the sequence owns is its state."""
+        assert self.slots is not None
+        self.slots.disown(sequence.kept.state)
+        sequence.kept.state = slot
+
+    def _keep_border(self, sequence: Sequence, n_tokens: int, slot: int) -> None:
+        """Others may go on from this state after n_tokens, where a page ends there."""
+        if self.slots is None or n_tokens % PAGE:
+            return
+        key = sequence.key(n_tokens // PAGE - 1)
+        self.slots.keep(key, slot)
+        if sequence.kept.border is not None:
+            self.slots.forget(sequence.kept.border)
+        sequence.kept.border = None if n_tokens % BORDER == 0 else key
+
+    @_books
     def settle(self, sequence: Sequence) -> None:
-        """Counts the guesses that were right as computed, and forgets the others: their slots are written
-        again before anybody reads them, and no page with one of them was ever shared."""
+        """Counts the guesses that were right as computed, and forgets the others: their places are written
+        again before anybody reads them, and no page with one of them was ever shared. Where states are kept,
+        it counts as many as there is a state after; the rest is computed again."""
         n = min(sequence.n_ahead, sequence.n_right)
         sequence.n_ahead = sequence.n_right = 0
+        if self.slots is not None:
+            ahead, sequence.kept.ahead = sequence.kept.ahead, []
+            best = max((tokens for tokens, _ in ahead if tokens <= sequence.n_cached + n), default=None)
+            n = 0 if best is None else best - sequence.n_cached
+            for tokens, slot in ahead:
+                if tokens == best:
+                    self._go_on_from(sequence, slot)
+                else:
+                    self.slots.disown(slot)
         if n:
             self._commit(sequence, n)
 
@@ -308,6 +391,8 @@ class KVCache:
         first = sequence.n_cached // PAGE
         sequence.n_cached += n_tokens
         self._share(sequence, first)
+        if sequence.n_cached:
+            self._keep_border(sequence, sequence.n_cached, sequence.kept.state)
         if not sequence.n_pending:  # else `reserve` does, when it takes the next ones: nobody gets in between
             self._trim(sequence)
 
@@ -348,6 +433,9 @@ class KVCache:
                     self._own(page)
             child.tables[i] += table[:n_full] + copies[i : i + 1]
         child.n_cached = sequence.n_cached
+        if self.slots is not None and sequence.kept.state != NONE:
+            self.slots.own(sequence.kept.state)
+            child.kept.state = sequence.kept.state
         return child
 
     @_books
@@ -357,17 +445,23 @@ class KVCache:
         present: list[list[int]],
         contents: Iterable[npt.NDArray[np.uint8]],
         applied: Applied = NOTHING,
+        state: npt.NDArray[np.uint8] | None = None,
     ) -> Sequence:
-        """A sequence of which all tokens are computed, from the bytes of its pages. present: for each table
-        whether there is an i-th page; else it is behind the window. Raises MemoryLimitError."""
+        """A sequence of which all tokens are computed, from the bytes of its pages and of its state. present:
+        for each table whether there is an i-th page; else it is behind the window. Raises MemoryLimitError.
+        """
         sequence = self.sequence(tokens, applied=applied)
         n = sum(map(sum, present))
         pages = self._take(n) if n else []
         left = iter(pages)
         try:
+            if self.slots is not None and state is not None:
+                sequence.kept.state = self.slots.take()
+                self.slots.pool.write_slot(sequence.kept.state, state)
             for page, content in zip(pages, contents, strict=True):
                 self.pool.write_page(page, content)
         except BaseException:
+            self._release_slots(sequence.kept)
             for page in pages:
                 self._disown(page)
             raise
@@ -380,8 +474,19 @@ class KVCache:
     @_books
     def drop(self, sequence: Sequence) -> None:
         """Takes the pages away. The tokens stay; they have to be computed again to go on."""
+        self._empty(sequence)
+
+    def _empty(self, sequence: Sequence) -> None:
         sequence.n_cached = sequence.n_ahead = 0
         self._release(sequence.tables)
+        self._release_slots(sequence.kept)
+
+    def _release_slots(self, kept: Kept) -> None:
+        owned = kept.owned
+        kept.clear()
+        for slot in owned:
+            assert self.slots is not None
+            self.slots.disown(slot)
 
     def collect(self) -> None:
         """Takes back what closed and dead sequences held. Where an interrupt tore the books, everything: the
@@ -401,7 +506,9 @@ class KVCache:
     @_books
     def _bury(self, ref: weakref.ref[Sequence]) -> None:
         self._release(self._tables_of.get(ref, []))
+        self._release_slots(self._kept_of.get(ref, Kept()))
         self._tables_of.pop(ref, None)
+        self._kept_of.pop(ref, None)
 
     def _reset(self) -> None:
         for ref, tables in list(self._tables_of.items()):
@@ -410,6 +517,10 @@ class KVCache:
                 sequence.n_cached = sequence.n_ahead = 0
             for table in tables:
                 table.clear()
+        for kept in list(self._kept_of.values()):
+            kept.clear()
+        if self.slots is not None:
+            self.slots.reset()
         for book in (self._n_owners, self._page_of, self._key_of, self._unused):
             book.clear()
         self._free = list(range(min(self.pool.n_pages, self.max_pages)))

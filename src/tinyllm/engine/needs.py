@@ -11,12 +11,19 @@ from tinyllm.config import ModelConfig
 from tinyllm.engine.engine import CHUNK
 from tinyllm.engine.kvcache import pages_held
 
+LEAST_SLOTS = 2  # of states that a text needs: one to go on from, one to write
+MOST_SLOTS = 64  # that there may be where nobody says
 SCRATCH_BYTES = 64 << 20  # that a call may take in any case
 
 
 def cache_pages(config: ModelConfig) -> int:
     """Pages of the KV cache that a text of the whole context holds at most."""
     return sum(pages_held(config.context, group.window, CHUNK) for group in backends.cache_groups(config))
+
+
+def slot_bytes(config: ModelConfig) -> int:
+    """Bytes of a slot: what a text keeps beside its pages, whatever its length."""
+    return 4 * config.state_floats
 
 
 def call_bytes(config: ModelConfig, n: int) -> int:
@@ -26,8 +33,16 @@ def call_bytes(config: ModelConfig, n: int) -> int:
     c, rows = config, config.n_experts_used or 1  # of the hidden layer
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     floats = 2 * c.dim + 2 * heads + c.n_heads * (c.head_dim + 32) + 2 * kv + 2 * rows * c.ff_dim + c.rope_dim
-    floats += 4 * c.n_heads // c.n_kv_heads + c.n_experts + c.n_experts_used * c.dim
-    rounded = max(heads, rows * max(c.dim, c.ff_dim)) * (5 if backends.isa_name() == "amx" else 2) // 2
+    floats += (
+        4 * c.n_heads // c.n_kv_heads + c.n_experts + c.n_experts_used * c.dim + c.gated_attention * heads
+    )
+    if c.delta:
+        floats += 2 * c.delta.channels + c.delta.v_width + 2 * c.delta.v_heads
+    rounded = (
+        max(heads, c.delta.v_width if c.delta else 0, rows * max(c.dim, c.ff_dim))
+        * (5 if backends.isa_name() == "amx" else 2)
+        // 2
+    )
     return n * (4 * floats + rounded) + 4 * c.vocab_size
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllm.engine.kvcache import GONE, NOTHING, PAGE, Applied, KVCache, Sequence
+from tinyllm.engine.states import NONE
 from tinyllm.errors import FormatError
 from tinyllm.files import FileReader, parse_json
 from tinyllm.files.outfiles import replacing
@@ -37,6 +38,7 @@ class Snapshot:
     tables: list[list[int]]
     pages: list[npt.NDArray[np.uint8]]
     page_bytes: int
+    state: npt.NDArray[np.uint8] | None = None  # of layers that keep one
 
 
 def snapshot(cache: KVCache, sequence: Sequence) -> Snapshot | None:
@@ -49,7 +51,10 @@ def snapshot(cache: KVCache, sequence: Sequence) -> Snapshot | None:
         tables = [table[:n] for table in sequence.tables]
         pages = [cache.pool.read_page(page) for table in tables for page in table if page != GONE]
         present = [[int(page != GONE) for page in table] for table in tables]
-        return Snapshot(list(sequence.tokens), present, pages, cache.pool.page_bytes)
+        state = None
+        if cache.slots is not None and sequence.kept.state != NONE:
+            state = cache.slots.pool.read_slot(sequence.kept.state)
+        return Snapshot(list(sequence.tokens), present, pages, cache.pool.page_bytes, state)
 
 
 def save(
@@ -66,10 +71,13 @@ def save(
         "page_bytes": kept.page_bytes,
         "logits": 0 if logits is None else len(logits),
     }
+    if kept.state is not None:
+        header["state_bytes"] = kept.state.size
     words = json.dumps(header).encode()
     parts = [MAGIC, len(words).to_bytes(8, "little"), words]
     parts += [] if logits is None else [logits.astype("<f4").tobytes()]
     parts += [page.tobytes() for page in kept.pages]
+    parts += [] if kept.state is None else [kept.state.tobytes()]
     hashed = blake2b(digest_size=DIGEST)
     with replacing(path, sum(map(len, parts)) + DIGEST) as file:
         for part in parts:
@@ -102,7 +110,8 @@ def restore(
         tokens, present, n_logits = _checked(header, path, cache, vocab_size, facts)
         offset = len(start) + n_words
         n_pages, page_bytes = sum(map(sum, present)), cache.pool.page_bytes
-        if file.size != offset + 4 * n_logits + n_pages * page_bytes + DIGEST:
+        n_state = cache.slots.pool.slot_bytes if cache.slots is not None and tokens else 0
+        if file.size != offset + 4 * n_logits + n_pages * page_bytes + n_state + DIGEST:
             raise FormatError(f"{path}: cut or damaged: it has {file.size} bytes")
         logits = np.frombuffer(file.read_at(offset, 4 * n_logits), "<f4").copy() if n_logits else None
         offset += 4 * n_logits
@@ -111,9 +120,11 @@ def restore(
             for i in range(n_pages):
                 yield np.frombuffer(file.read_at(offset + i * page_bytes, page_bytes), np.uint8)
 
+        at = offset + n_pages * page_bytes
+        state = np.frombuffer(file.read_at(at, n_state), np.uint8) if n_state else None
         with cache.lock:
             cache.collect()
-            return cache.restore(tokens, present, contents(), applied), logits, header
+            return cache.restore(tokens, present, contents(), applied, state), logits, header
 
 
 def _check_hash(file: FileReader) -> None:
@@ -129,7 +140,10 @@ def _checked(
 ) -> tuple[list[int], list[list[int]], int]:
     """(tokens, which pages there are, how many logits) of a header; they come from a file."""
     table = header if isinstance(header, dict) else {}
-    for name, value in {**facts, "page_bytes": cache.pool.page_bytes}.items():
+    expected = {**facts, "page_bytes": cache.pool.page_bytes}
+    if cache.slots is not None and table.get("tokens"):
+        expected["state_bytes"] = cache.slots.pool.slot_bytes
+    for name, value in expected.items():
         if table.get(name) != value:
             raise FormatError(
                 f"{path}: was saved with another {name.replace('_', ' ')}: {table.get(name)!s:.100}, here it "

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tinyllm.config import ModelConfig
-from tinyllm.config.families import Source, family
+from tinyllm.config import DeltaSizes, ModelConfig
+from tinyllm.config.families import Mixer, Source, family
 from tinyllm.config.model import MAX_EXPERTS
 from tinyllm.errors import FormatError, UnsupportedError
 from tinyllm.files import BF16, F16, F32, FORMATS, MXFP4, TensorInfo, adapter_text, same_numbers, show
+from tinyllm.files.linear import QUERY_GATE, apart
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Name:
     present: Callable[[ModelConfig], bool | None] = lambda config: True
     rotated: Callable[[ModelConfig], int] | None = None  # number of heads, where the rows are rotated by RoPE
     per_expert: bool = False
+    mixer: Mixer | None = None  # in layers of this kind alone; None: in all
 
     @property
     def per_layer(self) -> bool:
@@ -56,6 +58,8 @@ class Name:
             part, _, canonical = old.partition("@")
             name = name.replace(part, new) if canonical in ("", self.canonical) else name
         for layer in range(config.n_layers) if self.per_layer else (None,):
+            if self.mixer is not None and layer is not None and config.mixer(layer) != self.mixer:
+                continue
             if not self.per_expert:
                 yield name.format(layer), iter([(self.canonical, layer)])
                 continue
@@ -87,18 +91,18 @@ def _linear(
     present: Callable[[ModelConfig], bool] = lambda config: True,
 ) -> tuple[Name, Name]:
     """A matrix w<suffix> and its bias b<suffix>."""
+    mixer: Mixer | None = "attention" if "attn_" in gguf else None
     gguf, hf = f"blk.{{}}.{gguf}", f"model.layers.{{}}.{hf}"
-    return (
-        Name(f"w{suffix}", f"{gguf}.weight", f"{hf}.weight", lambda c: (rows(c), k(c)), present, rotated),
-        Name(
-            f"b{suffix}",
-            f"{gguf}.bias",
-            f"{hf}.bias",
-            lambda c: (rows(c),),
-            lambda c: present(c) and bias(c),
-            rotated,
-        ),
+    matrix = Name(f"w{suffix}", f"{gguf}.weight", f"{hf}.weight", lambda c: (rows(c), k(c)), present, rotated)
+    beside = Name(
+        f"b{suffix}",
+        f"{gguf}.bias",
+        f"{hf}.bias",
+        lambda c: (rows(c),),
+        lambda c: present(c) and bias(c),
+        rotated,
     )
+    return replace(matrix, mixer=mixer), replace(beside, mixer=mixer)
 
 
 def _expert(
@@ -198,7 +202,29 @@ def _qk_norm(
         shape,
         lambda c: c.qk_norm is not None,
         lambda c: 1 if c.qk_norm == "head" else rotated(c),
+        mixer="attention",
     )
+
+
+def _sizes(c: ModelConfig) -> DeltaSizes:
+    assert c.delta is not None
+    return c.delta
+
+
+def _delta(canonical: str, gguf: str, hf: str, shape: Callable[[ModelConfig], tuple[int, ...]]) -> Name:
+    """A weight of a layer of Gated DeltaNet."""
+    return Name(
+        canonical,
+        f"blk.{{}}.{gguf}",
+        f"model.layers.{{}}.linear_attn.{hf}",
+        shape,
+        lambda c: c.delta is not None,
+        mixer="delta",
+    )
+
+
+def _v_heads(c: ModelConfig) -> tuple[int, ...]:
+    return (_sizes(c).v_heads,)
 
 
 # A canonical name has several rows where its file's name depends on the family; one of them is present.
@@ -227,6 +253,23 @@ TABLE: tuple[Name, ...] = (
         lambda c: c.sinks,
     ),
     *_linear("o", "attn_output", "self_attn.o_proj", _dim, _q_dim, _output_bias),
+    Name(
+        "w_attention_gate",
+        f"blk.{{}}.{QUERY_GATE['gguf']}",
+        f"model.layers.{{}}.{QUERY_GATE['hf']}",
+        lambda c: (_q_dim(c), c.dim),
+        lambda c: c.gated_attention,
+        mixer="attention",
+    ),
+    _delta("w_qkv", "attn_qkv.weight", "in_proj_qkv.weight", lambda c: (_sizes(c).channels, c.dim)),
+    _delta("w_z", "attn_gate.weight", "in_proj_z.weight", lambda c: (_sizes(c).v_width, c.dim)),
+    _delta("w_a", "ssm_alpha.weight", "in_proj_a.weight", lambda c: (_sizes(c).v_heads, c.dim)),
+    _delta("w_b", "ssm_beta.weight", "in_proj_b.weight", lambda c: (_sizes(c).v_heads, c.dim)),
+    _delta("conv", "ssm_conv1d.weight", "conv1d.weight", lambda c: (_sizes(c).channels * _sizes(c).kernel,)),
+    _delta("dt_bias", "ssm_dt.bias", "dt_bias", _v_heads),
+    _delta("a", "ssm_a", "A_log", _v_heads),
+    _delta("delta_norm", "ssm_norm.weight", "norm.weight", lambda c: (_sizes(c).v_dim,)),
+    _delta("wo", "ssm_out.weight", "out_proj.weight", lambda c: (c.dim, _sizes(c).v_width)),
     _norm(
         "attention_post_norm",
         "post_attention_norm",
@@ -261,7 +304,11 @@ TABLE: tuple[Name, ...] = (
 
 # Matrices that lie on top of each other in one tensor: (its name, {the name of a part: its rows}).
 _Parts = tuple[tuple[str, Callable[[ModelConfig], int]], ...]
-_QKV: _Parts = (("attn_q", _q_dim), ("attn_k", _kv_dim), ("attn_v", _kv_dim))
+_QKV: _Parts = (
+    ("attn_q", lambda c: _q_dim(c) * (1 + c.gated_attention)),
+    ("attn_k", _kv_dim),
+    ("attn_v", _kv_dim),
+)
 # llama.cpp's converter writes these for any family where it is asked to (--fuse-qkv, --fuse-gate-up-exps).
 _FUSED_ANYWHERE: tuple[tuple[str, _Parts], ...] = (
     ("attn_qkv", _QKV),
@@ -306,7 +353,9 @@ _HARMLESS = {
     "gguf": re.compile(
         r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd\.weight"
     ),
-    "hf": re.compile(r"(.*\.)?rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*"),
+    "hf": re.compile(
+        r"(.*\.)?rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector|visual)\..*"
+    ),
 }
 
 
@@ -351,7 +400,8 @@ class Weights(Mapping[Key, TensorInfo]):
 
     def plus(self, canonical: str) -> float:
         """What is to be added to a vector's numbers: 1 for norms that the file holds minus 1."""
-        return 1.0 if self._norms_minus_one and canonical.endswith("norm") else 0.0
+        is_minus_one = self._norms_minus_one and canonical.endswith("norm") and canonical != "delta_norm"
+        return 1.0 if is_minus_one else 0.0
 
 
 def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: Source) -> Weights:
@@ -372,6 +422,8 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
     else:
         tensors = _with_factors(tensors)
     tensors, fused = _split_fused(tensors, config, source)
+    if row_of_family.guessing:
+        tensors = apart(tensors, config, source)
     if row_of_family.stacked and source == "hf":
         tensors = _split_stacks(tensors, config)
     if config.activation == "xielu" and source == "hf":
@@ -414,6 +466,10 @@ def map_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, source: 
         raise FormatError(f"the tensors do not fit the config ({model}):{listed}{more}")
     minus_one = source == "hf" and row_of_family.norms_minus_one
     fused = fused if source == "gguf" else dict(fused_in_gguf(config))
+    if source == "gguf" and config.gated_attention:
+        for queries, gated in fused_in_gguf(config):  # which may be part of a larger one
+            whole = next((name for name, of in fused.items() if queries in of), queries)
+            fused[whole] = list(dict.fromkeys([*fused.get(whole, []), *gated]))
     return Weights(config, found, row_orders(config, source), minus_one, fused)
 
 
@@ -512,6 +568,8 @@ def _split_fused(
     ):
         heights = [rows(config) for _, rows in table[1]]
         for i in range(config.n_layers):
+            if config.mixer(i) == "delta":  # whose three are one weight
+                continue
             layer = f"blk.{i}." if source == "gguf" else f"model.layers.{i}."
             whole = found.get(name := f"{layer}{table[0]}.{kind}")
             axis = int(table[0].endswith("_exps"))
@@ -541,6 +599,9 @@ def fused_in_gguf(config: ModelConfig) -> Iterator[tuple[str, list[str]]]:
     """The tensors of a GGUF file that always hold several matrices of the table, and those of which they
     do."""
     for layer in range(config.n_layers):
+        if config.gated_attention and config.mixer(layer) == "attention":
+            queries = f"blk.{layer}.attn_q.weight"
+            yield queries, [queries, f"blk.{layer}.{QUERY_GATE['gguf']}"]
         for fused, parts in _fused_of(config, "gguf"):
             yield f"blk.{layer}.{fused}.weight", [f"blk.{layer}.{part}.weight" for part, _ in parts]
 
@@ -561,13 +622,14 @@ def fused_tensors(config: ModelConfig, source: Source) -> dict[str, list[tuple[s
 def in_gguf(weights: Weights) -> dict[Key, tuple[str, tuple[int, ...]]]:
     """The tensor of a GGUF file that each weight is or is a part of, and the tensor's shape."""
     config = weights.config
-    names = {row.canonical: row.gguf for row in TABLE}  # of norms with several, one
+    names = {(row.canonical, row.mixer): row.gguf for row in TABLE}  # of norms with several, one
     whole = {part: name for name, parts in weights.fused.items() for part in parts}
     found: dict[Key, tuple[str, tuple[int, ...]]] = {}
     n_rows: dict[str, int] = {}
     for (canonical, layer), info in weights.items():
         stem, _, expert = canonical.partition(".")
-        part = names[stem].format(layer)
+        mixer = None if layer is None else config.mixer(layer)
+        part = (names.get((stem, mixer)) or names[stem, None]).format(layer)
         name = whole.get(part, part)
         if expert in ("", "0"):
             n_rows[name] = n_rows.get(name, 0) + info.shape[0]

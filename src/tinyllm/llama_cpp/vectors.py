@@ -47,7 +47,7 @@ def _of_tokens(llm: LLM, ids: list[int], normalize: bool) -> list[list[float]]:
     try:
         with out_of_memory(f"computing vectors of {len(ids)} tokens"):
             pool.grow(len(tables))
-            rows = []
+            states, rows = llm.model.state_pairs(pool), []
             for start in range(0, len(ids), llm.chunk):
                 part = np.array(ids[start : start + llm.chunk], np.int32)
                 x = llm.model.forward(
@@ -56,6 +56,7 @@ def _of_tokens(llm: LLM, ids: list[int], normalize: bool) -> list[list[float]]:
                     np.zeros(len(part), np.int32),
                     tables.reshape(1, -1, n_pages),
                     logits=False,
+                    states=states.next([0], [len(part)]),
                     cache=pool,
                 )
                 rows.append(llm.model.output_norm(x))

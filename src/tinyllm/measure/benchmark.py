@@ -225,6 +225,7 @@ class Subject:
         """
         self.facts, self._model, self.load_s = facts, model, load_s
         self._pools: dict[str, PagePool] = {}
+        self._states: dict[str, backends.StatePairs] = {}
         self._tables: dict[str, I32] = {}
         n_positions = max(case.n_positions for case in for_cases)
         try:
@@ -250,9 +251,10 @@ class Subject:
         n_sequences = max(case.n_sequences for case in for_cases)
         a_sequence = -(-max(case.n_positions for case in for_cases) // PAGE)
         shape = (n_sequences, len(self._model.cache_groups), a_sequence)
-        pool = self._model.cache(cast(CacheType, cache_type), math.prod(shape))
-        self._pools[cache_type] = pool
-        n_bytes, free = pool.page_bytes * pool.max_pages, self._model.free_memory()
+        pool = self._model.cache(cast(CacheType, cache_type), math.prod(shape), 2 * n_sequences)
+        self._pools[cache_type], self._states[cache_type] = pool, backends.StatePairs(pool)
+        n_bytes = pool.page_bytes * pool.max_pages + pool.slot_bytes * pool.max_slots
+        free = self._model.free_memory()
         if n_bytes > free:
             raise MemoryLimitError(
                 f"{self.facts.name}: a cache of {n_sequences} x {a_sequence * PAGE} positions takes "
@@ -288,7 +290,8 @@ class Subject:
         if not case.n_gen:
             return 0.0
         positions = case.n_depth + (case.n_gen + 1) / 2
-        return self.weight_bytes + case.n_sequences * positions * self.kv_bytes(case.cache_type)
+        kept = positions * self.kv_bytes(case.cache_type) + self._pools[case.cache_type].slot_bytes
+        return self.weight_bytes + case.n_sequences * kept
 
     def macs(self, case: Case) -> int:
         """Multiply-adds with weights that a run takes."""
@@ -324,6 +327,7 @@ class Subject:
                 np.zeros_like(positions),
                 self._tables[cache_type][:1],
                 rows=[len(positions) - 1] if positions[-1] == end - 1 else [],
+                states=self._states[cache_type].next([0], [len(positions)]),
                 cache=self._pools[cache_type],
             )
         return logits
@@ -334,7 +338,12 @@ class Subject:
         for position in range(case.n_depth, case.n_positions):
             positions = np.full_like(sequences, position)
             logits = self._model.forward(
-                self._ids[positions], positions, sequences, table, cache=self._pools[case.cache_type]
+                self._ids[positions],
+                positions,
+                sequences,
+                table,
+                states=self._states[case.cache_type].next(sequences.tolist(), [1] * len(sequences)),
+                cache=self._pools[case.cache_type],
             )
         return logits
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyllm.backends import F32, I32, MOST_INT, PAGE, integers
+from tinyllm.backends import F32, I32, MOST_INT, PAGE, StatePairs, integers
 from tinyllm.engine.choosing import require_finite
 from tinyllm.errors import ArgumentError, ContextError, integer
 from tinyllm.llm import LLM
@@ -232,8 +232,9 @@ class _Run:
         self._step = max(1, call // self.n_together)  # positions of each in a call
         self._n_rows = max(1, min(n_ctx, LOGITS // llm.config.vocab_size))  # of logits
         shape = (self.n_together, len(self._model.cache_groups), -(-n_ctx // PAGE))
-        self._pool = self._model.cache(llm.cache_type, math.prod(shape))
+        self._pool = self._model.cache(llm.cache_type, math.prod(shape), 2 * self.n_together)
         self._pool.grow(math.prod(shape))
+        self._states = StatePairs(self._pool)
         self._tables = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
 
     def logits(self, group: I32, first: int) -> Iterator[tuple[I32, F32]]:
@@ -268,6 +269,7 @@ class _Run:
             self._tables[:n_windows],
             layers=layers or (n_layers, n_layers),
             logits=logits,
+            states=self._states.next(range(n_windows), [end - start] * n_windows) if layers else None,
             cache=self._pool,
         )
 

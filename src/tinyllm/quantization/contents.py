@@ -107,6 +107,11 @@ def _of_directory(path: Path) -> Contents:
             f"{folder}: a GGUF file cannot say this model's architecture: llama.cpp has none for "
             f"{config.architecture}; load the directory, with weights= to quantize it"
         )
+    if config.mixers:
+        raise UnsupportedError(
+            f"{path}: a GGUF file written from safetensors cannot say this model's linear attention yet "
+            "(Qwen 3.5); quantize a GGUF file of it, or load it with weights="
+        )
     architecture = gguf_architecture(config.architecture, config.bidirectional)
     rope, vectors = _rope(read_json(folder / "config.json"), config)
     heads, behind = _heads(files, architecture)
