@@ -40,6 +40,7 @@ class MockPool:
     """Pages of one number a token."""
 
     page_bytes = 1000
+    epoch = 0
 
     def __init__(self, max_pages: int, slab: int = 3) -> None:
         self.max_pages, self._slab = max_pages, slab

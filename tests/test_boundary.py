@@ -222,7 +222,9 @@ ROOMS: list[set[str]] = [
     {"quantization"},
     {"loading"},
     {"tinyllm"},
-    {"llama_cpp", "measure", "server"},
+    {"llama_cpp", "measure", "pipeline", "server"},
+    {"batch"},
+    {"ray"},
     {"cli"},
     {"__main__"},
 ]

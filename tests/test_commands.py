@@ -124,7 +124,7 @@ def test_hints_name_packages_of_the_index() -> None:
     """The index has another project of our name, so no hint asks it for ours."""
     extras = {name: needed for name, needed in PROJECT["optional-dependencies"].items() if name != "test"}
     assert {name: re.findall(r"(?:^|\s)([\w-]+)", text) for name, text in errors.EXTRAS.items()} == {
-        name: [re.split(r"[><=]", package)[0] for package in needed] for name, needed in extras.items()
+        name: [re.split(r"[><=\[]", package)[0] for package in needed] for name, needed in extras.items()
     }
     for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]:
         assert not re.search(r"pip install\s+['\"]?tinyllm", path.read_text(encoding="utf-8")), path

@@ -593,13 +593,13 @@ def test_quantizing_while_loading_rounds_as_the_converter(format: str, path: Pat
 def test_packed_size_is_estimated_well(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal before loading goes by what loading then takes."""
     estimates: list[int] = []
-    fit = loading._fit_memory
+    fit = loading.fit_memory
 
     def noting(config: Any, cache_type: Any, weight_bytes: int, *rest: Any) -> tuple[int, int]:
         estimates.append(weight_bytes)
         return fit(config, cache_type, weight_bytes, *rest)
 
-    monkeypatch.setattr(loading, "_fit_memory", noting)
+    monkeypatch.setattr(loading, "fit_memory", noting)
     with tinyllm.load(path) as loaded:
         # Vectors, which weight_bytes may leave out, are less than 1 % here.
         assert abs(estimates[0] / loaded.model.weight_bytes - 1) < 0.01
@@ -613,9 +613,9 @@ def test_page_size_is_known_before_loading(path: Path, monkeypatch: pytest.Monke
         weight_bytes = 1 << 20
         limit = weight_bytes + 3 * page_bytes + call_bytes(loaded.config, 3 * 64)
         monkeypatch.setattr(backends, "free_memory", lambda limit=limit: limit)
-        assert loading._fit_memory(loaded.config, cache_type, weight_bytes, 3 * 64, "")[0] == 3 * 64
+        assert loading.fit_memory(loaded.config, cache_type, weight_bytes, 3 * 64, "")[0] == 3 * 64
         with pytest.raises(errors.MemoryLimitError):
-            loading._fit_memory(loaded.config, cache_type, weight_bytes, 3 * 64 + 1, "")
+            loading.fit_memory(loaded.config, cache_type, weight_bytes, 3 * 64 + 1, "")
         monkeypatch.setattr(backends, "free_memory", lambda: 1 << 40)
 
 

@@ -193,7 +193,7 @@ def test_help_is_instant_and_names_every_option(cli: Cli, capsys: pytest.Capture
     assert text.endswith("[]\n")
     options = """--name --model --models --memory-limit --keep-alive --chat-template -c -t --device
         --cache-type --weights --host --port --parallel --queue --grace --api-key --no-auth
-        --allowed-host --cors --allow-templates --log-prompts"""
+        --allowed-host --cors --allow-templates --log-prompts --stages --ray"""
     for option in options.split():
         assert re.search(rf"(?m)^  .*{option}\b", text), option
     for n in ("0", "1", "2", "130"):
@@ -222,6 +222,13 @@ def test_help_is_instant_and_names_every_option(cli: Cli, capsys: pytest.Capture
         ("stories --api-key ä", "a key is one or more characters of ASCII"),
         ("stories --host 0.0.0.0", "whoever reaches 0.0.0.0 could use this server: give --api-key"),
         ("stories --bogus", "unrecognized arguments: --bogus"),
+        ("stories --ray auto", "--ray is the cluster of --stages: say how many"),
+        ("stories --stages 0", "--stages"),
+        ("stories --stages 2 --model a=stories", "--stages are of one MODEL"),
+        ("--models /tmp --stages 2", "--stages are of one MODEL"),
+        ("stories --stages 2 --draft stories", "--draft is not for a model in stages"),
+        ("stories --stages 2 --memory-limit 1GB", "--memory-limit is not for a model in stages"),
+        ("stories --stages 2 --name m --lora a=x", "--lora is not for a model in stages"),
     ],
 )
 def test_usage_errors_are_one_line_and_2(cli: Cli, argv: str, words: str) -> None:
@@ -229,6 +236,14 @@ def test_usage_errors_are_one_line_and_2(cli: Cli, argv: str, words: str) -> Non
     assert (result.code, result.out) == (2, "")
     assert words in result.err
     assert result.err.count("\n") == 1
+
+
+def test_stages_without_ray_say_what_to_install(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = cli("stories", "--stages", "2", "--port", "0")
+    assert (result.code, result.out) == (1, "")
+    assert "more than one machine needs ray: " in result.err
+    assert "pip install" in result.err
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,11 @@ class CancelledError(Error):
     """A call was stopped before its next layer; its positions count as unwritten."""
 
 
+class LostError(Error):
+    """A part of a model on another machine or in another process is gone, with the call that it was in. The
+    next call waits for it to come back."""
+
+
 class TemplateError(Error):
     """A chat template is missing, broken, or went past its limits."""
 
@@ -133,6 +138,7 @@ EXTRAS = {
     "plot": "matplotlib",
     "structured": "llguidance",
     "serve": "starlette uvicorn prometheus-client llguidance",
+    "ray": "ray[data,serve]",
 }
 
 

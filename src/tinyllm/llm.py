@@ -710,6 +710,16 @@ class LLM(Habits):
         session._logits, session._n_logits = logits, 0 if logits is None else session._n_given
         return session
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What its answers depend on, beside the prompt and the options of a call. The same on another
+        machine with the same files, whatever its threads and instruction set."""
+        if not self.model.has_output:
+            return {"tinyllm": backends.version, "model": repr(self.config)}
+        facts = self._facts()
+        del facts["adapters"]
+        return facts
+
     def _facts(self, applied: Applied = NOTHING) -> dict[str, str]:
         """What the numbers in the pages depend on. The model is known by what it computes: a hash of the
         bits of some logits, which every weight has a part in."""

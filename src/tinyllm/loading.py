@@ -119,7 +119,7 @@ def load(
         weight_bytes = _weight_bytes(files, formats)
         device = _device_for(device, files.config, formats, name)
         chosen = backends.choose_device(device, _needed(files.config, weight_bytes, context, cache_type))
-        context, max_pages, max_slots = _fit_memory(
+        context, max_pages, max_slots = fit_memory(
             files.config, cache_type, weight_bytes, context, name, chosen, free()
         )
         model = backends.Model(files.config.with_context(context), device=chosen.name, threads=threads)
@@ -164,7 +164,7 @@ def load(
             files.embedding,
             heads,
             name=name,
-            formats=_numbers_in(files.weights, formats),
+            formats=numbers_in(files.weights, formats),
             cache_type=cache_type,
             max_pages=max_pages,
             max_slots=max_slots,
@@ -268,7 +268,7 @@ def kept_formats(weights: Weights, quantize_to: str | None, name: str) -> dict[t
     return formats | {key: chosen[tensors[key][0]] for key in matrices}
 
 
-def _numbers_in(weights: Weights, formats: Mapping[tuple[str, int | None], int]) -> dict[str, int]:
+def numbers_in(weights: Weights, formats: Mapping[tuple[str, int | None], int]) -> dict[str, int]:
     """How many numbers each format holds, by its name, the most first."""
     held: Counter[str] = Counter()
     for key, format in formats.items():
@@ -291,7 +291,7 @@ def fitting_context(config: ModelConfig, cache_type: CacheType, n_bytes: int) ->
     return PAGE * bisect_right(pages, n_bytes, key=lambda n: cache_bytes(config, cache_type, n * PAGE))
 
 
-def _fit_memory(
+def fit_memory(
     config: ModelConfig,
     cache_type: CacheType,
     weight_bytes: int,

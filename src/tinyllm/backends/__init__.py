@@ -378,6 +378,8 @@ class PagePool:
     size slots of slot_bytes (0: there are no such layers), up to max_slots. engine/kvcache.py owns it.
     """
 
+    epoch = 0  # nothing ever takes pages from their owner
+
     def __init__(self, core: _core.Cache) -> None:
         self._core = core
         self.page_bytes: int = core.page_bytes
@@ -850,12 +852,7 @@ class Model:
         the model's RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450). What is not finite makes what
         is not finite.
         """
-        with np.errstate(invalid="ignore"):
-            y = x.astype(np.float64)
-            if self.config.norm_kind != "rms":
-                y -= y.mean(axis=1, keepdims=True)
-            y /= np.sqrt((y * y).mean(axis=1, keepdims=True) + self.config.norm_eps)
-            return y * self._output_norm + self._output_norm_bias
+        return output_norm(x, self._output_norm, self._output_norm_bias, self.config)
 
     def close(self) -> None:
         """Frees the weights, once no call uses them any more."""
@@ -873,6 +870,16 @@ class Model:
             "a loaded model cannot be pickled or copied: load it in the process that uses it, or fork after "
             "loading"
         )
+
+
+def output_norm(x: F32, weight: F32, bias: F32, config: ModelConfig) -> npt.NDArray[np.float64]:
+    """`Model.output_norm` with the norm's weights and bias [dim]."""
+    with np.errstate(invalid="ignore"):
+        y = x.astype(np.float64)
+        if config.norm_kind != "rms":
+            y -= y.mean(axis=1, keepdims=True)
+        y /= np.sqrt((y * y).mean(axis=1, keepdims=True) + config.norm_eps)
+        return y * weight + bias
 
 
 def _made(info: TensorInfo) -> IO[bytes]:

@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "run": Command("run", "continue a text, answer a question, or talk"),
     "serve": Command("serve", "serve models over HTTP, to programs and to a browser"),
+    "batch": Command("batch", "answer every row of a file, here or on a cluster", alone=False),
     "pull": Command("pull", "fetch a model from Hugging Face", alone=False),
     "list": Command(
         "list", "show the models in the caches of Hugging Face, Ollama and llama.cpp", alone=False

@@ -11,8 +11,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tinyllm.cli import prefix
 from tinyllm.cli.common import (
@@ -32,6 +33,9 @@ from tinyllm.cli.common import (
     seconds,
 )
 
+if TYPE_CHECKING:
+    from tinyllm import LLM
+
 PROG = f"{prefix}serve"
 
 DESCRIPTION = """Serves models over HTTP, to the clients of OpenAI, Anthropic, Ollama and llama.cpp, and to a
@@ -43,6 +47,7 @@ EPILOG = f"""examples:
   {PROG} --models ~/models            every model in a folder, each loaded when first asked for
   {PROG} small.gguf --model big=~/big.gguf --memory-limit 16GB --keep-alive 10m
   {PROG} model.gguf --name llama --lora law=law-lora   also llama:law, with an adapter
+  {PROG} model.gguf --stages 4 --ray auto   larger than a machine: on four nodes of a Ray cluster
   TINYLLM_API_KEY=... {PROG} model.gguf --host 0.0.0.0
 
 {EXIT_CODES}"""
@@ -55,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     key = _key(args)
+    start = _start(args)
     paths = _paths(args)
     try:
         from tinyllm.server.app import Server, application
@@ -80,7 +86,8 @@ def _run(argv: list[str]) -> int:
     names = ("device", "threads", "context", "cache_type", "weights", "speculate")
     templates = {args.model: args.chat_template} if args.chat_template is not None else {}
     drafts = {args.model: args.draft} if args.draft is not None else {}
-    loader = Loader(templates, drafts, **{name: getattr(args, name) for name in names})
+    settings = {name: getattr(args, name) for name in names}
+    loader = Loader(templates, drafts, start=start, **settings)
     models = Models(
         paths,
         loader,
@@ -111,6 +118,37 @@ def _run(argv: list[str]) -> int:
         runner = Listener(server, application(server, DIALECTS), grace_s=args.grace, on_end=on_end)
         runner.run(sockets=[listener])
     return EXIT_OK
+
+
+def _start(args: argparse.Namespace) -> Callable[..., LLM] | None:
+    """What loads MODEL in stages, None where it is in one process."""
+    if args.stages is None:
+        if args.ray is not None:
+            raise UsageError("--ray is the cluster of --stages: say how many")
+        return None
+    if args.model is None or args.more or args.models is not None:
+        raise UsageError("--stages are of one MODEL: serve others by themselves")
+    for option, value in (
+        ("--draft", args.draft),
+        ("--lora", args.lora),
+        ("--memory-limit", args.memory_limit),
+    ):
+        if value:
+            raise UsageError(f"{option} is not for a model in stages yet")
+    from tinyllm.ray import load
+
+    def start(path: Any, **settings: Any) -> LLM:
+        del settings["draft"], settings["speculate"]
+        device = settings.pop("device")
+        settings["device"] = "cpu" if device == "auto" else device
+        llm = load(
+            path, stages=args.stages, address=args.ray, gpus=device != "cpu" and device != "auto", **settings
+        )
+        if args.speculate is None:
+            llm.speculate = None
+        return llm
+
+    return start
 
 
 def _listed(names: list[str]) -> str:
@@ -265,6 +303,19 @@ def _parser() -> Parser:
     )
     add_model_options(parser)
     add_speculation_options(parser)
+
+    stages = parser.add_argument_group(
+        "stages", "One model in several processes (pip install 'ray[data,serve]')."
+    )
+    stages.add_argument(
+        "--stages",
+        type=positive,
+        metavar="N",
+        help="cut MODEL's layers in N parts, each on a node of a cluster",
+    )
+    stages.add_argument(
+        "--ray", metavar="ADDRESS", help="of that Ray cluster; auto, or local for one here (default: local)"
+    )
 
     clients = parser.add_argument_group("clients")
     clients.add_argument(

@@ -40,6 +40,9 @@ class PagePool(Protocol):
     @property
     def page_bytes(self) -> int: ...
 
+    @property
+    def epoch(self) -> int: ...  # another number where all pages lost what they held
+
     def grow(self, n_pages: int, /) -> None: ...  # at least n_pages exist from now on, or MemoryError
 
     def clear_page(self, page: int, /) -> None: ...
@@ -199,6 +202,7 @@ class KVCache:
         self.is_torn = False  # an interrupt may have come while owners were written down
         self.pool, self.max_pages, self.root = pool, max_pages, root
         self.windows, self.ahead = tuple(windows), ahead
+        self._epoch = pool.epoch
         self._max_unused = max_pages if max_unused is None else max_unused
         self._free_bytes = free_bytes
         self._orders = count()
@@ -489,10 +493,11 @@ class KVCache:
             self.slots.disown(slot)
 
     def collect(self) -> None:
-        """Takes back what closed and dead sequences held. Where an interrupt tore the books, everything: the
-        tokens stay, and are computed again.
+        """Takes back what closed and dead sequences held. Where an interrupt tore the books, or the pool lost
+        what pages held, everything: the tokens stay, and are computed again.
         """
-        if self.is_torn:
+        if self.is_torn or self.pool.epoch != self._epoch:
+            self._epoch = self.pool.epoch
             self._reset()
         while self._closed:  # one leaves the queue when all is done for it, lest an interrupt lose it
             ref = self._closed[0]

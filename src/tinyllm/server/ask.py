@@ -17,6 +17,7 @@ from tinyllm.errors import (
     ArgumentError,
     ContextError,
     Error,
+    LostError,
     MemoryLimitError,
     ModelClosedError,
     TemplateError,
@@ -58,6 +59,8 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(400, "the body is nested too deeply", code="invalid_value")
     if isinstance(error, MemoryLimitError):
         return Refusal(503, str(error), code="out_of_memory", retry_after=1)
+    if isinstance(error, LostError):
+        return Refusal(503, str(error), code="lost", retry_after=5)
     if isinstance(error, ModelClosedError):
         return Refusal(503, "the server is ending", code="closing", retry_after=1)
     if isinstance(error, Error):

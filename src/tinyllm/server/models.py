@@ -74,19 +74,23 @@ def held_bytes(llm: LLM | None) -> int:
 
 class Loader:
     """Loads models for `Models`. templates: {path: Jinja source} in place of the models' own; drafts: {path:
-    its draft's}; settings: the arguments of `tinyllm.load`."""
+    its draft's}; start: what stands in for `tinyllm.load`, None for itself; settings: its arguments."""
 
     def __init__(
         self,
         templates: Mapping[str, str] | None = None,
         drafts: Mapping[str, str] | None = None,
+        *,
+        start: Callable[..., LLM] | None = None,
         **settings: Any,
     ) -> None:
+        self._start = start
         self._templates, self._drafts, self._settings = templates or {}, drafts or {}, settings
 
     def __call__(self, path: str, **more: Any) -> LLM:
         draft = self._drafts.get(path)
-        return tinyllm.load(self._read(path), draft=draft, **self._settings, **more)
+        load = self._start or tinyllm.load
+        return load(self._read(path), draft=draft, **self._settings, **more)
 
     def needed(self, path: str) -> int:
         """Bytes that it takes at least; reads its headers."""
