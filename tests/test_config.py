@@ -122,6 +122,8 @@ def test_defaults() -> None:
     small = {k: v for k, v in JSON.items() if k not in ("num_key_value_heads", "rms_norm_eps", "rope_theta")}
     same(config_from_json(small), EXPECTED, n_kv_heads=4, norm_eps=1e-6)
     same(from_json(head_dim=None, rope_scaling=None), EXPECTED)
+    same(from_json(rope_scaling=False), EXPECTED)
+    same(from_json(rope_parameters=False), EXPECTED)
     del small["max_position_embeddings"], small["architectures"]
     assert config_from_json(small).context == 2048
     few = {k: v for k, v in GGUF.items() if not k.endswith(("dimension_count", "freq_base", "head_count_kv"))}

@@ -192,13 +192,14 @@ def _rope_by_kind(fields: Fields, config: Mapping[str, Any], row: Family) -> tup
     return {**full, **(scaling or {})}, theta
 
 
-def _tables(fields: Fields, config: Mapping[str, Any]) -> tuple[Any, Any]:
+def _tables(fields: Fields, config: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the file has as rope_scaling and as rope_parameters."""
     for key in ("rope_scaling", "rope_parameters"):
         fields.get(key)
         if not isinstance(config.get(key) or {}, dict):
             raise FormatError(f"{key} must be an object, not {brief(config[key])}")
-    return config.get("rope_scaling"), config.get("rope_parameters")
+    said = (config.get("rope_scaling"), config.get("rope_parameters"))
+    return tuple(table if isinstance(table, dict) else None for table in said)  # false says as much as null
 
 
 def _agree_on_theta(config: Mapping[str, Any], table: Fields, theta: float, kind: str) -> None:

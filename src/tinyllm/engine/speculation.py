@@ -189,7 +189,7 @@ class Guessing:
         others = max(0, costs.n_texts - 1)
         base = others + 1
         plain_s = costs.seconds(base)
-        if plain_s is None or (left_s := self._left_s(plain_s)) < 0:
+        if not plain_s or (left_s := self._left_s(plain_s)) < 0:  # 0: what a line beyond the known ends at
             return 0
         best, best_rate = 0, GAIN * (others + 1) / plain_s
         made = chance = 1.0
