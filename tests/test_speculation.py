@@ -449,7 +449,7 @@ def test_others_in_a_call_wait_little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_line_of_costs_that_ends_at_nothing_is_not_divided_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine that something else slowed down, two sizes of calls may say that one token takes no time."""
+    """On a machine that something slows down, two sizes of calls may say that one token takes no time."""
     costs = Costs()
     costs.learn(1, 2, 2.0)
     costs.learn(1, 4, 8.0)
